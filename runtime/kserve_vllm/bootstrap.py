@@ -225,7 +225,7 @@ def _import_heavy() -> None:
 def _announce(settings: Settings, http_port: int, grpc_port: int, model: str) -> None:
     """Say that the server is ready, and what to type next."""
     host = f"http{'s' if settings.server.ssl_certfile else ''}://localhost:{http_port}"
-    chat = '{"model": "%s", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}' % model
+    chat = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
     infer = '{"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["17 + 25 ="]}]}'
     lines = [
         "",

@@ -1,7 +1,7 @@
 """The one state of the process that every health check reads.
 
-    starting -> loading -> warming -> ready -> draining -> stopped
-                                   \\-> failed
+starting -> loading -> warming -> ready -> draining -> stopped
+                               \\-> failed
 """
 
 from __future__ import annotations

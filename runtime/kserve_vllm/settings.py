@@ -77,7 +77,8 @@ class ServerSettings(_Group):
         False, "Let clients load and unload models and adapters through the V2 repository API."
     )
     api_key: list[SecretStr] = _setting(
-        [], "Key that every request must carry as `Authorization: Bearer KEY`; may be given several times. "
+        [],
+        "Key that every request must carry as `Authorization: Bearer KEY`; may be given several times. "
         "Probes and metrics stay open.",
     )
     ssl_certfile: str | None = _setting(None, "PEM file with the certificate chain; switches TLS on.")
@@ -101,8 +102,11 @@ class LifecycleSettings(_Group):
         5.0, "How often the engine and its workers are asked for a sign of life.", gt=0, le=3600
     )
     engine_stall_timeout: float = _setting(
-        60.0, "How long the engine may owe that sign of life before it counts as hanging. Must be longer than the "
-        "longest single step of the model.", gt=0, le=86_400,
+        60.0,
+        "How long the engine may owe that sign of life before it counts as hanging. Must be longer than the "
+        "longest single step of the model.",
+        gt=0,
+        le=86_400,
     )
 
 
@@ -271,8 +275,10 @@ def _explain(group: str, error: ValidationError, sources: Mapping[str, str]) -> 
         top = str(problem["loc"][0]) if problem["loc"] else ""
         source = sources.get(f"{group}.{top}", "?")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{group}.{name} (from {source}) is no setting of {group}; it has: "
-                         f"{', '.join(GROUPS[group].model_fields)}")
+            lines.append(
+                f"{group}.{name} (from {source}) is no setting of {group}; it has: "
+                f"{', '.join(GROUPS[group].model_fields)}"
+            )
         else:
             lines.append(f"{flag_name(top)} (from {source}): {problem['msg']}")
     return "; ".join(lines)

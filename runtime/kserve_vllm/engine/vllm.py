@@ -183,15 +183,15 @@ class VLLMEngine:
             ConfigError: the flags contradict each other or the model.
             Exception: whatever vLLM raises where loading fails.
         """
-        self._client = await asyncio.to_thread(self._start_process)
+        self._client = client = await asyncio.to_thread(self._start_process)
         # Not before the engine runs: these want the event loop.
-        await self._client.reset_mm_cache()
-        self._tasks = tuple(await self._client.get_supported_tasks())
+        await client.reset_mm_cache()
+        self._tasks = tuple(await client.get_supported_tasks())
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
-        self._app = build_app(self._args, self._tasks, self._client.model_config)  # type: ignore[arg-type]
-        await init_app_state(self._client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
+        self._app = build_app(self._args, self._tasks, client.model_config)  # type: ignore[arg-type]
+        await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
 
     def _start_process(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -236,9 +236,7 @@ class VLLMEngine:
         # vLLM's lifespan writes the statistics line and freezes the heap.
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
-    async def watch(
-        self, interval_s: float, stall_timeout_s: float, on_gone: Callable[[str], None]
-    ) -> None:
+    async def watch(self, interval_s: float, stall_timeout_s: float, on_gone: Callable[[str], None]) -> None:
         """Watch the engine until cancelled; call `on_gone` once with the reason when it is dead or hangs.
 
         A dead engine process is seen within half a second. Every `interval_s` seconds all workers are asked for a

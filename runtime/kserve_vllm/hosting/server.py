@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.lifecycle import Lifecycle
@@ -98,7 +98,7 @@ class GRPCServer:
         self._settings = settings
         self._lifecycle = lifecycle
         self._server: grpc.aio.Server | None = None
-        self._health: health.aio.HealthServicer | None = None
+        self._health: Any = None
         self.port = 0
 
     async def start(self) -> None:
@@ -117,12 +117,12 @@ class GRPCServer:
             ]
         )
         server.add_generic_rpc_handlers((self._servicer.handler(),))
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         pool = self._servicer.messages.pool
         pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        pool.AddSerializedFile(reflection._reflection_pb2.DESCRIPTOR.serialized_pb)
+        pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
         reflection.enable_server_reflection(names, server, pool=pool)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         address = f"{host}:{self._settings.grpc_port}"
@@ -137,7 +137,10 @@ class GRPCServer:
         await server.start()
         self._server = server
         await self._publish()
-        self._lifecycle.on_change(lambda _: asyncio.ensure_future(self._publish()))
+        self._lifecycle.on_change(self._on_change)
+
+    def _on_change(self, _: Lifecycle) -> None:
+        self._publishing = asyncio.ensure_future(self._publish())
 
     async def _publish(self) -> None:
         assert self._health is not None

@@ -14,7 +14,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
 _Field = descriptor_pb2.FieldDescriptorProto
+if TYPE_CHECKING:
+    _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 def _descriptor() -> descriptor_pb2.FileDescriptorProto:
@@ -38,7 +40,8 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
         raise ImportError("the kserve package is not installed")
     path = Path(spec.submodule_search_locations[0]) / "protocol" / "grpc" / "grpc_predict_v2_pb2.py"
     module_spec = importlib.util.spec_from_file_location("_kserve_grpc_predict_v2_pb2", path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     file = descriptor_pb2.FileDescriptorProto()
@@ -119,7 +122,7 @@ class Servicer:
         """Set the object that answers inference, a `protocol.grpc_backend.Backend`, once the engine runs."""
         self._backend = backend
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self) -> Any:
         """The generic handler to add to a `grpc.aio` server."""
         handlers = {}
         for name, method in self.messages.methods.items():
@@ -133,7 +136,7 @@ class Servicer:
                 handlers[name] = grpc.unary_unary_rpc_method_handler(self._unary(name), **options)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def _unary(self, name: str) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
+    def _unary(self, name: str) -> Callable[[Any, _Context], Awaitable[Any]]:
         answer = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -150,7 +153,7 @@ class Servicer:
             "RepositoryIndex": self._index,
         }.get(name)
 
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def call(request: Any, context: _Context) -> Any:
             request_id, metadata = _metadata(context)
             try:
                 if work is None:
@@ -168,10 +171,10 @@ class Servicer:
 
         return call
 
-    async def _server_live(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def _server_live(self, request: Any, context: _Context) -> Any:
         return self.messages.ServerLiveResponse(live=self._lifecycle.live)
 
-    async def _server_ready(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def _server_ready(self, request: Any, context: _Context) -> Any:
         return self.messages.ServerReadyResponse(ready=self._lifecycle.ready)
 
     async def _model_ready(self, request: Any, metadata: Mapping[str, str]) -> Any:
@@ -205,9 +208,7 @@ class Servicer:
         if not self._allow_control:
             raise Forbidden("loading and unloading is switched off; --allow-model-control switches it on")
 
-    async def _model_stream_infer(
-        self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[Any]:
+    async def _model_stream_infer(self, requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
         """Answer the requests of one stream side by side; responses carry their request's id."""
         request_id, metadata = _metadata(context)
         refusal: RequestError | None = self._gate.refusal()
@@ -258,13 +259,13 @@ class Servicer:
             queue.put_nowait(answer)
 
 
-def _metadata(context: grpc.aio.ServicerContext) -> tuple[str, dict[str, str]]:
+def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
     """The call's request id, and its text metadata."""
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     return metadata.get("x-request-id") or uuid.uuid4().hex, metadata
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: RequestError) -> None:
+async def _abort(context: _Context, error: RequestError) -> None:
     trailing = []
     if isinstance(error, Unavailable) and error.retry_after_s is not None:
         trailing.append(("retry-after", str(error.retry_after_s)))

@@ -61,9 +61,7 @@ class Backend:
         response, _ = await self._plane.infer(request.model_name, parsed, metadata)
         return tensors.to_grpc(response, message, raw=bool(request.raw_input_contents))
 
-    async def stream(
-        self, request: Any, metadata: dict[str, str], new: Callable[[], Any]
-    ) -> AsyncIterator[Any]:
+    async def stream(self, request: Any, metadata: dict[str, str], new: Callable[[], Any]) -> AsyncIterator[Any]:
         """Answer a request of `ModelStreamInfer` with `ModelInferResponse` messages, the last one marked as final.
 
         Raises:

@@ -213,7 +213,7 @@ class Routes:
         """One model, for OpenAI's clients (`id`) and V1's (`name`, `ready`) in one body."""
         await self._require(model_name)
         cards = (await self._engine.openai_models())["data"]
-        card = next((card for card in cards if card["id"] == model_name), {})
+        card: dict[str, Any] = next((card for card in cards if card["id"] == model_name), {})
         return _json({**card, "name": model_name, "ready": True})
 
     async def v1_predict(self, request: Request, model_name: str) -> Response:
@@ -253,8 +253,8 @@ def _v2_router(routes: Routes) -> APIRouter:
     errors = schemas.ERRORS
     router.add_api_route("", routes.server_metadata, methods=["GET"], responses=schemas.SERVER_METADATA)
     for path, summary in schemas.HEALTH.items():
-        router.add_api_route(path, _answered_by_edge, methods=["GET"], summary=summary, responses=schemas.HEALTH_ANSWERS,
-                             operation_id=summary)  # fmt: skip
+        router.add_api_route(path, _answered_by_edge, methods=["GET"], summary=summary,
+                             responses=schemas.HEALTH_ANSWERS, operation_id=summary)  # fmt: skip
     router.add_api_route("/models", routes.list_models, methods=["GET"], responses=schemas.MODEL_LIST)
     router.add_api_route("/repository/index", routes.repository_index, methods=["POST"],
                          openapi_extra=schemas.body("RepositoryIndexRequest", required=False),

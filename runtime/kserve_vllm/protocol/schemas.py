@@ -18,7 +18,10 @@ _PARAMETERS: dict[str, Any] = {
 }
 _DATATYPE: dict[str, Any] = {
     "type": "string",
-    "enum": "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 BYTES".split(),
+    "enum": [
+        *("BOOL", "BYTES", "FP16", "FP32", "FP64"),
+        *(f"{sign}INT{n}" for sign in ("", "U") for n in (8, 16, 32, 64)),
+    ],
 }
 _SHAPE: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 8}
 _TEXT: dict[str, Any] = {"type": "string"}

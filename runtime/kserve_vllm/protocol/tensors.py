@@ -151,9 +151,7 @@ def from_grpc(request: Any) -> InferRequest:
     inputs = []
     for position, message in enumerate(request.inputs):
         datatype = message.datatype.upper()
-        tensor = InferInput(
-            message.name, list(message.shape), datatype, parameters=grpc_parameters(message.parameters)
-        )
+        tensor = InferInput(message.name, list(message.shape), datatype, parameters=grpc_parameters(message.parameters))
         _shape(tensor.shape, f"inputs[{position}]")
         if raw:
             if message.HasField("contents"):

@@ -86,7 +86,7 @@ class TextRequest:
         wanted: what to answer.
     """
 
-    prompts: Sequence[str] | Sequence[list[int]]
+    prompts: Sequence[str | Sequence[int]]
     shape: tuple[int, ...]
     as_ids: bool
     ids_dtype: str
@@ -213,7 +213,7 @@ class V2Text:
 
     def _prompts(
         self, by_name: Mapping[str, InferInput]
-    ) -> tuple[Sequence[str] | Sequence[list[int]], tuple[int, ...], bool, str]:
+    ) -> tuple[Sequence[str | Sequence[int]], tuple[int, ...], bool, str]:
         if ("text_input" in by_name) == ("input_ids" in by_name):
             raise InvalidRequest("give one of the inputs text_input and input_ids", field="text_input")
         if "text_input" in by_name:
