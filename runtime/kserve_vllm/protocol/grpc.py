@@ -161,7 +161,7 @@ class Servicer:
                 if name == "ModelReady" and not self._lifecycle.ready:
                     return self.messages.ModelReadyResponse(ready=False)
                 self._keys.check(metadata.get("authorization"))
-                with self._gate.enter():
+                with self._gate.enter(needs_model=name == "ModelInfer"):
                     return await work(request, {**metadata, "x-request-id": request_id})
             except RequestError as error:
                 await _abort(context, error)
