@@ -416,6 +416,7 @@ class VLLMEngine:
                             choice.cumulative_logprob,
                             _plain_logprobs(choice.logprobs) if choice.logprobs else None,
                             prompt_tokens,
+                            output.finished and choice is output.outputs[-1],
                         )
         except Exception as error:
             raise self._translate(error, job.request_id, started) from error

@@ -163,17 +163,15 @@ class V2Text:
             )
         (job,) = text.jobs(request.model_name, request_id, trace, stream=True)
         single = replace(text, shape=(1,))
-        unfinished = int(text.options.get("n") or 1)
         async with contextlib.aclosing(self._engine.generate(job)) as pieces:
             async for piece in pieces:
-                unfinished -= piece.finish_reason is not None
                 outputs = tensors.select_outputs(_text_outputs(single, [[piece]]), request.request_outputs)
                 response = InferResponse(
                     request.id, request.model_name, outputs, model_version=request.model_version or VERSION
                 )
                 if text.options.get("n", 1) != 1:
                     response.parameters = {"index": piece.index}
-                yield response, unfinished == 0
+                yield response, piece.last
 
     def parse(self, request: InferRequest) -> TextRequest:
         """Decode and check the tensors and parameters of a text request.
