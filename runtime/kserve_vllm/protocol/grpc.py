@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
-from kserve_vllm.errors import Forbidden, InternalError, NotFound, RequestError, Unavailable
+from kserve_vllm.errors import Forbidden, InternalError, InvalidRequest, NotFound, RequestError, Unavailable
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.edge import Keys
@@ -27,6 +28,8 @@ from kserve_vllm.protocol.edge import Keys
 log = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
+# Characters of an error's sentence that fit into the trailers (8 KiB by default), percent-encoded.
+_MAX_DETAILS = 500
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -127,7 +130,7 @@ class Servicer:
         handlers = {}
         for name, method in self.messages.methods.items():
             options = {
-                "request_deserializer": self.messages.of(method.input_type).FromString,
+                "request_deserializer": _decoder(self.messages.of(method.input_type)),
                 "response_serializer": lambda message: message.SerializeToString(),
             }
             if name == "ModelStreamInfer":
@@ -156,6 +159,7 @@ class Servicer:
         async def call(request: Any, context: _Context) -> Any:
             request_id, metadata = _metadata(context)
             try:
+                _check_decoded(request)
                 if work is None:
                     raise NotFound(f"{name} is not served")
                 if name == "ModelReady" and not self._lifecycle.ready:
@@ -244,19 +248,38 @@ class Servicer:
     async def _answer_one(self, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]) -> None:
         new = self.messages.ModelStreamInferResponse
         try:
+            _check_decoded(request)
             with self._gate.enter():
                 async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
                     queue.put_nowait(new(infer_response=response))
         except RequestError as error:
             answer = new(error_message=error.message)
-            answer.infer_response.id = request.id
-            answer.infer_response.model_name = request.model_name
+            if not isinstance(request, DecodeError):
+                answer.infer_response.id = request.id
+                answer.infer_response.model_name = request.model_name
             queue.put_nowait(answer)
         except Exception as error:
             log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
             answer = new(error_message=InternalError(metadata["x-request-id"]).message)
             answer.infer_response.id = request.id
             queue.put_nowait(answer)
+
+
+def _decoder(message: Any) -> Callable[[bytes], Any]:
+    """Parses a message. What can't be parsed is handed on as the error, since grpc itself would answer INTERNAL."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            return error
+
+    return decode
+
+
+def _check_decoded(request: Any) -> None:
+    if isinstance(request, DecodeError):
+        raise InvalidRequest("the message can't be decoded: it is cut off, or has text that is not valid UTF-8")
 
 
 def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
@@ -269,4 +292,4 @@ async def _abort(context: _Context, error: RequestError) -> None:
     trailing = []
     if isinstance(error, Unavailable) and error.retry_after_s is not None:
         trailing.append(("retry-after", str(error.retry_after_s)))
-    await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(trailing))
+    await context.abort(grpc.StatusCode[error.grpc_status], error.message[:_MAX_DETAILS], tuple(trailing))
