@@ -143,7 +143,7 @@ def test_a_named_tool_is_called(one: openai.OpenAI) -> None:
         },
     }
     answer = one.chat.completions.create(
-        model="demo", messages=QUESTION, temperature=0, max_tokens=64, tools=[tool],
+        model="demo", messages=QUESTION, temperature=0, max_tokens=128, tools=[tool],
         tool_choice={"type": "function", "function": {"name": "add"}},
     )  # fmt: skip
     (call,) = answer.choices[0].message.tool_calls
