@@ -1,8 +1,9 @@
 """V2 over gRPC: KServe's `GRPCInferenceService` with Triton's `ModelStreamInfer` under the same service name.
 
 The messages are KServe's own, read from the descriptor that kserve ships, with what Triton's clients need beside them:
-`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, and the repository index. They live in a
-descriptor pool of their own, since Triton's client library declares the same names.
+`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, the repository index, and the field in
+which load and unload name the model. They live in a descriptor pool of their own, since Triton's client library
+declares the same names.
 Source of the additions' field numbers: triton-inference-server/common, `grpc_service.proto`.
 """
 
@@ -70,6 +71,11 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
         row.field.add(name=name, number=number, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
     listing.field.add(name="models", number=1, type=_Field.TYPE_MESSAGE, label=_Field.LABEL_REPEATED,
                       type_name=".inference.RepositoryIndexResponse.ModelIndex")  # fmt: skip
+
+    # Triton's field 1 names a repository, of which there is one here; KServe's names the model.
+    for name in ("RepositoryModelLoadRequest", "RepositoryModelUnloadRequest"):
+        control = next(m for m in file.message_type if m.name == name)
+        control.field.add(name="triton_model_name", number=2, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
 
     service = next(s for s in file.service if s.name == "GRPCInferenceService")
     service.method.add(name="ModelStreamInfer", input_type=".inference.ModelInferRequest",
@@ -196,13 +202,15 @@ class Servicer:
 
     async def _load(self, request: Any, metadata: Mapping[str, str]) -> Any:
         self._check_control()
-        await self._backend.load(request.model_name)
-        return self.messages.RepositoryModelLoadResponse(model_name=request.model_name, isLoaded=True)
+        name = request.triton_model_name or request.model_name
+        await self._backend.load(name)
+        return self.messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: Any, metadata: Mapping[str, str]) -> Any:
         self._check_control()
-        await self._backend.unload(request.model_name)
-        return self.messages.RepositoryModelUnloadResponse(model_name=request.model_name, isUnloaded=True)
+        name = request.triton_model_name or request.model_name
+        await self._backend.unload(name)
+        return self.messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
     async def _index(self, request: Any, metadata: Mapping[str, str]) -> Any:
         rows = [row for row in self._backend.index() if not request.ready or row["state"] == "READY"]
