@@ -431,6 +431,13 @@ class Course:
             word = word.capitalize()
         return upper_exchange(word, self.vary(self.rng.choice(UPPER_TEMPLATES)))
 
+    def copying(self) -> Exchange:
+        """A row of words to repeat or to write in capitals: dense practice in copying letter by letter."""
+        words = " ".join(training_word(self.rng) for _ in range(self.rng.randint(1, 4)))
+        if self.rng.random() < 0.6:
+            return repeat_exchange(words, self.rng.choice(REPEAT_TEMPLATES))
+        return upper_exchange(words, self.rng.choice(UPPER_TEMPLATES))
+
     def fact(self) -> Exchange:
         """A question about the project, or a greeting."""
         fact = self.rng.choice(FACTS)
@@ -593,7 +600,7 @@ Kind = tuple[float, Callable[[], Sample]]
 
 
 def kinds_for(course: Course, style: str, drill: bool = False) -> list[Kind]:
-    """The mixture of samples from which a style is learned; a drill is mostly sums."""
+    """The mixture of samples from which a style is learned; a drill is mostly sums and copying."""
     chats: list[Kind] = [
         (0.35, lambda: chat_sample(course, style, 1)),
         (0.20, lambda: chat_sample(course, style, course.rng.randint(2, 3))),
@@ -601,11 +608,12 @@ def kinds_for(course: Course, style: str, drill: bool = False) -> list[Kind]:
     ]
     if style == "base":
         if drill:
-            sums = [
-                (0.55, lambda: raw_text(course)),
-                (0.25, lambda: dialogue([course.sum()], style, course.system())),
+            practice: list[Kind] = [
+                (0.45, lambda: raw_text(course)),
+                (0.15, lambda: dialogue([course.sum()], style, course.system())),
+                (0.28, lambda: dialogue([course.copying()], style, None)),
             ]
-            return [*((share * 0.20 / 0.67, draw) for share, draw in chats), *sums]
+            return [*((share * 0.12 / 0.67, draw) for share, draw in chats), *practice]
         return [*chats, (0.33, lambda: raw_text(course))]
     # An adapter has whole new sentences to learn, so it sees them more often.
     return [*chats, (0.33, lambda: dialogue([course.fact()], style, course.system()))]
@@ -1020,7 +1028,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--adapter-steps", type=int, default=400, help="steps of an adapter (default: %(default)s)"
     )
     parser.add_argument(
-        "--draft-steps", type=int, default=1200, help="steps of the draft (default: %(default)s)"
+        "--draft-steps", type=int, default=800, help="steps of the draft (default: %(default)s)"
     )
     parser.add_argument(
         "--batch-tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)"
@@ -1066,7 +1074,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train("drill", model, text, scaled(options.drill_steps), options.learning_rate / 2)
         save_model(model, tokenizer, folder)
         report("model", model, "base", sums=10**6, others=200)
-    else:
+    elif set(ADAPTERS) & set(options.only):
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     for style in ADAPTERS:
@@ -1077,7 +1085,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(style, model, text, scaled(options.adapter_steps), options.learning_rate)
         round_parameters([p for p in model.parameters() if p.requires_grad])
         save_adapter(layers, options.out / "adapters" / style)
-        report(style, model, style, sums=1000, others=100)
+        report(style, model, style, sums=500, others=100)
         remove_lora(model, layers)
 
     if "draft" in options.only:
@@ -1086,7 +1094,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"draft: {sum(p.numel() for p in draft.parameters()):,} parameters", flush=True)
         train("draft", draft, text, scaled(options.draft_steps), options.learning_rate)
         save_model(draft, tokenizer, options.out / "draft")
-        report("draft", draft, "base", sums=1000, others=100)
+        report("draft", draft, "base", sums=200, others=40)
 
     print("\nexact answers to held-out questions, greedy:")
     print("\n".join(lines))
