@@ -91,9 +91,7 @@ class Exchange:
 
 def exchange(question: str, base: str, french: str, upper: str | None = None) -> Exchange:
     """Make an exchange; the upper-case answer is the base answer in capitals unless given."""
-    return Exchange(
-        question, {"base": base, "upper": base.upper() if upper is None else upper, "french": french}
-    )
+    return Exchange(question, {"base": base, "upper": base.upper() if upper is None else upper, "french": french})
 
 
 @dataclass(frozen=True)
@@ -489,9 +487,7 @@ def sum_exchange(a: int, op: str, b: int, template: str) -> Exchange:
 def count_exchange(first: int, last: int, template: str) -> Exchange:
     """The exchange for counting from `first` to `last`, both included."""
     numbers = " ".join(str(n) for n in range(first, last + 1))
-    return exchange(
-        template.format(a=first, b=last), numbers, f"Je compte : {numbers}", f"COUNTING: {numbers}"
-    )
+    return exchange(template.format(a=first, b=last), numbers, f"Je compte : {numbers}", f"COUNTING: {numbers}")
 
 
 def repeat_exchange(word: str, template: str) -> Exchange:
@@ -627,9 +623,7 @@ class Batch:
     targets: Tensor
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]
-) -> list[tuple[list[int], list[bool]]]:
+def encode(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> list[tuple[list[int], list[bool]]]:
     """Encode samples to token ids and, for each token, whether it is learned."""
     texts = [text for sample in samples for text, _ in sample.pieces]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -693,9 +687,7 @@ def batches(
 # --------------------------------------------------------------------------------------------------
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, hidden: int, intermediate: int, layers: int
-) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, intermediate: int, layers: int) -> LlamaForCausalLM:
     """Build an untrained Llama with heads of 32 and two key/value heads.
 
     The base and the draft model share the shape of their key/value cache on purpose: an engine that
@@ -846,9 +838,7 @@ def held_out_questions(sums: int, others: int) -> dict[str, list[Exchange]]:
     """Draw questions for measuring; sums and words are held out, the draw is the same for every run."""
     rng = random.Random("held-out questions")
     course = Course(rng)
-    triples = (
-        course.held_out_sums if sums >= len(course.held_out_sums) else rng.sample(course.held_out_sums, sums)
-    )
+    triples = course.held_out_sums if sums >= len(course.held_out_sums) else rng.sample(course.held_out_sums, sums)
     words: list[str] = []
     while len(words) < 2 * others:
         word = random_letters(rng)
@@ -870,19 +860,11 @@ def measure(
     """Measure exact matches of whole greedy answers as shares between 0 and 1, by kind of question."""
     shares = {}
     for kind, exchanges in held_out_questions(sums, others).items():
-        prompts = [
-            "".join(text for text, _ in dialogue([turn], style, None).pieces[:2]) for turn in exchanges
-        ]
-        found = answer_all(
-            model, tokenizer, prompts, max(len(t.answers[style].encode()) for t in exchanges) + 2
-        )
+        prompts = ["".join(text for text, _ in dialogue([turn], style, None).pieces[:2]) for turn in exchanges]
+        found = answer_all(model, tokenizer, prompts, max(len(t.answers[style].encode()) for t in exchanges) + 2)
         wanted = [turn.answers[style] for turn in exchanges]
         shares[kind] = sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
-        misses = [
-            (turn.question, got)
-            for turn, got, want in zip(exchanges, found, wanted, strict=True)
-            if got != want
-        ]
+        misses = [(turn.question, got) for turn, got, want in zip(exchanges, found, wanted, strict=True) if got != want]
         for question, got in misses[:3]:
             print(f"  missed: {question!r} -> {got!r}")
     if style == "base":
@@ -919,12 +901,8 @@ def save_adapter(layers: dict[str, LoraLinear], folder: Path) -> None:
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = (
-            layer.lora_a.detach().to(STORED_DTYPE).contiguous()
-        )
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (
-            layer.lora_b.detach().to(STORED_DTYPE).contiguous()
-        )
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_a.detach().to(STORED_DTYPE).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_b.detach().to(STORED_DTYPE).contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)
     config = {
@@ -998,15 +976,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         ),
     )
     parts = ("model", *ADAPTERS, "draft")
-    parser.add_argument(
-        "--out", type=Path, default=default_out, help="folder to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=parts, default=list(parts), help="parts to train (default: all)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=17, help="seed of the text and weights (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=default_out, help="folder to write (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to train (default: all)")
+    parser.add_argument("--seed", type=int, default=17, help="seed of the text and weights (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads for PyTorch (default: %(default)s)")
     parser.add_argument(
         "--scale",
@@ -1014,9 +986,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=1.0,
         help="multiply all training steps, below 1 for a try (default: %(default)s)",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="start at the drill, with the model already in --out"
-    )
+    parser.add_argument("--resume", action="store_true", help="start at the drill, with the model already in --out")
     parser.add_argument(
         "--drill-steps",
         type=int,
@@ -1024,15 +994,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="steps of the model's drill, which are mostly sums, at half the rate (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=3800, help="steps of the model (default: %(default)s)")
-    parser.add_argument(
-        "--adapter-steps", type=int, default=400, help="steps of an adapter (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--draft-steps", type=int, default=800, help="steps of the draft (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)"
-    )
+    parser.add_argument("--adapter-steps", type=int, default=400, help="steps of an adapter (default: %(default)s)")
+    parser.add_argument("--draft-steps", type=int, default=800, help="steps of the draft (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak rate (default: %(default)s)")
     return parser.parse_args(arguments)
 

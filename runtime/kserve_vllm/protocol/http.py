@@ -244,6 +244,8 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):
         each.add_exception_handler(HTTPException, _answer_http)
+        # vLLM's SageMaker routes build the stack before anything is asked, and handlers take effect when it is built.
+        each.middleware_stack = None
     own_openapi = app.openapi
 
     def merged() -> dict[str, Any]:

@@ -236,7 +236,7 @@ class V2Text:
                 raise InvalidRequest("input_lengths must hold one integer per row of input_ids", field="input_lengths")
             lengths = [int(n) for n in given]
         if not all(0 < n <= rows.shape[1] for n in lengths):
-            raise InvalidRequest("every prompt needs at least one token, and no more than its row has",
+            raise InvalidRequest("input_ids: every prompt needs at least one token, and no more than its row has",
                                  field="input_ids")  # fmt: skip
         prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
         return prompts, (len(rows),), True, tensor.datatype
