@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from kserve_vllm.errors import BodyTooLarge, InternalError, NotFound, RequestError, Unauthenticated
+from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError, Unauthenticated
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
@@ -191,7 +191,11 @@ class Edge:
 
 
 class _Guard:
-    """Watches the start of one response: adds the request id, and takes internals out of a 500."""
+    """Watches the start of one response: adds the request id, and takes internals out of a 500.
+
+    vLLM answers 501 to a request for what the model can't do. That is the request's fault, not the server's, and V2
+    and V1 say 400: so does this.
+    """
 
     def __init__(self, send: Send, request_id: str, path: str) -> None:
         self._send = send
@@ -199,6 +203,7 @@ class _Guard:
         self._path = path
         self.answered = False
         self._swallow = False
+        self._refused = False
 
     def send(self, message: Message) -> Awaitable[None]:
         """ASGI's send."""
@@ -207,11 +212,17 @@ class _Guard:
             if message["status"] == 500:
                 self._swallow = True
                 return self.fail(InternalError(self._request_id), forced=True)
+            if message["status"] == 501:
+                self._refused = True
+                return _nothing()
             headers = message.setdefault("headers", [])
             if not any(name == b"x-request-id" for name, _ in headers):
                 message["headers"] = [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]
         elif self._swallow:
             return _nothing()
+        elif self._refused:
+            self._swallow = True
+            return self.fail(InvalidRequest(_openai_message(message.get("body", b""))), forced=True)
         return self._send(message)
 
     async def fail(self, error: RequestError, forced: bool = False) -> None:
@@ -223,6 +234,13 @@ class _Guard:
         headers = [*wire.error_headers(error, self._request_id), (b"content-length", str(len(body)).encode())]
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _openai_message(body: bytes) -> str:
+    try:
+        return str(orjson.loads(body)["error"]["message"])
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        return "this model or server does not do that"
 
 
 def _about_models(method: str, path: str) -> bool:
