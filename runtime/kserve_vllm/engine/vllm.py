@@ -14,12 +14,13 @@ import contextlib
 import difflib
 import logging
 import os
-import signal
+import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
+import psutil
 
 from kserve_vllm.errors import (
     ConfigError,
@@ -174,7 +175,7 @@ class VLLMEngine:
         self._tasks: tuple[str, ...] = ()
         self._stack = contextlib.AsyncExitStack()
         self._unloaded: dict[str, str] = {}
-        self._pids: set[int] = set()
+        self._processes: list[psutil.Process] = []
         self.served = True
         """False while the base model is unloaded through the repository API."""
 
@@ -214,6 +215,7 @@ class VLLMEngine:
             if self._args.reasoning_parser_plugin:
                 ReasoningParserManager.import_reasoning_parser(self._args.reasoning_parser_plugin)
             validate_api_server_args(self._args)
+            self._default_to_eager_without_compiler()
             engine_args = AsyncEngineArgs.from_cli_args(self._args)
             propagate_flash_late_interaction(self._args, engine_args)
             context = UsageContext.OPENAI_API_SERVER
@@ -230,6 +232,15 @@ class VLLMEngine:
             disable_log_stats=engine_args.disable_log_stats,
         )
 
+    def _default_to_eager_without_compiler(self) -> None:
+        """torch.compile writes C++ on a CPU; without a compiler, serve eagerly instead of failing."""
+        from vllm.platforms import current_platform
+
+        compilers = ("g++", "c++", "clang++", os.environ.get("CXX", "g++"))
+        if current_platform.is_cpu() and not self._args.enforce_eager and not any(map(shutil.which, compilers)):
+            log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
+            self._args.enforce_eager = True
+
     async def warm_up(self) -> None:
         """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""
         if self.generates:
@@ -238,7 +249,7 @@ class VLLMEngine:
                 pass
         elif self.embeds:
             await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
-        self._pids = _descendants()
+        self._processes = psutil.Process().children(recursive=True)
         # vLLM's lifespan writes the statistics line and freezes the heap.
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
@@ -274,9 +285,10 @@ class VLLMEngine:
 
     def kill(self) -> None:
         """Send SIGKILL to the engine and worker processes that this process started."""
-        for pid in self._pids & _descendants():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Not by descent: a worker whose engine died belongs to init. psutil checks that a pid was not taken over.
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     async def stop(self) -> None:
         """End the engine process. Whatever is still in flight is aborted."""
@@ -595,9 +607,3 @@ def _plain_logprobs(logprobs: Any) -> list[dict[str, dict[str, Any]]]:
         }
         for position in logprobs
     ]
-
-
-def _descendants() -> set[int]:
-    import psutil
-
-    return {child.pid for child in psutil.Process().children(recursive=True)}
