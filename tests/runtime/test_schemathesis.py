@@ -43,7 +43,7 @@ def statuses(server: Server, operation: Any, mode: GenerationMode) -> dict[int, 
     found: dict[int, str] = {}
 
     @settings(
-        max_examples=25,
+        max_examples=15,
         deadline=None,
         derandomize=True,
         database=None,
