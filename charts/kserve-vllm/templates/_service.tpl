@@ -103,5 +103,6 @@ drainDelay, gpus, engineArgs (head and workers alike), args, fetch (what KServe 
 {{- end -}}
 {{- end -}}
 {{- $_ := set $s "flags" ($flags | uniq) -}}
+{{- include "kserve-vllm.checkService" (list $root $s) | trim -}}
 {{- $s | toJson -}}
 {{- end }}

@@ -1,9 +1,11 @@
 """Fill a directory of a volume with a model: resumable, checked file by file, and idle when all is there.
 
 The one argument is JSON: {directory, files: [{url, sha256, path}], repository, revision, endpoint, exclude}.
-A file is written as NAME.part, goes on with a Range request where it was cut off, and takes its name only after its
-checksum was right. What was checked is remembered with size and time of change, so a second run reads no data.
+A file is written as NAME.part, goes on with a Range request where it was cut off, and takes its name only
+after its checksum was right. What was checked is remembered with size and time of change, so that a second
+run reads no data.
 """
+
 import fnmatch
 import hashlib
 import json
@@ -134,7 +136,9 @@ def main():
                 break
             except OSError as error:
                 print(f"attempt {attempt + 1}: {error}", flush=True)
-                if attempt == 4 or (isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)):
+                if attempt == 4 or (
+                    isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
+                ):
                     sys.exit(f"could not fetch {path}")
                 time.sleep(min(2**attempt, 30))
         state = os.stat(target)

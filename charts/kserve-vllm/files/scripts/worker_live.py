@@ -1,11 +1,13 @@
 """Liveness of a worker: fail once the head that it joined is another process or is gone for good."""
+
 import os
+import pathlib
 import sys
 import urllib.request
 
-memory = "/tmp/head-started"
+memory = pathlib.Path("/tmp/head-started")
 head = os.environ["HEAD_SVC"]
-seen = open(memory).read() if os.path.exists(memory) else ""
+seen = memory.read_text() if memory.exists() else ""
 started = "alive"
 try:
     with urllib.request.urlopen(f"http://{head}:8080/metrics", timeout=5) as answer:
@@ -18,4 +20,4 @@ except OSError as error:
     sys.exit(1 if seen else 0)
 if seen and seen != started:
     sys.exit(f"head started anew: {seen} was {started}")
-open(memory, "w").write(started)
+memory.write_text(started)

@@ -1,4 +1,5 @@
 """Start one worker of a multi-node service: find this node's rank, then become `kserve-vllm serve`."""
+
 import os
 import socket
 import sys
@@ -8,7 +9,7 @@ nodes = int(os.environ["PIPELINE_PARALLEL_SIZE"])
 me = os.environ["VLLM_HOST_IP"]
 service = os.environ.get("WORKER_SVC", "")
 rank = 1
-# /tmp outlives a restart of the container; what the liveness probe remembered of the head does not count any more.
+# /tmp outlives a restart of the container: what the liveness probe remembered of the head is void.
 if os.path.exists("/tmp/head-started"):
     os.remove("/tmp/head-started")
 if nodes > 2:
