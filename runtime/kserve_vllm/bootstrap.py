@@ -1,0 +1,239 @@
+"""Builds every object by hand, in one place, and runs the process from the first open port to the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from importlib.metadata import version
+
+from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
+from kserve_vllm.errors import ConfigError
+from kserve_vllm.gate import Gate
+from kserve_vllm.hosting.server import GRPCServer, HTTPServer
+from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.protocol.edge import Edge, Keys
+from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.settings import Settings
+from kserve_vllm.telemetry import logs
+from kserve_vllm.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_EVERY_S = 10.0
+_CLOSE_GRACE_S = 2.0
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop. Returns the exit code: 0 after a drain, 1 where loading or the engine failed.
+
+    Raises:
+        ConfigError: a setting can't be used.
+    """
+    logs.configure()
+    if settings.model.demo:
+        # The default takes half of the machine's memory for a model of a few MiB.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    try:
+        import uvloop
+
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    except ImportError:
+        runner = asyncio.Runner()
+    with runner:
+        return runner.run(_Process(settings).main())
+
+
+class _Process:
+    """One run of the server."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._version = version("kserve-vllm")
+        self._engine_version: str | None = None
+        self._lifecycle = Lifecycle()
+        self._gate = Gate(self._lifecycle)
+        self._stop = asyncio.Event()
+        self._failed = asyncio.Event()
+        keys = Keys(key.get_secret_value() for key in settings.server.api_key)
+        metrics = Metrics(self._lifecycle, lambda: self._gate.in_flight)
+        limit = settings.server.max_body_mib << 20
+        self._edge = Edge(self._lifecycle, self._gate, keys, limit, metrics.render, self._versions)
+        self._servicer = Servicer(self._lifecycle, self._gate, keys, settings.server.allow_model_control)
+        self._http = HTTPServer(self._edge, settings.server)
+        self._grpc = GRPCServer(self._servicer, settings.server, self._lifecycle) if settings.server.grpc_port else None
+        self._engine: VLLMEngine | None = None
+
+    def _versions(self) -> dict[str, str]:
+        known = {"version": self._engine_version} if self._engine_version else {}
+        return {**known, "kserve_vllm": self._version}
+
+    async def main(self) -> int:
+        """From the first open port to the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        self._http.start()
+        if self._grpc is not None:
+            await self._grpc.start()
+        log.info("listening on HTTP port %d%s; loading %s", self._http.port,
+                 f" and gRPC port {self._grpc.port}" if self._grpc else "", self._model)  # fmt: skip
+        loading = asyncio.create_task(self._load())
+        progress = asyncio.create_task(self._report_progress())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        progress.cancel()
+        try:
+            if loading.done():
+                loading.result()
+                return await self._serve(stopping)
+            return await self._give_up_loading(loading)
+        except ConfigError:
+            self._lifecycle.to(State.FAILED, "a setting can't be used")
+            raise
+        except Exception as error:
+            log.exception("loading failed", exc_info=error)
+            self._lifecycle.to(State.FAILED, "loading failed")
+            return 1
+        finally:
+            stopping.cancel()
+            await self._close()
+
+    @property
+    def _model(self) -> str:
+        return next(flag.tokens[1] for flag in self._settings.engine if flag.key == "model")
+
+    async def _load(self) -> None:
+        self._lifecycle.to(State.LOADING)
+        args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
+        self._engine = engine = VLLMEngine(args)
+        # kserve takes seconds to import; let that pass while the engine process starts.
+        await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
+        from kserve_vllm.engine import vllm
+        from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
+        from kserve_vllm.protocol.grpc_backend import Backend
+        from kserve_vllm.protocol.http import Routes, build_app
+        from kserve_vllm.protocol.v1 import V1Text
+        from kserve_vllm.protocol.v2 import V2Text
+
+        self._engine_version = vllm.version()
+        self._lifecycle.to(State.WARMING)
+        server = self._settings.server
+        text = V2Text(engine, server.max_batch)
+        models = EngineModels(engine, self._lifecycle, text, V1Text(engine, server.max_batch))
+        plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
+        routes = Routes(plane, models, engine, text, server.allow_model_control)
+        self._edge.attach(build_app(routes, engine, self._version), engine.app)
+        self._servicer.attach(Backend(plane, models, text))
+        await engine.warm_up()
+
+    async def _serve(self, stopping: asyncio.Task[bool]) -> int:
+        """Be ready until a signal comes or the engine is gone; then drain or fail."""
+        engine = self._engine
+        assert engine is not None
+        life = self._settings.lifecycle
+        watching = asyncio.create_task(
+            engine.watch(life.engine_probe_interval, life.engine_stall_timeout, self._on_engine_gone)
+        )
+        self._lifecycle.to(State.READY)
+        _announce(self._settings, self._http.port, self._grpc.port if self._grpc else 0, engine.names[0])
+        failing = asyncio.create_task(self._failed.wait())
+        try:
+            await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._failed.is_set():
+                await self._drain(failing)
+            return await self._fail() if self._failed.is_set() else 0
+        finally:
+            watching.cancel()
+            failing.cancel()
+
+    async def _drain(self, failing: asyncio.Task[bool]) -> None:
+        life = self._settings.lifecycle
+        self._lifecycle.to(State.DRAINING)
+        log.info("draining: %d requests in flight, up to %g s", self._gate.in_flight, life.drain_timeout)
+        if life.drain_delay:
+            await asyncio.wait({failing}, timeout=life.drain_delay)
+        self._gate.close()
+        idle = asyncio.create_task(self._gate.wait_idle(life.drain_timeout))
+        await asyncio.wait({idle, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if idle.done() and not idle.result():
+            log.warning("drain timeout: %d requests are cut off", self._gate.in_flight)
+        idle.cancel()
+
+    async def _fail(self) -> int:
+        """Let what was in flight get its error, then exit with 1."""
+        log.critical("%s; exiting with code 1", self._lifecycle.reason)
+        limit = self._settings.lifecycle.engine_dead_exit_after
+        grace = min(limit, _CLOSE_GRACE_S)
+        # Probes should see the state before the port closes.
+        await asyncio.sleep(grace)
+        await self._gate.wait_idle(max(0.0, limit - 2 * grace))
+        return 1
+
+    async def _give_up_loading(self, loading: asyncio.Task[None]) -> int:
+        """A signal came before the model was loaded: nothing to drain."""
+        log.info("stopped while loading")
+        self._lifecycle.to(State.DRAINING, "stopped while loading")
+        loading.cancel()
+        self._kill_children()
+        # The thread that waits for the engine can't be interrupted; the process ends without it.
+        await self._close()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def _kill_children(self) -> None:
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+
+    async def _close(self) -> None:
+        """Close the ports and end the engine."""
+        self._lifecycle.to(State.STOPPED)
+        self._gate.close()
+        await self._http.stop(_CLOSE_GRACE_S)
+        if self._grpc is not None:
+            await self._grpc.stop(_CLOSE_GRACE_S)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.stop()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            log.warning("second signal: exiting at once")
+            self._kill_children()
+            os._exit(1)
+        self._stop.set()
+
+    def _on_engine_gone(self, reason: str) -> None:
+        self._lifecycle.to(State.FAILED, reason)
+        self._failed.set()
+
+    async def _report_progress(self) -> None:
+        while True:
+            await asyncio.sleep(_PROGRESS_EVERY_S)
+            log.info("%s for %.0f s", self._lifecycle.state.value, self._lifecycle.seconds)
+
+
+def _import_heavy() -> None:
+    import kserve_vllm.hosting.model
+    import kserve_vllm.protocol.grpc_backend  # noqa: F401
+
+
+def _announce(settings: Settings, http_port: int, grpc_port: int, model: str) -> None:
+    """Say that the server is ready, and what to type next."""
+    host = f"http{'s' if settings.server.ssl_certfile else ''}://localhost:{http_port}"
+    chat = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
+    infer = '{"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["17 + 25 ="]}]}'
+    lines = [
+        "",
+        f"Ready: {model} on {host}" + (f", gRPC on localhost:{grpc_port}" if grpc_port else ""),
+        "Try, in another terminal:",
+        f"  curl {host}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'",
+        f"  curl {host}/v2/models/{model}/infer -d '{infer}'",
+        f"  {host}/docs shows everything that is served.",
+        "",
+    ]
+    print("\n".join(lines), flush=True)

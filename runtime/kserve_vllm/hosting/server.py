@@ -1,0 +1,174 @@
+"""The two listeners: HTTP (uvicorn) and gRPC (grpc.aio). Both are open before anything is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from kserve_vllm.errors import ConfigError
+from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.protocol.grpc import SERVICE, Servicer
+from kserve_vllm.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+# Longer than the idle timeout of the proxies in front (Envoy: 60 s), so that they close first.
+_KEEP_ALIVE_S = 75
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its own signal handlers; the bootstrap owns those."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HTTPServer:
+    """Serves one ASGI app on one port.
+
+    Args:
+        app: the edge.
+        settings: host, port and TLS files.
+
+    Raises:
+        ConfigError: the port can't be had, or the TLS files can't be used.
+    """
+
+    def __init__(self, app: Any, settings: ServerSettings) -> None:
+        self._socket = _bind(settings.host, settings.http_port, "--http-port")
+        try:
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=settings.access_log,
+                lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                server_header=False,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+                backlog=_BACKLOG,
+            )
+            config.load()
+        except OSError as error:
+            raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
+        self._server = _QuietServer(config)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+        return int(self._socket.getsockname()[1])
+
+    def start(self) -> None:
+        """Begin to serve, in a task of the running loop."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the port, give open connections `grace_s` seconds, then cancel what is left."""
+        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()
+
+
+class GRPCServer:
+    """Serves V2 gRPC, standard health and reflection on one port.
+
+    Args:
+        servicer: answers the calls.
+        settings: host, port, TLS files and the largest message.
+        lifecycle: the state that health answers read.
+    """
+
+    def __init__(self, servicer: Servicer, settings: ServerSettings, lifecycle: Lifecycle) -> None:
+        self._servicer = servicer
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._server: grpc.aio.Server | None = None
+        self._health: Any = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Open the port.
+
+        Raises:
+            ConfigError: the port can't be had.
+        """
+        limit = self._settings.max_body_mib << 20
+        # Without SO_REUSEPORT a second process on the same port fails instead of taking half of the calls.
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        server.add_generic_rpc_handlers((self._servicer.handler(),))
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        pool = self._servicer.messages.pool
+        pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
+        reflection.enable_server_reflection(names, server, pool=pool)
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        address = f"{host}:{self._settings.grpc_port}"
+        try:
+            credentials = _credentials(self._settings)
+            if credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"--grpc-port {self._settings.grpc_port} can't be opened: {error}") from error
+        await server.start()
+        self._server = server
+        await self._publish()
+        self._lifecycle.on_change(self._on_change)
+
+    def _on_change(self, _: Lifecycle) -> None:
+        self._publishing = asyncio.ensure_future(self._publish())
+
+    async def _publish(self) -> None:
+        assert self._health is not None
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if self._lifecycle.ready else statuses.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give open ones `grace_s` seconds, then cancel what is left."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{flag} {port} can't be opened: {error.strerror}. Choose another one with {flag}") from error
+    return sock
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
+        return None
+    pair = (Path(settings.ssl_keyfile).read_bytes(), Path(settings.ssl_certfile).read_bytes())
+    return grpc.ssl_server_credentials([pair])

@@ -1,0 +1,251 @@
+"""The front door for HTTP: health, metrics and refusals at once, everything else through the gate to an app.
+
+A plain ASGI callable that works from the first second, long before any app exists. Per request it makes a request id,
+checks the key and the body's size, and enters the gate. `send` is wrapped once, by a plain function that only looks at
+the first message of a response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import orjson
+
+from kserve_vllm.errors import BodyTooLarge, InternalError, NotFound, RequestError, Unauthenticated
+from kserve_vllm.gate import Gate
+from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.protocol import wire
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LIVE = {"/v2/health/live", "/"}
+_READY = {"/v2/health/ready", "/health", "/ping"}
+_DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
+_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/models(/.*)?$")
+_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+_METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class Keys:
+    """The keys of `--api-key`; everything passes where there are none."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def check(self, authorization: str | None) -> None:
+        """Check an `Authorization` header, in time that does not depend on the key.
+
+        Raises:
+            Unauthenticated: it is missing or wrong.
+        """
+        if not self._digests:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        known = False
+        for other in self._digests:
+            known |= hmac.compare_digest(digest, other)
+        if not known or scheme.lower() != "bearer":
+            raise Unauthenticated("missing or wrong API key; send it as `Authorization: Bearer KEY`")
+
+
+class Edge:
+    """The ASGI app that the HTTP server runs.
+
+    Args:
+        lifecycle: the state that health answers read.
+        gate: admits requests and counts them.
+        keys: checks `Authorization`.
+        max_body: largest request body in bytes.
+        metrics: renders the metrics in Prometheus' text format.
+        version: the body of `/version`.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        gate: Gate,
+        keys: Keys,
+        max_body: int,
+        metrics: Callable[[], bytes],
+        version: Callable[[], dict[str, str]],
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._gate = gate
+        self._keys = keys
+        self._max_body = max_body
+        self._metrics = metrics
+        self._version = version
+        self._ours: ASGIApp | None = None
+        self._vllm: ASGIApp | None = None
+
+    def attach(self, ours: ASGIApp, vllm: ASGIApp) -> None:
+        """Set the apps behind the gate, once the engine runs."""
+        self._ours, self._vllm = ours, vllm
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path.startswith("/openai/v1"):
+            path = path.removeprefix(wire.OPENAI_ALIAS)
+            scope["path"], scope["raw_path"] = path, path.encode()
+        if scope["method"] in ("GET", "HEAD") and await self._open_answer(path, send):
+            return
+        request_id, headers = _request_id(scope)
+        guard = _Guard(send, request_id, path)
+        try:
+            self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
+            with self._gate.enter():
+                receive = await self._limited(headers, receive)
+                await self._app_for(path)(scope, receive, guard.send)
+        except RequestError as error:
+            await guard.fail(error)
+        except Exception as error:
+            if guard.answered:
+                log.debug("after the answer to %s: %r", request_id, error)
+                return
+            log.exception("request %s failed", request_id, exc_info=error)
+            await guard.fail(InternalError(request_id))
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        try:
+            self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
+            with self._gate.enter():
+                assert self._vllm is not None
+                await self._vllm(scope, receive, send)
+        except RequestError as error:
+            await receive()
+            await send({"type": "websocket.close", "code": 1013, "reason": error.message[:120]})
+
+    def _app_for(self, path: str) -> ASGIApp:
+        if self._ours is None or self._vllm is None:
+            raise NotFound("no such path")
+        return self._ours if path in _DOCS or _OURS.match(path) else self._vllm
+
+    async def _open_answer(self, path: str, send: Send) -> bool:
+        """Answer what is open to everyone at any time; False if `path` is none of that."""
+        life = self._lifecycle
+        if path in _LIVE:
+            await _answer(send, 200 if life.live else 503, orjson.dumps({**life.report(), "status": _alive(life)}))
+        elif path in _READY:
+            await _answer(send, 200 if life.ready else 503, orjson.dumps(life.report()))
+        elif path == "/metrics" or path == "/metrics/":
+            await _answer(send, 200, self._metrics(), _METRICS_TYPE)
+        elif path == "/version":
+            await _answer(send, 200, orjson.dumps(self._version()))
+        else:
+            return False
+        return True
+
+    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Refuse a body over the limit. A body without a length is read up to the limit first.
+
+        Raises:
+            BodyTooLarge: it is over the limit.
+        """
+        too_large = BodyTooLarge(
+            f"the body is larger than {self._max_body >> 20} MiB (--max-body-mib)", field="body", close=True
+        )
+        length = headers.get(b"content-length")
+        if length is not None:
+            if int(length) > self._max_body:
+                raise too_large
+            return receive
+        if b"transfer-encoding" not in headers:
+            return receive
+        messages: list[Message] = []
+        size = 0
+        while True:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            if size > self._max_body:
+                raise too_large
+            if not message.get("more_body"):
+                break
+        messages.reverse()
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return replay
+
+
+class _Guard:
+    """Watches the start of one response: adds the request id, and takes internals out of a 500."""
+
+    def __init__(self, send: Send, request_id: str, path: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self._path = path
+        self.answered = False
+        self._swallow = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """ASGI's send."""
+        if message["type"] == "http.response.start":
+            self.answered = True
+            if message["status"] == 500:
+                self._swallow = True
+                return self.fail(InternalError(self._request_id), forced=True)
+            headers = message.setdefault("headers", [])
+            if not any(name == b"x-request-id" for name, _ in headers):
+                message["headers"] = [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]
+        elif self._swallow:
+            return _nothing()
+        return self._send(message)
+
+    async def fail(self, error: RequestError, forced: bool = False) -> None:
+        """Answer with an error, unless a response has begun."""
+        if self.answered and not forced:
+            return
+        self.answered = True
+        body = wire.error_body(self._path, error)
+        headers = [*wire.error_headers(error, self._request_id), (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+async def _nothing() -> None:
+    return None
+
+
+def _alive(life: Lifecycle) -> str:
+    return "alive" if life.live else "dead"
+
+
+def _request_id(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
+    """The caller's `x-request-id` if it is usable, else a new one, set in the scope for everything behind."""
+    headers = dict(scope["headers"])
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    if _REQUEST_ID.match(given):
+        return given, headers
+    request_id = uuid.uuid4().hex
+    kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+    scope["headers"] = [*kept, (b"x-request-id", request_id.encode())]
+    return request_id, headers
+
+
+async def _answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json") -> None:
+    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

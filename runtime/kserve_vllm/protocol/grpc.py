@@ -1,0 +1,272 @@
+"""V2 over gRPC: KServe's `GRPCInferenceService` with Triton's `ModelStreamInfer` under the same service name.
+
+The messages are KServe's own, read from the descriptor that kserve ships, with what Triton's clients need beside them:
+`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, and the repository index. They live in a
+descriptor pool of their own, since Triton's client library declares the same names.
+Source of the additions' field numbers: triton-inference-server/common, `grpc_service.proto`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from kserve_vllm.errors import Forbidden, InternalError, NotFound, RequestError, Unavailable
+from kserve_vllm.gate import Gate
+from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.protocol.edge import Keys
+
+log = logging.getLogger(__name__)
+
+SERVICE = "inference.GRPCInferenceService"
+_Field = descriptor_pb2.FieldDescriptorProto
+if TYPE_CHECKING:
+    _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+def _descriptor() -> descriptor_pb2.FileDescriptorProto:
+    """KServe's file with Triton's additions."""
+    # By path: importing the kserve package takes seconds, and this has to answer probes before that.
+    spec = importlib.util.find_spec("kserve")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the kserve package is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "protocol" / "grpc" / "grpc_predict_v2_pb2.py"
+    module_spec = importlib.util.spec_from_file_location("_kserve_grpc_predict_v2_pb2", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    file = descriptor_pb2.FileDescriptorProto()
+    module.DESCRIPTOR.CopyToProto(file)
+
+    parameter = next(m for m in file.message_type if m.name == "InferParameter")
+    present = {f.name for f in parameter.field}
+    for name, number, kind in (("double_param", 4, _Field.TYPE_DOUBLE), ("uint64_param", 5, _Field.TYPE_UINT64)):
+        if name not in present:
+            parameter.field.add(name=name, number=number, type=kind, label=_Field.LABEL_OPTIONAL, oneof_index=0)
+
+    answer = file.message_type.add(name="ModelStreamInferResponse")
+    answer.field.add(name="error_message", number=1, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
+    answer.field.add(name="infer_response", number=2, type=_Field.TYPE_MESSAGE, label=_Field.LABEL_OPTIONAL,
+                     type_name=".inference.ModelInferResponse")  # fmt: skip
+
+    index = file.message_type.add(name="RepositoryIndexRequest")
+    index.field.add(name="repository_name", number=1, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
+    index.field.add(name="ready", number=2, type=_Field.TYPE_BOOL, label=_Field.LABEL_OPTIONAL)
+    listing = file.message_type.add(name="RepositoryIndexResponse")
+    row = listing.nested_type.add(name="ModelIndex")
+    for number, name in enumerate(("name", "version", "state", "reason"), start=1):
+        row.field.add(name=name, number=number, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
+    listing.field.add(name="models", number=1, type=_Field.TYPE_MESSAGE, label=_Field.LABEL_REPEATED,
+                      type_name=".inference.RepositoryIndexResponse.ModelIndex")  # fmt: skip
+
+    service = next(s for s in file.service if s.name == "GRPCInferenceService")
+    service.method.add(name="ModelStreamInfer", input_type=".inference.ModelInferRequest",
+                       output_type=".inference.ModelStreamInferResponse", client_streaming=True,
+                       server_streaming=True)  # fmt: skip
+    service.method.add(name="RepositoryIndex", input_type=".inference.RepositoryIndexRequest",
+                       output_type=".inference.RepositoryIndexResponse")  # fmt: skip
+    return file
+
+
+class Messages:
+    """The service's message classes, by name: `messages.ModelInferRequest`."""
+
+    def __init__(self) -> None:
+        self.pool = descriptor_pool.DescriptorPool()
+        self._file = _descriptor()
+        self.pool.Add(self._file) if hasattr(self.pool, "Add") else self.pool.AddSerializedFile(
+            self._file.SerializeToString()
+        )
+        self.methods = {
+            m.name: m for m in next(s for s in self._file.service if s.name == "GRPCInferenceService").method
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"inference.{name}"))
+
+    def of(self, type_name: str) -> Any:
+        """The class of a descriptor's type name, `.inference.ModelInferRequest`."""
+        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(type_name.lstrip(".")))
+
+
+class Servicer:
+    """Answers the service's calls.
+
+    Args:
+        lifecycle: the state that health answers read.
+        gate: admits calls and counts them.
+        keys: checks `authorization` in the metadata.
+        allow_control: whether clients may load and unload.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, gate: Gate, keys: Keys, allow_control: bool) -> None:
+        self.messages = Messages()
+        self._lifecycle = lifecycle
+        self._gate = gate
+        self._keys = keys
+        self._allow_control = allow_control
+        self._backend: Any = None
+
+    def attach(self, backend: Any) -> None:
+        """Set the object that answers inference, a `protocol.grpc_backend.Backend`, once the engine runs."""
+        self._backend = backend
+
+    def handler(self) -> Any:
+        """The generic handler to add to a `grpc.aio` server."""
+        handlers = {}
+        for name, method in self.messages.methods.items():
+            options = {
+                "request_deserializer": self.messages.of(method.input_type).FromString,
+                "response_serializer": lambda message: message.SerializeToString(),
+            }
+            if name == "ModelStreamInfer":
+                handlers[name] = grpc.stream_stream_rpc_method_handler(self._model_stream_infer, **options)
+            else:
+                handlers[name] = grpc.unary_unary_rpc_method_handler(self._unary(name), **options)
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def _unary(self, name: str) -> Callable[[Any, _Context], Awaitable[Any]]:
+        answer = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+        }.get(name)
+        if answer is not None:
+            return answer
+        work = {
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelInfer": self._model_infer,
+            "RepositoryModelLoad": self._load,
+            "RepositoryModelUnload": self._unload,
+            "RepositoryIndex": self._index,
+        }.get(name)
+
+        async def call(request: Any, context: _Context) -> Any:
+            request_id, metadata = _metadata(context)
+            try:
+                if work is None:
+                    raise NotFound(f"{name} is not served")
+                if name == "ModelReady" and not self._lifecycle.ready:
+                    return self.messages.ModelReadyResponse(ready=False)
+                self._keys.check(metadata.get("authorization"))
+                with self._gate.enter():
+                    return await work(request, {**metadata, "x-request-id": request_id})
+            except RequestError as error:
+                await _abort(context, error)
+            except Exception as error:
+                log.exception("request %s failed", request_id, exc_info=error)
+                await _abort(context, InternalError(request_id))
+
+        return call
+
+    async def _server_live(self, request: Any, context: _Context) -> Any:
+        return self.messages.ServerLiveResponse(live=self._lifecycle.live)
+
+    async def _server_ready(self, request: Any, context: _Context) -> Any:
+        return self.messages.ServerReadyResponse(ready=self._lifecycle.ready)
+
+    async def _model_ready(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        ready = await self._backend.model_ready(request.name, request.version)
+        return self.messages.ModelReadyResponse(ready=ready)
+
+    async def _server_metadata(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        return self.messages.ServerMetadataResponse(**self._backend.server_metadata())
+
+    async def _model_metadata(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        return self.messages.ModelMetadataResponse(**await self._backend.model_metadata(request.name, request.version))
+
+    async def _model_infer(self, request: Any, metadata: dict[str, str]) -> Any:
+        return await self._backend.infer(request, metadata, self.messages.ModelInferResponse())
+
+    async def _load(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        self._check_control()
+        await self._backend.load(request.model_name)
+        return self.messages.RepositoryModelLoadResponse(model_name=request.model_name, isLoaded=True)
+
+    async def _unload(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        self._check_control()
+        await self._backend.unload(request.model_name)
+        return self.messages.RepositoryModelUnloadResponse(model_name=request.model_name, isUnloaded=True)
+
+    async def _index(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        rows = [row for row in self._backend.index() if not request.ready or row["state"] == "READY"]
+        return self.messages.RepositoryIndexResponse(models=rows)
+
+    def _check_control(self) -> None:
+        if not self._allow_control:
+            raise Forbidden("loading and unloading is switched off; --allow-model-control switches it on")
+
+    async def _model_stream_infer(self, requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+        """Answer the requests of one stream side by side; responses carry their request's id."""
+        request_id, metadata = _metadata(context)
+        refusal: RequestError | None = self._gate.refusal()
+        try:
+            self._keys.check(metadata.get("authorization"))
+        except RequestError as error:
+            refusal = error
+        if refusal is not None:
+            await _abort(context, refusal)
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        reader = asyncio.create_task(self._read_stream(requests, queue, request_id, metadata))
+        try:
+            while (item := await queue.get()) is not None:
+                yield item
+            await reader
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read_stream(
+        self, requests: AsyncIterator[Any], queue: asyncio.Queue[Any], request_id: str, metadata: Mapping[str, str]
+    ) -> None:
+        count = 0
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for request in requests:
+                    count += 1
+                    headers = {**metadata, "x-request-id": f"{request_id}-{count}"}
+                    group.create_task(self._answer_one(request, queue, headers))
+        finally:
+            queue.put_nowait(None)
+
+    async def _answer_one(self, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]) -> None:
+        new = self.messages.ModelStreamInferResponse
+        try:
+            with self._gate.enter():
+                async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
+                    queue.put_nowait(new(infer_response=response))
+        except RequestError as error:
+            answer = new(error_message=error.message)
+            answer.infer_response.id = request.id
+            answer.infer_response.model_name = request.model_name
+            queue.put_nowait(answer)
+        except Exception as error:
+            log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
+            answer = new(error_message=InternalError(metadata["x-request-id"]).message)
+            answer.infer_response.id = request.id
+            queue.put_nowait(answer)
+
+
+def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
+    """The call's request id, and its text metadata."""
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return metadata.get("x-request-id") or uuid.uuid4().hex, metadata
+
+
+async def _abort(context: _Context, error: RequestError) -> None:
+    trailing = []
+    if isinstance(error, Unavailable) and error.retry_after_s is not None:
+        trailing.append(("retry-after", str(error.retry_after_s)))
+    await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(trailing))

@@ -1,0 +1,105 @@
+"""What the gRPC service answers with once the engine runs: messages to KServe's data plane and back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from kserve_vllm.errors import InvalidRequest, RequestError, Unavailable
+from kserve_vllm.protocol import tensors
+from kserve_vllm.protocol.http import Plane, Repository, check_version, trace_headers
+from kserve_vllm.protocol.v2 import V2Text
+
+_EMPTY_FINAL = "triton_enable_empty_final_response"
+_FINAL = "triton_final_response"
+
+
+class Backend:
+    """Inference, metadata and repository calls over gRPC.
+
+    Args:
+        plane: KServe's data plane over our models.
+        repository: the models.
+        text: the V2 translation, for streams.
+    """
+
+    def __init__(self, plane: Plane, repository: Repository, text: V2Text) -> None:
+        self._plane = plane
+        self._repository = repository
+        self._text = text
+
+    def server_metadata(self) -> dict[str, Any]:
+        """Name, version and extensions of the server."""
+        return self._plane.metadata()
+
+    async def model_metadata(self, name: str, version: str) -> dict[str, Any]:
+        """Fields of `ModelMetadataResponse`.
+
+        Raises:
+            NotFound: no such model or version.
+        """
+        check_version(name, version)
+        return await self._plane.model_metadata(name)
+
+    async def model_ready(self, name: str, version: str) -> bool:
+        """Whether a model answers requests.
+
+        Raises:
+            NotFound: no such model or version.
+        """
+        check_version(name, version)
+        return await self._plane.model_ready(name)
+
+    async def infer(self, request: Any, metadata: dict[str, str], message: Any) -> Any:
+        """Answer a `ModelInferRequest`; the answer is written into `message`.
+
+        Raises:
+            RequestError: the request can't be used or the engine fails.
+        """
+        await self._require(request)
+        parsed = tensors.from_grpc(request)
+        response, _ = await self._plane.infer(request.model_name, parsed, metadata)
+        return tensors.to_grpc(response, message, raw=bool(request.raw_input_contents))
+
+    async def stream(self, request: Any, metadata: dict[str, str], new: Callable[[], Any]) -> AsyncIterator[Any]:
+        """Answer a request of `ModelStreamInfer` with `ModelInferResponse` messages, the last one marked as final.
+
+        Raises:
+            RequestError: the request can't be used or the engine fails.
+        """
+        await self._require(request)
+        parsed = tensors.from_grpc(request)
+        wants_empty = bool((parsed.parameters or {}).get(_EMPTY_FINAL, False))
+        if not self._text.generates:
+            raise InvalidRequest("this model does not generate text; use ModelInfer", field="model_name")
+        stream = self._text.stream(parsed, metadata["x-request-id"], trace_headers(metadata))
+        try:
+            async for response, final in stream:
+                message = tensors.to_grpc(response, new(), raw=True)
+                message.parameters[_FINAL].bool_param = final and not wants_empty
+                yield message
+        finally:
+            await stream.aclose()
+        if wants_empty:
+            last = new()
+            last.model_name, last.id, last.model_version = request.model_name, request.id, "1"
+            last.parameters[_FINAL].bool_param = True
+            yield last
+
+    async def load(self, name: str) -> None:
+        """Serve a model again."""
+        await self._repository.load_model_by_name(name)
+
+    async def unload(self, name: str) -> None:
+        """Serve no new request with a model."""
+        await self._repository.unload_model_by_name(name)
+
+    def index(self) -> list[dict[str, str]]:
+        """State of every model."""
+        return self._repository.index()
+
+    async def _require(self, request: Any) -> None:
+        check_version(request.model_name, request.model_version)
+        if not await self._plane.model_ready(request.model_name):
+            error: RequestError = Unavailable(f"model {request.model_name!r} is not loaded", retry_after_s=5)
+            raise error

@@ -1,0 +1,143 @@
+"""Schemas of V1, V2 and generate for the OpenAPI document, and its merge with vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DESCRIPTION = (
+    "One engine, three protocols: OpenAI's API (vLLM's own, also under the prefix /openai), the Open Inference "
+    "Protocol V2 with its generate extension, and KServe's V1."
+)
+
+_SCALAR: dict[str, Any] = {"type": ["string", "number", "boolean"]}
+_PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "description": "Sampling parameters under OpenAI's names: max_tokens, temperature, top_p, stop, seed, n, ...",
+    "additionalProperties": True,
+}
+_DATATYPE: dict[str, Any] = {
+    "type": "string",
+    "enum": [
+        *("BOOL", "BYTES", "FP16", "FP32", "FP64"),
+        *(f"{sign}INT{n}" for sign in ("", "U") for n in (8, 16, 32, 64)),
+    ],
+}
+_SHAPE: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 8}
+_TEXT: dict[str, Any] = {"type": "string"}
+_FLAG: dict[str, Any] = {"type": "boolean"}
+
+
+def _object(required: list[str] | None = None, extra: bool = False, **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required or [],
+        "additionalProperties": extra,
+    }
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_TENSOR_METADATA = _object(["name", "datatype", "shape"], name=_TEXT, datatype=_DATATYPE,
+                           shape=_list({"type": "integer"}))  # fmt: skip
+_OUTPUT_TENSOR = _object(["name", "datatype", "shape"], name=_TEXT, datatype=_DATATYPE, shape=_SHAPE,
+                         data={"type": "array"}, parameters={"type": "object"})  # fmt: skip
+
+SCHEMAS: Mapping[str, dict[str, Any]] = {
+    "Error": _object(["error"], error=_TEXT),
+    "InferInputTensor": _object(
+        ["name", "datatype", "shape"], extra=True, name=_TEXT, datatype=_DATATYPE, shape=_SHAPE,
+        data={"type": "array"}, parameters={"type": "object"},
+    ),
+    "InferRequest": _object(
+        ["inputs"], extra=True, id=_TEXT, parameters=_PARAMETERS, inputs=_list(_ref("InferInputTensor")),
+        outputs=_list(_object(["name"], extra=True, name=_TEXT, parameters={"type": "object"})),
+    ),
+    "InferResponse": _object(
+        ["model_name", "model_version", "outputs"], id=_TEXT, model_name=_TEXT, model_version=_TEXT,
+        parameters={"type": "object"}, outputs=_list(_OUTPUT_TENSOR),
+    ),
+    "GenerateRequest": _object(
+        ["text_input"], extra=True, id=_TEXT, text_input=_TEXT, parameters=_PARAMETERS,
+        sampling_parameters={"type": ["string", "object"]}, exclude_input_in_output=_FLAG,
+    ),
+    "GenerateResponse": _object(["model_name", "model_version", "text_output"], extra=True, id=_TEXT, model_name=_TEXT,
+                                model_version=_TEXT, text_output={"type": ["string", "array"]}),
+    "RepositoryIndexRequest": _object(extra=True, ready=_FLAG),
+    "PredictRequest": _object(
+        ["instances"], extra=True, parameters=_PARAMETERS,
+        instances={"type": "array", "minItems": 1, "items": {"type": ["string", "object"]}},
+    ),
+    "PredictResponse": _object(["predictions"], predictions={"type": "array"}),
+    "Health": _object(["ready", "live", "state", "seconds"], extra=True, ready=_FLAG, live=_FLAG, state=_TEXT,
+                      seconds={"type": "number"}, reason=_TEXT),
+    "ServerMetadata": _object(["name", "version", "extensions"], name=_TEXT, version=_TEXT, extensions=_list(_TEXT)),
+    "ModelList": _object(["models"], models=_list(_TEXT)),
+    "ModelMetadata": _object(["name", "platform", "inputs", "outputs"], name=_TEXT, versions=_list(_TEXT),
+                             platform=_TEXT, inputs=_list(_TENSOR_METADATA), outputs=_list(_TENSOR_METADATA)),
+    "ModelReady": _object(["name", "ready"], name=_TEXT, ready=_FLAG),
+    "ModelState": _object(["name", "version", "state", "reason"], name=_TEXT, version=_TEXT,
+                          state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT),
+    "Control": _object(["name"], extra=True, name=_TEXT),
+    "Models": _object(["object", "data", "models"], object=_TEXT, data=_list({"type": "object"}), models=_list(_TEXT)),
+    "Model": _object(["name", "ready"], extra=True, name=_TEXT, ready=_FLAG),
+}  # fmt: skip
+
+
+def _answer(schema: dict[str, Any] | str, media_type: str = "application/json") -> dict[int | str, dict[str, Any]]:
+    content = {media_type: {"schema": _ref(schema) if isinstance(schema, str) else schema}}
+    return {200: {"description": "Answered", "content": content}}
+
+
+def _error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": _ref("Error")}}}
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: _error("The request can't be used; the sentence names the field"),
+    403: _error("Not allowed"),
+    404: _error("No such model or version"),
+    413: _error("The body is too large"),
+    503: _error("Loading, draining, unloaded, or the engine is gone"),
+}
+HEALTH = {"/health/live": "server_live", "/health/ready": "server_ready"}
+HEALTH_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **_answer("Health"),
+    503: {"description": "No", "content": {"application/json": {"schema": _ref("Health")}}},
+}
+SERVER_METADATA = _answer("ServerMetadata")
+MODEL_LIST = _answer("ModelList")
+MODEL_METADATA = _answer("ModelMetadata")
+MODEL_READY = _answer("ModelReady")
+REPOSITORY_INDEX = _answer(_list(_ref("ModelState")))
+CONTROL = _answer("Control")
+INFER = _answer("InferResponse")
+INFER[200]["content"]["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+GENERATE = _answer("GenerateResponse")
+GENERATE_STREAM = _answer({"type": "string"}, "text/event-stream")
+PREDICT = _answer("PredictResponse")
+V1_MODELS = _answer("Models")
+V1_MODEL = _answer("Model")
+
+
+def body(schema: str, required: bool = True) -> dict[str, Any]:
+    """The `requestBody` of an operation whose handler parses the body itself."""
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": _ref(schema)}}}}
+
+
+def merge(own: dict[str, Any], vllm: dict[str, Any]) -> dict[str, Any]:
+    """One document of both apps. Where both have a path, ours is the one that answers."""
+    document = dict(own)
+    document["paths"] = {**vllm.get("paths", {}), **own["paths"]}
+    theirs = vllm.get("components", {})
+    ours = own.get("components", {})
+    document["components"] = {**theirs, **ours}
+    document["components"]["schemas"] = {**theirs.get("schemas", {}), **ours.get("schemas", {}), **SCHEMAS}
+    return document

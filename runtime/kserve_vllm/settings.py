@@ -1,0 +1,289 @@
+"""The tree of typed settings, and where each value came from.
+
+Four groups: `model`, `server`, `lifecycle` and `engine`. The first three are declared here, one field a setting; a
+field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its place in the
+YAML file (`server.http_port`). The fourth holds vLLM's own engine flags, which vLLM's own parser checks.
+
+Sources, strongest first: flags, variables, the file, the profile (engine flags alone), defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from kserve_vllm.errors import ConfigError
+
+ENV_PREFIX = "KSERVE_VLLM_"
+_LINK_SUFFIX = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|^PORT(_|$)|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
+_LINK_VALUE = re.compile(r"^(tcp|udp|sctp)://")
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _setting(default: Any, help_text: str, aliases: Sequence[str] = (), **limits: Any) -> Any:
+    extra: dict[str, Any] = {"aliases": list(aliases)}
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=help_text, json_schema_extra=extra, **limits)
+    return Field(default=default, description=help_text, json_schema_extra=extra, **limits)
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
+
+
+class ModelSettings(_Group):
+    """What is served, and under which name."""
+
+    model: str | None = _setting(
+        None,
+        "Model to serve: a folder or a Hugging Face id. Default: /mnt/models where that folder exists.",
+        ["model-id"],
+    )
+    model_dir: str | None = _setting(None, "KServe's spelling of a model folder; the same as --model FOLDER.")
+    model_name: list[str] = _setting(
+        [],
+        "Name under which clients ask for the model; may be given several times. Default: the model's id, "
+        "and the last part of it.",
+        ["served-model-name"],
+    )
+    demo: bool = _setting(False, "Serve the small demo model that comes with the package, with its two adapters.")
+    profile: str = _setting(
+        "balanced",
+        "A set of engine flags: balanced, high-throughput, low-latency, cost-optimized or long-context. "
+        "`kserve-vllm profiles` shows what each one sets.",
+    )
+
+
+class ServerSettings(_Group):
+    """Where the process listens and what it lets in."""
+
+    host: str = _setting("0.0.0.0", "Address to listen on, for HTTP and gRPC.")  # noqa: S104
+    http_port: Port = _setting(8080, "Port for OpenAI, V2 REST, V1, health and metrics.", ["port"])
+    grpc_port: Port = _setting(8081, "Port for V2 gRPC; 0 switches gRPC off.")
+    max_body_mib: int = _setting(64, "Largest request body in MiB; a larger one is answered 413.", ge=1, le=2047)
+    max_batch: int = _setting(512, "Most texts in one V1 or V2 request; more is answered 400.", ge=1, le=65_536)
+    allow_model_control: bool = _setting(
+        False, "Let clients load and unload models and adapters through the V2 repository API."
+    )
+    api_key: list[SecretStr] = _setting(
+        [],
+        "Key that every request must carry as `Authorization: Bearer KEY`; may be given several times. "
+        "Probes and metrics stay open.",
+    )
+    ssl_certfile: str | None = _setting(None, "PEM file with the certificate chain; switches TLS on.")
+    ssl_keyfile: str | None = _setting(None, "PEM file with the certificate's private key.")
+    access_log: bool = _setting(False, "Write a line per HTTP request.")
+
+
+class LifecycleSettings(_Group):
+    """How the process starts, notices a dead engine, and ends. All in seconds."""
+
+    drain_timeout: Seconds = _setting(
+        60.0, "After SIGTERM, how long requests in flight may take to finish. Keep it below the pod's grace period."
+    )
+    drain_delay: Seconds = _setting(
+        0.0, "After SIGTERM, how long new requests are still taken while endpoints catch up."
+    )
+    engine_dead_exit_after: Seconds = _setting(
+        10.0, "How long the process stays up after the engine died, to answer what was in flight; then it exits 1."
+    )
+    engine_probe_interval: float = _setting(
+        5.0, "How often the engine and its workers are asked for a sign of life.", gt=0, le=3600
+    )
+    engine_stall_timeout: float = _setting(
+        60.0,
+        "How long the engine may owe that sign of life before it counts as hanging. Must be longer than the "
+        "longest single step of the model.",
+        gt=0,
+        le=86_400,
+    )
+
+
+GROUPS: Mapping[str, type[_Group]] = {
+    "model": ModelSettings,
+    "server": ServerSettings,
+    "lifecycle": LifecycleSettings,
+}
+
+
+@dataclass(frozen=True)
+class EngineFlag:
+    """One engine flag for vLLM's parser.
+
+    Attributes:
+        name: canonical name: no dashes in front, no `no-`, dashes for underscores, nothing after a dot.
+        key: what overrides what: the name with its dotted part.
+        tokens: the command-line words, already split.
+        source: where it came from, for people.
+    """
+
+    name: str
+    key: str
+    tokens: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The effective settings.
+
+    Attributes:
+        model, server, lifecycle: the typed groups.
+        engine: vLLM's flags, weakest source first; at most one source per key.
+        sources: `group.field` to where its value came from.
+    """
+
+    model: ModelSettings
+    server: ServerSettings
+    lifecycle: LifecycleSettings
+    engine: tuple[EngineFlag, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def engine_argv(self) -> list[str]:
+        """All engine flags as one argument list for vLLM's parser."""
+        return [token for flag in self.engine for token in flag.tokens]
+
+
+def fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every declared setting as (group, field name, field)."""
+    for group, cls in GROUPS.items():
+        for name, info in cls.model_fields.items():
+            yield group, name, info
+
+
+def aliases(info: FieldInfo) -> list[str]:
+    """Further flags (without dashes in front) that mean the same setting."""
+    extra = info.json_schema_extra
+    return [str(alias) for alias in extra["aliases"]] if isinstance(extra, dict) else []  # type: ignore[union-attr]
+
+
+def flag_name(field_name: str) -> str:
+    """`http_port` to `http-port`."""
+    return field_name.replace("_", "-")
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether the setting takes several values."""
+    return str(info.annotation).startswith("list[")
+
+
+def canonical(flag: str) -> tuple[str, str]:
+    """The (name, key) of a flag as typed: `--no-enable_lora` to (`enable-lora`, `enable-lora`).
+
+    A dotted flag sets one entry of a JSON value: `--compilation-config.level` has the name `compilation-config`.
+    """
+    bare = flag.lstrip("-").split("=", 1)[0]
+    head, dot, rest = bare.partition(".")
+    name = head.replace("_", "-")
+    name = name.removeprefix("no-")
+    return name, name + dot + rest
+
+
+def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], dict[str, str], list[str]]:
+    """Split `KSERVE_VLLM_*` variables into declared settings and engine flags.
+
+    Variables that Kubernetes injects for Services whose name begins with `kserve-vllm` are passed over.
+
+    Returns:
+        group to {field: text}; engine flag name to text; the variables that were passed over.
+    """
+    known = {ENV_PREFIX + name.upper(): (group, name, info) for group, name, info in fields()}
+    declared: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    engine: dict[str, str] = {}
+    passed_over: list[str] = []
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENV_PREFIX) or variable == ENV_PREFIX + "CONFIG":
+            continue
+        if variable in known and not _LINK_VALUE.match(text):
+            group, name, info = known[variable]
+            declared[group][name] = [part for part in text.split(",") if part] if is_list(info) else text
+        elif _LINK_VALUE.match(text) or _LINK_SUFFIX.search(variable.removeprefix(ENV_PREFIX)):
+            passed_over.append(variable)
+        else:
+            engine[variable.removeprefix(ENV_PREFIX).lower().replace("_", "-")] = text
+    return declared, engine, passed_over
+
+
+def read_file(path: str | None) -> dict[str, dict[str, Any]]:
+    """Read the YAML file: a mapping of group to settings.
+
+    Raises:
+        ConfigError: the file can't be read, isn't such a mapping, or has an unknown group.
+    """
+    if path is None:
+        return {}
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} can't be read: {error}") from error
+    if tree is None:
+        return {}
+    allowed = [*GROUPS, "engine"]
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in tree.values() if part is not None):
+        raise ConfigError(f"--config {path} must hold a mapping of {', '.join(allowed)} to settings")
+    for group in tree:
+        if group not in allowed:
+            raise ConfigError(f"--config {path}: unknown group {group!r}; the groups are {', '.join(allowed)}")
+    return {group: {str(k): v for k, v in (part or {}).items()} for group, part in tree.items()}
+
+
+def merge(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> tuple[dict[str, _Group], dict[str, str]]:
+    """Merge layers of raw values, strongest first, into validated groups.
+
+    Args:
+        layers: (source, {group: {field: raw value}}). `{name}` in a source becomes the flag's name and `{env}` its
+            variable's.
+
+    Raises:
+        ConfigError: an unknown field, or a value of the wrong type or out of range.
+    """
+    groups: dict[str, _Group] = {}
+    sources: dict[str, str] = {}
+    for group, cls in GROUPS.items():
+        values: dict[str, Any] = {}
+        for source, tree in layers:
+            for name, raw in tree.get(group, {}).items():
+                key = name.replace("-", "_")
+                if key in values:
+                    continue
+                values[key] = raw
+                sources[f"{group}.{key}"] = source.format(name=flag_name(key), env=ENV_PREFIX + key.upper())
+        try:
+            groups[group] = cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(group, error, sources)) from None
+        for name in cls.model_fields:
+            sources.setdefault(f"{group}.{name}", "default")
+    return groups, sources
+
+
+def _explain(group: str, error: ValidationError, sources: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        top = str(problem["loc"][0]) if problem["loc"] else ""
+        source = sources.get(f"{group}.{top}", "?")
+        if problem["type"] == "extra_forbidden":
+            lines.append(
+                f"{group}.{name} (from {source}) is no setting of {group}; it has: "
+                f"{', '.join(GROUPS[group].model_fields)}"
+            )
+        else:
+            lines.append(f"{flag_name(top)} (from {source}): {problem['msg']}")
+    return "; ".join(lines)
+
+
+def expand_home(path: str) -> str:
+    """A path with `~` and variables filled in."""
+    return os.path.expandvars(os.path.expanduser(path))

@@ -1,0 +1,124 @@
+"""Starts the real server as a process of its own, and waits for what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+READY_WITHIN_S = 300.0
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Server:
+    """`kserve-vllm serve` as a process, on loopback, logging to a file.
+
+    Args:
+        arguments: further arguments; `--demo` where none is given.
+        env: further variables.
+    """
+
+    def __init__(self, arguments: Sequence[str] = ("--demo",), env: Mapping[str, str] | None = None) -> None:
+        self.http_port, self.grpc_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.http_port}"
+        self.grpc_address = f"127.0.0.1:{self.grpc_port}"
+        self._log_file = tempfile.NamedTemporaryFile("w+", prefix="kserve-vllm-", suffix=".log")  # noqa: SIM115
+        command = [
+            sys.executable, "-m", "kserve_vllm", "serve", *arguments, "--host", "127.0.0.1",
+            "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port),
+        ]  # fmt: skip
+        self.started_at = time.monotonic()
+        self.process = subprocess.Popen(
+            command,
+            stdout=self._log_file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})},
+            start_new_session=False,
+        )
+
+    @property
+    def log(self) -> str:
+        """Everything that the process has written."""
+        return Path(self._log_file.name).read_text(errors="replace")
+
+    def wait_ready(self) -> Server:
+        """Wait until the server is ready; fail with its log when it ends before that."""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log[-6000:]}")
+            if self.health("/v2/health/ready").get("ready"):
+                return self
+            time.sleep(0.2)
+        raise AssertionError(f"not ready within {READY_WITHIN_S:g} s:\n{self.log[-6000:]}")
+
+    def health(self, path: str) -> dict[str, Any]:
+        """The body of a health answer; empty where nothing answers."""
+        try:
+            body: dict[str, Any] = httpx.get(self.url + path, timeout=5).json()
+        except (httpx.TransportError, ValueError):
+            return {}
+        return body
+
+    def status(self, path: str) -> int:
+        """The status of a GET; 0 where nothing answers."""
+        try:
+            return httpx.get(self.url + path, timeout=5).status_code
+        except httpx.TransportError:
+            return 0
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples whose labels include the given ones; 0 where there is none."""
+        total = 0.0
+        for line in httpx.get(self.url + "/metrics", timeout=10).text.splitlines():
+            match = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)$", line)
+            if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+                total += float(match[2])
+        return total
+
+    def children(self, name: str = "") -> list[psutil.Process]:
+        """Processes below the server whose command or title holds `name`."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if name in " ".join(child.cmdline()) or name in child.name():
+                    found.append(child)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """End the server as a kubelet does: SIGTERM, then SIGKILL after `timeout_s`. Returns its exit code."""
+        children = self.children() if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for child in children:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._log_file.close()
+        return int(self.process.returncode)
