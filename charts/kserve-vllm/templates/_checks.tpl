@@ -52,6 +52,9 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- if and (hasPrefix "--" .) (hasKey $owned $flag) }}
 {{- fail (printf "%s: extraArgs has --%s; set %s instead, other values are derived from it." $at $flag (index $owned $flag)) }}
 {{- end }}
+{{- if and (hasPrefix "--" .) (has $flag (list "api-key" "api_key")) }}
+{{- fail (printf "%s: extraArgs has a key in plain text; give it as env KSERVE_VLLM_API_KEY with valueFrom.secretKeyRef." $at) }}
+{{- end }}
 {{- if and (hasPrefix "--" .) (has $flag $fixed) }}
 {{- fail (printf "%s: extraArgs has --%s, which probes, ports and Services of the chart rely on." $at $flag) }}
 {{- end }}
