@@ -1,7 +1,7 @@
 """Options and fixtures of the chart's tests.
 
-    pytest tests/charts                   compare with the golden files
-    pytest tests/charts --update-golden   write them anew; read the difference before you commit it
+pytest tests/charts                   compare with the golden files
+pytest tests/charts --update-golden   write them anew; read the difference before you commit it
 """
 
 from __future__ import annotations

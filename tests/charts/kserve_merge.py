@@ -189,7 +189,12 @@ def worker_pod(service: Document, runtime: Document) -> Document:
     container = merge_container(theirs["containers"][0], (own.get("containers") or [{}])[0])
     tensor, pipeline = parallel_sizes(service, runtime)
     name = service["metadata"]["name"]
-    extra = {**_sizes(tensor, pipeline), "ISVC_NAME": name, "HEAD_SVC": f"{name}-head-1", "WORKER_SVC": f"{name}-workers-1"}
+    extra = {
+        **_sizes(tensor, pipeline),
+        "ISVC_NAME": name,
+        "HEAD_SVC": f"{name}-head-1",
+        "WORKER_SVC": f"{name}-workers-1",
+    }
     for key, value in extra.items():
         _set_env(container, key, value)
     _gpus(container, tensor)

@@ -193,13 +193,13 @@ def _core(kind: str, value: Any, at: str) -> Iterator[str]:
     if value is None:
         yield f"{at}: null"
         return
-    if match := re.fullmatch(r"list\[(.+)\]", kind):
+    if match := re.fullmatch(r"[lL]ist\[(.+)\]", kind):
         if not isinstance(value, list):
             yield f"{at}: {value!r} is not a list"
             return
         for index, child in enumerate(value):
             yield from _core(match.group(1), child, f"{at}[{index}]")
-    elif match := re.fullmatch(r"dict\((\w+), (.+)\)", kind):
+    elif match := re.fullmatch(r"[dD]ict[(\[](\w+), (.+)[)\]]", kind):
         if not isinstance(value, dict):
             yield f"{at}: {value!r} is not a map"
             return

@@ -34,12 +34,12 @@ class _CoreLoader(yaml.CSafeLoader):
 
 def load_all(text: str) -> list[Document]:
     """The documents of a YAML stream, without empty ones."""
-    return [document for document in yaml.load_all(text, Loader=_CoreLoader) if document]  # noqa: S506
+    return [document for document in yaml.load_all(text, Loader=_CoreLoader) if document]
 
 
 def load(path: Path) -> Any:
     """One YAML document from a file."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=_CoreLoader)  # noqa: S506
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_CoreLoader)
 
 
 def tool(name: str) -> str:
@@ -82,7 +82,7 @@ def refused(values: Mapping[str, Any]) -> str:
         text = str(error)
     else:
         raise AssertionError(f"the chart takes {values}")
-    sentence = re.search(r"error calling fail: (.*?)(?:\n\nUse --debug|$)", text, re.DOTALL)
+    sentence = re.search(r"execution error at \(.*?\): (.*?)(?:Use --debug|$)", text, re.DOTALL)
     return " ".join((sentence.group(1) if sentence else text).split())
 
 

@@ -136,9 +136,7 @@ def main():
                 break
             except OSError as error:
                 print(f"attempt {attempt + 1}: {error}", flush=True)
-                if attempt == 4 or (
-                    isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
-                ):
+                if attempt == 4 or (isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)):
                     sys.exit(f"could not fetch {path}")
                 time.sleep(min(2**attempt, 30))
         state = os.stat(target)

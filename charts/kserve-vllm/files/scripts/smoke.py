@@ -31,9 +31,7 @@ try:
         found = len(result["data"][0]["embedding"])
         print(f"{model} is ready and embeds into {found} dimensions")
     else:
-        result = json.loads(
-            ask("/openai/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 8})
-        )
+        result = json.loads(ask("/openai/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 8}))
         found = result["usage"]["completion_tokens"]
         print(f"{model} is ready and wrote {found} tokens")
 except urllib.error.HTTPError as error:
