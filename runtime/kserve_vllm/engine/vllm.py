@@ -14,12 +14,12 @@ import contextlib
 import difflib
 import logging
 import os
-import signal
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
+import psutil
 
 from kserve_vllm.errors import (
     ConfigError,
@@ -170,7 +170,7 @@ class VLLMEngine:
         self._tasks: tuple[str, ...] = ()
         self._stack = contextlib.AsyncExitStack()
         self._unloaded: dict[str, str] = {}
-        self._pids: set[int] = set()
+        self._processes: list[psutil.Process] = []
         self.served = True
         """False while the base model is unloaded through the repository API."""
 
@@ -232,7 +232,7 @@ class VLLMEngine:
                 pass
         elif self.embeds:
             await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
-        self._pids = _descendants()
+        self._processes = psutil.Process().children(recursive=True)
         # vLLM's lifespan writes the statistics line and freezes the heap.
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
@@ -268,9 +268,10 @@ class VLLMEngine:
 
     def kill(self) -> None:
         """Send SIGKILL to the engine and worker processes that this process started."""
-        for pid in self._pids & _descendants():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Not by descent: a worker whose engine died belongs to init. psutil checks that a pid was not taken over.
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     async def stop(self) -> None:
         """End the engine process. Whatever is still in flight is aborted."""
@@ -585,9 +586,3 @@ def _plain_logprobs(logprobs: Any) -> list[dict[str, dict[str, Any]]]:
         }
         for position in logprobs
     ]
-
-
-def _descendants() -> set[int]:
-    import psutil
-
-    return {child.pid for child in psutil.Process().children(recursive=True)}

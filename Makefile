@@ -1,0 +1,53 @@
+# make serve, make test: everything they need is set up first, and skipped where it is there already.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+MODEL ?=
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help
+help:
+	@echo "make serve [MODEL=hub-id-or-folder] [ARGS='flags']   serve the demo model, or MODEL"
+	@echo "make test [TESTS='paths and pytest flags']           all checks and tests, against the real engine"
+	@echo "make check                                           lint, format, types"
+	@echo "make lock                                            resolve the lock files again"
+	@echo "make clean                                           remove .venv and .tools"
+
+.PHONY: setup
+setup: python
+	@$(PYTHON) runtime/tools/setup_venv.py
+
+.PHONY: setup-dev
+setup-dev: python
+	@$(PYTHON) runtime/tools/setup_venv.py --dev
+	@if [ -f tests/tools/install_kube_tools.py ]; then $(BIN)/python tests/tools/install_kube_tools.py; fi
+
+.PHONY: python
+python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed; none was found. Name one: make PYTHON=/path/to/python3.12"; exit 1; }
+
+.PHONY: serve
+serve: setup
+	@exec $(BIN)/kserve-vllm serve $(if $(MODEL),$(MODEL),--demo) $(ARGS)
+
+.PHONY: check
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: test
+test: check
+	$(BIN)/python -m pytest $(TESTS)
+
+.PHONY: lock
+lock: setup
+	@$(PYTHON) -m venv .tools/uv && .tools/uv/bin/pip install -q uv==0.13.8
+	cd runtime/requirements && for name in runtime dev; do \
+		../../.tools/uv/bin/uv pip compile -q --universal --python-version 3.11 --no-annotate \
+		--no-header --generate-hashes $$name.in -o lock-$$name.txt; done
+
+.PHONY: clean
+clean:
+	rm -rf .venv .tools
