@@ -59,13 +59,17 @@ def helm(*arguments: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-def render(values: Mapping[str, Any], *arguments: str) -> list[Document]:
-    """The objects that the chart renders from `values`."""
-    text = helm(
+def render_text(values: Mapping[str, Any], *arguments: str) -> str:
+    """What the chart renders from `values`, as helm prints it."""
+    return helm(
         "template", "release", str(CHART), "--namespace", NAMESPACE, "--values", "-", *arguments,
         stdin=yaml.safe_dump(dict(values)),
     )  # fmt: skip
-    return load_all(text)
+
+
+def render(values: Mapping[str, Any], *arguments: str) -> list[Document]:
+    """The objects that the chart renders from `values`."""
+    return load_all(render_text(values, *arguments))
 
 
 @functools.cache

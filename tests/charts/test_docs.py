@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.charts.support import CHART, CI_FILES, ROOT, HelmError, load, render
+from tests.charts.support import CHART, CI_FILES, ROOT, HelmError, load, render_text
 
 GENERATOR = ROOT / "runtime" / "tools" / "gen_chart_docs.py"
 
@@ -120,84 +120,32 @@ def without(values: Any, path: tuple[str, ...]) -> Any:
     return changed
 
 
-def show(values: Any) -> object:
+def show(values: Any) -> str:
+    """What helm prints for `values`, be it objects or a refusal."""
     try:
-        return render(values)
+        return render_text(values)
     except HelmError as error:
         return str(error)
 
 
-def defaults() -> set[tuple[str, ...]]:
-    return {path for path in leaves(load(CHART / "values.yaml")) if path[0] not in ENTRIES}
-
-
-# Values that show in NOTES alone, which a render does not have, or that a default already says.
-SILENT = {("cluster", "gatewayAPI"), ("image", "tag"), ("cluster", "knativeNamespace")}
-
-
-def scenarios() -> Iterator[tuple[Any, tuple[str, ...]]]:
+def test_every_value_is_in_a_scenario_and_changes_what_it_renders() -> None:
+    everywhere: dict[tuple[str, ...], list[tuple[Path, tuple[str, ...]]]] = {}
     for path in CI_FILES:
-        values = load(path) or {}
-        for leaf in leaves(values):
-            if leaf:
-                yield values, leaf
-
-
-def changed(default: Any) -> Any:
-    """Another value of the same type."""
-    if isinstance(default, bool):
-        return not default
-    if isinstance(default, int | float):
-        return default + 1
-    return None
-
-
-def test_every_value_that_a_scenario_sets_does_something() -> None:
-    idle = set()
-    shown: dict[int, object] = {}
-    for values, leaf in scenarios():
-        before = shown.setdefault(id(values), show(values))
-        if show(without(values, leaf)) == before:
-            idle.add(documented(leaf))
-    # A switch or number that equals its default is set for the reader; no other may be idle.
-    known = {("inferenceServiceDefaults", "canary", "replicas")}
-    assert idle - SILENT - known <= {p for p in idle if p in EQUAL_TO_DEFAULT}, idle
-
-
-# Set in a scenario at the value of the default, to be read there.
-EQUAL_TO_DEFAULT: set[tuple[str, ...]] = set()
-
-
-def test_every_value_changes_something_or_is_in_a_scenario() -> None:
-    """Each documented value is set in a scenario, or a change of its default changes what is rendered."""
-    set_somewhere = set()
-    for _, leaf in scenarios():
-        path = documented(leaf)
-        set_somewhere |= {path[:length] for length in range(1, len(path) + 1)}
+        for leaf in leaves(load(path) or {}):
+            # A map may be documented as a whole (labels) or key by key (requests).
+            for length in range(1, len(leaf) + 1):
+                everywhere.setdefault(documented(leaf)[:length], []).append((path, leaf))
     tree = load(CHART / "values.yaml")
-    unused = []
-    base = render({})
-    for path in sorted(defaults() - set_somewhere):
-        if path in SILENT:
-            continue
-        node = tree
-        for key in path:
-            node = node[key]
-        other = changed(node) if not isinstance(node, str) else REPLACEMENTS.get(path)
-        values: Any = other
-        for key in reversed(path):
-            values = {key: values}
-        if other is None or render(values) == base:
-            unused.append(".".join(path))
-    assert not unused
-
-
-REPLACEMENTS = {
-    ("runtimes", "tmpSizeLimit"): "1Gi",
-    ("runtimes", "gpu", "sharedMemory"): "1Gi",
-    ("runtimes", "cpu", "sharedMemory"): "2Gi",
-    ("runtimes", "multinode", "sharedMemory"): "1Gi",
-    **{("runtimes", kind, "name"): "other" for kind in ("gpu", "cpu", "multinode")},
-    **{("runtimes", kind, "requests", "cpu"): "9" for kind in ("gpu", "cpu", "multinode")},
-    **{("runtimes", kind, "requests", "memory"): "9Gi" for kind in ("gpu", "cpu", "multinode")},
-}
+    wanted = {leaf for leaf in leaves(tree) if leaf[0] not in ENTRIES}
+    assert not wanted - set(everywhere), "in no scenario"
+    before: dict[Path, str] = {}
+    idle = []
+    for value in sorted(wanted):
+        for path, leaf in everywhere[value]:
+            values = load(path)
+            before.setdefault(path, show(values))
+            if show(without(values, leaf)) != before[path]:
+                break
+        else:
+            idle.append(".".join(value))
+    assert not idle

@@ -328,7 +328,7 @@ def test_gpu_products_are_added_to_every_required_term() -> None:
             assert term["matchExpressions"] == [
                 {"key": "topology.kubernetes.io/zone", "operator": "In", "values": [zone]},
                 {
-                    "key": "nvidia.com/gpu.product",
+                    "key": "gpu.example.com/product",
                     "operator": "In",
                     "values": ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"],
                 },

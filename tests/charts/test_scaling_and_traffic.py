@@ -218,7 +218,7 @@ def test_credentials_are_names_of_secrets() -> None:
     services = of_kind(documents, "InferenceService")
     assert services["fetched"]["spec"]["predictor"]["serviceAccountName"] == "model-reader"
     (token, _) = services["loaded"]["spec"]["predictor"]["model"]["env"]
-    assert token == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "HF_TOKEN"}}}
+    assert token == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf-token", "key": "token"}}}
 
 
 # Routes.
@@ -250,7 +250,7 @@ def test_pods_that_fail_are_taken_out_of_the_balance_for_every_backend() -> None
     hosts = {r["spec"]["host"] for r in rules.values()}
     assert hosts == {f"{name}-predictor.models.svc.cluster.local" for name in ("chat", "reader")}
     for rule in rules.values():
-        assert rule["spec"]["trafficPolicy"]["outlierDetection"]["consecutive5xxErrors"] == 5
+        assert rule["spec"]["trafficPolicy"]["outlierDetection"]["consecutive5xxErrors"] == 3
 
 
 # Model caches.
