@@ -102,12 +102,17 @@ def test_kedas_credentials_and_pace_are_handed_on() -> None:
     }
 
 
-def test_hpa_on_cpu_is_kserves_own() -> None:
+def test_hpa_on_cpu_is_the_charts_since_kserves_own_would_lose_its_pace() -> None:
     documents = render_ci(CI / "hpa-cpu-values.yaml")
-    assert not of_kind(documents, "HorizontalPodAutoscaler")
     isvc = of_kind(documents, "InferenceService")["small"]
-    assert isvc["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "hpa"
-    assert (isvc["spec"]["predictor"]["scaleMetric"], isvc["spec"]["predictor"]["scaleTarget"]) == ("cpu", 70)
+    assert isvc["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
+    spec = of_kind(documents, "HorizontalPodAutoscaler")["small-predictor"]["spec"]
+    target = {"type": "Utilization", "averageUtilization": 70}
+    assert spec["metrics"] == [{"type": "Resource", "resource": {"name": "cpu", "target": target}}]
+    assert spec["behavior"] == {"scaleDown": {"stabilizationWindowSeconds": 120}}
+    # Percent of a request: without one there is nothing to take a part of.
+    runtime = of_kind(documents, "ClusterServingRuntime")["kserve-vllm-cpu"]
+    assert runtime["spec"]["containers"][0]["resources"]["requests"]["cpu"]
 
 
 def test_hpa_on_a_metric_of_vllm_is_the_charts_and_kserve_leaves_it_alone() -> None:

@@ -140,10 +140,6 @@ scaleTarget: {{ int $s.target }}
 {{- with $s.autoscaling.knative.containerConcurrency }}
 containerConcurrency: {{ int . }}
 {{- end }}
-{{- else if and (eq $s.class "hpa") $s.resourceMetric }}
-scaleMetric: {{ $s.metric }}
-scaleMetricType: Utilization
-scaleTarget: {{ int $s.target }}
 {{- else if eq $s.class "keda" }}
 autoScaling:
   metrics:
@@ -166,16 +162,10 @@ autoScaling:
             name: {{ .name }}
         {{- end }}
         {{- end }}
-{{- end }}
-{{- $up := $s.autoscaling.stabilization.scaleUpSeconds }}
-{{- $down := $s.autoscaling.stabilization.scaleDownSeconds }}
-{{- $behaviour := or (not (kindIs "invalid" $up)) (not (kindIs "invalid" $down)) }}
-{{- if and $behaviour (eq $s.class "hpa") $s.resourceMetric }}
-autoScaling:
-{{- end }}
-{{- if and $behaviour (or (eq $s.class "keda") (and (eq $s.class "hpa") $s.resourceMetric)) }}
+  {{- with include "kserve-vllm.scalingBehaviour" $s | trim }}
   behavior:
-    {{- include "kserve-vllm.scalingBehaviour" $s | nindent 4 }}
+    {{- . | nindent 4 }}
+  {{- end }}
 {{- end }}
 timeout: {{ int $s.timeout }}
 {{- if $new }}
