@@ -166,7 +166,7 @@ def schema_of(value: Value) -> dict[str, Any]:
         if value.children:
             schema["properties"] = {child.path[-1]: schema_of(child) for child in value.children}
         elif "additionalProperties" not in overlay:
-            raise ValuesError(f"{'.'.join(value.path)} is an empty map; its @schema must say what may be in it")
+            raise ValuesError(f"{'.'.join(value.path)} is an empty map; its @schema must say what is in it")
     elif "type" not in overlay:
         raise ValuesError(f"{'.'.join(value.path)} is null by default; its @schema must have a type")
     return schema | overlay

@@ -82,6 +82,23 @@ CASES: dict[str, tuple[Document, str]] = {
         service(env=[{"name": "HF_TOKEN", "value": "x"}]),
         "HF_TOKEN looks like a secret and is given as plain text; use valueFrom.secretKeyRef",
     ),
+    "a flag of a runtime that targets follow": (
+        {"runtimes": {"gpu": {"extraArgs": ["--max_num_seqs=4"]}}},
+        "extraArgs has --max-num-seqs, which belongs to each InferenceService or to the chart",
+    ),
+    "a template in a runtime": (
+        {"runtimes": {"cpu": {"extraArgs": ["--x={{ y }}"]}}},
+        "two opening braces in extraArgs or env would be taken for a placeholder of KServe",
+    ),
+    "a blocked variable of a runtime": (
+        {"runtimes": {"multinode": {"env": [{"name": "TENSOR_PARALLEL_SIZE", "value": "8"}]}}},
+        "KServe refuses TENSOR_PARALLEL_SIZE in the environment of a runtime",
+    ),
+    "a secret of a runtime as plain text": (
+        {"runtimes": {"gpu": {"env": [{"name": "HF_TOKEN", "value": "x"}]}}},
+        "runtimes.gpu: HF_TOKEN looks like a secret",
+    ),
+    "a flag in another spelling": (service(extraArgs=["--max_model_len", "4"]), "extraArgs has --max-model-len; set"),
     # GPUs.
     "GPUs fewer than tensor parallel size": (
         service(gpu={"count": 2}, parallelism={"tensor": 4}),
@@ -358,7 +375,7 @@ def said(case: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
     assert CASES[case][1] in said(case)
-    assert said(case).startswith(("inferenceServices.chat: ", "routes.r: ", "modelCaches.m: "))
+    assert said(case).startswith(("inferenceServices.chat: ", "routes.r: ", "modelCaches.m: ", "runtimes."))
 
 
 def test_every_sentence_of_the_chart_has_a_case() -> None:

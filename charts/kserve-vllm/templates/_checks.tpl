@@ -45,14 +45,14 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- end }}
 
 {{/* Arguments and environment. */}}
-{{- $owned := dict "model" "model" "model-name" "servedNames" "model_name" "servedNames" "model_dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
+{{- $owned := dict "model" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
 {{- $fixed := list "host" "http-port" "grpc-port" "port" "headless" "nnodes" "node-rank" "master-addr" "master-port" -}}
 {{- range $s.extraArgs }}
-{{- $flag := regexReplaceAll "=.*" . "" | trimPrefix "--" -}}
+{{- $flag := regexReplaceAll "=.*" . "" | trimPrefix "--" | replace "_" "-" -}}
 {{- if and (hasPrefix "--" .) (hasKey $owned $flag) }}
 {{- fail (printf "%s: extraArgs has --%s; set %s instead, other values are derived from it." $at $flag (index $owned $flag)) }}
 {{- end }}
-{{- if and (hasPrefix "--" .) (has $flag (list "api-key" "api_key")) }}
+{{- if and (hasPrefix "--" .) (has $flag (list "api-key")) }}
 {{- fail (printf "%s: extraArgs has a key in plain text; give it as env KSERVE_VLLM_API_KEY with valueFrom.secretKeyRef." $at) }}
 {{- end }}
 {{- if and (hasPrefix "--" .) (has $flag $fixed) }}
@@ -64,8 +64,7 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- fail (printf "%s: %q has two opening braces; KServe fills placeholders in arguments and environment, and would fail on it. Put a template into a ConfigMap (chatTemplate)." $at .) }}
 {{- end }}
 {{- end }}
-{{- $allEnv := concat $s.env (index $root.Values.runtimes $s.kind).env -}}
-{{- range $allEnv }}
+{{- range $s.env }}
 {{- if eq .name "PYTHONPATH" }}
 {{- fail (printf "%s: KServe refuses PYTHONPATH in the environment." $at) }}
 {{- end }}
@@ -233,5 +232,28 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- end }}
 {{- if and $s.networkPolicy.egressCIDRs (not $s.networkPolicy.restrictEgress) }}
 {{- fail (printf "%s: networkPolicy.egressCIDRs does nothing without restrictEgress." $at) }}
+{{- end }}
+{{- end }}
+
+{{/* The same for a runtime's extra arguments and environment. Takes (list $ kind). */}}
+{{- define "kserve-vllm.checkRuntime" -}}
+{{- $at := printf "runtimes.%s" (index . 1) -}}
+{{- $runtime := index (index . 0).Values.runtimes (index . 1) -}}
+{{- range $runtime.extraArgs }}
+{{- $flag := regexReplaceAll "=.*" . "" | trimPrefix "--" | replace "_" "-" -}}
+{{- if and (hasPrefix "--" .) (has $flag (list "model" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "nnodes" "node-rank" "master-addr" "master-port" "tensor-parallel-size" "pipeline-parallel-size" "max-num-seqs" "drain-timeout" "drain-delay" "api-key")) }}
+{{- fail (printf "%s: extraArgs has --%s, which belongs to each InferenceService or to the chart: targets, ports and grace are derived from it." $at $flag) }}
+{{- end }}
+{{- end }}
+{{- if contains "{{" (toJson (list $runtime.extraArgs $runtime.env)) }}
+{{- fail (printf "%s: two opening braces in extraArgs or env would be taken for a placeholder of KServe." $at) }}
+{{- end }}
+{{- range $runtime.env }}
+{{- if has .name (list "PYTHONPATH" "PIPELINE_PARALLEL_SIZE" "TENSOR_PARALLEL_SIZE") }}
+{{- fail (printf "%s: KServe refuses %s in the environment of a runtime." $at .name) }}
+{{- end }}
+{{- if and .value (regexMatch "(?i)(token|secret|password|api_?key)$" .name) }}
+{{- fail (printf "%s: %s looks like a secret and is given as plain text; use valueFrom.secretKeyRef." $at .name) }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -98,6 +98,7 @@ imagePullSecrets:
 {{- $kind := index . 1 -}}
 {{- $values := $root.Values.runtimes -}}
 {{- $runtime := index $values $kind -}}
+{{- include "kserve-vllm.checkRuntime" (list $root $kind) | trim -}}
 apiVersion: serving.kserve.io/v1alpha1
 {{- if eq $values.scope "Cluster" }}
 kind: ClusterServingRuntime
