@@ -47,6 +47,7 @@ lock: setup
 	cd runtime/requirements && for name in runtime dev; do \
 		../../.tools/uv/bin/uv pip compile -q --universal --python-version 3.11 --no-annotate \
 		--no-header --generate-hashes $$name.in -o lock-$$name.txt; done
+	$(PYTHON) runtime/tools/lock_gpu.py .tools/uv/bin/uv 0.32.0
 
 .PHONY: clean
 clean:

@@ -72,15 +72,37 @@ def _dispatch(arguments: list[str]) -> int:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("serve", help="load a model and serve it", add_help=False)
     commands.add_parser("config", help="print the effective settings and where each came from", add_help=False)
+    health = commands.add_parser("health", help="ask a server on this machine for its health, for exec probes")
+    health.add_argument("--live", action="store_true", help="ask whether it is live instead of ready")
+    health.add_argument("--ready", action="store_true", help="ask whether it is ready (the default)")
+    health.add_argument("--http-port", default=os.environ.get("KSERVE_VLLM_HTTP_PORT", "8080"), help="its HTTP port")
     commands.add_parser("profiles", help="print the profiles and the engine flags that each one sets")
-    chosen = top.parse_args(arguments[:1]).command
-    rest = arguments[1:]
-    if chosen == "profiles":
-        print(_profiles_table())
-        return 0
-    if chosen == "config":
-        return _print_config(rest)
-    return _serve(rest)
+    if arguments[:1] == ["serve"]:
+        return _serve(arguments[1:])
+    if arguments[:1] == ["config"]:
+        return _print_config(arguments[1:])
+    args = top.parse_args(arguments)
+    if args.command == "health":
+        return _health("live" if args.live else "ready", args.http_port)
+    print(_profiles_table())
+    return 0
+
+
+def _health(kind: str, port: str) -> int:
+    """Print the health of the server on this machine; 0 where the answer is yes, else 1."""
+    import urllib.error
+    import urllib.request
+
+    url = f"http://127.0.0.1:{port}/v2/health/{kind}"
+    try:
+        with urllib.request.urlopen(url, timeout=4) as response:
+            print(response.read().decode())
+            return 0
+    except urllib.error.HTTPError as error:
+        print(error.read().decode())
+    except OSError as error:
+        print(f"nothing answers at {url}: {error}")
+    return 1
 
 
 def _serve(arguments: list[str]) -> int:

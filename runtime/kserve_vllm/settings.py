@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from kserve_vllm.errors import ConfigError
 
 ENV_PREFIX = "KSERVE_VLLM_"
-_LINK_SUFFIX = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|^PORT(_|$)|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
+_LINK_SUFFIX = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")
 _LINK_VALUE = re.compile(r"^(tcp|udp|sctp)://")
 
 
@@ -208,7 +208,7 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, An
         if variable in known and not _LINK_VALUE.match(text):
             group, name, info = known[variable]
             declared[group][name] = [part for part in text.split(",") if part] if is_list(info) else text
-        elif _LINK_VALUE.match(text) or _LINK_SUFFIX.search(variable.removeprefix(ENV_PREFIX)):
+        elif _LINK_VALUE.match(text) or _LINK_SUFFIX.search(variable):
             passed_over.append(variable)
         else:
             engine[variable.removeprefix(ENV_PREFIX).lower().replace("_", "-")] = text

@@ -9,6 +9,7 @@ from PyTorch's own.
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import hashlib
 import shutil
 import subprocess
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = stamp.read_text().split() if stamp.exists() else []
     if wanted in done or _stamp([LOCKS / "lock-dev.txt", torch, ROOT / "pyproject.toml"], args.venv) in done:
         return 0
+    if ctypes.util.find_library("numa") is None:
+        print(
+            "vLLM's CPU build needs the system library libnuma: apt-get install libnuma1, or dnf install numactl-libs"
+        )
+        return 1
     started = time.monotonic()
     print(f"setting up {args.venv} (about 3.5 GB; two minutes on a fast line)", flush=True)
     if not done and args.venv.exists():

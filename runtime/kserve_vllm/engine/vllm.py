@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import logging
 import os
+import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -208,6 +209,7 @@ class VLLMEngine:
             if self._args.reasoning_parser_plugin:
                 ReasoningParserManager.import_reasoning_parser(self._args.reasoning_parser_plugin)
             validate_api_server_args(self._args)
+            self._default_to_eager_without_compiler()
             engine_args = AsyncEngineArgs.from_cli_args(self._args)
             propagate_flash_late_interaction(self._args, engine_args)
             context = UsageContext.OPENAI_API_SERVER
@@ -223,6 +225,15 @@ class VLLMEngine:
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,
         )
+
+    def _default_to_eager_without_compiler(self) -> None:
+        """torch.compile writes C++ on a CPU; without a compiler, serve eagerly instead of failing."""
+        from vllm.platforms import current_platform
+
+        compilers = ("g++", "c++", "clang++", os.environ.get("CXX", "g++"))
+        if current_platform.is_cpu() and not self._args.enforce_eager and not any(map(shutil.which, compilers)):
+            log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
+            self._args.enforce_eager = True
 
     async def warm_up(self) -> None:
         """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""

@@ -1,0 +1,92 @@
+"""Imports run one way, and importing the package costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+PACKAGE = ROOT / "runtime" / "kserve_vllm"
+# Left imports right, never the other way; siblings of one floor do not import each other.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"bootstrap"},
+    {"hosting"},
+    {"protocol"},
+    {"gate"},
+    {"policy", "engine", "telemetry"},
+    {"lifecycle"},
+    {"errors", "types", "settings"},
+]
+# The ground floor's modules may use the errors.
+ALLOWED = {("settings", "errors")}
+
+
+def floor(room: str) -> int:
+    """The floor of a room, from the top."""
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room_of(path: Path) -> str:
+    """The first part of a module's path in the package."""
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of our package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "kserve_vllm" else [f"kserve_vllm.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("kserve_vllm.")}
+    return found
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if room_of(p) != "__init__" and "demo" not in p.parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
+    own = room_of(path)
+    for other in imported_rooms(path) - {own}:
+        assert floor(own) < floor(other) or (own, other) in ALLOWED, f"{own} must not import {other}"
+
+
+def test_only_the_engine_room_imports_vllm() -> None:
+    offenders = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.split(".")[0] == "vllm" for name in names) and path != PACKAGE / "engine" / "vllm.py":
+                offenders.append(path.name)
+    assert offenders == []
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import kserve_vllm; "
+        "print([m for m in set(sys.modules) - before if not m.startswith('kserve_vllm')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_answers_without_importing_vllm_or_kserve() -> None:
+    code = (
+        "import sys; from kserve_vllm import cli; sys.argv = ['kserve-vllm']; "
+        "cli.resolve(['some/model'], {}); print([m for m in ('vllm', 'kserve', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
