@@ -184,6 +184,11 @@ CASES: dict[str, tuple[Document, str]] = {
         service(progressDeadlineSeconds=1200),
         "Knative would give up after 1200 s, while the startup probe still allows 2400 s",
     ),
+    "a rollout in Knative": (service(rollout="replace"), "rollout is for Standard mode"),
+    "a rollout of several nodes": (
+        standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}, rollout="surge"),
+        "KServe replaces all nodes of a multiNode service at once",
+    ),
     # Autoscaling.
     "kpa as autoscaler class": (service(autoscaling={"class": "kpa"}), "KServe refuses kpa as autoscalerClass"),
     "an HPA in Knative": (

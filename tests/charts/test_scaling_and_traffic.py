@@ -214,6 +214,13 @@ def test_a_disruption_budget_selects_the_pods_that_kserve_labels() -> None:
     assert budget["spec"]["maxUnavailable"] == "25%"
 
 
+@pytest.mark.parametrize(("rollout", "surge", "unavailable"), [("surge", 1, 0), ("replace", 0, 1)])
+def test_a_rollout_starts_first_or_stops_first(rollout: str, surge: int, unavailable: int) -> None:
+    strategy = predictor(standard(rollout=rollout))["deploymentStrategy"]
+    assert strategy["rollingUpdate"] == {"maxSurge": surge, "maxUnavailable": unavailable}
+    assert "deploymentStrategy" not in predictor(standard())
+
+
 def test_credentials_are_names_of_secrets() -> None:
     documents = render_ci(CI / "private-hf-model-values.yaml")
     assert not of_kind(documents, "Secret")

@@ -131,6 +131,13 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- fail (printf "%s: Knative would give up after %d s, while the startup probe still allows %s s; raise progressDeadlineSeconds or lower runtimes.probes.startup." $at (int $s.progressDeadline) (include "kserve-vllm.startupBudget" $root)) }}
 {{- end }}
 
+{{- if and $s.rollout $s.knative }}
+{{- fail (printf "%s: Knative starts a new revision before it stops the old one; rollout is for Standard mode." $at) }}
+{{- end }}
+{{- if and $s.rollout $s.multiNode.enabled }}
+{{- fail (printf "%s: KServe replaces all nodes of a multiNode service at once; leave rollout empty." $at) }}
+{{- end }}
+
 {{/* Autoscaling. */}}
 {{- if eq $s.class "kpa" }}
 {{- fail (printf "%s: KServe refuses kpa as autoscalerClass. Knative's autoscaler needs none: leave autoscaling.class empty in Knative mode." $at) }}

@@ -45,10 +45,13 @@ seccompProfile:
   type: RuntimeDefault
 {{- end }}
 
-{{/* Pod security context of the chart's own pods (Jobs, tests); a runtime cannot carry one. */}}
+{{/*
+Pod security context of the chart's own pods (Jobs, tests); a runtime cannot carry one. The group is set on all of a
+volume: a pod that mounted a directory before the Job made it has left it to root.
+*/}}
 {{- define "kserve-vllm.podSecurityContext" -}}
 fsGroup: 1000
-fsGroupChangePolicy: OnRootMismatch
+fsGroupChangePolicy: Always
 runAsGroup: 1000
 runAsNonRoot: true
 runAsUser: 1000

@@ -174,6 +174,13 @@ canaryTrafficPercent: {{ int $s.canary.percent }}
 {{- if not $s.knative }}
 terminationGracePeriodSeconds: {{ int $s.grace }}
 {{- end }}
+{{- if $s.rollout }}
+deploymentStrategy:
+  type: RollingUpdate
+  rollingUpdate:
+    maxSurge: {{ ternary 1 0 (eq $s.rollout "surge") }}
+    maxUnavailable: {{ ternary 0 1 (eq $s.rollout "surge") }}
+{{- end }}
 {{- with include "kserve-vllm.predictorAnnotations" $s | trim }}
 annotations:
   {{- . | nindent 2 }}
