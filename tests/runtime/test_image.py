@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,7 +66,13 @@ _SCRIPT = """
 set -e
 mount --make-rprivate /
 mount --bind / /
+exec 9< "$1"; checkout=$1; shift
 mount -t tmpfs tmpfs /tmp
+# A checkout below /tmp would be hidden by now.
+if [ ! -e "$checkout/Dockerfile" ]; then
+  mkdir -p "$checkout"; mount --bind /proc/self/fd/9 "$checkout"; mount -o remount,bind,ro "$checkout"
+fi
+exec 9<&-
 mount -t tmpfs tmpfs /dev/shm
 mount -o remount,bind,ro /
 cd /tmp
@@ -90,13 +97,15 @@ def test_the_runtime_starts_as_uid_1000_on_a_read_only_root_and_writes_only_to_t
         shutil.copytree(demo.folder(), model)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         command = [
-            "env", "-i", *(f"{k}={v}" for k, v in keep.items()), f"PATH={ROOT}/.venv/bin:/usr/bin:/bin",
+            "env", "-i", *(f"{k}={v}" for k, v in keep.items()), f"PATH={Path(sys.executable).parent}:/usr/bin:/bin",
             "VLLM_CPU_KVCACHE_SPACE=1", "kserve-vllm", "serve", str(model), "--enforce-eager", "--host", "127.0.0.1",
             "--http-port", str(port), "--grpc-port", "0",
         ]  # fmt: skip
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
-                ["unshare", "-m", "bash", "-c", _SCRIPT, "bash", *command], stdout=log, stderr=subprocess.STDOUT
+                ["unshare", "-m", "bash", "-c", _SCRIPT, "bash", str(ROOT), *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
             try:
                 wait_until(lambda: _ready(port, process), 240, lambda: Path(log.name).read_text()[-4000:])
