@@ -22,6 +22,7 @@ from kserve_vllm.settings import (
     ModelSettings,
     ServerSettings,
     Settings,
+    TelemetrySettings,
     canonical,
     flag_name,
 )
@@ -206,6 +207,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         model=model.model_copy(update={"model_name": names}),
         server=cast(ServerSettings, groups["server"]),
         lifecycle=cast(LifecycleSettings, groups["lifecycle"]),
+        telemetry=cast(TelemetrySettings, groups["telemetry"]),
         engine=engine,
         sources=sources,
     )

@@ -9,6 +9,7 @@
         ├── NotFound           404  NOT_FOUND
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
+        │   ├── QueueFull      503  UNAVAILABLE         the engine's queue is at its bound
         │   └── EngineGone     503  UNAVAILABLE         the engine died or hangs
         └── InternalError      500  INTERNAL            a request id and nothing else
 
@@ -103,6 +104,10 @@ class Unavailable(RequestError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
     openai_type = "ServiceUnavailableError"
+
+
+class QueueFull(Unavailable):
+    """The engine's queue is at its bound (`--max-num-queued-reqs`, `--max-num-queued-tokens`)."""
 
 
 class EngineGone(Unavailable):

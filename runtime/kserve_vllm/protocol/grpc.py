@@ -23,6 +23,8 @@ from kserve_vllm.errors import Forbidden, InternalError, NotFound, RequestError,
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.edge import Keys
+from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -108,14 +110,18 @@ class Servicer:
         gate: admits calls and counts them.
         keys: checks `authorization` in the metadata.
         allow_control: whether clients may load and unload.
+        requests: the books of all requests.
     """
 
-    def __init__(self, lifecycle: Lifecycle, gate: Gate, keys: Keys, allow_control: bool) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, gate: Gate, keys: Keys, allow_control: bool, requests: Requests
+    ) -> None:
         self.messages = Messages()
         self._lifecycle = lifecycle
         self._gate = gate
         self._keys = keys
         self._allow_control = allow_control
+        self._requests = requests
         self._backend: Any = None
 
     def attach(self, backend: Any) -> None:
