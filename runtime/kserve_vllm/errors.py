@@ -7,6 +7,7 @@
         ├── Unauthenticated    401  UNAUTHENTICATED
         ├── Forbidden          403  PERMISSION_DENIED
         ├── NotFound           404  NOT_FOUND
+        ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
         │   ├── QueueFull      503  UNAVAILABLE         the engine's queue is at its bound
@@ -88,6 +89,14 @@ class NotFound(RequestError):
     http_status = 404
     grpc_status = "NOT_FOUND"
     openai_type = "NotFoundError"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, but not for this method."""
+
+    http_status = 405
+    grpc_status = "UNIMPLEMENTED"
+    openai_type = "MethodNotAllowedError"
 
 
 class BodyTooLarge(RequestError):

@@ -35,8 +35,13 @@ class Gate:
         """Refuse everything new from now on. What is in flight goes on."""
         self._closed = True
 
-    def refusal(self) -> Unavailable | None:
-        """Why a request that arrives now is refused, or None if it may pass."""
+    def refusal(self, needs_model: bool = True) -> Unavailable | None:
+        """Why a request that arrives now is refused, or None if it may pass.
+
+        Args:
+            needs_model: False for a request about models, such as one that loads them; those pass while the base
+                model is unloaded.
+        """
         life = self._lifecycle
         if life.state is State.FAILED:
             return EngineGone(life.sentence(), retry_after_s=_RETRY_LOADING_S, close=True)
@@ -44,17 +49,22 @@ class Gate:
             return Unavailable(life.sentence(), retry_after_s=_RETRY_DRAINING_S, close=True)
         if life.ready or life.state is State.DRAINING:
             return None
+        if life.state is State.READY and not needs_model:
+            return None
         return Unavailable(life.sentence(), retry_after_s=_RETRY_LOADING_S)
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
+    def enter(self, needs_model: bool = True) -> Iterator[None]:
         """Count one request for as long as the block runs.
+
+        Args:
+            needs_model: as for `refusal`.
 
         Raises:
             Unavailable: the server is loading, draining or unloaded.
             EngineGone: the engine is dead.
         """
-        refusal = self.refusal()
+        refusal = self.refusal(needs_model)
         if refusal is not None:
             raise refusal
         self._in_flight += 1

@@ -42,6 +42,7 @@ class Piece:
         cumulative_logprob: natural log of the probability of all tokens so far, if logprobs were asked for.
         logprobs: per generated token, token id to {`logprob`, `rank`, `decoded_token`}, if asked for.
         prompt_tokens: length of the prompt in tokens.
+        last: whether this is the job's last piece, of all its continuations.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Piece:
     cumulative_logprob: float | None
     logprobs: list[dict[str, dict[str, Any]]] | None
     prompt_tokens: int
+    last: bool
 
 
 @dataclass(frozen=True)

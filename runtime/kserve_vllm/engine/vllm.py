@@ -73,6 +73,10 @@ SAMPLING_OPTIONS = frozenset(
 )
 
 
+# Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
+_NOT_SERVED = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
+
+
 def prepare_environment() -> None:
     """Set the variables that vLLM reads at import. What the operator has set stays."""
     # fork would copy listening sockets and gRPC's threads into the engine; `vllm serve` spawns too.
@@ -195,6 +199,8 @@ class VLLMEngine:
         from vllm.entrypoints.launchers.app import build_app
 
         self._app = build_app(self._args, self._tasks, client.model_config)  # type: ignore[arg-type]
+        routes = self._app.router.routes
+        routes[:] = [route for route in routes if getattr(route, "path", None) not in _NOT_SERVED]
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
 
     def _start_process(self) -> AsyncLLM:
@@ -440,6 +446,7 @@ class VLLMEngine:
                             choice.cumulative_logprob,
                             _plain_logprobs(choice.logprobs) if choice.logprobs else None,
                             prompt_tokens,
+                            output.finished and choice is output.outputs[-1],
                         )
         except Exception as error:
             raise self._translate(error, job.request_id, started) from error

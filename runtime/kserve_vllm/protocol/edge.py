@@ -127,7 +127,7 @@ class Edge:
         path, request_id = scope["path"], guard.request_id
         try:
             self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
-            with self._gate.enter():
+            with self._gate.enter(needs_model=not _about_models(scope["method"], path)):
                 receive = await self._limited(headers, receive)
                 await self._app_for(path)(scope, receive, guard.send)
         except RequestError as error:
@@ -249,6 +249,11 @@ class _Guard:
             headers.append((b"traceresponse", self._trace.encode()))
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _about_models(method: str, path: str) -> bool:
+    """Whether a request asks about models, or loads and unloads them, rather than putting one to work."""
+    return method in ("GET", "HEAD", "OPTIONS") or path.startswith("/v2/repository/")
 
 
 async def _nothing() -> None:

@@ -33,7 +33,7 @@ def to_request(tree: Mapping[str, Any], model: str, version: str | None, stream:
     text = tree.get("text_input")
     if not isinstance(text, str):
         raise InvalidRequest("text_input must be a string", field="text_input")
-    parameters = tree.get("parameters") or {}
+    parameters = {} if tree.get("parameters") is None else tree["parameters"]
     if not isinstance(parameters, dict):
         raise InvalidRequest("parameters must be an object", field="parameters")
     parameters = {**parameters, "stream": stream}

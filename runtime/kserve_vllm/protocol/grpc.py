@@ -1,8 +1,9 @@
 """V2 over gRPC: KServe's `GRPCInferenceService` with Triton's `ModelStreamInfer` under the same service name.
 
 The messages are KServe's own, read from the descriptor that kserve ships, with what Triton's clients need beside them:
-`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, and the repository index. They live in a
-descriptor pool of their own, since Triton's client library declares the same names.
+`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, the repository index, and the field in
+which load and unload name the model. They live in a descriptor pool of their own, since Triton's client library
+declares the same names.
 Source of the additions' field numbers: triton-inference-server/common, `grpc_service.proto`.
 """
 
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
-from kserve_vllm.errors import Forbidden, InternalError, NotFound, RequestError, Unavailable
+from kserve_vllm.errors import Forbidden, InternalError, InvalidRequest, NotFound, RequestError, Unavailable
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.edge import Keys
@@ -29,6 +31,8 @@ from kserve_vllm.ticket import Ticket
 log = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
+# Characters of an error's sentence that fit into the trailers (8 KiB by default), percent-encoded.
+_MAX_DETAILS = 500
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -69,6 +73,11 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
         row.field.add(name=name, number=number, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
     listing.field.add(name="models", number=1, type=_Field.TYPE_MESSAGE, label=_Field.LABEL_REPEATED,
                       type_name=".inference.RepositoryIndexResponse.ModelIndex")  # fmt: skip
+
+    # Triton's field 1 names a repository, of which there is one here; KServe's names the model.
+    for name in ("RepositoryModelLoadRequest", "RepositoryModelUnloadRequest"):
+        control = next(m for m in file.message_type if m.name == name)
+        control.field.add(name="triton_model_name", number=2, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
 
     service = next(s for s in file.service if s.name == "GRPCInferenceService")
     service.method.add(name="ModelStreamInfer", input_type=".inference.ModelInferRequest",
@@ -133,7 +142,7 @@ class Servicer:
         handlers = {}
         for name, method in self.messages.methods.items():
             options = {
-                "request_deserializer": self.messages.of(method.input_type).FromString,
+                "request_deserializer": _decoder(self.messages.of(method.input_type)),
                 "response_serializer": lambda message: message.SerializeToString(),
             }
             if name == "ModelStreamInfer":
@@ -162,12 +171,13 @@ class Servicer:
         async def call(request: Any, context: _Context) -> Any:
             request_id, metadata = _metadata(context)
             try:
+                _check_decoded(request)
                 if work is None:
                     raise NotFound(f"{name} is not served")
                 if name == "ModelReady" and not self._lifecycle.ready:
                     return self.messages.ModelReadyResponse(ready=False)
                 self._keys.check(metadata.get("authorization"))
-                with self._gate.enter():
+                with self._gate.enter(needs_model=name == "ModelInfer"):
                     return await work(request, {**metadata, "x-request-id": request_id})
             except RequestError as error:
                 await _abort(context, error)
@@ -198,13 +208,15 @@ class Servicer:
 
     async def _load(self, request: Any, metadata: Mapping[str, str]) -> Any:
         self._check_control()
-        await self._backend.load(request.model_name)
-        return self.messages.RepositoryModelLoadResponse(model_name=request.model_name, isLoaded=True)
+        name = request.triton_model_name or request.model_name
+        await self._backend.load(name)
+        return self.messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: Any, metadata: Mapping[str, str]) -> Any:
         self._check_control()
-        await self._backend.unload(request.model_name)
-        return self.messages.RepositoryModelUnloadResponse(model_name=request.model_name, isUnloaded=True)
+        name = request.triton_model_name or request.model_name
+        await self._backend.unload(name)
+        return self.messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
     async def _index(self, request: Any, metadata: Mapping[str, str]) -> Any:
         rows = [row for row in self._backend.index() if not request.ready or row["state"] == "READY"]
@@ -250,19 +262,38 @@ class Servicer:
     async def _answer_one(self, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]) -> None:
         new = self.messages.ModelStreamInferResponse
         try:
+            _check_decoded(request)
             with self._gate.enter():
                 async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
                     queue.put_nowait(new(infer_response=response))
         except RequestError as error:
             answer = new(error_message=error.message)
-            answer.infer_response.id = request.id
-            answer.infer_response.model_name = request.model_name
+            if not isinstance(request, DecodeError):
+                answer.infer_response.id = request.id
+                answer.infer_response.model_name = request.model_name
             queue.put_nowait(answer)
         except Exception as error:
             log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
             answer = new(error_message=InternalError(metadata["x-request-id"]).message)
             answer.infer_response.id = request.id
             queue.put_nowait(answer)
+
+
+def _decoder(message: Any) -> Callable[[bytes], Any]:
+    """Parses a message. What can't be parsed is handed on as the error, since grpc itself would answer INTERNAL."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            return error
+
+    return decode
+
+
+def _check_decoded(request: Any) -> None:
+    if isinstance(request, DecodeError):
+        raise InvalidRequest("the message can't be decoded: it is cut off, or has text that is not valid UTF-8")
 
 
 def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
@@ -275,4 +306,4 @@ async def _abort(context: _Context, error: RequestError) -> None:
     trailing = []
     if isinstance(error, Unavailable) and error.retry_after_s is not None:
         trailing.append(("retry-after", str(error.retry_after_s)))
-    await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(trailing))
+    await context.abort(grpc.StatusCode[error.grpc_status], error.message[:_MAX_DETAILS], tuple(trailing))

@@ -11,9 +11,11 @@ import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from kserve.protocol.infer_type import InferRequest, InferResponse
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
 
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.errors import Forbidden, InvalidRequest, NotFound, RequestError, Unavailable
+from kserve_vllm.errors import Forbidden, InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
 from kserve_vllm.protocol import generate, schemas, tensors, wire
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 
@@ -230,12 +232,20 @@ class Routes:
 
 
 def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
-    """The FastAPI app of our own routes; its OpenAPI document holds vLLM's routes too."""
+    """The FastAPI app of our own routes; its OpenAPI document holds vLLM's routes too.
+
+    vLLM's app is told to answer unknown paths and methods in the shape of the protocol, as ours does.
+    """
+    register_url_convertor("model", _ModelName())
     app = FastAPI(title="kserve-vllm", version=version, redoc_url=None, description=schemas.DESCRIPTION)
     app.include_router(_v2_router(routes))
     app.include_router(_v1_router(routes))
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
+    for each in (app, engine.app):
+        each.add_exception_handler(HTTPException, _answer_http)
+        # vLLM's SageMaker routes build the stack before anything is asked, and handlers take effect when it is built.
+        each.middleware_stack = None
     own_openapi = app.openapi
 
     def merged() -> dict[str, Any]:
@@ -259,12 +269,12 @@ def _v2_router(routes: Routes) -> APIRouter:
     router.add_api_route("/repository/index", routes.repository_index, methods=["POST"],
                          openapi_extra=schemas.body("RepositoryIndexRequest", required=False),
                          responses=schemas.REPOSITORY_INDEX | errors)  # fmt: skip
-    model = "/repository/models/{model_name}"
+    model = "/repository/models/{model_name:model}"
     router.add_api_route(f"{model}/load", routes.repository_load, methods=["POST"], responses=schemas.CONTROL | errors)
     router.add_api_route(f"{model}/unload", routes.repository_unload, methods=["POST"],
                          responses=schemas.CONTROL | errors)  # fmt: skip
-    for prefix in ("/models/{model_name}", "/models/{model_name}/versions/{model_version}"):
-        router.add_api_route(prefix, routes.model_metadata, methods=["GET"], responses=schemas.MODEL_METADATA | errors)
+    # The longer one first: a model's name may hold slashes.
+    for prefix in ("/models/{model_name:model}/versions/{model_version}", "/models/{model_name:model}"):
         router.add_api_route(f"{prefix}/ready", routes.model_ready, methods=["GET"],
                              responses=schemas.MODEL_READY | errors)  # fmt: skip
         router.add_api_route(f"{prefix}/infer", routes.infer, methods=["POST"],
@@ -275,18 +285,31 @@ def _v2_router(routes: Routes) -> APIRouter:
         router.add_api_route(f"{prefix}/generate_stream", routes.generate_stream, methods=["POST"],
                              openapi_extra=schemas.body("GenerateRequest"),
                              responses=schemas.GENERATE_STREAM | errors)  # fmt: skip
+        router.add_api_route(prefix, routes.model_metadata, methods=["GET"], responses=schemas.MODEL_METADATA | errors)
     return router
 
 
 def _v1_router(routes: Routes) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["KServe V1"])
     router.add_api_route("/models", routes.v1_and_openai_models, methods=["GET"], responses=schemas.V1_MODELS)
-    router.add_api_route("/models/{model_name}:predict", routes.v1_predict, methods=["POST"],
+    router.add_api_route("/models/{model_name:model}:predict", routes.v1_predict, methods=["POST"],
                          openapi_extra=schemas.body("PredictRequest"),
                          responses=schemas.PREDICT | schemas.ERRORS)  # fmt: skip
-    router.add_api_route("/models/{model_name:path}", routes.v1_and_openai_model, methods=["GET"],
+    router.add_api_route("/models/{model_name:model}", routes.v1_and_openai_model, methods=["GET"],
                          responses=schemas.V1_MODEL | schemas.ERRORS)  # fmt: skip
     return router
+
+
+class _ModelName(Convertor[str]):
+    """A model's name in a path. It may hold slashes, as names on a hub do, and does not end like one of our verbs."""
+
+    regex = r".+(?<!/infer)(?<!/generate)(?<!/generate_stream)(?<!/ready)(?<!/load)(?<!/unload)(?<!:predict)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
 
 
 async def _answered_by_edge() -> Response:
@@ -318,6 +341,21 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     headers = wire.error_headers(error, request.headers.get("x-request-id", ""))
     response = Response(wire.error_body(request.url.path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)
+    return response
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """What Starlette refuses by itself: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        answer: RequestError = NotFound("no such path")
+    elif error.status_code == 405:
+        answer = MethodNotAllowed(f"{request.method} is not answered at this path")
+    else:
+        answer = InvalidRequest(str(error.detail))
+        answer.http_status = error.status_code
+    response = await _answer_error(request, answer)
+    response.headers.update(error.headers or {})
     return response
 
 

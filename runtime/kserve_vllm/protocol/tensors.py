@@ -209,7 +209,10 @@ def decode(tensor: InferInput) -> np.ndarray[Any, np.dtype[Any]]:
         raise InvalidRequest(
             f"input {name!r} has {flat.size} elements, but its shape {list(shape)} takes {count}", field=name
         )
-    return flat.reshape(shape)
+    try:
+        return flat.reshape(shape)
+    except ValueError:  # no element, and the other sizes are more than an address holds
+        raise InvalidRequest(f"input {name!r}: the shape {list(shape)} is too large", field=name) from None
 
 
 def decode_texts(tensor: InferInput) -> list[str]:
@@ -280,7 +283,8 @@ def _decode_list(items: list[Any], datatype: str, name: str) -> np.ndarray[Any, 
         if isinstance(item, bool) is not (dtype.kind == "b") or not isinstance(item, allowed):
             raise InvalidRequest(f"input {name!r}: {_short(item)} is no {datatype}", field=name)
     try:
-        array = np.array(items, dtype=dtype)
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+            array = np.array(items, dtype=dtype)
     except (OverflowError, ValueError):
         raise InvalidRequest(f"input {name!r} has a value out of {datatype}'s range", field=name) from None
     if dtype.kind == "f" and not np.isfinite(array).all():

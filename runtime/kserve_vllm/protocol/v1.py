@@ -44,7 +44,7 @@ class V1Text:
             raise InvalidRequest(
                 f"instances has {len(instances)} entries; 1 to {self._max_batch} are taken", field="instances"
             )
-        parameters = payload.get("parameters") or {}
+        parameters = {} if payload.get("parameters") is None else payload["parameters"]
         if not isinstance(parameters, dict):
             raise InvalidRequest("parameters must be an object", field="parameters")
         if not self._engine.generates:

@@ -163,17 +163,15 @@ class V2Text:
             )
         (job,) = text.jobs(request.model_name, request_id, trace, stream=True)
         single = replace(text, shape=(1,))
-        unfinished = int(text.options.get("n") or 1)
         async with contextlib.aclosing(self._engine.generate(job)) as pieces:
             async for piece in pieces:
-                unfinished -= piece.finish_reason is not None
                 outputs = tensors.select_outputs(_text_outputs(single, [[piece]]), request.request_outputs)
                 response = InferResponse(
                     request.id, request.model_name, outputs, model_version=request.model_version or VERSION
                 )
                 if text.options.get("n", 1) != 1:
                     response.parameters = {"index": piece.index}
-                yield response, unfinished == 0
+                yield response, piece.last
 
     def parse(self, request: InferRequest) -> TextRequest:
         """Decode and check the tensors and parameters of a text request.
@@ -238,7 +236,7 @@ class V2Text:
                 raise InvalidRequest("input_lengths must hold one integer per row of input_ids", field="input_lengths")
             lengths = [int(n) for n in given]
         if not all(0 < n <= rows.shape[1] for n in lengths):
-            raise InvalidRequest("every prompt needs at least one token, and no more than its row has",
+            raise InvalidRequest("input_ids: every prompt needs at least one token, and no more than its row has",
                                  field="input_ids")  # fmt: skip
         prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
         return prompts, (len(rows),), True, tensor.datatype
