@@ -68,7 +68,9 @@ class _Process:
         self._tracing = _tracing(settings, self._version)
         self._requests = Requests(self._metrics, self._tracing, self._lifecycle)
         limit = settings.server.max_body_mib << 20
-        self._edge = Edge(self._lifecycle, self._gate, keys, limit, self._metrics.render, self._versions, self._requests)
+        self._edge = Edge(
+            self._lifecycle, self._gate, keys, limit, self._metrics.render, self._versions, self._requests
+        )
         self._servicer = Servicer(
             self._lifecycle, self._gate, keys, settings.server.allow_model_control, self._requests
         )

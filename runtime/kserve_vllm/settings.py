@@ -1,8 +1,8 @@
 """The tree of typed settings, and where each value came from.
 
-Five groups: `model`, `server`, `lifecycle`, `telemetry` and `engine`. All but the last are declared here, one field a setting; a
-field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its place in the
-YAML file (`server.http_port`). The last holds vLLM's own engine flags, which vLLM's own parser checks.
+Five groups: `model`, `server`, `lifecycle`, `telemetry` and `engine`. All but the last are declared here, one field a
+setting; a field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its
+place in the YAML file (`server.http_port`). The last holds vLLM's own engine flags, which vLLM's own parser checks.
 
 Sources, strongest first: flags, variables, the file, the profile (engine flags alone), defaults.
 """
@@ -164,7 +164,7 @@ class Settings:
     model: ModelSettings
     server: ServerSettings
     lifecycle: LifecycleSettings
-    telemetry: TelemetrySettings = TelemetrySettings()
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     engine: tuple[EngineFlag, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -142,12 +142,14 @@ class Edge:
             await guard.fail(InternalError(request_id))
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        request_id, headers = _request_id(scope)
         try:
-            self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
-            with self._gate.enter():
-                assert self._vllm is not None
-                await self._vllm(scope, receive, send)
+            with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
+                self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
+                with self._gate.enter():
+                    assert self._vllm is not None
+                    await self._vllm(scope, receive, send)
+                ticket.status = 101
         except RequestError as error:
             await receive()
             await send({"type": "websocket.close", "code": 1013, "reason": error.message[:120]})

@@ -95,7 +95,7 @@ def configuration(chosen: str, level: str) -> dict[str, Any]:
 
 def formatter(chosen: str = "json") -> logging.Formatter:
     """A formatter for lines of structlog's loggers and of every other."""
-    before = [
+    before: list[Any] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         _add_process,
