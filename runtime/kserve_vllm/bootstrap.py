@@ -217,6 +217,7 @@ class _Process:
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.stop()
+        self._requests.flush()
         await asyncio.to_thread(self._tracing.shutdown)
 
     def _on_signal(self) -> None:

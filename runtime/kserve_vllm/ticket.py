@@ -7,7 +7,7 @@ once. Nothing here runs per token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,8 +72,11 @@ class Ticket:
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     """(name, start, end) of the engine's phases of the first sequences, in seconds of the wall clock."""
     sampling: dict[str, int | float] = field(default_factory=dict)
-    on_close: list[Callable[[], None]] = field(default_factory=list)
-    """Called once when the request is over."""
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences of which the engine has not said how they ended."""
+        return max(0, self.sequences - self.finished - self.aborted - self.failed)
 
     @property
     def ttft_s(self) -> float | None:

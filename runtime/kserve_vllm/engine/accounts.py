@@ -21,7 +21,7 @@ class Accounts:
     """Watches one output processor of vLLM.
 
     Args:
-        processor: vLLM's `OutputProcessor`; three of its methods are wrapped.
+        processor: vLLM's `OutputProcessor`; four of its methods are wrapped.
         base_model: tells the served name that requests without an adapter count under.
     """
 
@@ -32,6 +32,7 @@ class Accounts:
         self._add, processor.add_request = processor.add_request, self.add_request
         self._finish, processor._update_stats_from_finished = processor._update_stats_from_finished, self.finish
         self._abort, processor.abort_requests = processor.abort_requests, self.abort_requests
+        self._fail, processor.propagate_error = processor.propagate_error, self.propagate_error
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """A sequence is taken up, in the task of the request that it belongs to."""
@@ -79,6 +80,12 @@ class Accounts:
                 ticket.finish_reasons.append("abort")
                 _book(ticket, state)
         return aborted
+
+    def propagate_error(self, error: Exception) -> None:
+        """The engine failed under everything that is open."""
+        for ticket, _ in self._open.values():
+            ticket.failed += 1
+        self._fail(error)
 
 
 def _book(ticket: Ticket, state: Any) -> None:

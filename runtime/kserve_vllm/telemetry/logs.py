@@ -40,7 +40,6 @@ def configure(setting: str = "auto") -> str:
     chosen = form(setting)
     tree = configuration(chosen, os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
     logging.config.dictConfig(tree)
-    logging.captureWarnings(True)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -86,6 +85,9 @@ def configuration(chosen: str, level: str) -> dict[str, Any]:
             "vllm": {"handlers": [], "level": level, "propagate": True},
             # Says once that a trace context is ignored; it is not: it goes to the runtime's own spans.
             "vllm.tracing.utils": {"level": "ERROR"},
+            # Named, since libraries set the root's level while they are imported.
+            "kserve_vllm": {"level": "INFO"},
+            "uvicorn": {"level": "INFO"},
             "kserve": {"handlers": [], "level": "WARNING", "propagate": True},
             "httpx": {"level": "WARNING"},
             "httpx2": {"level": "WARNING"},
@@ -95,6 +97,8 @@ def configuration(chosen: str, level: str) -> dict[str, Any]:
 
 def formatter(chosen: str = "json") -> logging.Formatter:
     """A formatter for lines of structlog's loggers and of every other."""
+    # Here, because in vLLM's processes nothing else of ours runs.
+    logging.captureWarnings(True)
     before: list[Any] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,

@@ -25,6 +25,7 @@ from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.tracing import Tracing
 from kserve_vllm.ticket import Ticket, current
 
+_LATE_S = 0.25
 _REFUSED = {
     Unauthenticated: "unauthenticated",
     Forbidden: "forbidden",
@@ -50,6 +51,7 @@ class Requests:
         self._metrics = metrics
         self._tracing = tracing
         self._lifecycle = lifecycle
+        self._late: dict[Ticket, float] = {}
         self._log: Any = structlog.stdlib.get_logger("kserve_vllm.request")
 
     @contextmanager
@@ -81,16 +83,31 @@ class Requests:
             ticket.error = ticket.error or error
             raise
         finally:
-            self._close(ticket)
+            duration_s = time.monotonic() - ticket.started
+            if ticket.unfinished and ticket.error is None:
+                # vLLM gives up the request of a client that is gone a moment after its handler returned.
+                self._late[ticket] = duration_s
+                asyncio.get_running_loop().call_later(_LATE_S, self._close_late, ticket)
+            else:
+                self._close(ticket, duration_s)
             current.reset(token)
 
     def response_header(self, ticket: Ticket) -> str | None:
         """Value of the `traceresponse` header (W3C Trace Context), or None where nothing is traced."""
         return self._tracing.response_header(ticket)
 
-    def _close(self, ticket: Ticket) -> None:
+    def flush(self) -> None:
+        """Close the tickets that still wait for the engine's last word."""
+        for ticket in list(self._late):
+            self._close_late(ticket)
+
+    def _close_late(self, ticket: Ticket) -> None:
+        duration_s = self._late.pop(ticket, None)
+        if duration_s is not None:
+            self._close(ticket, duration_s)
+
+    def _close(self, ticket: Ticket, duration: float) -> None:
         outcome, reason = self._outcome(ticket)
-        duration = time.monotonic() - ticket.started
         self._metrics.count(ticket, outcome, duration)
         if reason is not None:
             self._metrics.reject(ticket.protocol, reason)
@@ -146,10 +163,10 @@ class Requests:
             if status == 503:
                 return "unavailable", _STATES.get(self._lifecycle.state, "queue_full")
             return ("client_error" if status < 500 else "server_error"), None
-        if ticket.failed or (ticket.sequences > ticket.finished + ticket.aborted):
+        if ticket.failed:
             # A stream that began with 200 and whose engine then failed.
             return "server_error", None
-        if ticket.aborted or status is None:
+        if ticket.aborted or ticket.unfinished or status is None:
             return "cancelled", None
         return "ok", None
 
