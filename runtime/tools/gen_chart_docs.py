@@ -1,0 +1,264 @@
+"""Write the chart's values.schema.json and README.md from its commented values.yaml.
+
+Run it without arguments after a change of values.yaml or README.in.md; with --check it writes nothing
+and fails when a file is not what it would write.
+
+The comments directly above a key say what it is:
+
+    # -- Description, over as many lines as it takes.
+    # @schema {minimum: 1}
+    key: 3
+
+The type comes from the default. `@schema` is one line of YAML whose keywords are laid over the schema.
+Two keywords are this script's own: `entries: NAME` makes a map whose entries have the schema of the
+top-level key NAME, and `namePattern`/`nameMaxLength` bound the names in such a map. An object takes no
+keys but those that are listed, unless its `@schema` says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CHART = Path(__file__).resolve().parents[2] / "charts" / "kserve-vllm"
+PLACEHOLDER = "<!-- values -->"
+
+# Shapes of Kubernetes that appear in several places.
+SHARED: dict[str, Any] = {
+    "envVar": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name"],
+        "properties": {
+            "name": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
+            "value": {"type": "string"},
+            "valueFrom": {
+                "type": "object",
+                "additionalProperties": False,
+                "minProperties": 1,
+                "maxProperties": 1,
+                "properties": {
+                    "secretKeyRef": {"$ref": "#/definitions/keyRef"},
+                    "configMapKeyRef": {"$ref": "#/definitions/keyRef"},
+                    "fieldRef": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["fieldPath"],
+                        "properties": {"fieldPath": {"type": "string"}, "apiVersion": {"type": "string"}},
+                    },
+                },
+            },
+        },
+        "oneOf": [{"required": ["value"]}, {"required": ["valueFrom"]}],
+    },
+    "keyRef": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name", "key"],
+        "properties": {
+            "name": {"type": "string", "minLength": 1},
+            "key": {"type": "string", "minLength": 1},
+            "optional": {"type": "boolean"},
+        },
+    },
+    "toleration": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "key": {"type": "string"},
+            "operator": {"enum": ["Exists", "Equal"]},
+            "value": {"type": "string"},
+            "effect": {"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
+            "tolerationSeconds": {"type": "integer"},
+        },
+    },
+}
+
+
+class ValuesError(Exception):
+    """values.yaml is not commented as this script wants it."""
+
+
+@dataclass
+class Value:
+    """One key of values.yaml: where it is, what its comment says, its default and the keys below it."""
+
+    path: tuple[str, ...]
+    description: str
+    overlay: dict[str, Any]
+    default: Any
+    children: list[Value] = field(default_factory=list)
+
+
+def comment_above(lines: list[str], line: int, column: int) -> list[str]:
+    """Return the comment lines directly above line number `line` (from 0) with the same indent, in order."""
+    found: list[str] = []
+    mark = " " * column + "#"
+    while line > 0 and lines[line - 1].startswith(mark):
+        line -= 1
+        found.append(lines[line].strip().removeprefix("#").removeprefix(" "))
+    return found[::-1]
+
+
+def parse(text: str) -> list[Value]:
+    """Read the commented keys of values.yaml; raises ValuesError for a key without a description."""
+    lines = text.splitlines()
+
+    def walk(node: yaml.MappingNode, defaults: dict[str, Any], path: tuple[str, ...]) -> list[Value]:
+        values = []
+        for key, child in node.value:
+            here = (*path, str(key.value))
+            words: list[str] = []
+            overlay: dict[str, Any] = {}
+            started = False
+            for comment in comment_above(lines, key.start_mark.line, key.start_mark.column):
+                if comment.startswith("@schema "):
+                    overlay = yaml.safe_load(comment.removeprefix("@schema "))
+                elif comment.startswith("-- ") or started:
+                    started = True
+                    words.append(comment.removeprefix("-- "))
+            if not words:
+                raise ValuesError(f"{'.'.join(here)} has no description (a comment that begins with '# -- ')")
+            default = defaults[key.value]
+            value = Value(here, " ".join(words), overlay, default)
+            # A flow mapping such as {} is a value, a block mapping a group of keys.
+            if isinstance(child, yaml.MappingNode) and not child.flow_style:
+                value.children = walk(child, default, here)
+            values.append(value)
+        return values
+
+    root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValuesError("values.yaml is not a mapping")
+    return walk(root, yaml.safe_load(text), ())
+
+
+def schema_of(value: Value) -> dict[str, Any]:
+    """Return the JSON schema of one value."""
+    schema: dict[str, Any] = {"description": value.description}
+    overlay = dict(value.overlay)
+    default = value.default
+    if "entries" in overlay:
+        names = {"pattern": overlay.pop("namePattern"), "maxLength": overlay.pop("nameMaxLength")}
+        schema |= {"type": "object", "propertyNames": names}
+        schema["additionalProperties"] = {"$ref": f"#/definitions/{overlay.pop('entries')}"}
+    elif isinstance(default, bool):
+        schema["type"] = "boolean"
+    elif isinstance(default, int):
+        schema["type"] = "integer"
+    elif isinstance(default, float):
+        schema["type"] = "number"
+    elif isinstance(default, str):
+        schema["type"] = "string"
+    elif isinstance(default, list):
+        schema["type"] = "array"
+        if "items" not in overlay:
+            raise ValuesError(f"{'.'.join(value.path)} is a list; its @schema must have items")
+    elif isinstance(default, dict):
+        schema |= {"type": "object", "additionalProperties": False}
+        if value.children:
+            schema["properties"] = {child.path[-1]: schema_of(child) for child in value.children}
+        elif "additionalProperties" not in overlay:
+            raise ValuesError(f"{'.'.join(value.path)} is an empty map; its @schema must say what is in it")
+    elif "type" not in overlay:
+        raise ValuesError(f"{'.'.join(value.path)} is null by default; its @schema must have a type")
+    return schema | overlay
+
+
+def build_schema(values: list[Value]) -> dict[str, Any]:
+    """Return the whole values.schema.json."""
+    shared_names = {value.overlay["entries"] for value in values if "entries" in value.overlay}
+    definitions: dict[str, Any] = dict(SHARED)
+    # Helm hands a chart that is a dependency the key `global`, whether it wants it or not.
+    properties: dict[str, Any] = {"global": {"type": "object", "description": "Not used."}}
+    for value in values:
+        name = value.path[-1]
+        if name in shared_names:
+            definitions[name] = schema_of(value)
+            properties[name] = {"$ref": f"#/definitions/{name}"}
+        else:
+            properties[name] = schema_of(value)
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Values of the kserve-vllm chart",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "definitions": definitions,
+    }
+
+
+def leaves(value: Value) -> Iterator[Value]:
+    """Yield the values below `value` that are set themselves, or `value` when it is one."""
+    if not value.children:
+        yield value
+    for child in value.children:
+        yield from leaves(child)
+
+
+def cell(text: str) -> str:
+    """Escape what would end a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def build_table(values: list[Value]) -> str:
+    """Return the Markdown reference: one table for each top-level key."""
+    parts = []
+    for top in values:
+        parts.append(f"### {top.path[0]}\n\n{top.description}\n")
+        rows = ["| Value | Default | What it is |", "| --- | --- | --- |"]
+        below = [leaf for leaf in leaves(top) if leaf is not top]
+        for leaf in below:
+            default = json.dumps(leaf.default, ensure_ascii=False)
+            text = leaf.description
+            choices = leaf.overlay.get("enum")
+            if choices:
+                text += " One of: " + ", ".join(f"`{json.dumps(choice)}`" for choice in choices) + "."
+            rows.append(f"| `{'.'.join(leaf.path[1:])}` | `{cell(default)}` | {cell(text)} |")
+        if below:
+            parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts).rstrip("\n")
+
+
+def outputs(chart: Path) -> dict[Path, str]:
+    """Return what the generated files of `chart` should hold, by path."""
+    values = parse((chart / "values.yaml").read_text(encoding="utf-8"))
+    prose = (chart / "README.in.md").read_text(encoding="utf-8")
+    if PLACEHOLDER not in prose:
+        raise ValuesError(f"README.in.md lacks {PLACEHOLDER}")
+    return {
+        chart / "values.schema.json": json.dumps(build_schema(values), indent=2, ensure_ascii=False) + "\n",
+        chart / "README.md": prose.replace(PLACEHOLDER, build_table(values)),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write or check the generated files; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Generate the chart's schema and README from values.yaml.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
+    parser.add_argument("--chart", type=Path, default=CHART, help="directory of the chart")
+    options = parser.parse_args(argv)
+    try:
+        wanted = outputs(options.chart)
+    except ValuesError as error:
+        print(error, file=sys.stderr)
+        return 1
+    stale = [p for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if options.check:
+            print(f"{path.name} is out of date; run: python runtime/tools/gen_chart_docs.py", file=sys.stderr)
+        else:
+            path.write_text(wanted[path], encoding="utf-8")
+            print(f"wrote {path.name}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Runs the real helm and reads what it renders."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "kserve-vllm"
+CATALOGUE = ROOT / "inferenceservices"
+GOLDEN = Path(__file__).parent / "golden"
+CI_FILES = sorted((CHART / "ci").glob("*-values.yaml"))
+CRDS = Path(os.environ.get("KSERVE_VLLM_CRDS", ROOT.parent / "shared" / "crds"))
+NAMESPACE = "models"
+
+Document = dict[str, Any]
+
+
+class HelmError(Exception):
+    """Helm refused; the text is what it printed."""
+
+
+class _CoreLoader(yaml.CSafeLoader):
+    """YAML as Kubernetes reads it, and quick enough for the schemas of megabytes."""
+
+
+def load_all(text: str) -> list[Document]:
+    """The documents of a YAML stream, without empty ones."""
+    return [document for document in yaml.load_all(text, Loader=_CoreLoader) if document]
+
+
+def load(path: Path) -> Any:
+    """One YAML document from a file."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_CoreLoader)
+
+
+def tool(name: str) -> str:
+    """The repository's own helm or kubectl, or else the one on PATH."""
+    own = ROOT / ".tools" / "bin" / name
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None:
+        raise HelmError(f"{name} is missing; run: python tests/tools/install_kube_tools.py")
+    return found
+
+
+def helm(*arguments: str, stdin: str | None = None) -> str:
+    """What helm prints; raises HelmError when it fails."""
+    done = subprocess.run([tool("helm"), *arguments], input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HelmError(done.stderr.strip())
+    return done.stdout
+
+
+def render_text(values: Mapping[str, Any], *arguments: str) -> str:
+    """What the chart renders from `values`, as helm prints it."""
+    return helm(
+        "template", "release", str(CHART), "--namespace", NAMESPACE, "--values", "-", *arguments,
+        stdin=yaml.safe_dump(dict(values)),
+    )  # fmt: skip
+
+
+def render(values: Mapping[str, Any], *arguments: str) -> list[Document]:
+    """The objects that the chart renders from `values`."""
+    return load_all(render_text(values, *arguments))
+
+
+@functools.cache
+def render_ci(path: Path) -> tuple[Document, ...]:
+    """The objects that the chart renders from one ci file, rendered once."""
+    return tuple(render(load(path) or {}))
+
+
+def refused(values: Mapping[str, Any]) -> str:
+    """The sentence with which the chart refuses `values`, without helm's frame; raises when it takes them."""
+    try:
+        render(values)
+    except HelmError as error:
+        text = str(error)
+    else:
+        raise AssertionError(f"the chart takes {values}")
+    sentence = re.search(r"execution error at \(.*?\): (.*?)(?:Use --debug|$)", text, re.DOTALL)
+    return " ".join((sentence.group(1) if sentence else text).split())
+
+
+def of_kind(documents: Sequence[Document], kind: str) -> dict[str, Document]:
+    """The objects of a kind, by name."""
+    return {d["metadata"]["name"]: d for d in documents if d["kind"] == kind}
+
+
+def default_runtimes() -> dict[str, Document]:
+    """The ClusterServingRuntimes that the chart's defaults write, by name."""
+    return of_kind(render_ci(CHART / "ci" / "default-values.yaml"), "ClusterServingRuntime")
+
+
+def service(**values: Any) -> Document:
+    """Values with one InferenceService `chat` on a fetched model."""
+    return {"inferenceServices": {"chat": {"storageUri": "hf://org/model", **values}}}
+
+
+def standard(**values: Any) -> Document:
+    """The same in Standard mode."""
+    return service(deploymentMode="Standard", **values)
+
+
+def predictor(values: Mapping[str, Any], name: str = "chat") -> Document:
+    """The predictor that is rendered for `name`."""
+    spec: Document = of_kind(render(values), "InferenceService")[name]["spec"]["predictor"]
+    return spec

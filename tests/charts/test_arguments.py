@@ -1,0 +1,96 @@
+"""Every argument list of the chart and the catalogue is one that the runtime's own parser takes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.charts import kserve_merge
+from tests.charts.support import (
+    CATALOGUE,
+    CHART,
+    CI_FILES,
+    Document,
+    default_runtimes,
+    load,
+    load_all,
+    of_kind,
+    render_ci,
+)
+
+cli = pytest.importorskip("kserve_vllm.cli", reason="needs the runtime and its engine", exc_type=ImportError)
+errors = pytest.importorskip("kserve_vllm.errors")
+
+
+def services() -> Iterator[tuple[str, Document, Document]]:
+    """(where, InferenceService, its runtime) of every scenario and every manifest."""
+    for path in CI_FILES:
+        documents = render_ci(path)
+        runtimes = of_kind(documents, "ClusterServingRuntime") | of_kind(documents, "ServingRuntime")
+        for name, isvc in of_kind(documents, "InferenceService").items():
+            yield f"{path.stem}/{name}", isvc, runtimes[isvc["spec"]["predictor"]["model"]["runtime"]]
+    for path in sorted(CATALOGUE.rglob("*.yaml")):
+        for isvc in of_kind(load_all(path.read_text()), "InferenceService").values():
+            runtime = default_runtimes()[isvc["spec"]["predictor"]["model"]["runtime"]]
+            yield str(path.relative_to(CATALOGUE)), isvc, runtime
+
+
+def argument_lists() -> dict[tuple[str, ...], str]:
+    """Each list of arguments that a container is started with, and one place that it comes from."""
+    found: dict[tuple[str, ...], str] = {}
+
+    def add(container: Document, where: str) -> None:
+        words = kserve_merge.expanded(container)
+        # On a cluster the model is at /mnt/models, which need not exist where the test runs.
+        if not any(word.startswith(("--model=", "--demo")) for word in words):
+            words.append("--model=/mnt/models")
+        found.setdefault(tuple(words), where)
+
+    for where, isvc, runtime in services():
+        add(kserve_merge.pod(isvc, runtime)["spec"]["containers"][0], where)
+        if "workerSpec" in isvc["spec"]["predictor"]:
+            worker = kserve_merge.worker_pod(isvc, runtime)["containers"][0]
+            # The start script adds the rank that it finds.
+            add({**worker, "args": [*worker["args"], "--node-rank=1"]}, f"{where} (worker)")
+        for canary in isvc["spec"].get("canary", []):
+            laid_over = {**isvc["spec"]["predictor"]["model"], **canary["predictor"]["model"]}
+            variant = {**isvc, "spec": {"predictor": {**isvc["spec"]["predictor"], "model": laid_over}}}
+            add(kserve_merge.pod(variant, runtime)["spec"]["containers"][0], f"{where} (canary)")
+    return found
+
+
+LISTS = argument_lists()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine() -> None:
+    """Import the engine once; what its dependencies warn of while they load is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli.check_serve_args(["--model=/mnt/models"])
+
+
+@pytest.mark.parametrize("words", LISTS, ids=LISTS.values())
+def test_the_runtime_takes_the_arguments(words: tuple[str, ...], tmp_path: Path) -> None:
+    # The parser looks for the file, which a ConfigMap puts there on a cluster.
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    mounted = "--chat-template=/etc/kserve-vllm/chat-template/"
+    cli.check_serve_args([f"--chat-template={template}" if w.startswith(mounted) else w for w in words])
+
+
+def test_the_runtime_refuses_a_flag_that_it_does_not_know() -> None:
+    words = next(iter(LISTS))
+    with pytest.raises(errors.ConfigError):
+        cli.check_serve_args([*words, "--max-sequences=3"])
+
+
+def test_the_chart_and_the_runtime_agree_on_the_profiles() -> None:
+    profiles = pytest.importorskip("kserve_vllm.engine.profiles").PROFILES
+    table = load(CHART / "files" / "profiles.yaml")["maxNumSeqs"]
+    assert table == {name: profile.flags["max-num-seqs"] for name, profile in profiles.items()}
+    schema = load(CHART / "values.schema.json")
+    assert set(schema["definitions"]["inferenceServiceDefaults"]["properties"]["profile"]["enum"]) == set(table)

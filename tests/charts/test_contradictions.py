@@ -1,0 +1,411 @@
+"""Values that contradict each other end with a sentence that names the value and says what to do."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import pytest
+
+from tests.charts.support import CHART, Document, refused, render, service, standard
+
+GATEWAY: Document = {"cluster": {"gatewayAPI": True}}
+NEW: Document = {"storageUri": "hf://org/new"}
+PAIR: Document = {
+    "chat": {"storageUri": "hf://org/model"},
+    "here": {"storageUri": "hf://org/model", "deploymentMode": "Standard"},
+}
+
+
+def route(**values: Any) -> Document:
+    return {"inferenceServices": PAIR, "routes": {"r": {"hosts": ["a.example.com"], **values}}}
+
+
+def cache(**values: Any) -> Document:
+    return {"modelCaches": {"m": values}}
+
+
+def only(**values: Any) -> Document:
+    """One InferenceService with exactly these values."""
+    return {"inferenceServices": {"chat": values}}
+
+
+CASES: dict[str, tuple[Document, str]] = {
+    # The model.
+    "no model": (only(), "give exactly one of storageUri, model and demo; 0 are given"),
+    "two models": (service(demo=True), "give exactly one of storageUri, model and demo; 2 are given"),
+    "no storageUri where KServe would inject an agent": (
+        only(model="org/model", modelFormat="kserve-vllm"),
+        "without a storageUri and with modelFormat kserve-vllm, KServe takes the service for multi-model serving and "
+        "puts an agent sidecar into its pods",
+    ),
+    "an adapter is fetched but the model is not": (
+        only(model="org/model", lora={"adapters": [{"name": "a", "storageUri": "hf://org/a"}]}),
+        "KServe fetches an adapter's storageUri only together with the model's",
+    ),
+    "adapters beside a mounted model": (
+        only(storageUri="pvc://v/m", lora={"adapters": [{"name": "a", "storageUri": "hf://org/a"}]}),
+        "a model from pvc:// or oci:// is mounted whole",
+    ),
+    "an adapter from a volume": (
+        service(lora={"adapters": [{"name": "a", "storageUri": "pvc://v/a"}]}),
+        "adapter a cannot come from pvc://v/a",
+    ),
+    "a token that nothing reads": (
+        service(huggingFaceToken={"secretName": "s"}),
+        "huggingFaceToken is for a model that the engine downloads",
+    ),
+    "adapters in a batch without adapters": (service(lora={"maxLoras": 2}), "lora.maxLoras without lora.adapters"),
+    "a rank without adapters": (service(lora={"maxRank": 16}), "lora.maxRank without lora.adapters"),
+    "a runtime that is off": (
+        {**service(), "runtimes": {"gpu": {"enabled": False}}},
+        "it runs on runtimes.gpu, which is not enabled",
+    ),
+    # Arguments and environment.
+    "a flag that has a value": (
+        service(extraArgs=["--max-num-seqs=4"]),
+        "extraArgs has --max-num-seqs; set maxNumSeqs instead, other values are derived from it",
+    ),
+    "a flag that the ports rely on": (service(extraArgs=["--http-port", "9000"]), "extraArgs has --http-port, which"),
+    "a key in plain text": (service(extraArgs=["--api-key=x"]), "extraArgs has a key in plain text"),
+    "a template on the command line": (
+        service(extraArgs=["--override-generation-config={{ x }}"]),
+        "has two opening braces; KServe fills placeholders",
+    ),
+    "a template in the environment": (
+        service(env=[{"name": "A", "value": "{{ x }}"}]),
+        "has two opening braces; KServe fills placeholders",
+    ),
+    "a blocked variable": (service(env=[{"name": "PYTHONPATH", "value": "/x"}]), "KServe refuses PYTHONPATH"),
+    "a secret as plain text": (
+        service(env=[{"name": "HF_TOKEN", "value": "x"}]),
+        "HF_TOKEN looks like a secret and is given as plain text; use valueFrom.secretKeyRef",
+    ),
+    "a flag of a runtime that targets follow": (
+        {"runtimes": {"gpu": {"extraArgs": ["--max_num_seqs=4"]}}},
+        "extraArgs has --max-num-seqs, which belongs to each InferenceService or to the chart",
+    ),
+    "a template in a runtime": (
+        {"runtimes": {"cpu": {"extraArgs": ["--x={{ y }}"]}}},
+        "two opening braces in extraArgs or env would be taken for a placeholder of KServe",
+    ),
+    "a blocked variable of a runtime": (
+        {"runtimes": {"multinode": {"env": [{"name": "TENSOR_PARALLEL_SIZE", "value": "8"}]}}},
+        "KServe refuses TENSOR_PARALLEL_SIZE in the environment of a runtime",
+    ),
+    "a secret of a runtime as plain text": (
+        {"runtimes": {"gpu": {"env": [{"name": "HF_TOKEN", "value": "x"}]}}},
+        "runtimes.gpu: HF_TOKEN looks like a secret",
+    ),
+    "a flag in another spelling": (service(extraArgs=["--max_model_len", "4"]), "extraArgs has --max-model-len; set"),
+    # GPUs.
+    "GPUs fewer than tensor parallel size": (
+        service(gpu={"count": 2}, parallelism={"tensor": 4}),
+        "gpu.count is 2, but the parallelism (tensor 4, pipeline 1) needs 4 GPUs in a pod",
+    ),
+    "GPUs fewer than tensor times pipeline": (
+        service(gpu={"count": 2}, parallelism={"tensor": 2, "pipeline": 2}),
+        "gpu.count is 2, but the parallelism (tensor 2, pipeline 2) needs 4 GPUs in a pod",
+    ),
+    "a share of a GPU for several": (
+        service(gpu={"resource": "aliyun.com/gpu-mem", "count": 8}, parallelism={"tensor": 2}),
+        "aliyun.com/gpu-mem is a share of one GPU, but the parallelism needs 2 GPUs",
+    ),
+    "GPUs on a CPU": (service(device="cpu", gpu={"count": 1}), "gpu.count and gpu.products do nothing with device cpu"),
+    # Multi-node.
+    "multi-node in Knative": (
+        only(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}),
+        "multiNode works in Standard mode only",
+    ),
+    "multi-node on CPUs": (standard(device="cpu", multiNode={"enabled": True}), "multiNode needs device gpu"),
+    "multi-node with a fetched model": (
+        standard(multiNode={"enabled": True}, parallelism={"pipeline": 2}),
+        "multiNode takes the model from pvc:// or oci:// only",
+    ),
+    "multi-node that scales": (
+        standard(
+            storageUri="pvc://v/m",
+            multiNode={"enabled": True},
+            parallelism={"pipeline": 2},
+            autoscaling={"class": "keda"},
+        ),
+        "multiNode does not scale; set autoscaling.class to none",
+    ),
+    "multi-node on one node": (
+        standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"tensor": 8}),
+        "parallelism.pipeline must be 2 or more",
+    ),
+    "two groups of nodes": (
+        standard(
+            storageUri="pvc://v/m",
+            multiNode={"enabled": True},
+            parallelism={"pipeline": 2},
+            autoscaling={"minReplicas": 2},
+        ),
+        "KServe runs one group of nodes",
+    ),
+    "multi-node with a count of GPUs": (
+        standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}, gpu={"count": 2}),
+        "with multiNode KServe gives each node parallelism.tensor GPUs",
+    ),
+    "multi-node on slices": (
+        standard(
+            storageUri="pvc://v/m",
+            multiNode={"enabled": True},
+            parallelism={"pipeline": 2},
+            gpu={"resource": "nvidia.com/mig-1g.10gb"},
+        ),
+        "KServe does not know nvidia.com/mig-1g.10gb as a GPU of a multi-node service",
+    ),
+    # Time.
+    "a timeout over the cluster's limit": (
+        service(timeoutSeconds=900),
+        "timeoutSeconds is 900, but Knative refuses more than the cluster's max-revision-timeout-seconds of 600",
+    ),
+    "a grace in Knative": (
+        service(terminationGracePeriodSeconds=300),
+        "Knative refuses terminationGracePeriodSeconds, its grace is timeoutSeconds",
+    ),
+    "a drain longer than the grace": (
+        standard(terminationGracePeriodSeconds=60, drain={"timeoutSeconds": 120}),
+        "the drain takes 130 s (delay 10, timeout 120), but the pod is killed after 60 s; raise "
+        "terminationGracePeriodSeconds",
+    ),
+    "a drain longer than Knative's timeout": (
+        service(timeoutSeconds=100, drain={"timeoutSeconds": 120}),
+        "the drain takes 120 s (delay 0, timeout 120), but the pod is killed after 100 s; raise timeoutSeconds",
+    ),
+    "a progress deadline in Standard": (
+        standard(progressDeadlineSeconds=1200),
+        "progressDeadlineSeconds is Knative's",
+    ),
+    "a deadline before the startup probe's": (
+        service(progressDeadlineSeconds=1200),
+        "Knative would give up after 1200 s, while the startup probe still allows 2400 s",
+    ),
+    "a rollout in Knative": (service(rollout="replace"), "rollout is for Standard mode"),
+    "a rollout of several nodes": (
+        standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}, rollout="surge"),
+        "KServe replaces all nodes of a multiNode service at once",
+    ),
+    # Autoscaling.
+    "kpa as autoscaler class": (service(autoscaling={"class": "kpa"}), "KServe refuses kpa as autoscalerClass"),
+    "an HPA in Knative": (
+        service(autoscaling={"class": "hpa"}),
+        "autoscaling.class hpa does not exist in Knative mode; it takes knative",
+    ),
+    "Knative's autoscaler in Standard": (
+        standard(autoscaling={"class": "knative"}),
+        "autoscaling.class knative does not exist in Standard mode; it takes none, hpa, keda",
+    ),
+    "a metric that Knative does not take": (
+        service(autoscaling={"metric": "queue-depth"}),
+        "autoscaling.metric queue-depth cannot be used by knative in Knative mode; it takes concurrency, rps",
+    ),
+    "a metric that KEDA does not take": (
+        standard(autoscaling={"class": "keda", "metric": "concurrency"}),
+        "autoscaling.metric concurrency cannot be used by keda in Standard mode; it takes queue-depth, kv-cache, "
+        "ttft-p99",
+    ),
+    "a metric that HPA does not take": (
+        standard(autoscaling={"class": "hpa", "metric": "rps"}),
+        "autoscaling.metric rps cannot be used by hpa in Standard mode",
+    ),
+    "a metric for a fixed number": (
+        standard(autoscaling={"metric": "cpu"}),
+        "autoscaling.metric cpu cannot be used by none in Standard mode; it takes none",
+    ),
+    "a target for a fixed number": (
+        standard(autoscaling={"target": 3}),
+        "autoscaling.target does nothing with class none",
+    ),
+    "requests per second without a target": (
+        service(autoscaling={"metric": "rps"}),
+        "requests per second cannot be derived from a profile; give autoscaling.target",
+    ),
+    "half a request": (
+        service(autoscaling={"target": 1.5}),
+        "autoscaling.target for concurrency must be a whole number",
+    ),
+    "maxReplicas below minReplicas": (
+        service(autoscaling={"minReplicas": 5, "maxReplicas": 2}),
+        "autoscaling.maxReplicas 2 is below minReplicas 5",
+    ),
+    "a fixed number with room above": (
+        standard(autoscaling={"maxReplicas": 4}),
+        "autoscaling.class none keeps minReplicas pods; maxReplicas 4 would never be reached",
+    ),
+    "scale to zero in Standard": (
+        standard(autoscaling={"class": "keda", "minReplicas": 0}),
+        "only Knative scales to zero: without a pod there is no metric",
+    ),
+    "a knob of Knative in Standard": (
+        standard(autoscaling={"knative": {"windowSeconds": 60}}),
+        "autoscaling.knative.windowSeconds does nothing in Standard mode",
+    ),
+    "retention of a pod that stays": (
+        service(autoscaling={"knative": {"scaleToZeroRetentionSeconds": 60}}),
+        "autoscaling.knative.scaleToZeroRetentionSeconds does nothing while minReplicas is 1",
+    ),
+    "stabilization in Knative": (
+        service(autoscaling={"stabilization": {"scaleDownSeconds": 60}}),
+        "autoscaling.stabilization.scaleDownSeconds is for hpa and keda",
+    ),
+    "KEDA's credentials for an HPA": (
+        standard(autoscaling={"class": "hpa", "kedaAuthentication": {"name": "x"}}),
+        "autoscaling.kedaAuthentication is for keda",
+    ),
+    "a mode of credentials without a name": (
+        standard(autoscaling={"class": "keda", "kedaAuthentication": {"mode": "basic"}}),
+        "autoscaling.kedaAuthentication.mode needs a name",
+    ),
+    "a metric's name for KServe's own HPA": (
+        standard(autoscaling={"class": "hpa", "metric": "cpu", "hpaMetricName": "x"}),
+        "autoscaling.hpaMetricName is for hpa on a metric of vLLM",
+    ),
+    # Canary.
+    "a canary percent in Standard without the Gateway API": (
+        standard(canary={"percent": 10, "storageUri": "hf://org/new"}),
+        "a canary percent in Standard mode needs KServe's Gateway API support (enableGatewayApi); without it KServe "
+        "ignores it silently",
+    ),
+    "a canary without a percent": (
+        service(canary={"storageUri": "hf://org/new"}),
+        "the canary needs canary.percent; without it nothing of it is used",
+    ),
+    "a canary without a model": (service(canary={"percent": 10}), "the canary's model must come the same way"),
+    "a canary of a demo": (only(demo=True, canary={"percent": 10}), "the canary needs a model of its own"),
+    "a canary with two models": (
+        service(canary={"percent": 10, "storageUri": "hf://org/new", "model": "org/new"}),
+        "give one of canary.storageUri and canary.model",
+    ),
+    "a canary that comes another way": (
+        service(canary={"percent": 10, "model": "org/new"}),
+        "the canary's model must come the same way as the service's",
+    ),
+    "pods of a canary in Knative": (
+        service(canary={"percent": 10, "storageUri": "hf://org/new", "replicas": 1}),
+        "canary.replicas is for Standard mode",
+    ),
+    "a tag in Standard": (
+        {**standard(canary={"percent": 10, "storageUri": "hf://org/new", "tagRouting": True}), **GATEWAY},
+        "canary.tagRouting is Knative's",
+    ),
+    "a canary of several nodes": (
+        {
+            **standard(
+                storageUri="pvc://v/m",
+                multiNode={"enabled": True},
+                parallelism={"pipeline": 2},
+                canary={"percent": 10, "storageUri": "pvc://v/n"},
+            ),
+            **GATEWAY,
+        },
+        "KServe has no canary for multi-node services",
+    ),
+    "a canary with fetched adapters": (
+        {
+            **standard(
+                canary={"percent": 10, "storageUri": "hf://org/new"},
+                lora={"adapters": [{"name": "a", "storageUri": "hf://org/a"}]},
+            ),
+            **GATEWAY,
+        },
+        "KServe does not fetch adapters for a canary in Standard mode",
+    ),
+    "more pods of the canary than of the service": (
+        {**standard(canary={"percent": 50, "storageUri": "hf://org/new", "replicas": 2}), **GATEWAY},
+        "canary.replicas 2 is more than minReplicas 1, which KServe refuses",
+    ),
+    # Around the pods.
+    "gRPC in Knative": (
+        service(grpc={"enabled": True}),
+        "Knative takes one port, and gRPC needs a second one beside HTTP",
+    ),
+    "a disruption budget in Knative": (
+        service(podDisruptionBudget={"enabled": True}),
+        "Knative manages its pods itself; podDisruptionBudget is for Standard mode",
+    ),
+    "open blocks without closed egress": (
+        service(networkPolicy={"enabled": True, "egressCIDRs": ["203.0.113.0/24"]}),
+        "networkPolicy.egressCIDRs does nothing without restrictEgress",
+    ),
+    # Routes.
+    "a route without a host": ({**service(), "routes": {"r": {"inferenceService": "chat"}}}, "give at least one host"),
+    "a route to nowhere": (route(inferenceService="other"), "there is no inferenceServices.other"),
+    "an HTTPRoute to Knative": (
+        route(inferenceService="chat"),
+        "in Knative mode the Service of chat points at Knative's gateway and cannot be the backend of an HTTPRoute",
+    ),
+    "ejection behind Knative's gateway": (
+        route(type="Istio", inferenceService="chat", outlierEjection={"enabled": True}),
+        "outlierEjection needs the pods behind the route",
+    ),
+    "ejection by the Gateway API": (
+        route(inferenceService="here", outlierEjection={"enabled": True}),
+        "outlierEjection is Istio's; set type: Istio",
+    ),
+    "a route that cuts streams": (
+        route(inferenceService="here", timeoutSeconds=60),
+        "its timeoutSeconds 60 would cut streams of here, which may take 3600 s",
+    ),
+    # Model caches.
+    "a cache of nothing": (cache(), "give one of huggingFace.repository and files"),
+    "a local cache of nothing": (
+        cache(type="LocalModelCache"),
+        "a LocalModelCache needs localModelCache.sourceModelUri",
+    ),
+    "a local cache with a Job": (
+        cache(
+            type="LocalModelCache",
+            localModelCache={"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]},
+            huggingFace={"repository": "a/b"},
+        ),
+        "huggingFace, files and claim are for type PersistentVolumeClaim",
+    ),
+    "a claim with node groups": (
+        cache(huggingFace={"repository": "a/b"}, localModelCache={"nodeGroups": ["g"]}),
+        "localModelCache is for type LocalModelCache",
+    ),
+}
+
+
+@functools.cache
+def said(case: str) -> str:
+    """What the chart says to the values of a case."""
+    return refused(CASES[case][0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
+    assert CASES[case][1] in said(case)
+    assert said(case).startswith(("inferenceServices.chat: ", "routes.r: ", "modelCaches.m: ", "runtimes."))
+
+
+def test_every_sentence_of_the_chart_has_a_case() -> None:
+    templates = "".join(path.read_text() for path in (CHART / "templates").rglob("*") if path.is_file())
+    formats = re.findall(r'fail \(printf "((?:[^"\\]|\\.)*)"', templates)
+    assert len(formats) == templates.count("fail (")
+    answers = [said(case) for case in CASES]
+    for text in formats:
+        pattern = ".*".join(re.escape(part) for part in re.split(r"%[sdq]", text))
+        assert any(re.fullmatch(pattern, answer.rstrip()) for answer in answers), f"no case for: {text}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        service(),
+        standard(),
+        {**standard(autoscaling={"minReplicas": 2}, canary={**NEW, "percent": 50, "replicas": 2}), **GATEWAY},
+        service(gpu={"count": 4}, parallelism={"tensor": 2, "pipeline": 2}),
+        service(gpu={"resource": "aliyun.com/gpu-mem", "count": 8}),
+        {**service(timeoutSeconds=900), "cluster": {"maxRevisionTimeoutSeconds": 900}},
+        standard(terminationGracePeriodSeconds=130, drain={"timeoutSeconds": 120}),
+        service(env=[{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]),
+    ],
+    ids=["Knative", "Standard", "canary", "enough GPUs", "a share", "a raised limit", "just in time", "a reference"],
+)  # fmt: skip
+def test_the_neighbours_of_contradictions_are_taken(values: Document) -> None:
+    assert render(values)

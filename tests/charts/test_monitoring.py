@@ -1,0 +1,151 @@
+"""Rules, dashboards and queries ask for metrics that exist, and reach the cluster as they are in the files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.charts.support import CHART, load, of_kind, predictor, render, render_ci, standard
+
+RULES = CHART / "files" / "rules"
+DASHBOARDS = CHART / "files" / "dashboards"
+SCENARIO = CHART / "ci" / "monitoring-values.yaml"
+# Prometheus' own.
+OTHER = {"up"}
+
+
+def expressions() -> dict[str, str]:
+    """Every query that the chart ships, by where it is."""
+    found = {}
+    for path in RULES.glob("*.yaml"):
+        for group in load(path)["groups"]:
+            for rule in group["rules"]:
+                found[f"{path.name}: {rule.get('alert') or rule['record']}"] = rule["expr"]
+    for path in DASHBOARDS.glob("*.json"):
+        board = json.loads(path.read_text())
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                found[f"{path.name}: {panel['title']} {target['refId']}"] = target["expr"]
+        for variable in board["templating"]["list"]:
+            if isinstance(variable["query"], dict):
+                found[f"{path.name}: ${variable['name']}"] = variable["query"]["query"]
+    for metric in ("queue-depth", "kv-cache", "ttft-p99"):
+        spec = predictor(standard(autoscaling={"class": "keda", "metric": metric}))
+        found[f"keda: {metric}"] = spec["autoScaling"]["metrics"][0]["external"]["metric"]["query"]
+    return found
+
+
+EXPRESSIONS = expressions()
+
+
+def names_of(expression: str) -> set[str]:
+    """Names of metrics in a query: whatever is left without strings, selectors, functions and labels."""
+    text = re.sub(r'"[^"]*"', "", expression)
+    text = re.sub(r"\{[^}]*\}", "", text)
+    text = re.sub(r"\b(?:by|on|without|ignoring)\s*\([^)]*\)", "", text)
+    text = re.sub(r"label_values\(([^,]+),[^)]*\)", r"\1", text)
+    text = re.sub(r"\[[^]]*\]", "", text)
+    words = re.findall(r"(?<![\w$:.])[a-zA-Z_:][\w:]*+(?!\s*\()", text)
+    return set(words) - {"or", "and", "unless", "by", "on"}
+
+
+def recorded() -> set[str]:
+    return {rule["record"] for path in RULES.glob("*.yaml") for group in load(path)["groups"] for rule in group["rules"]
+            if "record" in rule}  # fmt: skip
+
+
+def exposed() -> set[str]:
+    """Names of vLLM's metrics as Prometheus sees them, from the source of the installed vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    names: set[str] = set()
+    for path in (Path(spec.submodule_search_locations[0]) / "v1").rglob("*.py"):
+        text = path.read_text(errors="ignore")
+        for maker, name in re.findall(r'(gauge|counter|histogram)_cls\(\s*name="(vllm:[\w:]+)"', text):
+            counted = {"gauge": [name], "counter": [f"{name}_total"], "histogram": []}[maker]
+            names.update(counted)
+            if maker == "histogram":
+                names.update(f"{name}_{part}" for part in ("bucket", "sum", "count"))
+    assert len(names) > 30
+    return names
+
+
+@pytest.mark.parametrize("where", EXPRESSIONS)
+def test_a_query_asks_for_metrics_that_exist(where: str) -> None:
+    unknown = names_of(EXPRESSIONS[where]) - exposed() - recorded() - OTHER
+    assert names_of(EXPRESSIONS[where])
+    assert not unknown
+
+
+def test_a_query_for_a_metric_that_does_not_exist_would_be_found() -> None:
+    assert names_of('sum by (pod) (rate(vllm:no_such{a="b"}[5m])) > 0 or vector(0)') == {"vllm:no_such"}
+
+
+@pytest.mark.parametrize("where", EXPRESSIONS)
+def test_brackets_of_a_query_are_closed(where: str) -> None:
+    text = re.sub(r'"[^"]*"', "", EXPRESSIONS[where])
+    for opening, closing in ("()", "{}", "[]"):
+        assert text.count(opening) == text.count(closing)
+
+
+def test_every_recorded_series_is_used() -> None:
+    used = set().union(*(names_of(e) for e in EXPRESSIONS.values()))
+    texts = "".join(path.read_text() for path in RULES.glob("*.yaml"))
+    for name in recorded():
+        assert name in used or texts.count(name) > 1, name
+
+
+def test_the_rules_reach_the_cluster_as_they_are_in_the_files() -> None:
+    (rule,) = of_kind(render_ci(SCENARIO), "PrometheusRule").values()
+    groups = [group for path in sorted(RULES.glob("*.yaml")) for group in load(path)["groups"]]
+    assert rule["spec"]["groups"] == groups
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_every_alert_says_what_is_wrong_and_what_to_look_at() -> None:
+    alerts = [r for p in RULES.glob("*.yaml") for g in load(p)["groups"] for r in g["rules"] if "alert" in r]
+    for alert in alerts:
+        assert {"summary", "description"} <= set(alert["annotations"])
+        assert alert["labels"]["severity"] in ("warning", "critical")
+        assert "for" in alert
+    wanted = {"QueueBacklog", "KvCacheNearlyFull", "TargetDown", "EngineNotReady", "SlowFirstToken"}
+    assert {a["alert"].removeprefix("KServeVllm") for a in alerts} == wanted
+
+
+def test_the_alert_for_loading_waits_longer_than_the_startup_probe() -> None:
+    (alert,) = [
+        r for p in RULES.glob("*.yaml") for g in load(p)["groups"] for r in g["rules"]
+        if r.get("alert") == "KServeVllmEngineNotReady"
+    ]  # fmt: skip
+    startup = load(CHART / "values.yaml")["runtimes"]["probes"]["startup"]
+    assert int(alert["for"].removesuffix("m")) * 60 > startup["periodSeconds"] * startup["failureThreshold"]
+
+
+def test_dashboards_reach_the_cluster_as_they_are_in_the_files() -> None:
+    boards = of_kind(render_ci(SCENARIO), "ConfigMap")
+    data: dict[str, Any] = {}
+    for board in boards.values():
+        assert board["metadata"]["labels"]["grafana_dashboard"] == "yes-please"
+        data |= {name: json.loads(text) for name, text in board["data"].items()}
+    assert data == {path.name: json.loads(path.read_text()) for path in DASHBOARDS.glob("*.json")}
+
+
+def test_the_pod_monitor_finds_pods_of_both_modes_by_the_runtimes_label() -> None:
+    (monitor,) = of_kind(render_ci(SCENARIO), "PodMonitor").values()
+    (wanted,) = monitor["spec"]["selector"]["matchLabels"].items()
+    runtimes = of_kind(render_ci(SCENARIO), "ClusterServingRuntime")
+    for runtime in runtimes.values():
+        assert wanted in runtime["spec"]["labels"].items()
+        assert runtime["spec"]["containers"][0]["ports"][0]["containerPort"] == 8080
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    # Knative renames the port, so the name would find nothing there.
+    assert endpoint["portNumber"] == 8080
+    assert "namespaceSelector" not in monitor["spec"]
+    (monitor,) = of_kind(render({"monitoring": {"podMonitor": {"enabled": True}}}), "PodMonitor").values()
+    assert monitor["spec"]["namespaceSelector"] == {"any": True}

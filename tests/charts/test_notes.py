@@ -1,0 +1,210 @@
+"""NOTES against an API server: which feature flags of Knative are off, where a service answers, what to run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from tests.charts.support import CHART, helm, tool
+
+Document = dict[str, Any]
+# Groups and kinds that the chart writes or looks up: (plural, kind, namespaced).
+KINDS = {
+    "v1": [("configmaps", "ConfigMap", True), ("pods", "Pod", True), ("secrets", "Secret", True),
+           ("serviceaccounts", "ServiceAccount", True), ("persistentvolumeclaims", "PersistentVolumeClaim", True)],
+    "batch/v1": [("jobs", "Job", True)],
+    "serving.kserve.io/v1alpha1": [("clusterservingruntimes", "ClusterServingRuntime", False)],
+    "serving.kserve.io/v1beta1": [("inferenceservices", "InferenceService", True)],
+}  # fmt: skip
+
+
+class Cluster(ThreadingHTTPServer):
+    """An API server that knows a few kinds and holds a few objects, by their path."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _ClusterHandler)
+        self.objects: dict[str, Document] = {}
+
+
+class _ClusterHandler(BaseHTTPRequestHandler):
+    server: Cluster
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        answer = self.server.objects.get(path) or discovery(path)
+        if answer is None and path.rsplit("/", 1)[-1] in {plural for kinds in KINDS.values() for plural, *_ in kinds}:
+            answer = {"kind": "List", "apiVersion": "v1", "metadata": {}, "items": []}
+        if answer is None:
+            self._send(
+                404, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
+            )
+        else:
+            self._send(200, answer)
+
+    def _send(self, status: int, body: Document) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def discovery(path: str) -> Document | None:
+    """What an API server says of itself at `path`, or None."""
+    if path == "/version":
+        return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
+    if path == "/api":
+        return {"kind": "APIVersions", "versions": ["v1"]}
+    if path == "/apis":
+        groups: dict[str, list[str]] = {}
+        for version in KINDS:
+            if "/" in version:
+                groups.setdefault(version.split("/")[0], []).append(version)
+        listed = [
+            {
+                "name": name,
+                "versions": [{"groupVersion": v, "version": v.split("/")[1]} for v in versions],
+                "preferredVersion": {"groupVersion": versions[0], "version": versions[0].split("/")[1]},
+            }
+            for name, versions in groups.items()
+        ]
+        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
+    version = path.removeprefix("/apis/").removeprefix("/api/")
+    if version not in KINDS:
+        return None
+    resources = [
+        {"name": plural, "singularName": "", "namespaced": namespaced, "kind": kind, "verbs": ["get", "list", "create"]}
+        for plural, kind, namespaced in KINDS[version]
+    ]
+    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    server = Cluster()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def features(cluster: Cluster, **data: str) -> None:
+    """Put Knative's config-features into the cluster."""
+    path = "/api/v1/namespaces/knative-serving/configmaps/config-features"
+    cluster.objects[path] = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "config-features", "namespace": "knative-serving"},
+        "data": {f"kubernetes.podspec-{name.replace('_', '-')}": value for name, value in data.items()},
+    }
+
+
+def notes(cluster: Cluster, tmp_path: Path, scenario: str) -> str:
+    """NOTES of an installation of a scenario into the cluster, with nothing written there."""
+    config = tmp_path / "kubeconfig"
+    address = f"http://127.0.0.1:{cluster.server_port}"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "clusters": [{"name": "c", "cluster": {"server": address}}],
+                "users": [{"name": "u", "user": {}}],
+                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+                "current-context": "x",
+            }
+        )
+    )
+    values = str(CHART / "ci" / f"{scenario}-values.yaml")
+    text = helm(
+        "install", "release", str(CHART), "--namespace", "models", "--dry-run=server", "--values", values,
+        "--kubeconfig", str(config), "--disable-openapi-validation",
+    )  # fmt: skip
+    return text.split("NOTES:")[1]
+
+
+def test_flags_that_are_on_are_not_spoken_of(cluster: Cluster, tmp_path: Path) -> None:
+    features(
+        cluster, nodeselector="enabled", tolerations="Enabled", affinity="allowed", topologyspreadconstraints="enabled",
+        runtimeclassname="enabled", priorityclassname="enabled", schedulername="enabled",
+    )  # fmt: skip
+    said = notes(cluster, tmp_path, "placement")
+    assert "feature flags" not in said
+
+
+def test_flags_that_are_off_are_named_with_the_services_that_need_them(cluster: Cluster, tmp_path: Path) -> None:
+    features(cluster, nodeselector="enabled", tolerations="disabled", affinity="enabled", schedulername="enabled")
+    said = notes(cluster, tmp_path, "placement")
+    off = re.findall(r"^  (kubernetes\.podspec-\w+) \((\w+)\)$", said, re.MULTILINE)
+    assert {flag.removeprefix("kubernetes.podspec-") for flag, _ in off} == {
+        "tolerations", "topologyspreadconstraints", "runtimeclassname", "priorityclassname",
+    }  # fmt: skip
+    assert {name for _, name in off} == {"here"}
+
+
+def test_the_command_that_switches_them_on_does(cluster: Cluster, tmp_path: Path) -> None:
+    features(cluster, tolerations="disabled")
+    said = notes(cluster, tmp_path, "placement")
+    command = next(line.strip() for line in said.splitlines() if line.strip().startswith("kubectl patch configmap"))
+    words = shlex.split(command)
+    assert words[:4] == ["kubectl", "patch", "configmap", "config-features"]
+    before = tmp_path / "features.json"
+    before.write_text(json.dumps(next(iter(cluster.objects.values()))))
+    patched = subprocess.run(
+        [tool("kubectl"), "patch", "--local", "-f", str(before), "--type", "merge", "-p", words[-1], "-o", "json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    data = json.loads(patched.stdout)["data"]
+    assert len(data) == 7
+    assert set(data.values()) == {"enabled"}
+
+
+def test_a_canary_before_there_is_anything_to_split_with_is_warned_of(cluster: Cluster, tmp_path: Path) -> None:
+    assert "no revision of chat has had all traffic yet" in notes(cluster, tmp_path, "canary-knative")
+    path = "/apis/serving.kserve.io/v1beta1/namespaces/models/inferenceservices/chat"
+    cluster.objects[path] = {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": "chat",
+            "namespace": "models",
+            "labels": {"app.kubernetes.io/managed-by": "Helm"},
+            "annotations": {"meta.helm.sh/release-name": "release", "meta.helm.sh/release-namespace": "models"},
+        },
+        "status": {
+            "url": "http://chat.models.example.com",
+            "components": {"predictor": {"latestRolledoutRevision": "chat-predictor-00001"}},
+        },
+    }
+    said = notes(cluster, tmp_path, "canary-knative")
+    assert "no revision of chat" not in said
+    assert "It answers at http://chat.models.example.com" in said
+
+
+def test_the_curl_of_the_notes_asks_what_the_model_does(cluster: Cluster, tmp_path: Path) -> None:
+    said = notes(cluster, tmp_path, "gpu-single")
+    assert 'curl -sS "$URL/openai/v1/completions"' in said
+    body = re.search(r"-d '(\{.*\})'", said)
+    assert body is not None
+    assert json.loads(body.group(1)) == {"model": "chat", "prompt": "Hello", "max_tokens": 16}
+    assert "$URL/openai/v1/embeddings" in notes(cluster, tmp_path, "embeddings")
