@@ -25,7 +25,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._server.start()
 
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def Export(self, request: Any, context: Any) -> Any:
         """OTLP's one call."""
         with self._lock:
             for resource in request.resource_spans:

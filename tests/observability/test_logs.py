@@ -60,6 +60,7 @@ def test_every_protocol_leaves_its_line(ask: str, observed: Server) -> None:
 
 def test_a_refused_request_says_why(observed: Server) -> None:
     assert Client(observed).predict(x_request_id="log-test-refused").status_code == 401
+    until(lambda: bool(request_lines(observed, "log-test-refused")), 3)
     (line,) = request_lines(observed, "log-test-refused")
     assert (line["outcome"], line["reason"], line["status"]) == ("refused", "unauthenticated", 401)
 

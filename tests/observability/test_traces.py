@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from kserve_vllm.protocol.grpc import Messages
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
 from kserve_vllm.ticket import Ticket
+from tests.clients import until
 from tests.observability.conftest import KEY
 from tests.observability.load import LONG, Client
 from tests.observability.otlp import Receiver, values
@@ -71,7 +73,7 @@ def test_a_chat_leaves_a_server_span_with_genai_attributes_and_the_engines_phase
         assert span.parent_span_id == server.span_id
         assert server.start_time_unix_nano - slack <= span.start_time_unix_nano <= span.end_time_unix_nano
         assert span.end_time_unix_nano <= server.end_time_unix_nano + slack
-    for before, after in zip(phases, phases[1:], strict=False):
+    for before, after in itertools.pairwise(phases):
         assert abs(before.end_time_unix_nano - after.start_time_unix_nano) < 1_000_000
     # Out: the caller learns the ids.
     assert response.headers["traceresponse"] == f"00-{trace}-{server.span_id.hex()}-01"
@@ -80,6 +82,7 @@ def test_a_chat_leaves_a_server_span_with_genai_attributes_and_the_engines_phase
 def test_the_log_line_has_the_spans_trace_id_where_the_caller_sent_none(observed: Server, receiver: Receiver) -> None:
     header = Client(observed, KEY).predict(x_request_id="trace-2").headers["traceresponse"]
     trace = header.split("-")[1]
+    until(lambda: bool(request_lines(observed, "trace-2")), 3)
     (line,) = request_lines(observed, "trace-2")
     assert line["trace_id"] == trace
     (server,) = of_kind(receiver.trace(trace, 4), Span.SPAN_KIND_SERVER)
@@ -176,7 +179,7 @@ def test_a_receiver_over_http_gets_them_too() -> None:
     spans: list[Span] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
             paths.append(self.path)
             spans.extend(s for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
@@ -225,7 +228,8 @@ def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() 
 @pytest.mark.parametrize(
     "header",
     ["", "x", "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
-     "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"],
+     "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+     "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"],
 )  # fmt: skip
 def test_a_broken_traceparent_is_passed_over(header: str) -> None:
     ticket = Ticket("1", "v2", "/x")
