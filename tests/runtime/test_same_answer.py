@@ -15,7 +15,7 @@ from tests.clients import infer, outputs, post, texts
 from tests.support import Server
 from tests.triton import service_pb2, service_pb2_grpc
 
-OPTIONS = {"temperature": 0.0, "max_tokens": 40}
+OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def over_grpc(stub: Any, model: str, prompt: str, raw: bool, stream: bool) -> st
     request = service_pb2.ModelInferRequest(model_name=model)
     request.parameters["temperature"].double_param = 0.0
     request.parameters["max_tokens"].int64_param = OPTIONS["max_tokens"]
+    request.parameters["ignore_eos"].bool_param = True
     tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
     data = prompt.encode()
     if raw:
@@ -48,8 +49,9 @@ def over_grpc(stub: Any, model: str, prompt: str, raw: bool, stream: bool) -> st
 @pytest.mark.parametrize("prompt", ["17 + 25 =", "What is 17 + 25?", "Count from 1 to 10:", "Überraschung: ☃ 日本"])
 def test_one_text_over_every_protocol(server: Server, stub: Any, model: str, prompt: str) -> None:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
-        text = client.completions.create(model=model, prompt=prompt, **OPTIONS).choices[0].text
-        chunks = client.completions.create(model=model, prompt=prompt, stream=True, **OPTIONS)
+        ask = {"model": model, "prompt": prompt, "extra_body": OPTIONS}
+        text = client.completions.create(**ask).choices[0].text
+        chunks = client.completions.create(**ask, stream=True)
         answers = {"OpenAI": text, "OpenAI stream": "".join(chunk.choices[0].text for chunk in chunks)}
     answers["V2 REST"] = outputs(infer(server, texts(prompt, **OPTIONS), model))["text_output"][0]
     for raw in (False, True):

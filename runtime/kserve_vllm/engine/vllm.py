@@ -498,8 +498,8 @@ class VLLMEngine:
         """
         from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
 
-        body = {**options, "model": model, "input": list(texts), "encoding_format": "float"}
-        reply = await self._pool("serving_embedding", EmbeddingCompletionRequest, body, request_id)
+        body = {"model": model, "input": list(texts), "encoding_format": "float"}
+        reply = await self._pool("serving_embedding", EmbeddingCompletionRequest, body, options, request_id)
         return [row["embedding"] for row in reply["data"]]
 
     async def score(
@@ -513,8 +513,8 @@ class VLLMEngine:
         from vllm.entrypoints.pooling.scoring.protocol import ScoreQueriesDocumentsRequest
 
         first = list(queries) if len(queries) != 1 else queries[0]
-        body = {**options, "model": model, "queries": first, "documents": list(documents)}
-        reply = await self._pool("serving_scores", ScoreQueriesDocumentsRequest, body, request_id)
+        body = {"model": model, "queries": first, "documents": list(documents)}
+        reply = await self._pool("serving_scores", ScoreQueriesDocumentsRequest, body, options, request_id)
         return [row["score"] for row in reply["data"]]
 
     async def classify(
@@ -527,17 +527,20 @@ class VLLMEngine:
         """
         from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
 
-        body = {**options, "model": model, "input": list(texts)}
-        reply = await self._pool("serving_classification", ClassificationCompletionRequest, body, request_id)
+        body = {"model": model, "input": list(texts)}
+        reply = await self._pool("serving_classification", ClassificationCompletionRequest, body, options, request_id)
         return [row["probs"] for row in reply["data"]]
 
-    async def _pool(self, handler_name: str, request_type: Any, body: dict[str, Any], request_id: str) -> Any:
+    async def _pool(
+        self, handler_name: str, request_type: Any, body: dict[str, Any], options: Mapping[str, Any], request_id: str
+    ) -> Any:
         handler = getattr(self.app.state, handler_name, None)
         if handler is None:
             raise InvalidRequest(f"this model has no such task; it has {', '.join(self._tasks)}", field="inputs")
         try:
-            _reject_unknown_options(body, set(request_type.model_fields))
-            request = request_type.model_validate({**body, "request_id": request_id})
+            body["request_id"] = request_id
+            _reject_unknown_options(options, set(request_type.model_fields) - set(body))
+            request = request_type.model_validate({**options, **body})
             response = await handler(request)
         except Exception as error:
             raise self._translate(error, request_id, started=False) from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from kserve_vllm.errors import BodyTooLarge, InternalError, NotFound, RequestError, Unauthenticated
+from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError, Unauthenticated
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
@@ -211,7 +211,11 @@ class Edge:
 
 
 class _Guard:
-    """Watches the start of one response: adds ids, notes the status, and takes internals out of a 500."""
+    """Watches the start of one response: adds ids, notes the status, and takes internals out of a 500.
+
+    vLLM answers 501 to a request for what the model can't do. That is the request's fault, not the server's, and V2
+    and V1 say 400: so does this.
+    """
 
     def __init__(self, send: Send, request_id: str, path: str, trace: str | None) -> None:
         self._send = send
@@ -222,6 +226,7 @@ class _Guard:
         self.status: int | None = None
         self.error: Exception | None = None
         self._swallow = False
+        self._refused = False
 
     def send(self, message: Message) -> Awaitable[None]:
         """ASGI's send."""
@@ -231,6 +236,9 @@ class _Guard:
             if self.status == 500:
                 self._swallow = True
                 return self.fail(InternalError(self.request_id), forced=True)
+            if self.status == 501:
+                self._refused = True
+                return _nothing()
             headers = message.setdefault("headers", [])
             if not any(name == b"x-request-id" for name, _ in headers):
                 message["headers"] = [*headers, (b"x-request-id", self.request_id.encode("latin-1"))]
@@ -238,6 +246,9 @@ class _Guard:
                 message["headers"] = [*message["headers"], (b"traceresponse", self._trace.encode())]
         elif self._swallow:
             return _nothing()
+        elif self._refused:
+            self._swallow = True
+            return self.fail(InvalidRequest(_openai_message(message.get("body", b""))), forced=True)
         return self._send(message)
 
     async def fail(self, error: RequestError, forced: bool = False) -> None:
@@ -251,6 +262,13 @@ class _Guard:
             headers.append((b"traceresponse", self._trace.encode()))
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _openai_message(body: bytes) -> str:
+    try:
+        return str(orjson.loads(body)["error"]["message"])
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        return "this model or server does not do that"
 
 
 def _about_models(method: str, path: str) -> bool:

@@ -320,12 +320,13 @@ async def _answered_by_edge() -> Response:
 async def _events(
     first: InferResponse, stream: AsyncGenerator[tuple[InferResponse, bool], None], details: bool
 ) -> AsyncIterator[bytes]:
-    yield _event(generate.from_response(first, details))
-    try:
-        async for response, _ in stream:
-            yield _event(generate.from_response(response, details))
-    except RequestError as error:
-        yield _event({"error": error.message})
+    async with contextlib.aclosing(stream):
+        yield _event(generate.from_response(first, details))
+        try:
+            async for response, _ in stream:
+                yield _event(generate.from_response(response, details))
+        except RequestError as error:
+            yield _event({"error": error.message})
 
 
 def _event(tree: Any) -> bytes:
