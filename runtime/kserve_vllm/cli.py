@@ -122,8 +122,13 @@ def _serve_headless(arguments: list[str]) -> int:
     """Run only workers, for the ranks above 0 of a multi-node deployment: nothing listens for clients."""
     settings = resolve(arguments, os.environ)
     from kserve_vllm.engine.vllm import parse_engine_args, run_headless
+    from kserve_vllm.telemetry import logs
 
-    run_headless(parse_engine_args(settings.engine_argv()))
+    logs.configure(settings.telemetry.log_format)
+    try:
+        run_headless(parse_engine_args(settings.engine_argv()))
+    finally:
+        logs.forget()
     return 0
 
 
