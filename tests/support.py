@@ -19,7 +19,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_WITHIN_S = 300.0
-DEMO = os.environ.get("KSERVE_VLLM_TEST_MODEL", "--demo").split()
+DEMO = ["--demo"]
 
 
 def free_port() -> int:

@@ -459,6 +459,8 @@ class VLLMEngine:
 
         state = self.app.state
         _reject_unknown_options(job.options)
+        if job.options.get("priority") and self._args.scheduling_policy != "priority":
+            raise InvalidRequest("priority does nothing without --scheduling-policy priority", field="priority")
         common = {**job.options, "model": job.model, "stream": job.stream, "request_id": job.request_id}
         request: Any
         if job.messages is not None:
