@@ -36,6 +36,18 @@ def observed(receiver: Receiver) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def talkative(receiver: Receiver) -> Iterator[Server]:
+    """The demo model with prompts in the log, and vLLM's own traces beside ours."""
+    arguments = [*DEMO, "--max-model-len", "1024", "--enable-log-requests", "--otlp-endpoint", receiver.endpoint,
+                 "--otlp-traces-endpoint", receiver.endpoint]  # fmt: skip
+    running = Server(arguments, env={"VLLM_LOGGING_LEVEL": "DEBUG", "OTEL_BSP_SCHEDULE_DELAY": "300"})
+    try:
+        yield running.wait_ready()
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
 def promtool() -> str:
     """Path of promtool; the test is skipped, loudly, where there is none."""
     path = install_prometheus.find("promtool")

@@ -16,7 +16,7 @@ from kserve_vllm.ticket import Ticket, current
 from tests.clients import until
 from tests.observability.conftest import KEY
 from tests.observability.load import LONG, PROMPT, SECRET_WORD, Client
-from tests.support import DEMO, Server
+from tests.support import Server
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
@@ -95,17 +95,12 @@ def test_lines_of_vllm_and_its_processes_and_of_uvicorn_have_the_same_form(obser
     assert not [line for line in rest if line.startswith(("INFO", "WARNING", "ERROR", "Traceback"))], rest
 
 
-def test_prompts_are_logged_where_vllms_switch_and_level_ask_for_it() -> None:
-    server = Server([*DEMO, "--max-model-len", "1024", "--enable-log-requests"], env={"VLLM_LOGGING_LEVEL": "DEBUG"})
-    try:
-        server.wait_ready()
-        assert Client(server).chat(x_request_id="shown").status_code == 200
-        until(lambda: SECRET_WORD in server.log, 5)
-        (line, *_) = [line for line in lines(server) if SECRET_WORD in line["event"]]
-        assert line["logger"].startswith("vllm.")
-        assert line["request_id"] == "shown"
-    finally:
-        server.stop()
+def test_prompts_are_logged_where_vllms_switch_and_level_ask_for_it(talkative: Server) -> None:
+    assert Client(talkative).chat(x_request_id="shown").status_code == 200
+    until(lambda: SECRET_WORD in talkative.log, 5)
+    (line, *_) = [line for line in lines(talkative) if SECRET_WORD in line["event"]]
+    assert line["logger"].startswith("vllm.")
+    assert line["request_id"] == "shown"
 
 
 # Without an engine

@@ -154,6 +154,18 @@ def test_the_resource_names_the_service_and_takes_opentelemetrys_variables(
     assert resource["team"] == "blue"
 
 
+def test_vllms_own_span_lies_beneath_ours_where_its_flag_switches_it_on(talkative: Server, receiver: Receiver) -> None:
+    trace = "10000000000000000000000000000009"
+    assert Client(talkative).infer(traceparent=parent(trace)).status_code == 200
+    # The request has two prompts: ours, three phases for each, and vLLM's for each.
+    spans = receiver.trace(trace, 1 + 2 * 3 + 2)
+    (ours,) = [span for span in spans if span.name == "text_completion demo"]
+    theirs = [span for span in spans if span.name == "llm_request"]
+    assert len(theirs) == 2
+    for span in theirs:
+        assert span.parent_span_id == ours.span_id
+
+
 # Without an engine
 
 
