@@ -42,6 +42,8 @@ class Accounts:
             return
         self._open[request.request_id] = ticket, self._processor.request_states[request.request_id]
         ticket.sequences += 1
+        if self._processor.tracing_enabled:
+            request.trace_headers = ticket.trace_headers
         if ticket.sequences > 1:
             return
         lora = request.lora_request
@@ -51,8 +53,6 @@ class Accounts:
                 value = getattr(params, name, None)
                 if value is not None:
                     ticket.sampling[shown] = value
-        if self._processor.tracing_enabled:
-            request.trace_headers = ticket.trace_headers
 
     def finish(self, state: Any, finish_reason: Any, stats: Any) -> None:
         """A sequence has its last token."""
