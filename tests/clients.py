@@ -12,7 +12,7 @@ from tests.support import Server
 
 SUM = "17 + 25 ="
 """A prompt that the demo model continues with ` 42`."""
-GREEDY: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 8}
+GREEDY: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 16}
 
 
 def tensor(name: str, data: Any, datatype: str = "BYTES", shape: Sequence[int] | None = None) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_the_aio_client_infers(server: Server) -> None:
     async def ask() -> str:
         async with aio.InferenceServerClient(server.grpc_address) as connected:
             assert await connected.is_model_ready("demo")
-            answer = await connected.infer("demo", [prompt(SUM)], parameters={"max_tokens": 8, "top_k": 1})
+            answer = await connected.infer("demo", [prompt(SUM)], parameters={"max_tokens": 16, "top_k": 1})
             text: bytes = answer.as_numpy("text_output")[0]
             return text.decode()
 
@@ -126,7 +126,7 @@ def test_typed_contents_are_answered_with_typed_contents(stub: Any, server: Serv
 
 def test_parameters_may_be_doubles_or_text(stub: Any, server: Server) -> None:
     plain = expected(server)
-    answer = stub.ModelInfer(typed(temperature=0.0, max_tokens="8", stop=json.dumps([plain[1:2]])))
+    answer = stub.ModelInfer(typed(temperature=0.0, max_tokens="16", stop=json.dumps([plain[1:2]])))
     assert answer.outputs[0].contents.bytes_contents[0].decode() == plain[: plain.index(plain[1:2])]
     sampled = {"temperature": 1.9, "max_tokens": 24, "seed": 5, "ignore_eos": True}
     answer = stub.ModelInfer(typed(**sampled))
@@ -248,7 +248,7 @@ def test_the_final_response_is_empty_where_asked_for(triton: client.InferenceSer
 
 def test_a_request_without_stream_is_answered_once(triton: client.InferenceServerClient, stream: Stream,
                                                    server: Server) -> None:  # fmt: skip
-    triton.async_stream_infer("demo", [prompt(SUM)], parameters={"max_tokens": 8, "top_k": 1})
+    triton.async_stream_infer("demo", [prompt(SUM)], parameters={"max_tokens": 16, "top_k": 1})
     (response,) = stream.until_final()
     assert text_of(response) == expected(server)
 
@@ -348,7 +348,7 @@ def test_kserves_grpc_client_infers(server: Server) -> None:
     async def ask() -> tuple[str, bool]:
         async with kserve.InferenceGRPCClient(server.grpc_address) as connected:
             request = InferRequest("demo", [InferInput("text_input", [1], "BYTES", data=[SUM.encode()])],
-                                   parameters={"max_tokens": 8, "top_k": 1})  # fmt: skip
+                                   parameters={"max_tokens": 16, "top_k": 1})  # fmt: skip
             answer = await connected.infer(request)
             ready = await connected.is_model_ready("demo") and await connected.is_server_ready()
             return answer.outputs[0].as_numpy()[0].decode(), ready and await connected.is_server_live()
