@@ -22,6 +22,7 @@ setup: python
 setup-dev: python
 	@$(PYTHON) runtime/tools/setup_venv.py --dev
 	@if [ -f tests/tools/install_kube_tools.py ]; then $(BIN)/python tests/tools/install_kube_tools.py; fi
+	@$(BIN)/python tests/tools/install_prometheus.py
 
 .PHONY: python
 python:

@@ -19,6 +19,8 @@ from kserve_vllm.protocol.grpc import Servicer
 from kserve_vllm.settings import Settings
 from kserve_vllm.telemetry import logs
 from kserve_vllm.telemetry.metrics import Metrics
+from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def run(settings: Settings) -> int:
     Raises:
         ConfigError: a setting can't be used.
     """
-    logs.configure()
+    chosen = logs.configure(settings.telemetry.log_format)
     if settings.model.demo:
         # The default takes half of the machine's memory for a model of a few MiB.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -43,14 +45,18 @@ def run(settings: Settings) -> int:
     except ImportError:
         runner = asyncio.Runner()
     with runner:
-        return runner.run(_Process(settings).main())
+        try:
+            return runner.run(_Process(settings, chosen).main())
+        finally:
+            logs.forget()
 
 
 class _Process:
     """One run of the server."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log_form: str) -> None:
         self._settings = settings
+        self._log_form = log_form
         self._version = version("kserve-vllm")
         self._engine_version: str | None = None
         self._lifecycle = Lifecycle()
@@ -58,10 +64,16 @@ class _Process:
         self._stop = asyncio.Event()
         self._failed = asyncio.Event()
         keys = Keys(key.get_secret_value() for key in settings.server.api_key)
-        metrics = Metrics(self._lifecycle, lambda: self._gate.in_flight)
+        self._metrics = Metrics(self._lifecycle, lambda: self._gate.in_flight, self._version)
+        self._tracing = _tracing(settings, self._version)
+        self._requests = Requests(self._metrics, self._tracing, self._lifecycle)
         limit = settings.server.max_body_mib << 20
-        self._edge = Edge(self._lifecycle, self._gate, keys, limit, metrics.render, self._versions)
-        self._servicer = Servicer(self._lifecycle, self._gate, keys, settings.server.allow_model_control)
+        self._edge = Edge(
+            self._lifecycle, self._gate, keys, limit, self._metrics.render, self._versions, self._requests
+        )
+        self._servicer = Servicer(
+            self._lifecycle, self._gate, keys, settings.server.allow_model_control, self._requests
+        )
         self._http = HTTPServer(self._edge, settings.server)
         self._grpc = GRPCServer(self._servicer, settings.server, self._lifecycle) if settings.server.grpc_port else None
         self._engine: VLLMEngine | None = None
@@ -119,6 +131,7 @@ class _Process:
         from kserve_vllm.protocol.v2 import V2Text
 
         self._engine_version = vllm.version()
+        self._metrics.attach(self._engine_version, engine.served_names, engine.adapters_by_state)
         self._lifecycle.to(State.WARMING)
         server = self._settings.server
         text = V2Text(engine, server.max_batch)
@@ -138,7 +151,11 @@ class _Process:
             engine.watch(life.engine_probe_interval, life.engine_stall_timeout, self._on_engine_gone)
         )
         self._lifecycle.to(State.READY)
-        _announce(self._settings, self._http.port, self._grpc.port if self._grpc else 0, engine.names[0])
+        if self._log_form == "json":
+            log.info("ready: %s on port %d%s", engine.names[0], self._http.port,
+                     f", gRPC on port {self._grpc.port}" if self._grpc else "")  # fmt: skip
+        else:
+            _announce(self._settings, self._http.port, self._grpc.port if self._grpc else 0, engine.names[0])
         failing = asyncio.create_task(self._failed.wait())
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,6 +169,7 @@ class _Process:
     async def _drain(self, failing: asyncio.Task[bool]) -> None:
         life = self._settings.lifecycle
         self._lifecycle.to(State.DRAINING)
+        self._metrics.begin_drain(life.drain_delay + life.drain_timeout)
         log.info("draining: %d requests in flight, up to %g s", self._gate.in_flight, life.drain_timeout)
         if life.drain_delay:
             await asyncio.wait({failing}, timeout=life.drain_delay)
@@ -199,6 +217,8 @@ class _Process:
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.stop()
+        self._requests.flush()
+        await asyncio.to_thread(self._tracing.shutdown)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -215,6 +235,16 @@ class _Process:
         while True:
             await asyncio.sleep(_PROGRESS_EVERY_S)
             log.info("%s for %.0f s", self._lifecycle.state.value, self._lifecycle.seconds)
+
+
+def _tracing(settings: Settings, own_version: str) -> Tracing:
+    """Tracing as the settings and OpenTelemetry's own variables want it."""
+    telemetry = settings.telemetry
+    if telemetry.otlp_endpoint is None:
+        return Tracing()
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = next((os.environ[name] for name in names if name in os.environ), "grpc")
+    return OTLPTracing(telemetry.otlp_endpoint, telemetry.trace_sample_ratio, own_version, protocol)
 
 
 def _import_heavy() -> None:

@@ -22,6 +22,7 @@ from kserve_vllm.settings import (
     ModelSettings,
     ServerSettings,
     Settings,
+    TelemetrySettings,
     canonical,
     flag_name,
 )
@@ -121,8 +122,13 @@ def _serve_headless(arguments: list[str]) -> int:
     """Run only workers, for the ranks above 0 of a multi-node deployment: nothing listens for clients."""
     settings = resolve(arguments, os.environ)
     from kserve_vllm.engine.vllm import parse_engine_args, run_headless
+    from kserve_vllm.telemetry import logs
 
-    run_headless(parse_engine_args(settings.engine_argv()))
+    logs.configure(settings.telemetry.log_format)
+    try:
+        run_headless(parse_engine_args(settings.engine_argv()))
+    finally:
+        logs.forget()
     return 0
 
 
@@ -206,6 +212,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         model=model.model_copy(update={"model_name": names}),
         server=cast(ServerSettings, groups["server"]),
         lifecycle=cast(LifecycleSettings, groups["lifecycle"]),
+        telemetry=cast(TelemetrySettings, groups["telemetry"]),
         engine=engine,
         sources=sources,
     )

@@ -10,6 +10,7 @@
         ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
+        │   ├── QueueFull      503  UNAVAILABLE         the engine's queue is at its bound
         │   └── EngineGone     503  UNAVAILABLE         the engine died or hangs
         └── InternalError      500  INTERNAL            a request id and nothing else
 
@@ -112,6 +113,10 @@ class Unavailable(RequestError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
     openai_type = "ServiceUnavailableError"
+
+
+class QueueFull(Unavailable):
+    """The engine's queue is at its bound (`--max-num-queued-reqs`, `--max-num-queued-tokens`)."""
 
 
 class EngineGone(Unavailable):

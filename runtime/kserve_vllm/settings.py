@@ -1,8 +1,8 @@
 """The tree of typed settings, and where each value came from.
 
-Four groups: `model`, `server`, `lifecycle` and `engine`. The first three are declared here, one field a setting; a
-field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its place in the
-YAML file (`server.http_port`). The fourth holds vLLM's own engine flags, which vLLM's own parser checks.
+Five groups: `model`, `server`, `lifecycle`, `telemetry` and `engine`. All but the last are declared here, one field a
+setting; a field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its
+place in the YAML file (`server.http_port`). The last holds vLLM's own engine flags, which vLLM's own parser checks.
 
 Sources, strongest first: flags, variables, the file, the profile (engine flags alone), defaults.
 """
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -110,10 +110,27 @@ class LifecycleSettings(_Group):
     )
 
 
+class TelemetrySettings(_Group):
+    """What an operator sees."""
+
+    log_format: Literal["auto", "json", "console"] = _setting(
+        "auto", "Form of the log: json (an object a line), console (readable lines), or auto: console on a terminal."
+    )
+    otlp_endpoint: str | None = _setting(
+        None,
+        "URL of an OpenTelemetry collector; switches traces on. Over gRPC, such as http://collector:4317, or over HTTP "
+        "with OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf.",
+    )
+    trace_sample_ratio: float = _setting(
+        1.0, "Share of traces that is recorded, 0 to 1, where the caller has not decided already.", ge=0, le=1
+    )
+
+
 GROUPS: Mapping[str, type[_Group]] = {
     "model": ModelSettings,
     "server": ServerSettings,
     "lifecycle": LifecycleSettings,
+    "telemetry": TelemetrySettings,
 }
 
 
@@ -139,7 +156,7 @@ class Settings:
     """The effective settings.
 
     Attributes:
-        model, server, lifecycle: the typed groups.
+        model, server, lifecycle, telemetry: the typed groups.
         engine: vLLM's flags, weakest source first; at most one source per key.
         sources: `group.field` to where its value came from.
     """
@@ -147,6 +164,7 @@ class Settings:
     model: ModelSettings
     server: ServerSettings
     lifecycle: LifecycleSettings
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     engine: tuple[EngineFlag, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kserve_vllm import settings
 from kserve_vllm.engine.profiles import PROFILES
+from kserve_vllm.telemetry.metrics import DECLARED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -36,11 +37,22 @@ def profiles_table() -> str:
     return "\n".join(rows)
 
 
+def metrics_table() -> str:
+    """A row per metric of ours: name as Prometheus sees it, kind, labels, what it counts."""
+    rows = ["| metric | kind | labels | what it counts |", "| --- | --- | --- | --- |"]
+    for each in DECLARED:
+        name = each.name + ("_total" if each.kind == "counter" else "")
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        rows.append(f"| `{name}` | {each.kind} | {labels} | {each.text} |")
+    return "\n".join(rows)
+
+
 def main() -> int:
     """Rewrite the tables, or compare them."""
     before = README.read_text()
     text = before
-    for name, table in (("settings", settings_table()), ("profiles", profiles_table())):
+    tables = (("settings", settings_table()), ("profiles", profiles_table()), ("metrics", metrics_table()))
+    for name, table in tables:
         text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
         if count != 1:
             raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")

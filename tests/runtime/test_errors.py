@@ -12,12 +12,16 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
 from kserve_vllm.errors import InternalError
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.protocol.edge import Edge, Keys
 from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.telemetry.metrics import Metrics
+from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.tracing import Tracing
 from tests.clients import SUM, assert_unharmed, infer, post, tensor, texts
 from tests.support import Server
 from tests.triton import service_pb2, service_pb2_grpc
@@ -519,11 +523,16 @@ def test_an_unknown_call_is_unimplemented(server: Server) -> None:
 SECRET = "the secret is in /etc/secret.py"
 
 
+def books(lifecycle: Lifecycle) -> Requests:
+    """The books of requests, on a registry of their own."""
+    return Requests(Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()), Tracing(), lifecycle)
+
+
 def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Gate]:
     lifecycle = Lifecycle()
     lifecycle.to(State.READY)
     gate = Gate(lifecycle)
-    edge = Edge(lifecycle, gate, Keys([]), 1 << 20, lambda: b"", dict)
+    edge = Edge(lifecycle, gate, Keys([]), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
     edge.attach(app, app)
     return httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://edge"), gate
 
@@ -580,7 +589,7 @@ def test_a_fault_of_ours_over_grpc_has_a_request_id_and_no_internals() -> None:
     async def ask() -> tuple[Any, Any]:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        servicer = Servicer(lifecycle, Gate(lifecycle), Keys([]), False)
+        servicer = Servicer(lifecycle, Gate(lifecycle), Keys([]), False, books(lifecycle))
         servicer.attach(Backend())
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((servicer.handler(),))
@@ -613,7 +622,7 @@ def test_an_answer_that_fails_in_its_middle_is_cut_off_and_not_mended() -> None:
     async def ask() -> None:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        edge = Edge(lifecycle, Gate(lifecycle), Keys([]), 1 << 20, lambda: b"", dict)
+        edge = Edge(lifecycle, Gate(lifecycle), Keys([]), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
         edge.attach(app, app)
 
         async def send(message: Any) -> None:

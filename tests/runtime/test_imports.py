@@ -22,7 +22,7 @@ FLOORS = [
     {"gate"},
     {"policy", "engine", "telemetry"},
     {"lifecycle"},
-    {"errors", "types", "settings"},
+    {"errors", "types", "settings", "ticket"},
 ]
 # The ground floor's modules may use the errors.
 ALLOWED = {("settings", "errors")}

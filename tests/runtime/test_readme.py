@@ -33,7 +33,8 @@ def moved(block: str, ports: tuple[int, int]) -> str:
 def ports() -> Iterator[tuple[int, int]]:
     """The ports of a server that the README's own command started."""
     chosen = free_port(), free_port()
-    arguments = f"--host 127.0.0.1 --http-port {chosen[0]} --grpc-port {chosen[1]}"
+    # As on a terminal, where the banner says what to type next.
+    arguments = f"--host 127.0.0.1 --http-port {chosen[0]} --grpc-port {chosen[1]} --log-format console"
     command = [*SERVE.split(), f"ARGS={arguments}"]
     environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     with subprocess.Popen(

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import orjson
 import psutil
 
+from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
     InternalError,
     InvalidRequest,
     NotFound,
+    QueueFull,
     RequestError,
     Unavailable,
 )
@@ -189,6 +191,7 @@ class VLLMEngine:
             Exception: whatever vLLM raises where loading fails.
         """
         self._client = client = await asyncio.to_thread(self._start_process)
+        Accounts(client.output_processor, lambda: self.names[0])
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
@@ -353,6 +356,15 @@ class VLLMEngine:
     def find(self, name: str) -> ModelInfo | None:
         """The model of that name, loaded or not, or None."""
         return next((model for model in self.models() if model.name == name), None)
+
+    def served_names(self) -> frozenset[str]:
+        """Names that requests may ask for now."""
+        registry = self.app.state.openai_serving_models
+        return frozenset([*self.names, *registry.lora_requests])
+
+    def adapters_by_state(self) -> dict[str, int]:
+        """Number of adapters that are `loaded` and `unloaded`."""
+        return {"loaded": len(self.app.state.openai_serving_models.lora_requests), "unloaded": len(self._unloaded)}
 
     async def openai_models(self) -> dict[str, Any]:
         """OpenAI's list of models as vLLM makes it."""
@@ -559,7 +571,7 @@ class VLLMEngine:
         if isinstance(error, VLLMValidationError):
             return InvalidRequest(error.args[0], field=error.parameter)
         if isinstance(error, GracefulHTTPError):
-            return Unavailable(str(error), retry_after_s=1)
+            return QueueFull(str(error), retry_after_s=1)
         if isinstance(error, RetryableRequestError):
             return Unavailable(str(error), retry_after_s=1)
         if isinstance(error, ValidationError):

@@ -21,6 +21,8 @@ from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotF
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
+from kserve_vllm.protocol.endpoints import Endpoints, of_http
+from kserve_vllm.telemetry.requests import Requests
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,6 @@ _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
 _OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/models(/.*)?$")
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
-_METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 class Keys:
@@ -69,8 +70,9 @@ class Edge:
         gate: admits requests and counts them.
         keys: checks `Authorization`.
         max_body: largest request body in bytes.
-        metrics: renders the metrics in Prometheus' text format.
+        metrics: renders the metrics for an `Accept` header, and says their content type.
         version: the body of `/version`.
+        requests: the books of all requests.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Edge:
         gate: Gate,
         keys: Keys,
         max_body: int,
-        metrics: Callable[[], bytes],
+        metrics: Callable[[str], tuple[bytes, str]],
         version: Callable[[], dict[str, str]],
+        requests: Requests,
     ) -> None:
         self._lifecycle = lifecycle
         self._gate = gate
@@ -88,12 +91,15 @@ class Edge:
         self._max_body = max_body
         self._metrics = metrics
         self._version = version
+        self._requests = requests
+        self._endpoints = Endpoints()
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
 
     def attach(self, ours: ASGIApp, vllm: ASGIApp) -> None:
         """Set the apps behind the gate, once the engine runs."""
         self._ours, self._vllm = ours, vllm
+        self._endpoints = Endpoints(ours, vllm)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -107,31 +113,43 @@ class Edge:
         if path.startswith("/openai/v1"):
             path = path.removeprefix(wire.OPENAI_ALIAS)
             scope["path"], scope["raw_path"] = path, path.encode()
-        if scope["method"] in ("GET", "HEAD") and await self._open_answer(path, send):
+        if scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send):
             return
         request_id, headers = _request_id(scope)
-        guard = _Guard(send, request_id, path)
+        with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
+            guard = _Guard(send, request_id, path, self._requests.response_header(ticket))
+            try:
+                await self._answer(scope, receive, guard, headers)
+            finally:
+                ticket.status, ticket.error = guard.status, guard.error
+
+    async def _answer(self, scope: Scope, receive: Receive, guard: _Guard, headers: dict[bytes, bytes]) -> None:
+        path, request_id = scope["path"], guard.request_id
         try:
             self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
             with self._gate.enter(needs_model=not _about_models(scope["method"], path)):
                 receive = await self._limited(headers, receive)
                 await self._app_for(path)(scope, receive, guard.send)
         except RequestError as error:
+            guard.error = error
             await guard.fail(error)
         except Exception as error:
             if guard.answered:
                 log.debug("after the answer to %s: %r", request_id, error)
                 return
+            guard.error = error
             log.exception("request %s failed", request_id, exc_info=error)
             await guard.fail(InternalError(request_id))
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        request_id, headers = _request_id(scope)
         try:
-            self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
-            with self._gate.enter():
-                assert self._vllm is not None
-                await self._vllm(scope, receive, send)
+            with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
+                self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
+                with self._gate.enter():
+                    assert self._vllm is not None
+                    await self._vllm(scope, receive, send)
+                ticket.status = 101
         except RequestError as error:
             await receive()
             await send({"type": "websocket.close", "code": 1013, "reason": error.message[:120]})
@@ -141,15 +159,17 @@ class Edge:
             raise NotFound("no such path")
         return self._ours if path in _DOCS or _OURS.match(path) else self._vllm
 
-    async def _open_answer(self, path: str, send: Send) -> bool:
-        """Answer what is open to everyone at any time; False if `path` is none of that."""
-        life = self._lifecycle
+    async def _open_answer(self, scope: Scope, send: Send) -> bool:
+        """Answer what is open to everyone at any time; False if the path is none of that."""
+        life, path = self._lifecycle, scope["path"]
         if path in _LIVE:
             await _answer(send, 200 if life.live else 503, orjson.dumps({**life.report(), "status": _alive(life)}))
         elif path in _READY:
             await _answer(send, 200 if life.ready else 503, orjson.dumps(life.report()))
         elif path == "/metrics" or path == "/metrics/":
-            await _answer(send, 200, self._metrics(), _METRICS_TYPE)
+            accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+            body, content_type = self._metrics(accept.decode("latin-1"))
+            await _answer(send, 200, body, content_type.encode())
         elif path == "/version":
             await _answer(send, 200, orjson.dumps(self._version()))
         else:
@@ -191,17 +211,20 @@ class Edge:
 
 
 class _Guard:
-    """Watches the start of one response: adds the request id, and takes internals out of a 500.
+    """Watches the start of one response: adds ids, notes the status, and takes internals out of a 500.
 
     vLLM answers 501 to a request for what the model can't do. That is the request's fault, not the server's, and V2
     and V1 say 400: so does this.
     """
 
-    def __init__(self, send: Send, request_id: str, path: str) -> None:
+    def __init__(self, send: Send, request_id: str, path: str, trace: str | None) -> None:
         self._send = send
-        self._request_id = request_id
+        self.request_id = request_id
         self._path = path
+        self._trace = trace
         self.answered = False
+        self.status: int | None = None
+        self.error: Exception | None = None
         self._swallow = False
         self._refused = False
 
@@ -209,15 +232,18 @@ class _Guard:
         """ASGI's send."""
         if message["type"] == "http.response.start":
             self.answered = True
-            if message["status"] == 500:
+            self.status = message["status"]
+            if self.status == 500:
                 self._swallow = True
-                return self.fail(InternalError(self._request_id), forced=True)
-            if message["status"] == 501:
+                return self.fail(InternalError(self.request_id), forced=True)
+            if self.status == 501:
                 self._refused = True
                 return _nothing()
             headers = message.setdefault("headers", [])
             if not any(name == b"x-request-id" for name, _ in headers):
-                message["headers"] = [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]
+                message["headers"] = [*headers, (b"x-request-id", self.request_id.encode("latin-1"))]
+            if self._trace is not None:
+                message["headers"] = [*message["headers"], (b"traceresponse", self._trace.encode())]
         elif self._swallow:
             return _nothing()
         elif self._refused:
@@ -229,9 +255,11 @@ class _Guard:
         """Answer with an error, unless a response has begun."""
         if self.answered and not forced:
             return
-        self.answered = True
+        self.answered, self.status = True, error.http_status
         body = wire.error_body(self._path, error)
-        headers = [*wire.error_headers(error, self._request_id), (b"content-length", str(len(body)).encode())]
+        headers = [*wire.error_headers(error, self.request_id), (b"content-length", str(len(body)).encode())]
+        if self._trace is not None:
+            headers.append((b"traceresponse", self._trace.encode()))
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 

@@ -25,6 +25,8 @@ from kserve_vllm.errors import Forbidden, InternalError, InvalidRequest, NotFoun
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.edge import Keys
+from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +119,16 @@ class Servicer:
         gate: admits calls and counts them.
         keys: checks `authorization` in the metadata.
         allow_control: whether clients may load and unload.
+        requests: the books of all requests.
     """
 
-    def __init__(self, lifecycle: Lifecycle, gate: Gate, keys: Keys, allow_control: bool) -> None:
+    def __init__(self, lifecycle: Lifecycle, gate: Gate, keys: Keys, allow_control: bool, requests: Requests) -> None:
         self.messages = Messages()
         self._lifecycle = lifecycle
         self._gate = gate
         self._keys = keys
         self._allow_control = allow_control
+        self._requests = requests
         self._backend: Any = None
 
     def attach(self, backend: Any) -> None:
@@ -164,20 +168,29 @@ class Servicer:
 
         async def call(request: Any, context: _Context) -> Any:
             request_id, metadata = _metadata(context)
-            try:
-                _check_decoded(request)
-                if work is None:
-                    raise NotFound(f"{name} is not served")
-                if name == "ModelReady" and not self._lifecycle.ready:
-                    return self.messages.ModelReadyResponse(ready=False)
-                self._keys.check(metadata.get("authorization"))
-                with self._gate.enter(needs_model=name == "ModelInfer"):
-                    return await work(request, {**metadata, "x-request-id": request_id})
-            except RequestError as error:
-                await _abort(context, error)
-            except Exception as error:
-                log.exception("request %s failed", request_id, exc_info=error)
-                await _abort(context, InternalError(request_id))
+            model = getattr(request, "model_name", None) or None
+            with self._requests.open("grpc", name, request_id, metadata, model, name != "ModelInfer") as ticket:
+                if header := self._requests.response_header(ticket):
+                    await context.send_initial_metadata((("traceresponse", header),))
+                try:
+                    _check_decoded(request)
+                    if work is None:
+                        raise NotFound(f"{name} is not served")
+                    if name == "ModelReady" and not self._lifecycle.ready:
+                        ticket.status = "OK"
+                        return self.messages.ModelReadyResponse(ready=False)
+                    self._keys.check(metadata.get("authorization"))
+                    with self._gate.enter(needs_model=name == "ModelInfer"):
+                        answer = await work(request, {**metadata, "x-request-id": request_id})
+                    ticket.status = "OK"
+                    return answer
+                except RequestError as error:
+                    ticket.status, ticket.error = error.grpc_status, error
+                    await _abort(context, error)
+                except Exception as error:
+                    ticket.status, ticket.error = InternalError.grpc_status, error
+                    log.exception("request %s failed", request_id, exc_info=error)
+                    await _abort(context, InternalError(request_id))
 
         return call
 
@@ -229,6 +242,8 @@ class Servicer:
         except RequestError as error:
             refusal = error
         if refusal is not None:
+            with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata) as ticket:
+                ticket.status, ticket.error = refusal.grpc_status, refusal
             await _abort(context, refusal)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         reader = asyncio.create_task(self._read_stream(requests, queue, request_id, metadata))
@@ -254,19 +269,29 @@ class Servicer:
             queue.put_nowait(None)
 
     async def _answer_one(self, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]) -> None:
+        model = getattr(request, "model_name", None) or None
+        with self._requests.open("grpc", "ModelStreamInfer", metadata["x-request-id"], metadata, model) as ticket:
+            await self._answer_ticket(ticket, request, queue, metadata)
+
+    async def _answer_ticket(
+        self, ticket: Ticket, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]
+    ) -> None:
         new = self.messages.ModelStreamInferResponse
         try:
             _check_decoded(request)
             with self._gate.enter():
                 async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
                     queue.put_nowait(new(infer_response=response))
+            ticket.status = "OK"
         except RequestError as error:
+            ticket.status, ticket.error = error.grpc_status, error
             answer = new(error_message=error.message)
             if not isinstance(request, DecodeError):
                 answer.infer_response.id = request.id
                 answer.infer_response.model_name = request.model_name
             queue.put_nowait(answer)
         except Exception as error:
+            ticket.status, ticket.error = InternalError.grpc_status, error
             log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
             answer = new(error_message=InternalError(metadata["x-request-id"]).message)
             answer.infer_response.id = request.id

@@ -1,16 +1,144 @@
-"""How log lines look."""
+"""How log lines look: one JSON object a line, or readable lines on a terminal.
+
+Every library's lines come out in the same form, also those of vLLM's engine and worker processes, which read the
+configuration from a file named in `VLLM_LOGGING_CONFIG_PATH`. Lines that are written while a request is worked on carry
+its id and its trace id.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import logging.config
+import os
 import sys
+import tempfile
+from collections.abc import MutableMapping
+from typing import Any
+
+import orjson
+import structlog
+
+from kserve_vllm.ticket import current
+
+Event = MutableMapping[str, Any]
 
 
-def configure() -> None:
-    """Write our own lines and those of the libraries to standard error, one a line. vLLM formats its own."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s", "%m-%d %H:%M:%S"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
-    logging.getLogger("kserve").setLevel(logging.WARNING)
+def form(setting: str) -> str:
+    """`json` or `console`; `auto` means JSON unless standard error is a terminal."""
+    if setting != "auto":
+        return setting
+    return "console" if sys.stderr.isatty() else "json"
+
+
+def configure(setting: str = "auto") -> str:
+    """Write all lines to standard error in the form of the setting, here and in vLLM's processes. Returns the form.
+
+    Levels: info and above, or what `VLLM_LOGGING_LEVEL` says; warnings and above for kserve. An operator's own
+    `VLLM_LOGGING_CONFIG_PATH` stays.
+    """
+    chosen = form(setting)
+    tree = configuration(chosen, os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+    logging.config.dictConfig(tree)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.add_logger_name,
+            structlog.stdlib.add_log_level,
+            _add_request,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    if "VLLM_LOGGING_CONFIG_PATH" not in os.environ:
+        with tempfile.NamedTemporaryFile("w", prefix="kserve-vllm-logging-", suffix=".json", delete=False) as file:
+            json.dump(tree, file)
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = file.name
+    return chosen
+
+
+def forget() -> None:
+    """Remove the file that `configure` wrote for vLLM's processes."""
+    path = os.environ.get("VLLM_LOGGING_CONFIG_PATH", "")
+    if os.path.basename(path).startswith("kserve-vllm-logging-") and os.path.exists(path):
+        os.unlink(path)
+
+
+def configuration(chosen: str, level: str) -> dict[str, Any]:
+    """The configuration for `logging.config.dictConfig`, as plain values that can be written as JSON."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"kserve_vllm": {"()": "kserve_vllm.telemetry.logs.formatter", "chosen": chosen}},
+        "handlers": {
+            "kserve_vllm": {
+                "class": "logging.StreamHandler",
+                "formatter": "kserve_vllm",
+                "stream": "ext://sys.stderr",
+            }
+        },
+        "root": {"handlers": ["kserve_vllm"], "level": "INFO"},
+        "loggers": {
+            "vllm": {"handlers": [], "level": level, "propagate": True},
+            # Says once that a trace context is ignored; it is not: it goes to the runtime's own spans.
+            "vllm.tracing.utils": {"level": "ERROR"},
+            # Named, since libraries set the root's level while they are imported.
+            "kserve_vllm": {"level": "INFO"},
+            "uvicorn": {"level": "INFO"},
+            "kserve": {"handlers": [], "level": "WARNING", "propagate": True},
+            "httpx": {"level": "WARNING"},
+            "httpx2": {"level": "WARNING"},
+        },
+    }
+
+
+def formatter(chosen: str = "json") -> logging.Formatter:
+    """A formatter for lines of structlog's loggers and of every other."""
+    # Here, because in vLLM's processes nothing else of ours runs.
+    logging.captureWarnings(True)
+    before: list[Any] = [
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        _add_process,
+        _add_request,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if chosen == "console":
+        last: list[Any] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+    else:
+        last = [structlog.processors.format_exc_info, _order, structlog.processors.JSONRenderer(serializer=_dumps)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=before,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+    )
+
+
+def _add_request(logger: Any, name: str, event: Event) -> Event:
+    ticket = current.get()
+    if ticket is not None:
+        event.setdefault("request_id", ticket.request_id)
+        if ticket.trace_id:
+            event.setdefault("trace_id", ticket.trace_id)
+    return event
+
+
+def _add_process(logger: Any, name: str, event: Event) -> Event:
+    """The name of vLLM's process, where it is not the front end."""
+    record = event.get("_record")
+    process = getattr(record, "vllm_process_name", None) or getattr(record, "processName", None)
+    if process and process != "MainProcess":
+        event["process"] = process
+    return event
+
+
+def _order(logger: Any, name: str, event: Event) -> Event:
+    """Time, level, logger and event first: what a person looks for."""
+    first = {key: event.pop(key) for key in ("timestamp", "level", "logger", "event") if key in event}
+    return {**first, **event}
+
+
+def _dumps(event: Any, **_: Any) -> str:
+    return orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()

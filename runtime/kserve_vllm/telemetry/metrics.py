@@ -1,12 +1,107 @@
-"""Every metric of our own, declared once, beside vLLM's in one registry."""
+"""Every metric of our own, declared once, beside vLLM's in one registry.
+
+`DECLARED` is the one list: the objects, the README's table and the tests are made from it. Where
+`PROMETHEUS_MULTIPROC_DIR` is set, the values of all processes that share the folder are put together; gauges then say
+how.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from prometheus_client import REGISTRY, Gauge, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.ticket import Ticket
+
+OUTCOMES = ("ok", "client_error", "refused", "unavailable", "cancelled", "server_error")
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+# The objective for the first token is 500 ms: it has to be a boundary.
+_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BETWEEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_WHOLE_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_QUEUE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One metric.
+
+    Attributes:
+        name: without the `_total` of a counter.
+        kind: `counter`, `gauge` or `histogram`.
+        text: what it counts, with its unit.
+        labels: label names.
+        buckets: upper boundaries, of a histogram.
+        merge: how a gauge's values of several processes become one.
+    """
+
+    name: str
+    kind: str
+    text: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    merge: str = "livesum"
+
+
+_WHO = ("model", "tenant")
+DECLARED: tuple[Declared, ...] = (
+    Declared("kserve_vllm_requests", "counter", "Requests that were answered, refused or given up.",
+             ("protocol", "endpoint", "model", "tenant", "outcome")),
+    Declared("kserve_vllm_rejections", "counter",
+             "Requests that were turned away before the engine saw them, by reason.", ("protocol", "reason")),
+    Declared("kserve_vllm_time_to_first_token_seconds", "histogram",
+             "From a request's arrival to its first token, in seconds; recorded when the request ends.",
+             _WHO, _FIRST_TOKEN_S),
+    Declared("kserve_vllm_inter_token_latency_seconds", "histogram",
+             "Mean time between two tokens of one request, in seconds; one value a request.", _WHO, _BETWEEN_S),
+    Declared("kserve_vllm_request_duration_seconds", "histogram",
+             "From a request's arrival to the end of its answer, in seconds; requests that reached the engine.",
+             _WHO, _WHOLE_S),
+    Declared("kserve_vllm_queue_time_seconds", "histogram",
+             "Time in the engine's queue before a request was first scheduled, in seconds.", _WHO, _QUEUE_S),
+    Declared("kserve_vllm_prompt_tokens", "counter", "Tokens of prompts, cached ones included.", _WHO),
+    Declared("kserve_vllm_cached_prompt_tokens", "counter",
+             "Tokens of prompts that were found in the prefix cache.", _WHO),
+    Declared("kserve_vllm_output_tokens", "counter",
+             "Tokens that were generated, those of cancelled requests included.", _WHO),
+    Declared("kserve_vllm_requests_in_flight", "gauge", "Requests that have entered and not been answered."),
+    Declared("kserve_vllm_lifecycle_state", "gauge", "1 for the state that the process is in.", ("state",),
+             merge="livemax"),
+    Declared("kserve_vllm_lifecycle_state_seconds", "gauge", "How long the process has been in its state, in seconds.",
+             merge="livemax"),
+    Declared("kserve_vllm_drain_progress_ratio", "gauge",
+             "Share of the requests in flight at the beginning of a drain that have ended; 0 while not draining.",
+             merge="livemin"),
+    Declared("kserve_vllm_drain_remaining_seconds", "gauge",
+             "Seconds until requests in flight are cut off; 0 while not draining.", merge="livemax"),
+    Declared("kserve_vllm_adapters", "gauge", "Adapters (LoRA) by state: loaded or unloaded.", ("state",),
+             merge="livemax"),
+    Declared("kserve_vllm_build_info", "gauge", "Always 1; the versions are in the labels.",
+             ("version", "vllm_version", "python_version"), merge="livemax"),
+)  # fmt: skip
+
+
+class Bounded:
+    """Lets through the first `limit` values of a label; whatever comes after is `other`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._seen: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        """The value, or `other`."""
+        if value not in self._seen:
+            if len(self._seen) >= self._limit:
+                return "other"
+            self._seen.add(value)
+        return value
 
 
 class Metrics:
@@ -15,21 +110,116 @@ class Metrics:
     Args:
         lifecycle: the state to show.
         in_flight: tells the number of requests in flight.
+        version: of this package.
+        registry: where they are registered.
+        most_tenants, most_models: how many of each get series of their own.
     """
 
-    def __init__(self, lifecycle: Lifecycle, in_flight: Callable[[], int]) -> None:
-        self._state = Gauge("kserve_vllm_lifecycle_state", "1 for the state that the process is in.", ["state"])
-        self._requests = Gauge("kserve_vllm_requests_in_flight", "Requests that have entered and not been answered.")
-        self._requests.set_function(in_flight)
-        self._seconds = Gauge("kserve_vllm_lifecycle_state_seconds", "How long the process has been in its state.")
-        self._seconds.set_function(lambda: lifecycle.seconds)
-        lifecycle.on_change(self._show)
-        self._show(lifecycle)
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        in_flight: Callable[[], int],
+        version: str = "",
+        registry: CollectorRegistry = REGISTRY,
+        most_tenants: int = 50,
+        most_models: int = 100,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._in_flight = in_flight
+        self._version = version
+        self._registry = registry
+        self._tenant = Bounded(most_tenants)
+        self._model = Bounded(most_models)
+        self._all: dict[str, Any] = {each.name: _make(each, registry) for each in DECLARED}
+        self._adapters: Callable[[], Mapping[str, int]] = dict
+        self._models: Callable[[], frozenset[str]] = frozenset
+        self._drain: tuple[int, float] | None = None
+        self._show_state(lifecycle)
+        lifecycle.on_change(self._show_state)
 
-    def _show(self, lifecycle: Lifecycle) -> None:
+    def attach(
+        self, vllm_version: str, models: Callable[[], frozenset[str]], adapters: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """Set what is known once the engine runs: its version, the served names, and adapters by state."""
+        self._models, self._adapters = models, adapters
+        self._get("kserve_vllm_build_info").labels(self._version, vllm_version, platform.python_version()).set(1)
+
+    def begin_drain(self, timeout_s: float) -> None:
+        """Show from now on how far the drain is."""
+        self._drain = self._in_flight(), timeout_s
+
+    def count(self, ticket: Ticket, outcome: str, duration_s: float) -> None:
+        """Count a request that is over. The trace id is the exemplar where the trace is recorded."""
+        model, tenant = self.model_label(ticket.model), self._tenant(ticket.tenant)
+        exemplar = {"trace_id": ticket.trace_id} if ticket.sampled and ticket.trace_id else None
+        self._get("kserve_vllm_requests").labels(ticket.protocol, ticket.endpoint, model, tenant, outcome).inc(
+            1, exemplar
+        )
+        if not ticket.sequences:
+            return
+        self._get("kserve_vllm_prompt_tokens").labels(model, tenant).inc(ticket.prompt_tokens)
+        self._get("kserve_vllm_cached_prompt_tokens").labels(model, tenant).inc(ticket.cached_tokens)
+        self._get("kserve_vllm_output_tokens").labels(model, tenant).inc(ticket.output_tokens)
+        for name, value in (
+            ("kserve_vllm_time_to_first_token_seconds", ticket.ttft_s),
+            ("kserve_vllm_inter_token_latency_seconds", ticket.itl_s),
+            ("kserve_vllm_queue_time_seconds", ticket.queue_s),
+            ("kserve_vllm_request_duration_seconds", duration_s),
+        ):
+            if value is not None:
+                self._get(name).labels(model, tenant).observe(value, exemplar)
+
+    def reject(self, protocol: str, reason: str) -> None:
+        """Count a request that was turned away."""
+        self._get("kserve_vllm_rejections").labels(protocol, reason).inc()
+
+    def model_label(self, model: str | None) -> str:
+        """A served name as it is, `other` for a name that is not served, `none` where no model was named."""
+        if model is None:
+            return "none"
+        return self._model(model) if model in self._models() else "other"
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics and their content type: OpenMetrics with exemplars where `accept` asks for it, else text."""
+        self._refresh()
+        registry = self._registry
+        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        # Not `choose_encoder`: it writes `vllm_` for `vllm:` where a scraper names no escaping, as Prometheus 2 does.
+        if "application/openmetrics-text" in accept:
+            body: bytes = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+                registry, escaping=openmetrics.ALLOWUTF8, version="1.0.0"
+            )
+            return body, "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        return generate_latest(registry), _TEXT
+
+    def _refresh(self) -> None:
+        """Values that are looked up when someone asks."""
+        count = self._in_flight()
+        self._get("kserve_vllm_requests_in_flight").set(count)
+        self._get("kserve_vllm_lifecycle_state_seconds").set(self._lifecycle.seconds)
+        for state in ("loaded", "unloaded"):
+            self._get("kserve_vllm_adapters").labels(state).set(self._adapters().get(state, 0))
+        progress = remaining = 0.0
+        if self._drain is not None and self._lifecycle.state is State.DRAINING:
+            initial, timeout_s = self._drain
+            progress = 1 - min(1.0, count / initial) if initial else 1.0
+            remaining = max(0.0, timeout_s - self._lifecycle.seconds)
+        self._get("kserve_vllm_drain_progress_ratio").set(progress)
+        self._get("kserve_vllm_drain_remaining_seconds").set(remaining)
+
+    def _show_state(self, lifecycle: Lifecycle) -> None:
         for state in State:
-            self._state.labels(state.value).set(state is lifecycle.state)
+            self._get("kserve_vllm_lifecycle_state").labels(state.value).set(state is lifecycle.state)
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(REGISTRY)
+    def _get(self, name: str) -> Any:
+        return self._all[name]
+
+
+def _make(each: Declared, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    if each.kind == "counter":
+        return Counter(each.name, each.text, each.labels, registry=registry)
+    if each.kind == "histogram":
+        return Histogram(each.name, each.text, each.labels, buckets=each.buckets, registry=registry)
+    return Gauge(each.name, each.text, each.labels, registry=registry, multiprocess_mode=each.merge)  # type: ignore[arg-type]

@@ -1,0 +1,73 @@
+"""Which protocol and endpoint a path belongs to, out of a bounded set, for the books."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from kserve_vllm.protocol import wire
+from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.ticket import Ticket
+
+OTHER = "other"
+
+
+class Endpoints:
+    """The route templates of some apps.
+
+    Args:
+        apps: FastAPI or Starlette apps; the first one that knows a path wins.
+    """
+
+    def __init__(self, *apps: Any) -> None:
+        self._plain: dict[str, str] = {}
+        self._patterns: list[tuple[re.Pattern[str], str]] = []
+        for app in apps:
+            for route in getattr(app, "routes", ()):
+                template = getattr(route, "path_format", None)
+                if template is None:
+                    continue
+                if "{" in template:
+                    self._patterns.append((route.path_regex, template))
+                else:
+                    self._plain.setdefault(template, template)
+
+    def find(self, path: str) -> tuple[str, str | None]:
+        """The route template of a path and the model that the path names; `other` where no route has it."""
+        plain = self._plain.get(path)
+        if plain is not None:
+            return plain, None
+        for pattern, template in self._patterns:
+            if match := pattern.match(path):
+                return template, match.groupdict().get("model_name")
+        return OTHER, None
+
+
+def protocol_of(path: str) -> str:
+    """`generate`, `v2`, `v1` or `openai`."""
+    if not wire.is_kserve_path(path):
+        return "openai"
+    if not path.startswith("/v2"):
+        return "v1"
+    return "generate" if path.endswith(("/generate", "/generate_stream")) else "v2"
+
+
+def of_http(
+    requests: Requests,
+    endpoints: Endpoints,
+    scope: MutableMapping[str, Any],
+    headers: Mapping[bytes, bytes],
+    request_id: str,
+) -> AbstractContextManager[Ticket]:
+    """The ticket of an HTTP request. Questions (GET) are logged at the level debug."""
+    path = scope["path"]
+    endpoint, model = endpoints.find(path)
+    trace = {
+        name: headers[name.encode()].decode("latin-1")
+        for name in ("traceparent", "tracestate")
+        if name.encode() in headers
+    }
+    quiet = scope.get("method", "GET") in ("GET", "HEAD", "OPTIONS")
+    return requests.open(protocol_of(path), endpoint, request_id, trace, model, quiet)

@@ -1,0 +1,179 @@
+"""Opens a ticket for each request and closes it once, whatever happened: counters, log line, span."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from kserve_vllm.errors import (
+    BodyTooLarge,
+    EngineGone,
+    Forbidden,
+    QueueFull,
+    RequestError,
+    Unauthenticated,
+    Unavailable,
+)
+from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.telemetry.metrics import Metrics
+from kserve_vllm.telemetry.tracing import Tracing
+from kserve_vllm.ticket import Ticket, current
+
+_LATE_S = 0.25
+_REFUSED = {
+    Unauthenticated: "unauthenticated",
+    Forbidden: "forbidden",
+    BodyTooLarge: "body_too_large",
+    EngineGone: "engine_dead",
+    QueueFull: "queue_full",
+}
+_REFUSED_STATUS = {401: "unauthenticated", 403: "forbidden", 413: "body_too_large", 429: "too_many_requests"}
+_STATES = {State.STARTING: "loading", State.LOADING: "loading", State.WARMING: "loading", State.DRAINING: "draining",
+           State.STOPPED: "draining", State.FAILED: "engine_dead"}  # fmt: skip
+
+
+class Requests:
+    """The books of all requests.
+
+    Args:
+        metrics: counts them.
+        tracing: opens and ends their spans.
+        lifecycle: says why the server was not available.
+    """
+
+    def __init__(self, metrics: Metrics, tracing: Tracing, lifecycle: Lifecycle) -> None:
+        self._metrics = metrics
+        self._tracing = tracing
+        self._lifecycle = lifecycle
+        self._late: dict[Ticket, float] = {}
+        self._log: Any = structlog.stdlib.get_logger("kserve_vllm.request")
+
+    @contextmanager
+    def open(
+        self,
+        protocol: str,
+        endpoint: str,
+        request_id: str,
+        headers: Mapping[str, str],
+        model: str | None = None,
+        quiet: bool = False,
+    ) -> Iterator[Ticket]:
+        """A ticket for as long as the block runs; it is the current one in the block and in tasks started there.
+
+        Args:
+            protocol: `openai`, `v2`, `generate`, `v1` or `grpc`.
+            endpoint: one of a bounded set.
+            request_id: for logs and traces.
+            headers: with lower-case names; `traceparent` and `tracestate` are read.
+            model: the name asked for, where it is known already.
+            quiet: write its log line at the level debug.
+        """
+        ticket = Ticket(request_id, protocol, endpoint, quiet, model=model)
+        self._tracing.open(ticket, headers)
+        token = current.set(ticket)
+        try:
+            yield ticket
+        except BaseException as error:
+            ticket.error = ticket.error or error
+            raise
+        finally:
+            duration_s = time.monotonic() - ticket.started
+            if ticket.unfinished and ticket.error is None:
+                # vLLM gives up the request of a client that is gone a moment after its handler returned.
+                self._late[ticket] = duration_s
+                asyncio.get_running_loop().call_later(_LATE_S, self._close_late, ticket)
+            else:
+                self._close(ticket, duration_s)
+            current.reset(token)
+
+    def response_header(self, ticket: Ticket) -> str | None:
+        """Value of the `traceresponse` header (W3C Trace Context), or None where nothing is traced."""
+        return self._tracing.response_header(ticket)
+
+    def flush(self) -> None:
+        """Close the tickets that still wait for the engine's last word."""
+        for ticket in list(self._late):
+            self._close_late(ticket)
+
+    def _close_late(self, ticket: Ticket) -> None:
+        duration_s = self._late.pop(ticket, None)
+        if duration_s is not None:
+            self._close(ticket, duration_s)
+
+    def _close(self, ticket: Ticket, duration: float) -> None:
+        outcome, reason = self._outcome(ticket)
+        self._metrics.count(ticket, outcome, duration)
+        if reason is not None:
+            self._metrics.reject(ticket.protocol, reason)
+        self._tracing.close(ticket, outcome)
+        self._write(ticket, outcome, reason, duration)
+
+    def _write(self, ticket: Ticket, outcome: str, reason: str | None, duration_s: float) -> None:
+        level = logging.DEBUG if ticket.quiet and outcome in ("ok", "client_error") else logging.INFO
+        if outcome == "server_error":
+            level = logging.ERROR
+        fields: dict[str, Any] = {
+            "protocol": ticket.protocol,
+            "endpoint": ticket.endpoint,
+            "model": self._metrics.model_label(ticket.model),
+            "tenant": ticket.tenant,
+            "outcome": outcome,
+            "status": ticket.status,
+            "duration_s": round(duration_s, 6),
+        }
+        if reason is not None:
+            fields["reason"] = reason
+        if ticket.sequences:
+            fields |= {
+                "prompt_tokens": ticket.prompt_tokens,
+                "cached_tokens": ticket.cached_tokens,
+                "output_tokens": ticket.output_tokens,
+                "finish_reasons": ticket.finish_reasons,
+            }
+            for name, value in (
+                ("queue_s", ticket.queue_s),
+                ("ttft_s", ticket.ttft_s),
+                ("itl_s", ticket.itl_s),
+            ):
+                if value is not None:
+                    fields[name] = round(value, 6)
+            if ticket.preemptions:
+                fields["preemptions"] = ticket.preemptions
+        self._log.log(level, "request", **fields)
+
+    def _outcome(self, ticket: Ticket) -> tuple[str, str | None]:
+        """What became of a request, and why it was turned away if it was."""
+        error = ticket.error
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)) or ticket.status in (499, "CANCELLED"):
+            return "cancelled", None
+        if isinstance(error, RequestError):
+            return self._of_request_error(ticket, error)
+        if error is not None:
+            return "server_error", None
+        status = ticket.status
+        if isinstance(status, int) and status >= 400:
+            if status in _REFUSED_STATUS:
+                return "refused", _REFUSED_STATUS[status]
+            if status == 503:
+                return "unavailable", _STATES.get(self._lifecycle.state, "queue_full")
+            return ("client_error" if status < 500 else "server_error"), None
+        if ticket.failed:
+            # A stream that began with 200 and whose engine then failed.
+            return "server_error", None
+        if ticket.aborted or ticket.unfinished or status is None:
+            return "cancelled", None
+        return "ok", None
+
+    def _of_request_error(self, ticket: Ticket, error: RequestError) -> tuple[str, str | None]:
+        for cls, reason in _REFUSED.items():
+            if isinstance(error, cls):
+                return ("unavailable" if issubclass(cls, Unavailable) else "refused"), reason
+        if isinstance(error, Unavailable):
+            return "unavailable", _STATES.get(self._lifecycle.state, "unloaded")
+        return ("client_error" if error.http_status < 500 else "server_error"), None

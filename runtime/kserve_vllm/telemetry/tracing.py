@@ -1,0 +1,189 @@
+"""Traces: one span per request with OpenTelemetry's GenAI conventions, and the engine's phases beneath it.
+
+Off unless an OTLP endpoint is set; then OpenTelemetry is not even imported here, and a request only has the trace id of
+its caller's `traceparent` read, for the log. Sources: W3C Trace Context, level 2; OpenTelemetry's semantic conventions
+for generative AI and HTTP and RPC spans.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kserve_vllm.errors import ConfigError
+from kserve_vllm.ticket import Ticket
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
+
+_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?$")
+_SERVICE = "inference.GRPCInferenceService"
+_OPERATIONS = {  # by endpoint; what is not named here generates text
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/v1/embeddings": "embeddings",
+}
+
+
+class Tracing:
+    """Opens and ends spans. This class itself is the one for tracing that is switched off."""
+
+    def open(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
+        """Take the caller's trace context from `headers` (lower-case names) to the ticket."""
+        match = _TRACEPARENT.match(headers.get("traceparent", ""))
+        if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:
+            return
+        ticket.trace_id, ticket.sampled = match[1], bool(int(match[3], 16) & 1)
+        ticket.trace_headers = {k: headers[k] for k in ("traceparent", "tracestate") if k in headers}
+
+    def response_header(self, ticket: Ticket) -> str | None:
+        """Value of the `traceresponse` header for the caller, or None."""
+        return None
+
+    def close(self, ticket: Ticket, outcome: str) -> None:
+        """End the request's span."""
+
+    def shutdown(self) -> None:
+        """Send what is not sent yet."""
+
+
+class OTLPTracing(Tracing):
+    """Sends spans to an OTLP receiver, in batches, from a thread of its own.
+
+    Args:
+        endpoint: URL of the receiver, over gRPC or, with `protocol` `http/protobuf`, its traces path.
+        ratio: share of the traces to record, 0 to 1, for requests whose caller has not decided.
+        version: of this package, for the resource.
+        protocol: `grpc` or `http/protobuf`.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed, or `protocol` is unknown.
+    """
+
+    def __init__(self, endpoint: str, ratio: float, version: str, protocol: str = "grpc") -> None:
+        try:
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+        except ImportError as error:
+            raise ConfigError(f"--otlp-endpoint needs opentelemetry-sdk and its OTLP exporter: {error}") from error
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over these.
+        resource = Resource.create().merge(Resource({"service.version": version}))
+        if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": "kserve-vllm"}))
+        self._provider: TracerProvider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
+        self._tracer: Tracer = self._provider.get_tracer("kserve_vllm", version)
+
+    def open(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
+        """Begin the request's span, below the caller's."""
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        context = TraceContextTextMapPropagator().extract(headers)
+        span = self._tracer.start_span(
+            ticket.endpoint, context, SpanKind.SERVER, start_time=_nanoseconds(ticket.started_at)
+        )
+        found = span.get_span_context()
+        ticket.span, ticket.sampled = span, found.trace_flags.sampled
+        ticket.trace_id = f"{found.trace_id:032x}"
+        ticket.trace_headers = {"traceparent": _header(found)}
+        if found.trace_state:
+            ticket.trace_headers = {**ticket.trace_headers, "tracestate": found.trace_state.to_header()}
+
+    def response_header(self, ticket: Ticket) -> str | None:
+        """Trace id, our span's id and the sampling decision."""
+        return _header(ticket.span.get_span_context()) if ticket.span is not None else None
+
+    def close(self, ticket: Ticket, outcome: str) -> None:
+        """Fill in what is known by now, add the engine's phases, and end the span."""
+        span = ticket.span
+        if span is None:
+            return
+        if span.is_recording():
+            from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+
+            operation = _OPERATIONS.get(ticket.endpoint, "text_completion") if ticket.sequences else None
+            if operation is not None:
+                span.update_name(f"{operation} {ticket.model}")
+            span.set_attributes(_attributes(ticket, operation, outcome))
+            if outcome in ("server_error", "unavailable"):
+                span.set_status(StatusCode.ERROR)
+            context = set_span_in_context(span)
+            for name, start, end in ticket.phases:
+                phase = self._tracer.start_span(
+                    f"vllm.{name}", context, SpanKind.INTERNAL, start_time=_nanoseconds(start)
+                )
+                phase.end(_nanoseconds(max(start, end)))
+        span.end()
+
+    def shutdown(self) -> None:
+        """Send what is not sent yet, for up to three seconds."""
+        self._provider.force_flush(3000)
+        self._provider.shutdown()
+
+
+def _attributes(ticket: Ticket, operation: str | None, outcome: str) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "kserve_vllm.request_id": ticket.request_id,
+        "kserve_vllm.protocol": ticket.protocol,
+        "kserve_vllm.tenant": ticket.tenant,
+        "kserve_vllm.outcome": outcome,
+    }
+    if ticket.protocol == "grpc":
+        attributes |= {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": ticket.endpoint}
+        attributes["rpc.response.status_code"] = str(ticket.status)
+    else:
+        attributes["http.route"] = ticket.endpoint
+        if isinstance(ticket.status, int):
+            attributes["http.response.status_code"] = ticket.status
+    if outcome != "ok":
+        attributes["error.type"] = type(ticket.error).__name__ if ticket.error is not None else str(ticket.status)
+    if operation is None:
+        return attributes
+    attributes |= {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "vllm",
+        "gen_ai.request.model": ticket.model,
+        "gen_ai.response.model": ticket.model,
+        "gen_ai.usage.input_tokens": ticket.prompt_tokens,
+        "gen_ai.usage.output_tokens": ticket.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": ticket.cached_tokens,
+        "gen_ai.response.finish_reasons": ticket.finish_reasons,
+        "kserve_vllm.preemptions": ticket.preemptions,
+    }
+    if ticket.ttft_s is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = ticket.ttft_s
+    for name, key in (("max_tokens", "max_tokens"), ("temperature", "temperature"), ("top_p", "top_p")):
+        if name in ticket.sampling:
+            attributes[f"gen_ai.request.{key}"] = ticket.sampling[name]
+    if ticket.sampling.get("n", 1) != 1:
+        attributes["gen_ai.request.choice.count"] = ticket.sampling["n"]
+    return attributes
+
+
+def _header(context: Any) -> str:
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _exporter(endpoint: str, protocol: str) -> Any:
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        return OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+    if protocol == "http/protobuf":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HTTPExporter
+
+        path = endpoint if "/v1/traces" in endpoint else endpoint.rstrip("/") + "/v1/traces"
+        return HTTPExporter(endpoint=path)
+    raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL must be grpc or http/protobuf, not {protocol!r}")

@@ -1,0 +1,93 @@
+"""What is known about one request, from the gate to its last token.
+
+A ticket is opened where a request comes in, left in a context variable, filled by whoever learns something, and closed
+once. Nothing here runs per token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request of a client.
+
+    Attributes:
+        request_id: the client's `x-request-id`, or one that was made for it.
+        protocol: `openai`, `v2`, `generate`, `v1` or `grpc`.
+        endpoint: route template or gRPC method; `other` for a path that nothing serves.
+        quiet: whether its log line has the level debug, as for questions about models.
+        tenant: who asks; `none` until tenants exist.
+        model: the name that was asked for, as the client wrote it, or None.
+        trace_id: 32 hexadecimal digits, or None.
+        sampled: whether the trace is recorded, here or by the caller.
+        trace_headers: W3C trace context to hand on, with this request as the parent.
+        span: the tracer's own object.
+        status: HTTP status or gRPC status name of the answer; None while there is none.
+        error: what went wrong, if anything was raised.
+        sequences: continuations (or pooled texts) that the engine took up, and how many of them finished, were
+            aborted, or failed.
+        prompt_tokens, cached_tokens, output_tokens: sums over all sequences; a prompt counts once for all its `n`.
+        first_token_at: when the first token of any sequence came, in seconds of the wall clock.
+        queue_s, prefill_s: longest time of a sequence in the engine's queue and in prefill, in seconds.
+        decode_s, gaps: seconds between the first and the last token, and number of tokens after the first, summed.
+        preemptions: how often the scheduler took a sequence back.
+        finish_reasons: one per finished sequence.
+        sampling: sampling parameters worth showing on a span.
+    """
+
+    request_id: str
+    protocol: str
+    endpoint: str
+    quiet: bool = False
+    tenant: str = "none"
+    model: str | None = None
+    trace_id: str | None = None
+    sampled: bool = False
+    trace_headers: Mapping[str, str] | None = None
+    span: Any = None
+    status: int | str | None = None
+    error: BaseException | None = None
+    started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    sequences: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    first_token_at: float | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float = 0.0
+    gaps: int = 0
+    preemptions: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+    phases: list[tuple[str, float, float]] = field(default_factory=list)
+    """(name, start, end) of the engine's phases of the first sequences, in seconds of the wall clock."""
+    sampling: dict[str, int | float] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences of which the engine has not said how they ended."""
+        return max(0, self.sequences - self.finished - self.aborted - self.failed)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from the request's arrival to its first token, or None."""
+        return None if self.first_token_at is None else max(0.0, self.first_token_at - self.started_at)
+
+    @property
+    def itl_s(self) -> float | None:
+        """Mean seconds between two tokens, or None where there were not two."""
+        return self.decode_s / self.gaps if self.gaps else None
+
+
+current: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+"""The ticket of the request that the running task works for."""
