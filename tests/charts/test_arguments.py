@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kserve_vllm import cli, errors
+from kserve_vllm.engine.profiles import PROFILES
 from tests.charts import kserve_merge
 from tests.charts.support import (
     CATALOGUE,
@@ -20,9 +22,6 @@ from tests.charts.support import (
     of_kind,
     render_ci,
 )
-
-cli = pytest.importorskip("kserve_vllm.cli", reason="needs the runtime and its engine", exc_type=ImportError)
-errors = pytest.importorskip("kserve_vllm.errors")
 
 
 def services() -> Iterator[tuple[str, Document, Document]]:
@@ -89,8 +88,7 @@ def test_the_runtime_refuses_a_flag_that_it_does_not_know() -> None:
 
 
 def test_the_chart_and_the_runtime_agree_on_the_profiles() -> None:
-    profiles = pytest.importorskip("kserve_vllm.engine.profiles").PROFILES
     table = load(CHART / "files" / "profiles.yaml")["maxNumSeqs"]
-    assert table == {name: profile.flags["max-num-seqs"] for name, profile in profiles.items()}
+    assert table == {name: profile.flags["max-num-seqs"] for name, profile in PROFILES.items()}
     schema = load(CHART / "values.schema.json")
     assert set(schema["definitions"]["inferenceServiceDefaults"]["properties"]["profile"]["enum"]) == set(table)
