@@ -66,13 +66,15 @@ _SCRIPT = """
 set -e
 mount --make-rprivate /
 mount --bind / /
-exec 9< "$1"; checkout=$1; shift
+checkout=$1; shift
+# The new /tmp would hide a checkout that lies below it.
+mount --bind "$checkout" /mnt
 mount -t tmpfs tmpfs /tmp
-# A checkout below /tmp would be hidden by now.
 if [ ! -e "$checkout/Dockerfile" ]; then
-  mkdir -p "$checkout"; mount --bind /proc/self/fd/9 "$checkout"; mount -o remount,bind,ro "$checkout"
+  mkdir -p "$checkout"
+  mount --bind /mnt "$checkout"
+  mount -o remount,bind,ro "$checkout"
 fi
-exec 9<&-
 mount -t tmpfs tmpfs /dev/shm
 mount -o remount,bind,ro /
 cd /tmp
