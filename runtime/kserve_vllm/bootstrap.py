@@ -34,7 +34,7 @@ def run(settings: Settings) -> int:
     Raises:
         ConfigError: a setting can't be used.
     """
-    chosen = logs.configure(settings.telemetry.log_format)
+    chosen = logs.configure(settings.telemetry.log_format, settings.server.access_log)
     if settings.model.demo:
         # The default takes half of the machine's memory for a model of a few MiB.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

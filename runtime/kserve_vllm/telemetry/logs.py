@@ -31,14 +31,14 @@ def form(setting: str) -> str:
     return "console" if sys.stderr.isatty() else "json"
 
 
-def configure(setting: str = "auto") -> str:
+def configure(setting: str = "auto", access_log: bool = False) -> str:
     """Write all lines to standard error in the form of the setting, here and in vLLM's processes. Returns the form.
 
     Levels: info and above, or what `VLLM_LOGGING_LEVEL` says; warnings and above for kserve. An operator's own
     `VLLM_LOGGING_CONFIG_PATH` stays.
     """
     chosen = form(setting)
-    tree = configuration(chosen, os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+    tree = configuration(chosen, os.environ.get("VLLM_LOGGING_LEVEL", "INFO"), access_log)
     logging.config.dictConfig(tree)
     structlog.configure(
         processors=[
@@ -67,12 +67,13 @@ def forget() -> None:
         os.unlink(path)
 
 
-def configuration(chosen: str, level: str) -> dict[str, Any]:
+def configuration(chosen: str, level: str, access_log: bool = False) -> dict[str, Any]:
     """The configuration for `logging.config.dictConfig`, as plain values that can be written as JSON."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"kserve_vllm": {"()": "kserve_vllm.telemetry.logs.formatter", "chosen": chosen}},
+        "filters": {"no_probes": {"()": "kserve_vllm.telemetry.logs.NoProbes"}},
         "handlers": {
             "kserve_vllm": {
                 "class": "logging.StreamHandler",
@@ -88,11 +89,22 @@ def configuration(chosen: str, level: str) -> dict[str, Any]:
             # Named, since libraries set the root's level while they are imported.
             "kserve_vllm": {"level": "INFO"},
             "uvicorn": {"level": "INFO"},
+            # Named, since vLLM applies this again while it is imported, which undoes what uvicorn has set.
+            "uvicorn.access": {"level": "INFO", "handlers": [], "filters": ["no_probes"], "propagate": access_log},
             "kserve": {"handlers": [], "level": "WARNING", "propagate": True},
             "httpx": {"level": "WARNING"},
             "httpx2": {"level": "WARNING"},
         },
     }
+
+
+class NoProbes(logging.Filter):
+    """Lets no access line of a health check or of a scrape through."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """uvicorn's arguments are client, method, path, HTTP version and status."""
+        path = str(record.args[2]).partition("?")[0] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+        return "/health" not in path and path.rstrip("/") not in ("", "/ping", "/metrics")
 
 
 def formatter(chosen: str = "json") -> logging.Formatter:
