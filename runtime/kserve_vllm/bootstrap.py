@@ -9,12 +9,13 @@ import signal
 import sys
 from importlib.metadata import version
 
+from kserve_vllm.assemble import Assembly
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.gate import Gate
+from kserve_vllm.errors import ConfigError, EngineGone
+from kserve_vllm.gate import Door, Gate
 from kserve_vllm.hosting.server import GRPCServer, HTTPServer
 from kserve_vllm.lifecycle import Lifecycle, State
-from kserve_vllm.protocol.edge import Edge, Keys
+from kserve_vllm.protocol.edge import Edge
 from kserve_vllm.protocol.grpc import Servicer
 from kserve_vllm.settings import Settings
 from kserve_vllm.telemetry import logs
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 10.0
 _CLOSE_GRACE_S = 2.0
+_USAGE_GRACE_S = 10.0
 
 
 def run(settings: Settings) -> int:
@@ -60,22 +62,27 @@ class _Process:
         self._version = version("kserve-vllm")
         self._engine_version: str | None = None
         self._lifecycle = Lifecycle()
-        self._gate = Gate(self._lifecycle)
         self._stop = asyncio.Event()
         self._failed = asyncio.Event()
-        keys = Keys(key.get_secret_value() for key in settings.server.api_key)
         self._metrics = Metrics(self._lifecycle, lambda: self._gate.in_flight, self._version)
+        self._assembly = Assembly(settings, self._metrics)
+        self._gate = Gate(self._lifecycle, self._assembly.policies)
         self._tracing = _tracing(settings, self._version)
-        self._requests = Requests(self._metrics, self._tracing, self._lifecycle)
-        limit = settings.server.max_body_mib << 20
+        self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._assembly.record)
+        server = settings.server
         self._edge = Edge(
-            self._lifecycle, self._gate, keys, limit, self._metrics.render, self._versions, self._requests
+            self._lifecycle,
+            self._gate,
+            server.max_body_mib << 20,
+            self._metrics.render,
+            self._versions,
+            self._requests,
+            split=bool(server.admin_port),
         )
-        self._servicer = Servicer(
-            self._lifecycle, self._gate, keys, settings.server.allow_model_control, self._requests
-        )
-        self._http = HTTPServer(self._edge, settings.server)
-        self._grpc = GRPCServer(self._servicer, settings.server, self._lifecycle) if settings.server.grpc_port else None
+        self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
+        self._http = HTTPServer(self._edge, server, server.http_port)
+        self._admin = HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port") if server.admin_port else None
+        self._grpc = GRPCServer(self._servicer, server, self._lifecycle) if server.grpc_port else None
         self._engine: VLLMEngine | None = None
 
     def _versions(self) -> dict[str, str]:
@@ -88,6 +95,9 @@ class _Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         self._http.start()
+        if self._admin is not None:
+            self._admin.start()
+        self._assembly.start()
         if self._grpc is not None:
             await self._grpc.start()
         log.info("listening on HTTP port %d%s; loading %s", self._http.port,
@@ -133,11 +143,14 @@ class _Process:
         self._engine_version = vllm.version()
         self._metrics.attach(self._engine_version, engine.served_names, engine.adapters_by_state)
         self._lifecycle.to(State.WARMING)
+        policies = self._assembly.policies
+        if policies.tenants.has_file or policies.limits is not None or policies.default_priority is not None:
+            engine.stand_before(Door(self._gate, policies, engine))
         server = self._settings.server
         text = V2Text(engine, server.max_batch)
         models = EngineModels(engine, self._lifecycle, text, V1Text(engine, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
-        routes = Routes(plane, models, engine, text, server.allow_model_control)
+        routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
         self._edge.attach(build_app(routes, engine, self._version), engine.app)
         self._servicer.attach(Backend(plane, models, text))
         await engine.warm_up()
@@ -212,12 +225,15 @@ class _Process:
         self._lifecycle.to(State.STOPPED)
         self._gate.close()
         await self._http.stop(_CLOSE_GRACE_S)
+        if self._admin is not None:
+            await self._admin.stop(_CLOSE_GRACE_S)
         if self._grpc is not None:
             await self._grpc.stop(_CLOSE_GRACE_S)
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.stop()
         self._requests.flush()
+        await self._assembly.close(_USAGE_GRACE_S)
         await asyncio.to_thread(self._tracing.shutdown)
 
     def _on_signal(self) -> None:
@@ -229,6 +245,8 @@ class _Process:
 
     def _on_engine_gone(self, reason: str) -> None:
         self._lifecycle.to(State.FAILED, reason)
+        if self._assembly.admission is not None:
+            self._assembly.admission.fail(EngineGone(self._lifecycle.sentence(), retry_after_s=5, close=True))
         self._failed.set()
 
     async def _report_progress(self) -> None:

@@ -20,6 +20,7 @@ from kserve_vllm.settings import (
     EngineFlag,
     LifecycleSettings,
     ModelSettings,
+    PolicySettings,
     ServerSettings,
     Settings,
     TelemetrySettings,
@@ -77,11 +78,16 @@ def _dispatch(arguments: list[str]) -> int:
     health.add_argument("--live", action="store_true", help="ask whether it is live instead of ready")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready (the default)")
     health.add_argument("--http-port", default=os.environ.get("KSERVE_VLLM_HTTP_PORT", "8080"), help="its HTTP port")
+    commands.add_parser("keys", help="make, hash and list API keys", add_help=False)
     commands.add_parser("profiles", help="print the profiles and the engine flags that each one sets")
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
     if arguments[:1] == ["config"]:
         return _print_config(arguments[1:])
+    if arguments[:1] == ["keys"]:
+        from kserve_vllm import keys
+
+        return keys.main(arguments[1:])
     args = top.parse_args(arguments)
     if args.command == "health":
         return _health("live" if args.live else "ready", args.http_port)
@@ -207,12 +213,16 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         )
     path, path_source = _model_path(model, sources)
     names = model.model_name or _default_names(model, path)
-    engine = _engine_flags(leftover, engine_env, from_file.get("engine", {}), file, model, path, path_source, names)
+    policy = cast(PolicySettings, groups["policy"])
+    engine = _engine_flags(
+        leftover, engine_env, from_file.get("engine", {}), file, model, policy, path, path_source, names
+    )
     return Settings(
         model=model.model_copy(update={"model_name": names}),
         server=cast(ServerSettings, groups["server"]),
         lifecycle=cast(LifecycleSettings, groups["lifecycle"]),
         telemetry=cast(TelemetrySettings, groups["telemetry"]),
+        policy=policy,
         engine=engine,
         sources=sources,
     )
@@ -276,6 +286,7 @@ def _engine_flags(
     file_part: Mapping[str, Any],
     file: str | None,
     model: ModelSettings,
+    policy: PolicySettings,
     path: str,
     path_source: str,
     names: Sequence[str],
@@ -285,6 +296,9 @@ def _engine_flags(
     layers.append([_from_value(name, text, f"variable {tree.ENV_PREFIX}{name.upper().replace('-', '_')}")
                    for name, text in environ.items()])  # fmt: skip
     layers.append([_from_value(name, value, f"file {file}") for name, value in file_part.items()])
+    if policy.keys_file or policy.max_concurrent:
+        # Classes of requests mean something to the engine's own queue too.
+        layers.append([_from_value("scheduling-policy", "priority", "classes of requests")])
     if model.demo:
         layers.append([_from_value(name, value, "demo model") for name, value in demo.engine_flags().items()])
     layers.append(

@@ -1,26 +1,81 @@
-"""The one path of a request: may it pass now, and is anything still in flight.
+"""The one path of a request: who is it, may it pass now, in which class, and is anything still in flight.
 
-Every protocol meets the same gate once per request; nothing here runs per token.
+Every protocol meets the same gate once per request; nothing here runs per token. What the gate asks for is off by
+default, and what is off costs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
 
-from kserve_vllm.errors import EngineGone, Unavailable
+from kserve_vllm.errors import EngineGone, Forbidden, InvalidRequest, Unavailable
 from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.policy.admission import Admission
+from kserve_vllm.policy.limits import Limits, Quota
+from kserve_vllm.policy.moderation import Moderation
+from kserve_vllm.policy.tenants import Caller, Tenants
+from kserve_vllm.ticket import Ticket
+from kserve_vllm.types import Priority, Work
 
 _RETRY_LOADING_S = 5
 _RETRY_DRAINING_S = 1
 
 
-class Gate:
-    """Admits requests while the server is ready and counts those in flight."""
+class Kind(Enum):
+    """What a request wants: to know something, to put the model to work, or to change the server's state."""
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    QUESTION = "question"
+    WORK = "work"
+    CONTROL = "control"
+
+
+@dataclass
+class Policies:
+    """What decides about requests; None for what is off.
+
+    Attributes:
+        tenants: who is asking.
+        limits: requests and tokens per minute, and requests at once.
+        service: limits of the whole service.
+        admission: the queue in front of the engine.
+        moderation: looks at prompts and answers.
+        default_priority: class of requests for which neither tenant nor tier names one.
+        open_control: whether everybody may change the server's state where there is no key file.
+    """
+
+    tenants: Tenants = field(default_factory=Tenants)
+    limits: Limits | None = None
+    service: Quota | None = None
+    admission: Admission | None = None
+    moderation: Moderation | None = None
+    default_priority: Priority | None = None
+    open_control: bool = False
+
+
+class Names(Protocol):
+    """What the gate needs of the engine: the names of the base model."""
+
+    @property
+    def names(self) -> list[str]:
+        """Served names of the base model."""
+
+
+class Gate:
+    """Admits requests while the server is ready and counts those in flight.
+
+    Args:
+        lifecycle: whether the server is ready.
+        policies: who may ask for what.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, policies: Policies | None = None) -> None:
         self._lifecycle = lifecycle
+        self._policies = policies or Policies()
         self._in_flight = 0
         self._closed = False
         self._idle = asyncio.Event()
@@ -30,6 +85,11 @@ class Gate:
     def in_flight(self) -> int:
         """Requests that have entered and not left."""
         return self._in_flight
+
+    @property
+    def moderation(self) -> Moderation | None:
+        """Looks at prompts and answers, or None."""
+        return self._policies.moderation
 
     def close(self) -> None:
         """Refuse everything new from now on. What is in flight goes on."""
@@ -83,3 +143,159 @@ class Gate:
         except TimeoutError:
             return False
         return True
+
+    # Policies
+
+    def identify(self, ticket: Ticket, key: str | None) -> Caller:
+        """Find out who is asking, and write it on the ticket.
+
+        Raises:
+            Unauthenticated: the key is missing, wrong or expired.
+        """
+        caller = self._policies.tenants.identify(key)
+        ticket.caller, ticket.tenant, ticket.key_id = caller, caller.tenant, caller.key_id
+        return caller
+
+    def check_control(self, caller: Caller) -> None:
+        """Let only administrators change the server's state.
+
+        Raises:
+            Forbidden: the key is not an administrator's; or there is no key file, and no flag opens these calls.
+        """
+        if self._policies.tenants.has_file:
+            if not caller.admin:
+                raise Forbidden("this call needs a key that is marked `admin` in the key file", reason="not_admin")
+        elif not self._policies.open_control:
+            raise Forbidden(
+                "calls that change the server's state are switched off; --allow-model-control opens them to everyone, "
+                "--keys-file to administrators",
+                reason="control_closed",
+            )
+
+    def check_operator(self, caller: Caller) -> None:
+        """Let only administrators see what concerns all tenants, where there is a key file.
+
+        Raises:
+            Forbidden: the key is not an administrator's.
+        """
+        if self._policies.tenants.has_file and not caller.admin:
+            raise Forbidden("this call needs a key that is marked `admin` in the key file", reason="not_admin")
+
+    def check_model(self, caller: Caller, names: list[str]) -> None:
+        """Let a caller use only the models and adapters that its key and tenant allow.
+
+        Raises:
+            Forbidden: it is none of them.
+        """
+        if caller.models and not caller.may_use(names):
+            raise Forbidden(f"this key may not use the model {names[0]!r}", field="model", reason="model_not_allowed")
+
+    async def admit(
+        self,
+        ticket: Ticket,
+        caller: Caller,
+        wanted: str | None = None,
+        waiting: Callable[[Awaitable[Any]], Awaitable[Any]] | None = None,
+    ) -> None:
+        """Pass the limits and the queue. Whatever is taken is given back when the ticket closes.
+
+        Args:
+            ticket: of this request.
+            caller: from `identify`.
+            wanted: the class that the client asks for, or None.
+            waiting: waits for an awaitable, or gives it up when the client goes away.
+
+        Raises:
+            InvalidRequest: there is no such class.
+            Forbidden: the tenant may not choose its class.
+            RateLimited: over a limit, or no room in the queue.
+            QueueTimeout: waited too long.
+        """
+        policies = self._policies
+        if policies.limits is None and policies.admission is None and policies.default_priority is None:
+            return
+        priority = self._priority(caller, wanted)
+        ticket.priority = priority
+        if policies.limits is not None:
+            grant = await policies.limits.enter(self._quotas(caller))
+            ticket.grant = grant
+            limits = policies.limits
+            ticket.closers.append(lambda t: limits.settle(grant, t.prompt_tokens + t.output_tokens))
+            ticket.answer_headers += grant.headers()
+        if policies.admission is not None:
+            slot = policies.admission.try_acquire(priority)
+            if slot is None:
+                acquiring = policies.admission.acquire(priority)
+                slot = await (acquiring if waiting is None else waiting(acquiring))
+            ticket.closers.append(lambda _: slot.release())
+
+    def _priority(self, caller: Caller, wanted: str | None) -> Priority:
+        own = caller.priority if caller.priority is not None else self._policies.default_priority
+        own = Priority.NORMAL if own is None else own
+        if wanted is None:
+            return own
+        try:
+            chosen = Priority[wanted.strip().upper()]
+        except KeyError:
+            names = ", ".join(each.name.lower() for each in Priority)
+            raise InvalidRequest(f"x-priority: {wanted!r} is none of {names}", field="x-priority") from None
+        # Stepping back is open to everyone.
+        if chosen < own and not caller.may_choose_priority and self._policies.tenants.has_file:
+            raise Forbidden(
+                f"this tenant may not choose the class {chosen.name.lower()}; its own is {own.name.lower()}",
+                field="x-priority",
+                reason="priority_not_allowed",
+            )
+        return chosen
+
+    def _quotas(self, caller: Caller) -> list[Quota]:
+        quotas = [self._policies.service] if self._policies.service is not None else []
+        for kind, name, limits in (
+            ("tenant", caller.tenant, caller.tenant_limits),
+            ("key", caller.key_id, caller.key_limits),
+        ):
+            if any(value is not None for _, value in limits):
+                quotas.append(Quota(f"{kind}:{name}", **limits.model_dump()))
+        return quotas
+
+
+class Door:
+    """What the engine asks before it takes up a sequence: the same for every protocol.
+
+    Args:
+        gate: knows the policies.
+        policies: as the gate's.
+        engine: for the names of the base model.
+    """
+
+    def __init__(self, gate: Gate, policies: Policies, engine: Names) -> None:
+        self._gate = gate
+        self._policies = policies
+        self._engine = engine
+
+    async def take_up(self, ticket: Ticket, work: Work) -> None:
+        """Check the model, and reserve the tokens that the sequence may use.
+
+        Raises:
+            Forbidden: the caller may not use this model.
+            RateLimited: there are not that many tokens left.
+        """
+        caller = ticket.caller
+        if caller is not None and caller.models:
+            self._gate.check_model(caller, [work.adapter] if work.adapter is not None else self._engine.names)
+        if ticket.grant is not None and self._policies.limits is not None:
+            await self._policies.limits.reserve(ticket.grant, work.tokens)
+            ticket.answer_headers[:] = [
+                *((name, value) for name, value in ticket.answer_headers if not name.startswith("x-ratelimit-")),
+                *ticket.grant.headers(),
+            ]
+
+
+def headers_of(values: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """The API key and the class that a client sent, from headers or metadata with lower-case names.
+
+    The key is `Authorization: Bearer KEY`, or `x-api-key: KEY`, as Anthropic's clients send it.
+    """
+    scheme, _, key = values.get("authorization", "").partition(" ")
+    found = key.strip() if scheme.lower() == "bearer" else None
+    return found or values.get("x-api-key") or None, values.get("x-priority")

@@ -1,6 +1,6 @@
 """The tree of typed settings, and where each value came from.
 
-Five groups: `model`, `server`, `lifecycle`, `telemetry` and `engine`. All but the last are declared here, one field a
+Six groups: `model`, `server`, `lifecycle`, `telemetry`, `policy` and `engine`. All but the last are declared here, one field a
 setting; a field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its
 place in the YAML file (`server.http_port`). The last holds vLLM's own engine flags, which vLLM's own parser checks.
 
@@ -73,8 +73,15 @@ class ServerSettings(_Group):
     grpc_port: Port = _setting(8081, "Port for V2 gRPC; 0 switches gRPC off.")
     max_body_mib: int = _setting(64, "Largest request body in MiB; a larger one is answered 413.", ge=1, le=2047)
     max_batch: int = _setting(512, "Most texts in one V1 or V2 request; more is answered 400.", ge=1, le=65_536)
+    admin_port: Port = _setting(
+        0,
+        "Port for metrics and for calls that need an admin key; they are then answered there and no longer on the "
+        "HTTP port. 0: all on the HTTP port.",
+    )
     allow_model_control: bool = _setting(
-        False, "Let clients load and unload models and adapters through the V2 repository API."
+        False,
+        "Where there is no key file: let every client load and unload models and adapters, and make the other calls "
+        "that change the server's state. With a key file those need a key marked `admin`.",
     )
     api_key: list[SecretStr] = _setting(
         [],
@@ -126,11 +133,66 @@ class TelemetrySettings(_Group):
     )
 
 
+class PolicySettings(_Group):
+    """Who may ask, how much, and in which order. Everything is off by default."""
+
+    keys_file: str | None = _setting(
+        None,
+        "YAML or JSON file with API keys (as SHA-256), tenants, tiers and limits; read again when it changes. "
+        "`kserve-vllm keys` manages it.",
+    )
+    redis_url: SecretStr | None = _setting(
+        None,
+        "Redis or Valkey that replicas share for limits and the response cache, such as redis://host:6379/0 or "
+        "rediss://user:password@host. Without it each replica counts for itself.",
+    )
+    redis_away: Literal["allow", "deny"] = _setting(
+        "allow",
+        "What becomes of requests with limits while Redis can't be reached: allow (each replica limits for itself) or "
+        "deny (503).",
+    )
+    requests_per_minute: int = _setting(0, "Most requests in any 60 s for the whole service; 0: no limit.", ge=0)
+    tokens_per_minute: int = _setting(
+        0, "Most tokens (prompt and generated) in any 60 s for the whole service; 0: no limit.", ge=0
+    )
+    max_concurrent: int = _setting(
+        0, "Most requests that the engine works on at once; more wait in a queue by class. 0: no queue.", ge=0
+    )
+    queue_size: int = _setting(1024, "Most requests that wait; a lower class makes room for a higher one.", ge=0)
+    queue_class_size: list[str] = _setting(
+        [], "Most requests of one class that wait, such as batch=100; may be given several times."
+    )
+    queue_timeout: Seconds = _setting(30.0, "How long a request may wait in the queue, in seconds; then 503.")
+    class_share: list[str] = _setting(
+        [],
+        "Most of --max-concurrent that one class may hold, as a share, such as batch=0.25; may be given several times. "
+        "Default: low=0.75, batch=0.5.",
+    )
+    default_priority: Literal["critical", "high", "normal", "low", "batch"] = _setting(
+        "normal", "Class of requests whose tenant or tier names none."
+    )
+    response_cache: Literal["off", "memory", "redis"] = _setting(
+        "off", "Keep answers to deterministic requests (temperature 0 or a seed) and give them again."
+    )
+    cache_max_mib: int = _setting(64, "Size of the response cache in memory, in MiB.", ge=1)
+    cache_ttl: float = _setting(3600.0, "How long an answer is kept, in seconds.", gt=0)
+    cache_scope: Literal["tenant", "shared"] = _setting(
+        "tenant", "Whether a tenant gets answers that were made for another one (shared)."
+    )
+    moderation_file: str | None = _setting(
+        None, "YAML file with hooks that look at prompts and answers: patterns, a moderation endpoint, Python code."
+    )
+    usage_sink: str | None = _setting(
+        None, "Where a JSON record per request goes: log, file:PATH, or an http(s) URL."
+    )
+
+
 GROUPS: Mapping[str, type[_Group]] = {
     "model": ModelSettings,
     "server": ServerSettings,
     "lifecycle": LifecycleSettings,
     "telemetry": TelemetrySettings,
+    "policy": PolicySettings,
 }
 
 
@@ -156,7 +218,7 @@ class Settings:
     """The effective settings.
 
     Attributes:
-        model, server, lifecycle, telemetry: the typed groups.
+        model, server, lifecycle, telemetry, policy: the typed groups.
         engine: vLLM's flags, weakest source first; at most one source per key.
         sources: `group.field` to where its value came from.
     """
@@ -165,6 +227,7 @@ class Settings:
     server: ServerSettings
     lifecycle: LifecycleSettings
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     engine: tuple[EngineFlag, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -7,10 +7,12 @@ once. Nothing here runs per token.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+
+from kserve_vllm.errors import RequestError
 
 
 @dataclass(slots=True, eq=False)
@@ -22,13 +24,23 @@ class Ticket:
         protocol: `openai`, `v2`, `generate`, `v1` or `grpc`.
         endpoint: route template or gRPC method; `other` for a path that nothing serves.
         quiet: whether its log line has the level debug, as for questions about models.
-        tenant: who asks; `none` until tenants exist.
+        tenant: who asks; `none` where there are no keys.
+        key_id: the name of the key that was shown, or None; never the key.
+        caller: what the key file says of the caller, as the gate left it.
+        priority: the class of the request (`types.Priority`), or None where there are no classes.
+        cache_control: the client's `Cache-Control`, in lower case.
+        cache: `hit`, `miss` or `bypass` where there is a response cache, else None.
+        grant: what the limits gave, or None.
+        refusal: why the request was turned away at the engine's door, where that happened.
+        answer_headers: headers to add to the start of the answer.
+        closers: called once with the ticket when it is closed.
         model: the name that was asked for, as the client wrote it, or None.
         trace_id: 32 hexadecimal digits, or None.
         sampled: whether the trace is recorded, here or by the caller.
         trace_headers: W3C trace context to hand on, with this request as the parent.
         span: the tracer's own object.
         status: HTTP status or gRPC status name of the answer; None while there is none.
+        outcome, duration_s: what became of the request, and its seconds from arrival to end; set when it is closed.
         error: what went wrong, if anything was raised.
         sequences: continuations (or pooled texts) that the engine took up, and how many of them finished, were
             aborted, or failed.
@@ -46,12 +58,23 @@ class Ticket:
     endpoint: str
     quiet: bool = False
     tenant: str = "none"
+    key_id: str | None = None
+    caller: Any = None
+    priority: int | None = None
+    cache_control: str = ""
+    cache: str | None = None
+    grant: Any = None
+    refusal: RequestError | None = None
+    answer_headers: list[tuple[str, str]] = field(default_factory=list)
+    closers: list[Callable[[Ticket], None]] = field(default_factory=list)
     model: str | None = None
     trace_id: str | None = None
     sampled: bool = False
     trace_headers: Mapping[str, str] | None = None
     span: Any = None
     status: int | str | None = None
+    outcome: str | None = None
+    duration_s: float = 0.0
     error: BaseException | None = None
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)

@@ -23,6 +23,7 @@ import orjson
 import psutil
 
 from kserve_vllm.engine.accounts import Accounts
+from kserve_vllm.engine.intake import Door, Intake
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -202,6 +203,10 @@ class VLLMEngine:
         routes = self._app.router.routes
         routes[:] = [route for route in routes if getattr(route, "path", None) not in _NOT_SERVED]
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
+
+    def stand_before(self, door: Door) -> None:
+        """Let `door` decide about every sequence from now on."""
+        Intake(self.client, door, self._args.scheduling_policy == "priority")
 
     def _start_process(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs

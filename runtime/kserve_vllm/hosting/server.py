@@ -40,14 +40,16 @@ class HTTPServer:
 
     Args:
         app: the edge.
-        settings: host, port and TLS files.
+        settings: host and TLS files.
+        port: to listen on; 0 chooses a free one.
+        flag: that sets the port, for the error's sentence.
 
     Raises:
         ConfigError: the port can't be had, or the TLS files can't be used.
     """
 
-    def __init__(self, app: Any, settings: ServerSettings) -> None:
-        self._socket = _bind(settings.host, settings.http_port, "--http-port")
+    def __init__(self, app: Any, settings: ServerSettings, port: int, flag: str = "--http-port") -> None:
+        self._socket = _bind(settings.host, port, flag)
         try:
             config = uvicorn.Config(
                 app,

@@ -7,22 +7,22 @@ the first message of a response.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import asyncio
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import orjson
 
-from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError, Unauthenticated
-from kserve_vllm.gate import Gate
+from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
+from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
-from kserve_vllm.protocol.endpoints import Endpoints, of_http
+from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
 from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +35,9 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
-_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/models(/.*)?$")
+_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue)(/.*)?$")
+_EVENT_STREAM = b"text/event-stream"
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
-
-
-class Keys:
-    """The keys of `--api-key`; everything passes where there are none."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def check(self, authorization: str | None) -> None:
-        """Check an `Authorization` header, in time that does not depend on the key.
-
-        Raises:
-            Unauthenticated: it is missing or wrong.
-        """
-        if not self._digests:
-            return
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        known = False
-        for other in self._digests:
-            known |= hmac.compare_digest(digest, other)
-        if not known or scheme.lower() != "bearer":
-            raise Unauthenticated("missing or wrong API key; send it as `Authorization: Bearer KEY`")
 
 
 class Edge:
@@ -68,26 +46,26 @@ class Edge:
     Args:
         lifecycle: the state that health answers read.
         gate: admits requests and counts them.
-        keys: checks `Authorization`.
         max_body: largest request body in bytes.
         metrics: renders the metrics for an `Accept` header, and says their content type.
         version: the body of `/version`.
         requests: the books of all requests.
+        split: whether metrics and control calls are answered on a port of their own; see `admin`.
     """
 
     def __init__(
         self,
         lifecycle: Lifecycle,
         gate: Gate,
-        keys: Keys,
         max_body: int,
         metrics: Callable[[str], tuple[bytes, str]],
         version: Callable[[], dict[str, str]],
         requests: Requests,
+        split: bool = False,
     ) -> None:
         self._lifecycle = lifecycle
         self._gate = gate
-        self._keys = keys
+        self._split = split
         self._max_body = max_body
         self._metrics = metrics
         self._version = version
@@ -102,37 +80,59 @@ class Edge:
         self._endpoints = Endpoints(ours, vllm)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """ASGI, of the HTTP port."""
         if scope["type"] == "http":
-            await self._http(scope, receive, send)
+            await self._http(scope, receive, send, not self._split)
         elif scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI, of the admin port: everything but work."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send, True)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
         path = scope["path"]
         if path.startswith("/openai/v1"):
             path = path.removeprefix(wire.OPENAI_ALIAS)
             scope["path"], scope["raw_path"] = path, path.encode()
-        if scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send):
+        if scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send, operators):
             return
         request_id, headers = _request_id(scope)
         with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
             guard = _Guard(send, request_id, path, self._requests.response_header(ticket))
             try:
-                await self._answer(scope, receive, guard, headers)
+                guard.ticket = ticket
+                await self._answer(scope, receive, guard, headers, operators)
             finally:
                 ticket.status, ticket.error = guard.status, guard.error
 
-    async def _answer(self, scope: Scope, receive: Receive, guard: _Guard, headers: dict[bytes, bytes]) -> None:
-        path, request_id = scope["path"], guard.request_id
+    async def _answer(
+        self, scope: Scope, receive: Receive, guard: _Guard, headers: dict[bytes, bytes], operators: bool
+    ) -> None:
+        path, request_id, ticket = scope["path"], guard.request_id, guard.ticket
         try:
-            self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
-            with self._gate.enter(needs_model=not _about_models(scope["method"], path)):
+            named = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
+            key, wanted = headers_of(named)
+            caller = self._gate.identify(ticket, key)
+            kind = kind_of(scope["method"], ticket.endpoint)
+            if kind is Kind.CONTROL:
+                if not operators:
+                    raise NotFound("this is answered on the admin port (--admin-port)")
+                self._gate.check_control(caller)
+            with self._gate.enter(needs_model=kind is Kind.WORK):
                 receive = await self._limited(headers, receive)
+                if kind is Kind.WORK:
+                    ticket.cache_control = named.get("cache-control", "").lower()
+                    patient = _Patient(receive)
+                    await self._gate.admit(ticket, caller, wanted, patient.wait)
+                    receive = patient.receive
                 await self._app_for(path)(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
             await guard.fail(error)
+        except _ClientGone:
+            ticket.status = guard.status = 499
         except Exception as error:
             if guard.answered:
                 log.debug("after the answer to %s: %r", request_id, error)
@@ -145,9 +145,11 @@ class Edge:
         request_id, headers = _request_id(scope)
         try:
             with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
-                self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
+                key, wanted = headers_of({n.decode("latin-1"): v.decode("latin-1") for n, v in headers.items()})
+                caller = self._gate.identify(ticket, key)
                 with self._gate.enter():
                     assert self._vllm is not None
+                    await self._gate.admit(ticket, caller, wanted)
                     await self._vllm(scope, receive, send)
                 ticket.status = 101
         except RequestError as error:
@@ -159,14 +161,14 @@ class Edge:
             raise NotFound("no such path")
         return self._ours if path in _DOCS or _OURS.match(path) else self._vllm
 
-    async def _open_answer(self, scope: Scope, send: Send) -> bool:
+    async def _open_answer(self, scope: Scope, send: Send, operators: bool) -> bool:
         """Answer what is open to everyone at any time; False if the path is none of that."""
         life, path = self._lifecycle, scope["path"]
         if path in _LIVE:
             await _answer(send, 200 if life.live else 503, orjson.dumps({**life.report(), "status": _alive(life)}))
         elif path in _READY:
             await _answer(send, 200 if life.ready else 503, orjson.dumps(life.report()))
-        elif path == "/metrics" or path == "/metrics/":
+        elif operators and (path == "/metrics" or path == "/metrics/"):
             accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
             body, content_type = self._metrics(accept.decode("latin-1"))
             await _answer(send, 200, body, content_type.encode())
@@ -210,11 +212,54 @@ class Edge:
         return replay
 
 
+class _ClientGone(Exception):
+    """The client closed the connection while its request waited."""
+
+
+class _Patient:
+    """Lets a request wait before its body is read, and notices that its client goes away meanwhile."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._messages: list[Message] = []
+
+    async def receive(self) -> Message:
+        """ASGI's receive: what came while waiting, then what comes."""
+        return self._messages.pop(0) if self._messages else await self._receive()
+
+    async def wait(self, work: Awaitable[Any]) -> Any:
+        """Wait for `work`, which is cancelled when the client goes away.
+
+        Raises:
+            _ClientGone: it did.
+        """
+        task = asyncio.ensure_future(work)
+        watcher = asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise _ClientGone
+        finally:
+            watcher.cancel()
+            task.cancel()
+            await asyncio.gather(task, watcher, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        """Until the client is gone. What it sends is kept."""
+        while True:
+            message = await self._receive()
+            self._messages.append(message)
+            if message["type"] == "http.disconnect":
+                return
+
+
 class _Guard:
-    """Watches the start of one response: adds ids, notes the status, and takes internals out of a 500.
+    """Watches the start of one response: adds headers, notes the status, and takes internals out of a 500.
 
     vLLM answers 501 to a request for what the model can't do. That is the request's fault, not the server's, and V2
-    and V1 say 400: so does this.
+    and V1 say 400: so does this. What the engine's door refuses is answered with its own error, whatever vLLM made of
+    it; the start of a stream is held back for that until its first piece is there.
     """
 
     def __init__(self, send: Send, request_id: str, path: str, trace: str | None) -> None:
@@ -222,44 +267,71 @@ class _Guard:
         self.request_id = request_id
         self._path = path
         self._trace = trace
+        self.ticket: Ticket = Ticket(request_id, "", "")
         self.answered = False
         self.status: int | None = None
         self.error: Exception | None = None
         self._swallow = False
-        self._refused = False
+        self._held: Message | None = None
 
     def send(self, message: Message) -> Awaitable[None]:
         """ASGI's send."""
         if message["type"] == "http.response.start":
-            self.answered = True
             self.status = message["status"]
+            if self.ticket.refusal is not None:
+                return self._refuse(self.ticket.refusal)
             if self.status == 500:
-                self._swallow = True
-                return self.fail(InternalError(self.request_id), forced=True)
-            if self.status == 501:
-                self._refused = True
+                return self._refuse(InternalError(self.request_id))
+            if self.status == 501 or _is_stream(message):
+                self._held = message
                 return _nothing()
-            headers = message.setdefault("headers", [])
-            if not any(name == b"x-request-id" for name, _ in headers):
-                message["headers"] = [*headers, (b"x-request-id", self.request_id.encode("latin-1"))]
-            if self._trace is not None:
-                message["headers"] = [*message["headers"], (b"traceresponse", self._trace.encode())]
-        elif self._swallow:
+            self.answered = True
+            return self._send(self._dressed(message))
+        if self._swallow:
             return _nothing()
-        elif self._refused:
-            self._swallow = True
-            return self.fail(InvalidRequest(_openai_message(message.get("body", b""))), forced=True)
+        if self._held is not None:
+            return self._send_held(message)
         return self._send(message)
 
-    async def fail(self, error: RequestError, forced: bool = False) -> None:
+    async def _send_held(self, message: Message) -> None:
+        start, self._held = self._held, None
+        assert start is not None
+        if self.ticket.refusal is not None:
+            await self._refuse(self.ticket.refusal)
+        elif start["status"] == 501:
+            await self._refuse(InvalidRequest(_openai_message(message.get("body", b""))))
+        else:
+            self.answered = True
+            await self._send(self._dressed(start))
+            await self._send(message)
+
+    def _refuse(self, error: RequestError) -> Awaitable[None]:
+        """Answer an error instead of what vLLM answers."""
+        self._swallow = True
+        if not isinstance(error, InternalError):
+            self.error = error
+        return self.fail(error)
+
+    def _dressed(self, start: Message) -> Message:
+        headers = list(start.get("headers", ()))
+        if not any(name == b"x-request-id" for name, _ in headers):
+            headers.append((b"x-request-id", self.request_id.encode("latin-1")))
+        return {**start, "headers": headers + self._extra()}
+
+    def _extra(self) -> list[tuple[bytes, bytes]]:
+        extra = [(name.encode(), value.encode("latin-1")) for name, value in self.ticket.answer_headers]
+        if self._trace is not None:
+            extra.append((b"traceresponse", self._trace.encode()))
+        return extra
+
+    async def fail(self, error: RequestError) -> None:
         """Answer with an error, unless a response has begun."""
-        if self.answered and not forced:
+        if self.answered:
             return
         self.answered, self.status = True, error.http_status
         body = wire.error_body(self._path, error)
         headers = [*wire.error_headers(error, self.request_id), (b"content-length", str(len(body)).encode())]
-        if self._trace is not None:
-            headers.append((b"traceresponse", self._trace.encode()))
+        headers += self._extra()
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -271,9 +343,8 @@ def _openai_message(body: bytes) -> str:
         return "this model or server does not do that"
 
 
-def _about_models(method: str, path: str) -> bool:
-    """Whether a request asks about models, or loads and unloads them, rather than putting one to work."""
-    return method in ("GET", "HEAD", "OPTIONS") or path.startswith("/v2/repository/")
+def _is_stream(start: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(_EVENT_STREAM) for name, value in start.get("headers", ()))
 
 
 async def _nothing() -> None:

@@ -7,11 +7,41 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from kserve_vllm.gate import Kind
 from kserve_vllm.protocol import wire
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
 OTHER = "other"
+
+# What clients may do with any key; every other route is for administrators. A route that a newer vLLM adds is so until
+# it stands here.
+_QUESTIONS = re.compile(
+    r"/|/v1/models(/.*)?|/v1/adapters(/.*)?|/v1/queue/stats|/v1/responses/.*|/v2(/.*)?|/docs(/.*)?|/openapi\.json|"
+    r"/version|/load|/tokenizer_info|/metrics|/health|/ping|other"
+)
+_WORK = re.compile(
+    r"/v1/(chat/)?completions(/(batch|render|derender))?|/v1/responses(/render|/\{response_id\}/cancel)?|"
+    r"/v1/messages(/count_tokens|/render)?|/v1/embeddings|/v1/audio/\w+|/v1/systemone|/(v1/)?(score|rerank)|"
+    r"/v2/(rerank|embed|models/.*)|/v1/models/.*|/pooling|/classify|/(de)?tokenize|/inference/v1/generate|"
+    r"/generative_scoring|/cohere/v2/chat|/invocations"
+)
+_ASKED_BY_POST = {"/v2/repository/index", "/ping", OTHER}
+
+
+def kind_of(method: str, endpoint: str) -> Kind:
+    """Whether a request asks, puts the model to work, or changes the server's state.
+
+    Args:
+        method: of HTTP.
+        endpoint: the route's template, from `Endpoints.find`.
+    """
+    work = _WORK.fullmatch(endpoint) is not None
+    if method == "POST" and work:
+        return Kind.WORK
+    reads = method in ("GET", "HEAD", "OPTIONS") and _QUESTIONS.fullmatch(endpoint) is not None
+    # With another method, a path for work is answered 405.
+    return Kind.QUESTION if reads or work or endpoint in _ASKED_BY_POST else Kind.CONTROL
 
 
 class Endpoints:

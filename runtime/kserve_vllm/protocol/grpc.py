@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
-from kserve_vllm.errors import Forbidden, InternalError, InvalidRequest, NotFound, RequestError, Unavailable
-from kserve_vllm.gate import Gate
+from kserve_vllm.errors import InternalError, InvalidRequest, NotFound, RequestError
+from kserve_vllm.gate import Gate, headers_of
 from kserve_vllm.lifecycle import Lifecycle
-from kserve_vllm.protocol.edge import Keys
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 SERVICE = "inference.GRPCInferenceService"
 # Characters of an error's sentence that fit into the trailers (8 KiB by default), percent-encoded.
 _MAX_DETAILS = 500
+_CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -117,17 +119,13 @@ class Servicer:
     Args:
         lifecycle: the state that health answers read.
         gate: admits calls and counts them.
-        keys: checks `authorization` in the metadata.
-        allow_control: whether clients may load and unload.
         requests: the books of all requests.
     """
 
-    def __init__(self, lifecycle: Lifecycle, gate: Gate, keys: Keys, allow_control: bool, requests: Requests) -> None:
+    def __init__(self, lifecycle: Lifecycle, gate: Gate, requests: Requests) -> None:
         self.messages = Messages()
         self._lifecycle = lifecycle
         self._gate = gate
-        self._keys = keys
-        self._allow_control = allow_control
         self._requests = requests
         self._backend: Any = None
 
@@ -170,8 +168,7 @@ class Servicer:
             request_id, metadata = _metadata(context)
             model = getattr(request, "model_name", None) or None
             with self._requests.open("grpc", name, request_id, metadata, model, name != "ModelInfer") as ticket:
-                if header := self._requests.response_header(ticket):
-                    await context.send_initial_metadata((("traceresponse", header),))
+                traced = self._requests.response_header(ticket)
                 try:
                     _check_decoded(request)
                     if work is None:
@@ -179,13 +176,21 @@ class Servicer:
                     if name == "ModelReady" and not self._lifecycle.ready:
                         ticket.status = "OK"
                         return self.messages.ModelReadyResponse(ready=False)
-                    self._keys.check(metadata.get("authorization"))
+                    key, wanted = headers_of(metadata)
+                    caller = self._gate.identify(ticket, key)
+                    if name in _CONTROL:
+                        self._gate.check_control(caller)
                     with self._gate.enter(needs_model=name == "ModelInfer"):
+                        if name == "ModelInfer":
+                            ticket.cache_control = metadata.get("cache-control", "").lower()
+                            await self._gate.admit(ticket, caller, wanted)
                         answer = await work(request, {**metadata, "x-request-id": request_id})
                     ticket.status = "OK"
+                    await _send_metadata(context, ticket, traced)
                     return answer
                 except RequestError as error:
                     ticket.status, ticket.error = error.grpc_status, error
+                    await _send_metadata(context, ticket, traced)
                     await _abort(context, error)
                 except Exception as error:
                     ticket.status, ticket.error = InternalError.grpc_status, error
@@ -214,13 +219,11 @@ class Servicer:
         return await self._backend.infer(request, metadata, self.messages.ModelInferResponse())
 
     async def _load(self, request: Any, metadata: Mapping[str, str]) -> Any:
-        self._check_control()
         name = request.triton_model_name or request.model_name
         await self._backend.load(name)
         return self.messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, request: Any, metadata: Mapping[str, str]) -> Any:
-        self._check_control()
         name = request.triton_model_name or request.model_name
         await self._backend.unload(name)
         return self.messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
@@ -229,21 +232,15 @@ class Servicer:
         rows = [row for row in self._backend.index() if not request.ready or row["state"] == "READY"]
         return self.messages.RepositoryIndexResponse(models=rows)
 
-    def _check_control(self) -> None:
-        if not self._allow_control:
-            raise Forbidden("loading and unloading is switched off; --allow-model-control switches it on")
-
     async def _model_stream_infer(self, requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
         """Answer the requests of one stream side by side; responses carry their request's id."""
         request_id, metadata = _metadata(context)
-        refusal: RequestError | None = self._gate.refusal()
         try:
-            self._keys.check(metadata.get("authorization"))
-        except RequestError as error:
-            refusal = error
-        if refusal is not None:
-            with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata) as ticket:
-                ticket.status, ticket.error = refusal.grpc_status, refusal
+            with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata, counted=False) as ticket:
+                self._gate.identify(ticket, headers_of(metadata)[0])
+                if (closed := self._gate.refusal()) is not None:
+                    raise closed
+        except RequestError as refusal:
             await _abort(context, refusal)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         reader = asyncio.create_task(self._read_stream(requests, queue, request_id, metadata))
@@ -279,7 +276,12 @@ class Servicer:
         new = self.messages.ModelStreamInferResponse
         try:
             _check_decoded(request)
+            # Once more for each request: a key may end while its stream is open.
+            key, wanted = headers_of(metadata)
+            caller = self._gate.identify(ticket, key)
             with self._gate.enter():
+                ticket.cache_control = metadata.get("cache-control", "").lower()
+                await self._gate.admit(ticket, caller, wanted)
                 async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
                     queue.put_nowait(new(infer_response=response))
             ticket.status = "OK"
@@ -321,8 +323,29 @@ def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
     return metadata.get("x-request-id") or uuid.uuid4().hex, metadata
 
 
+async def _send_metadata(context: _Context, ticket: Ticket, traced: str | None) -> None:
+    """Send what goes before the answer, if there is any."""
+    headers = list(ticket.answer_headers)
+    if traced is not None:
+        headers.append(("traceresponse", traced))
+    if headers:
+        await context.send_initial_metadata(tuple(headers))
+
+
 async def _abort(context: _Context, error: RequestError) -> None:
-    trailing = []
-    if isinstance(error, Unavailable) and error.retry_after_s is not None:
+    """End a call with an error.
+
+    When to try again stands in `retry-after` (seconds) and as `google.rpc.RetryInfo` in the error's details.
+    """
+    details = error.message[:_MAX_DETAILS]
+    code = grpc.StatusCode[error.grpc_status]
+    trailing: list[tuple[str, str | bytes]] = []
+    if error.reason is not None:
+        trailing.append(("x-refusal-reason", error.reason))
+    if error.retry_after_s is not None:
         trailing.append(("retry-after", str(error.retry_after_s)))
-    await context.abort(grpc.StatusCode[error.grpc_status], error.message[:_MAX_DETAILS], tuple(trailing))
+        info = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=error.retry_after_s))
+        status = status_pb2.Status(code=code.value[0], message=details)
+        status.details.add().Pack(info)
+        trailing.append(("grpc-status-details-bin", status.SerializeToString()))
+    await context.abort(code, details, tuple(trailing))

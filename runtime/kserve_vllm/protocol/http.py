@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import orjson
@@ -15,9 +15,11 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.errors import Forbidden, InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
+from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
+from kserve_vllm.gate import Gate
 from kserve_vllm.protocol import generate, schemas, tensors, wire
 from kserve_vllm.protocol.v2 import VERSION, V2Text
+from kserve_vllm.ticket import current
 
 T = TypeVar("T")
 _HEADER_LENGTH = "inference-header-content-length"
@@ -108,17 +110,25 @@ class Routes:
         repository: the models.
         engine: for names, and for streams, which KServe's data plane does not know.
         text: the V2 translation.
-        allow_control: whether clients may load and unload.
+        gate: who may see what concerns all tenants.
+        queue: what `/v1/queue/stats` answers.
     """
 
     def __init__(
-        self, plane: Plane, repository: Repository, engine: VLLMEngine, text: V2Text, allow_control: bool
+        self,
+        plane: Plane,
+        repository: Repository,
+        engine: VLLMEngine,
+        text: V2Text,
+        gate: Gate,
+        queue: Callable[[], dict[str, Any]],
     ) -> None:
         self._plane = plane
         self._repository = repository
         self._engine = engine
         self._text = text
-        self._allow_control = allow_control
+        self._gate = gate
+        self._queue = queue
 
     # V2
 
@@ -190,19 +200,22 @@ class Routes:
 
     async def repository_load(self, model_name: str) -> Response:
         """Serve a model again that was unloaded."""
-        self._check_control()
         await self._repository.load_model_by_name(model_name)
         return _json({"name": model_name, "load": True})
 
     async def repository_unload(self, model_name: str) -> Response:
         """Serve no new request with a model. Requests in flight finish."""
-        self._check_control()
         await self._repository.unload_model_by_name(model_name)
         return _json({"name": model_name, "unload": True})
 
-    def _check_control(self) -> None:
-        if not self._allow_control:
-            raise Forbidden("loading and unloading is switched off; --allow-model-control switches it on")
+    # Operators
+
+    async def queue_stats(self) -> Response:
+        """What runs and what waits in front of the engine, by class."""
+        ticket = current.get()
+        if ticket is not None and ticket.caller is not None:
+            self._gate.check_operator(ticket.caller)
+        return _json(self._queue())
 
     # V1
 
@@ -291,6 +304,8 @@ def _v2_router(routes: Routes) -> APIRouter:
 
 def _v1_router(routes: Routes) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["KServe V1"])
+    router.add_api_route("/queue/stats", routes.queue_stats, methods=["GET"], tags=["operators"],
+                         responses=schemas.QUEUE_STATS)  # fmt: skip
     router.add_api_route("/models", routes.v1_and_openai_models, methods=["GET"], responses=schemas.V1_MODELS)
     router.add_api_route("/models/{model_name:model}:predict", routes.v1_predict, methods=["POST"],
                          openapi_extra=schemas.body("PredictRequest"),

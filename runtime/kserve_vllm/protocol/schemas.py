@@ -87,6 +87,7 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
                           state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT),
     "Control": _object(["name"], extra=True, name=_TEXT),
     "Models": _object(["object", "data", "models"], object=_TEXT, data=_list({"type": "object"}), models=_list(_TEXT)),
+    "QueueStats": _object(["slots", "in_use", "waiting"], extra=True, slots={"type": "integer"}),
     "Model": _object(["name", "ready"], extra=True, name=_TEXT, ready=_FLAG),
 }  # fmt: skip
 
@@ -104,7 +105,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: _error("The request can't be used; the sentence names the field"),
     403: _error("Not allowed"),
     404: _error("No such model or version"),
+    401: _error("The API key is missing or wrong"),
     413: _error("The body is too large"),
+    429: _error("Over a limit, or no room in the queue; `Retry-After` says when to try again"),
     503: _error("Loading, draining, unloaded, or the engine is gone"),
 }
 HEALTH = {"/health/live": "server_live", "/health/ready": "server_ready"}
@@ -125,6 +128,7 @@ GENERATE_STREAM = _answer({"type": "string"}, "text/event-stream")
 PREDICT = _answer("PredictResponse")
 V1_MODELS = _answer("Models")
 V1_MODEL = _answer("Model")
+QUEUE_STATS = _answer("QueueStats")
 
 
 def body(schema: str, required: bool = True) -> dict[str, Any]:

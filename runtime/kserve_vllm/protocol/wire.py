@@ -43,6 +43,8 @@ def error_headers(error: RequestError, request_id: str) -> list[tuple[bytes, byt
     headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1"))]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if error.reason is not None:
+        headers.append((b"x-refusal-reason", error.reason.encode("latin-1")))
     if error.close:
         headers.append((b"connection", b"close"))
     if error.http_status == 401:
@@ -57,5 +59,6 @@ def _anthropic_type(error: RequestError) -> str:
         403: "permission_error",
         404: "not_found_error",
         413: "request_too_large",
+        429: "rate_limit_error",
         503: "overloaded_error",
     }.get(error.http_status, "api_error")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,9 @@ from kserve_vllm.errors import (
     EngineGone,
     Forbidden,
     QueueFull,
+    QueueTimeout,
+    RateLimited,
+    Refused,
     RequestError,
     Unauthenticated,
     Unavailable,
@@ -25,13 +28,18 @@ from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.tracing import Tracing
 from kserve_vllm.ticket import Ticket, current
 
+log = logging.getLogger(__name__)
+
 _LATE_S = 0.25
 _REFUSED = {
     Unauthenticated: "unauthenticated",
     Forbidden: "forbidden",
     BodyTooLarge: "body_too_large",
     EngineGone: "engine_dead",
+    QueueTimeout: "queue_timeout",
     QueueFull: "queue_full",
+    RateLimited: "too_many_requests",
+    Refused: "moderation",
 }
 _REFUSED_STATUS = {401: "unauthenticated", 403: "forbidden", 413: "body_too_large", 429: "too_many_requests"}
 _STATES = {State.STARTING: "loading", State.LOADING: "loading", State.WARMING: "loading", State.DRAINING: "draining",
@@ -45,9 +53,17 @@ class Requests:
         metrics: counts them.
         tracing: opens and ends their spans.
         lifecycle: says why the server was not available.
+        record: called with each ticket that is closed.
     """
 
-    def __init__(self, metrics: Metrics, tracing: Tracing, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracing: Tracing,
+        lifecycle: Lifecycle,
+        record: Callable[[Ticket], None] = lambda _: None,
+    ) -> None:
+        self._record = record
         self._metrics = metrics
         self._tracing = tracing
         self._lifecycle = lifecycle
@@ -63,6 +79,7 @@ class Requests:
         headers: Mapping[str, str],
         model: str | None = None,
         quiet: bool = False,
+        counted: bool = True,
     ) -> Iterator[Ticket]:
         """A ticket for as long as the block runs; it is the current one in the block and in tasks started there.
 
@@ -73,6 +90,7 @@ class Requests:
             headers: with lower-case names; `traceparent` and `tracestate` are read.
             model: the name asked for, where it is known already.
             quiet: write its log line at the level debug.
+            counted: False for what is only the frame of requests with tickets of their own; it is booked if it fails.
         """
         ticket = Ticket(request_id, protocol, endpoint, quiet, model=model)
         self._tracing.open(ticket, headers)
@@ -84,7 +102,9 @@ class Requests:
             raise
         finally:
             duration_s = time.monotonic() - ticket.started
-            if ticket.unfinished and ticket.error is None:
+            if not counted and ticket.error is None:
+                self._tracing.close(ticket, "ok")
+            elif ticket.unfinished and ticket.error is None:
                 # vLLM gives up the request of a client that is gone a moment after its handler returned.
                 self._late[ticket] = duration_s
                 asyncio.get_running_loop().call_later(_LATE_S, self._close_late, ticket)
@@ -112,6 +132,13 @@ class Requests:
         if reason is not None:
             self._metrics.reject(ticket.protocol, reason)
         self._tracing.close(ticket, outcome)
+        ticket.outcome, ticket.duration_s = outcome, duration
+        for closer in ticket.closers:
+            try:
+                closer(ticket)
+            except Exception:
+                log.exception("request %s: not everything was given back", ticket.request_id)
+        self._record(ticket)
         self._write(ticket, outcome, reason, duration)
 
     def _write(self, ticket: Ticket, outcome: str, reason: str | None, duration_s: float) -> None:
@@ -123,6 +150,8 @@ class Requests:
             "endpoint": ticket.endpoint,
             "model": self._metrics.model_label(ticket.model),
             "tenant": ticket.tenant,
+            **({"key_id": ticket.key_id} if ticket.key_id else {}),
+            **({"cache": ticket.cache} if ticket.cache else {}),
             "outcome": outcome,
             "status": ticket.status,
             "duration_s": round(duration_s, 6),
@@ -173,7 +202,7 @@ class Requests:
     def _of_request_error(self, ticket: Ticket, error: RequestError) -> tuple[str, str | None]:
         for cls, reason in _REFUSED.items():
             if isinstance(error, cls):
-                return ("unavailable" if issubclass(cls, Unavailable) else "refused"), reason
+                return ("unavailable" if issubclass(cls, Unavailable) else "refused"), error.reason or reason
         if isinstance(error, Unavailable):
             return "unavailable", _STATES.get(self._lifecycle.state, "unloaded")
         return ("client_error" if error.http_status < 500 else "server_error"), None

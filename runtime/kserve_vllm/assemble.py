@@ -1,0 +1,148 @@
+"""Builds the policies out of the settings. What is off is not built, and its libraries are not imported."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kserve_vllm.errors import ConfigError
+from kserve_vllm.gate import Policies
+from kserve_vllm.policy.admission import Admission, class_values
+from kserve_vllm.policy.limits import Limits, MemoryStore, Quota
+from kserve_vllm.policy.tenants import Tenants
+from kserve_vllm.policy.usage import Usage, UsageRecord
+from kserve_vllm.settings import Settings
+from kserve_vllm.telemetry.metrics import Metrics
+from kserve_vllm.ticket import Ticket
+from kserve_vllm.types import Priority
+
+if TYPE_CHECKING:
+    from kserve_vllm.policy.remote import Remote
+    from kserve_vllm.policy.response_cache import ResponseCache
+
+log = logging.getLogger(__name__)
+
+_RELOAD_EVERY_S = 2.0
+_SHARES = {Priority.LOW: 0.75, Priority.BATCH: 0.5}
+
+
+class Assembly:
+    """The policies of one process, and what has to run and to be closed for them.
+
+    Args:
+        settings: the effective settings.
+        metrics: shows whether Redis is there, and what became of usage records.
+
+    Raises:
+        ConfigError: a file or a value can't be used.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        chosen = settings.policy
+        self._metrics = metrics
+        self._tasks: list[asyncio.Task[None]] = []
+        self._tenants = Tenants(chosen.keys_file, (key.get_secret_value() for key in settings.server.api_key))
+        self._remote = self._connect(settings)
+        self._limits = self._build_limits(settings)
+        self.admission = self._build_admission(settings)
+        self.usage = Usage(chosen.usage_sink) if chosen.usage_sink else None
+        moderation = None
+        if chosen.moderation_file:
+            from kserve_vllm.policy.moderation import Moderation
+
+            moderation = Moderation.from_file(chosen.moderation_file)
+        classes = chosen.keys_file is not None or chosen.max_concurrent > 0
+        service = Quota("service", chosen.requests_per_minute or None, chosen.tokens_per_minute or None, None)
+        self.policies = Policies(
+            tenants=self._tenants,
+            limits=self._limits,
+            service=service if chosen.requests_per_minute or chosen.tokens_per_minute else None,
+            admission=self.admission,
+            moderation=moderation,
+            default_priority=Priority[chosen.default_priority.upper()] if classes else None,
+            open_control=settings.server.allow_model_control,
+        )
+        self.cache = self._build_cache(settings)
+
+    def _connect(self, settings: Settings) -> Remote | None:
+        url = settings.policy.redis_url
+        if url is None:
+            if settings.policy.response_cache == "redis":
+                raise ConfigError("--response-cache redis needs --redis-url")
+            return None
+        from kserve_vllm.policy.remote import Remote
+
+        return Remote(url.get_secret_value(), self._metrics.show_redis)
+
+    def _build_limits(self, settings: Settings) -> Limits | None:
+        chosen = settings.policy
+        if not (chosen.keys_file or chosen.requests_per_minute or chosen.tokens_per_minute):
+            return None
+        if self._remote is None:
+            return Limits(MemoryStore(), chosen.redis_away)
+        from kserve_vllm.policy.limits import RedisStore
+
+        return Limits(RedisStore(self._remote), chosen.redis_away)
+
+    def _build_admission(self, settings: Settings) -> Admission | None:
+        chosen = settings.policy
+        if not chosen.max_concurrent:
+            return None
+        sizes = {each: int(n) for each, n in class_values(chosen.queue_class_size, "--queue-class-size").items()}
+        shares = {**_SHARES, **class_values(chosen.class_share, "--class-share")}
+        return Admission(chosen.max_concurrent, chosen.queue_size, sizes, chosen.queue_timeout, shares)
+
+    def _build_cache(self, settings: Settings) -> ResponseCache | None:
+        chosen = settings.policy
+        if chosen.response_cache == "off":
+            return None
+        from kserve_vllm.policy import response_cache
+
+        if chosen.response_cache == "memory":
+            store: Any = response_cache.MemoryStore(chosen.cache_max_mib << 20)
+        else:
+            store = response_cache.RedisStore(self._remote)
+        return response_cache.ResponseCache(store, chosen.cache_ttl, chosen.cache_scope)
+
+    def record(self, ticket: Ticket) -> None:
+        """Write the usage record of a request that is over. Questions have none."""
+        if self.usage is None or ticket.quiet:
+            return
+        self.usage.record(_usage(ticket))
+
+    def queue_stats(self) -> dict[str, Any]:
+        """What runs and what waits in front of the engine."""
+        if self.admission is None:
+            return {"slots": 0, "in_use": {}, "waiting": {}}
+        return self.admission.stats()
+
+    def start(self) -> None:
+        """Begin to watch the key file."""
+        if self._tenants.has_file:
+            self._tasks.append(asyncio.create_task(_every(_RELOAD_EVERY_S, self._tenants.reload)))
+
+    async def close(self, timeout_s: float) -> None:
+        """Write what is still to be written, for up to `timeout_s` seconds, and close connections."""
+        for task in self._tasks:
+            task.cancel()
+        if self._limits is not None:
+            await self._limits.close()
+        if self.usage is not None:
+            await self.usage.close(timeout_s)
+        if self._remote is not None:
+            await self._remote.close()
+
+
+async def _every(seconds: float, work: Callable[[], object]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await asyncio.to_thread(work)
+        except Exception:
+            log.exception("will be tried again")
+
+
+def _usage(ticket: Ticket) -> UsageRecord:
+    raise NotImplementedError
