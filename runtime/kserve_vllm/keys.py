@@ -131,8 +131,8 @@ def add_entry(text: str, entry: dict[str, Any]) -> str:
     name, rest = parts[-1]
     indents = {match[1] for match in re.finditer(r"^( *)- ", text[text.rindex("\nkeys:") if "\nkeys:" in text else 0 :],
                                                 flags=re.MULTILINE)}  # fmt: skip
-    if name == "keys" and not rest.split("#")[0].strip() and len(indents) == 1:
-        return text.rstrip("\n") + f"\n{indents.pop()}- {json.dumps(entry)}\n"
+    if name == "keys" and not rest.split("#")[0].strip() and len(indents) <= 1:
+        return text.rstrip("\n") + f"\n{indents.pop() if indents else '  '}- {json.dumps(entry)}\n"
     tree = yaml.safe_load(text)
     tree["keys"] = [*(tree.get("keys") or []), entry]
     return yaml.safe_dump(tree, sort_keys=False)

@@ -170,8 +170,11 @@ def parse(text: str, source: str) -> KeyFile:
         where = getattr(error, "problem_mark", None)
         line = getattr(error, "lineno", None) or (where.line + 1 if where is not None else "?")
         raise ConfigError(f"--keys-file {source} is neither YAML nor JSON: line {line}") from None
-    if tree is None:
-        return KeyFile()
+    if isinstance(tree, dict):
+        # A part that is only begun: `keys:` and nothing below it.
+        tree = {name: part for name, part in tree.items() if part is not None}
+    elif tree is None:
+        tree = {}
     try:
         return KeyFile.model_validate(tree)
     except ValidationError as error:
