@@ -1,0 +1,310 @@
+"""Keys, models, limits, classes, usage and the admin port on one real server, over every protocol."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from kserve_vllm.policy.tenants import digest
+from tests.policy.calls import PROTOCOLS, call
+from tests.support import DEMO, Server, free_port, wait_until
+from tests.triton import service_pb2, service_pb2_grpc
+
+ADMIN, GOLD, BATCH, UPPER = "kv-admin", "kv-gold", "kv-batch", "kv-upper"
+MANY = 100
+
+
+def key_file(**more: Any) -> dict[str, Any]:
+    """A key file with a tenant for each thing that is shown."""
+    tenants: dict[str, Any] = {
+        "gold": {"priority": "high", "may_choose_priority": True},
+        "batch": {"priority": "batch"},
+        "upper": {"models": ["upper"]},
+        "tokens": {"limits": {"tokens_per_minute": 300}},
+        "many": {"limits": {"requests_per_minute": MANY}},
+        "one-at-a-time": {"limits": {"concurrent": 1}},
+        **{f"rpm-{protocol}": {"limits": {"requests_per_minute": 2}} for protocol in PROTOCOLS},
+        **{f"tpm-{protocol}": {"limits": {"tokens_per_minute": 100}} for protocol in PROTOCOLS},
+    }
+    keys = [{"id": name, "tenant": name, "sha256": digest(f"kv-{name}")} for name in tenants]
+    keys.append({"id": "admin", "tenant": "ops", "sha256": digest(ADMIN), "admin": True})
+    return {"tenants": tenants, "keys": keys, **more}
+
+
+class Shared(Server):
+    """A server with everything on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.keys, self.usage = folder / "keys.json", folder / "usage.jsonl"
+        self.keys.write_text(json.dumps(key_file()))
+        self.admin_port = free_port()
+        self.admin_url = f"http://127.0.0.1:{self.admin_port}"
+        super().__init__([
+            *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
+            "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
+            "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "20",
+        ])  # fmt: skip
+
+    def records(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Usage records with these values."""
+        lines = self.usage.read_text().splitlines() if self.usage.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [record for record in found if all(record[name] == value for name, value in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """The server, for all tests of this module."""
+    running = Shared(tmp_path_factory.mktemp("shared"))
+    try:
+        yield running.wait_ready()  # type: ignore[misc]
+    finally:
+        running.stop()
+
+
+# Keys
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("key", [None, "kv-wrong"])
+def test_without_a_valid_key_nothing_is_answered(shared: Shared, protocol: str, key: str | None) -> None:
+    answer = call(shared, protocol, key)
+    assert answer.status == 401
+    assert "missing or wrong API key" in answer.body
+    shape = {"chat": '"type":"AuthenticationError"', "messages": '"type":"authentication_error"', "infer": '{"error":"'}
+    assert shape.get(protocol, "") in answer.body
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_valid_key_is_answered(shared: Shared, protocol: str) -> None:
+    answer = call(shared, protocol, GOLD)
+    assert answer.status == 200, answer.body
+    if not protocol.endswith("stream"):
+        assert "42" in answer.body
+
+
+def test_a_key_may_come_as_x_api_key(shared: Shared) -> None:
+    assert call(shared, "messages", x_api_key=GOLD).status == 200
+    assert call(shared, "grpc", x_api_key=GOLD).status == 200
+
+
+def test_probes_need_no_key(shared: Shared) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready", "/health", "/ping"):
+        assert shared.status(path) == 200
+    with grpc.insecure_channel(shared.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerReady(service_pb2.ServerReadyRequest()).ready
+
+
+def test_keys_rotate_without_a_restart(shared: Shared) -> None:
+    assert call(shared, "chat", "kv-next").status == 401
+    tree = key_file()
+    tree["keys"].append({"id": "next", "tenant": "gold", "sha256": digest("kv-next")})
+    shared.keys.write_text(json.dumps(tree))
+    wait_until(lambda: call(shared, "chat", "kv-next").status == 200, 10, "the new key never held")
+    assert call(shared, "chat", GOLD).status == 200
+    shared.keys.write_text(json.dumps(key_file()))
+    wait_until(lambda: call(shared, "chat", "kv-next").status == 401, 10, "the old key stays valid")
+
+
+# Models
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_tenant_gets_only_its_models(shared: Shared, protocol: str) -> None:
+    refused = call(shared, protocol, UPPER)
+    assert refused.status == (0 if protocol == "grpc-stream" else 403), refused.body
+    assert "may not use the model 'demo'" in refused.body
+    assert call(shared, protocol, UPPER, model="upper").status == 200
+
+
+# Limits
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_requests_over_the_limit_are_refused_in_each_protocols_shape(shared: Shared, protocol: str) -> None:
+    key = f"kv-rpm-{protocol}"
+    answers = [call(shared, protocol, key) for _ in range(3)]
+    assert [answer.status for answer in answers[:2]] == [200, 200]
+    refused = answers[2]
+    assert refused.status == (0 if protocol == "grpc-stream" else 429)
+    assert "requests" in refused.body
+    if protocol != "grpc-stream":
+        assert 1 <= int(refused.headers["retry-after"]) <= 61
+        assert refused.headers["x-refusal-reason"] == "requests_per_minute"
+    if protocol == "chat":
+        assert answers[0].headers["x-ratelimit-limit-requests"] == "2"
+        assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
+        assert answers[1].headers["x-ratelimit-remaining-requests"] == "0"
+
+
+def test_grpc_says_when_to_retry_in_its_error_details(shared: Shared) -> None:
+    from google.rpc import error_details_pb2, status_pb2
+
+    for _ in range(3):
+        answer = call(shared, "grpc", "kv-rpm-grpc")
+    status = status_pb2.Status.FromString(answer.headers["grpc-status-details-bin"])
+    info = error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert info.retry_delay.seconds >= 1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_tokens_over_the_limit_are_refused_before_the_engine_sees_them(shared: Shared, protocol: str) -> None:
+    refused = call(shared, protocol, f"kv-tpm-{protocol}", max_tokens=500)
+    assert refused.status == (0 if protocol == "grpc-stream" else 429), refused.body
+    assert "tokens" in refused.body
+    if protocol != "grpc-stream":
+        assert refused.headers["x-refusal-reason"] == "tokens_per_minute"
+    # What was refused took nothing away.
+    assert call(shared, protocol, f"kv-tpm-{protocol}", max_tokens=20).status == 200
+
+
+def test_reserved_tokens_that_were_not_used_come_back(shared: Shared) -> None:
+    # 200 tokens are reserved each time, some 25 are used: without settling, the second one is refused.
+    answers = [call(shared, "completions", "kv-tokens", max_tokens=200) for _ in range(4)]
+    assert [answer.status for answer in answers] == [200] * 4
+    left = int(answers[-1].headers["x-ratelimit-remaining-tokens"])
+    assert 0 < left < 300
+
+
+def test_exactly_as_many_as_allowed_pass_at_once(shared: Shared) -> None:
+    def one(_: int) -> int:
+        return call(shared, "completions", "kv-many", max_tokens=1).status
+
+    with ThreadPoolExecutor(40) as pool:
+        statuses = list(pool.map(one, range(2 * MANY)))
+    assert statuses.count(200) == MANY
+    assert statuses.count(429) == MANY
+
+
+def test_a_tenant_has_no_more_at_once_than_it_may(shared: Shared) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        body = {"model": "demo", "prompt": "1, 2", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        headers = {"authorization": "Bearer kv-one-at-a-time"}
+        with httpx.stream("POST", shared.url + "/v1/completions", json=body, headers=headers, timeout=60) as response:
+            for _ in response.iter_lines():
+                started.set()
+                if go_on.is_set():
+                    return
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert started.wait(20)
+        refused = call(shared, "chat", "kv-one-at-a-time")
+        assert refused.status == 429
+        assert refused.headers["x-refusal-reason"] == "concurrent"
+    finally:
+        go_on.set()
+        thread.join()
+    wait_until(lambda: call(shared, "chat", "kv-one-at-a-time").status == 200, 5, "its place did not come back")
+
+
+# Control and operators
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/repository/models/upper/unload"),
+        ("POST", "/v2/repository/models/upper/load"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter"),
+    ],
+)
+def test_calls_that_change_the_server_need_an_administrator_and_the_admin_port(
+    shared: Shared, method: str, path: str
+) -> None:
+    def status(url: str, key: str) -> int:
+        return httpx.request(method, url + path, json={}, headers={"authorization": f"Bearer {key}"}).status_code
+
+    assert status(shared.url, GOLD) == 404
+    assert status(shared.url, ADMIN) == 404
+    assert status(shared.admin_url, "kv-wrong") == 401
+    assert status(shared.admin_url, GOLD) == 403
+    if path.startswith("/v2"):
+        assert status(shared.admin_url, ADMIN) == 200
+
+
+def test_loading_over_grpc_needs_an_administrator(shared: Shared) -> None:
+    with grpc.insecure_channel(shared.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.RepositoryModelLoadRequest(model_name="upper")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.RepositoryModelLoad(request, metadata=(("authorization", f"Bearer {GOLD}"),))
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        stub.RepositoryModelLoad(request, metadata=(("authorization", f"Bearer {ADMIN}"),))
+
+
+def test_metrics_are_on_the_admin_port_alone(shared: Shared) -> None:
+    assert shared.status("/metrics") in (401, 404)
+    text = httpx.get(shared.admin_url + "/metrics").text
+    assert 'tenant="gold"' in text
+    assert "vllm:num_requests_running" in text
+    assert httpx.get(shared.admin_url + "/v2/health/ready").status_code == 200
+
+
+def test_the_queue_is_shown_to_operators(shared: Shared) -> None:
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    stats = httpx.get(shared.url + "/v1/queue/stats", headers=headers).json()
+    assert stats["slots"] == 8
+    refused = httpx.get(shared.url + "/v1/queue/stats", headers={"authorization": f"Bearer {GOLD}"})
+    assert refused.status_code == 403
+
+
+# Classes
+
+
+@pytest.mark.parametrize("protocol", ["chat", "infer", "grpc"])
+def test_only_who_may_chooses_a_higher_class(shared: Shared, protocol: str) -> None:
+    assert call(shared, protocol, GOLD, x_priority="critical").status == 200
+    assert call(shared, protocol, BATCH, x_priority="critical").status == 403
+    assert call(shared, protocol, GOLD, x_priority="low").status == 200
+    assert call(shared, protocol, GOLD, x_priority="urgent").status == 400
+
+
+# Usage
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_each_request_leaves_one_usage_record(shared: Shared, protocol: str) -> None:
+    request_id = f"usage-{protocol}-{time.time_ns()}"
+    answer = call(shared, protocol, GOLD, x_request_id=request_id)
+    assert answer.status == 200
+    wanted = request_id + ("-1" if protocol == "grpc-stream" else "")
+    wait_until(lambda: len(shared.records(request_id=wanted)) == 1, 5, "no record")
+    record = shared.records(request_id=wanted)[0]
+    assert (record["tenant"], record["key_id"], record["model"]) == ("gold", "gold", "demo")
+    assert record["outcome"] == "ok"
+    assert record["prompt_tokens"] > 0
+    assert record["output_tokens"] > 0
+    assert record["priority"] == "high"
+    assert GOLD not in json.dumps(record)
+
+
+def test_what_was_refused_leaves_a_record_too(shared: Shared) -> None:
+    request_id = f"refused-{time.time_ns()}"
+    assert call(shared, "chat", UPPER, x_request_id=request_id).status == 403
+    wait_until(lambda: len(shared.records(request_id=request_id)) == 1, 5, "no record")
+    record = shared.records(request_id=request_id)[0]
+    assert (record["outcome"], record["status"], record["output_tokens"]) == ("refused", 403, 0)
+
+
+def test_no_key_is_in_the_log(shared: Shared) -> None:
+    assert call(shared, "chat", "kv-wrong").status == 401
+    for key in (GOLD, ADMIN, "kv-wrong"):
+        assert key not in shared.log
+
+
