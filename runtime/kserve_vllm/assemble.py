@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.gate import Policies
 from kserve_vllm.policy.admission import Admission, class_values
-from kserve_vllm.policy.limits import Limits, MemoryStore, Quota
+from kserve_vllm.policy.counters import MemoryCounters, RedisCounters
+from kserve_vllm.policy.limits import Limits, Quota
 from kserve_vllm.policy.tenants import Tenants
-from kserve_vllm.policy.usage import Usage, UsageRecord
+from kserve_vllm.policy.usage import Usage, UsageRecord, timestamp
 from kserve_vllm.settings import Settings
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.ticket import Ticket
@@ -47,7 +48,7 @@ class Assembly:
         self._remote = self._connect(settings)
         self._limits = self._build_limits(settings)
         self.admission = self._build_admission(settings)
-        self.usage = Usage(chosen.usage_sink) if chosen.usage_sink else None
+        self.usage = Usage(chosen.usage_sink, metrics.count_usage) if chosen.usage_sink else None
         moderation = None
         if chosen.moderation_file:
             from kserve_vllm.policy.moderation import Moderation
@@ -65,6 +66,13 @@ class Assembly:
             open_control=settings.server.allow_model_control,
         )
         self.cache = self._build_cache(settings)
+        metrics.watch(self._show)
+
+    def _show(self, metrics: Metrics) -> None:
+        metrics.show_key_file_failures(self._tenants.failures)
+        if self.admission is not None:
+            classes = self.admission.stats()["classes"]
+            metrics.set_waiting({name: each["waiting"] for name, each in classes.items()})
 
     def _connect(self, settings: Settings) -> Remote | None:
         url = settings.policy.redis_url
@@ -115,7 +123,7 @@ class Assembly:
     def queue_stats(self) -> dict[str, Any]:
         """What runs and what waits in front of the engine."""
         if self.admission is None:
-            return {"slots": 0, "in_use": {}, "waiting": {}}
+            return {"slots": 0, "in_use": 0, "waiting": 0}
         return self.admission.stats()
 
     def start(self) -> None:
@@ -145,4 +153,22 @@ async def _every(seconds: float, work: Callable[[], object]) -> None:
 
 
 def _usage(ticket: Ticket) -> UsageRecord:
-    raise NotImplementedError
+    return UsageRecord(
+        time=timestamp(ticket.started_at),
+        request_id=ticket.request_id,
+        tenant=ticket.tenant,
+        key_id=ticket.key_id,
+        model=ticket.base_model or ticket.model,
+        adapter=ticket.adapter,
+        protocol=ticket.protocol,
+        endpoint=ticket.endpoint,
+        outcome=ticket.outcome or "",
+        status=ticket.status,
+        prompt_tokens=ticket.prompt_tokens,
+        cached_tokens=ticket.cached_tokens,
+        output_tokens=ticket.output_tokens,
+        duration_s=round(ticket.duration_s, 6),
+        ttft_s=None if ticket.ttft_s is None else round(ticket.ttft_s, 6),
+        priority=None if ticket.priority is None else Priority(ticket.priority).name.lower(),
+        cache=ticket.cache,
+    )

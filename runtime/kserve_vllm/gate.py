@@ -223,10 +223,11 @@ class Gate:
             ticket.closers.append(lambda t: limits.settle(grant, t.prompt_tokens + t.output_tokens))
             ticket.answer_headers += grant.headers()
         if policies.admission is not None:
-            slot = policies.admission.try_acquire(priority)
-            if slot is None:
-                acquiring = policies.admission.acquire(priority)
-                slot = await (acquiring if waiting is None else waiting(acquiring))
+            acquiring = policies.admission.acquire(priority)
+            if waiting is None or policies.admission.passes(priority):
+                slot = await acquiring
+            else:
+                slot = await waiting(acquiring)
             ticket.closers.append(lambda _: slot.release())
 
     def _priority(self, caller: Caller, wanted: str | None) -> Priority:

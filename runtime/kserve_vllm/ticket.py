@@ -35,6 +35,7 @@ class Ticket:
         answer_headers: headers to add to the start of the answer.
         closers: called once with the ticket when it is closed.
         model: the name that was asked for, as the client wrote it, or None.
+        base_model, adapter: what the engine worked with; `adapter` is None for the base model itself.
         trace_id: 32 hexadecimal digits, or None.
         sampled: whether the trace is recorded, here or by the caller.
         trace_headers: W3C trace context to hand on, with this request as the parent.
@@ -68,6 +69,8 @@ class Ticket:
     answer_headers: list[tuple[str, str]] = field(default_factory=list)
     closers: list[Callable[[Ticket], None]] = field(default_factory=list)
     model: str | None = None
+    base_model: str | None = None
+    adapter: str | None = None
     trace_id: str | None = None
     sampled: bool = False
     trace_headers: Mapping[str, str] | None = None

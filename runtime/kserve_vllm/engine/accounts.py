@@ -47,7 +47,9 @@ class Accounts:
         if ticket.sequences > 1:
             return
         lora = request.lora_request
-        ticket.model = lora.lora_name if lora is not None else self._base_model()
+        ticket.base_model = self._base_model()
+        ticket.adapter = lora.lora_name if lora is not None else None
+        ticket.model = ticket.adapter or ticket.base_model
         if params := request.sampling_params:
             for name, shown in _SHOWN.items():
                 value = getattr(params, name, None)

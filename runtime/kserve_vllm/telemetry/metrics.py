@@ -83,15 +83,17 @@ DECLARED: tuple[Declared, ...] = (
              "Seconds until requests in flight are cut off; 0 while not draining.", merge="livemax"),
     Declared("kserve_vllm_adapters", "gauge", "Adapters (LoRA) by state: loaded or unloaded.", ("state",),
              merge="livemax"),
-    Declared("kserve_vllm_redis_up", "gauge", "Whether the Redis that replicas share answers; -1 where there is none.",
+    Declared("kserve_vllm_redis_up", "gauge",
+             "1 while the Redis that replicas share answers, 0 while not, or where there is none.",
              merge="livemin"),
     Declared("kserve_vllm_waiting_requests", "gauge", "Requests that wait in front of the engine, by class.",
              ("priority",)),
     Declared("kserve_vllm_response_cache", "counter",
              "Requests by what the response cache had for them: hit, miss or bypass.", ("result",)),
-    Declared("kserve_vllm_usage_records", "counter", "Usage records by what became of them: sent or dropped.",
-             ("result",)),
-    Declared("kserve_vllm_key_file_failures", "counter", "Times that a changed key file could not be used."),
+    Declared("kserve_vllm_usage_records", "counter",
+             "Usage records by what became of them: sent, dropped, or failed (a try that is repeated).", ("result",)),
+    Declared("kserve_vllm_key_file_failures", "gauge", "Times that a changed key file could not be used.",
+             merge="livemax"),
     Declared("kserve_vllm_build_info", "gauge", "Always 1; the versions are in the labels.",
              ("version", "vllm_version", "python_version"), merge="livemax"),
 )  # fmt: skip
@@ -143,6 +145,7 @@ class Metrics:
         self._adapters: Callable[[], Mapping[str, int]] = dict
         self._models: Callable[[], frozenset[str]] = frozenset
         self._drain: tuple[int, float] | None = None
+        self._watched: list[Callable[[Metrics], None]] = []
         self._show_state(lifecycle)
         lifecycle.on_change(self._show_state)
 
@@ -152,6 +155,27 @@ class Metrics:
         """Set what is known once the engine runs: its version, the served names, and adapters by state."""
         self._models, self._adapters = models, adapters
         self._get("kserve_vllm_build_info").labels(self._version, vllm_version, platform.python_version()).set(1)
+
+    def show_redis(self, there: bool) -> None:
+        """Show whether the Redis that replicas share answers."""
+        self._get("kserve_vllm_redis_up").set(1 if there else 0)
+
+    def watch(self, refresh: Callable[[Metrics], None]) -> None:
+        """Call `refresh` before metrics are rendered, to set what is looked up."""
+        self._watched.append(refresh)
+
+    def set_waiting(self, waiting: Mapping[str, int]) -> None:
+        """Show how many requests wait in front of the engine, by class."""
+        for name, count in waiting.items():
+            self._get("kserve_vllm_waiting_requests").labels(name).set(count)
+
+    def show_key_file_failures(self, count: int) -> None:
+        """Show how often a changed key file could not be used."""
+        self._get("kserve_vllm_key_file_failures").set(count)
+
+    def count_usage(self, result: str, count: int = 1) -> None:
+        """Count usage records that were sent, dropped or failed."""
+        self._get("kserve_vllm_usage_records").labels(result).inc(count)
 
     def begin_drain(self, timeout_s: float) -> None:
         """Show from now on how far the drain is."""
@@ -164,6 +188,8 @@ class Metrics:
         self._get("kserve_vllm_requests").labels(ticket.protocol, ticket.endpoint, model, tenant, outcome).inc(
             1, exemplar
         )
+        if ticket.cache is not None:
+            self._get("kserve_vllm_response_cache").labels(ticket.cache).inc()
         if not ticket.sequences:
             return
         self._get("kserve_vllm_prompt_tokens").labels(model, tenant).inc(ticket.prompt_tokens)
@@ -205,6 +231,8 @@ class Metrics:
 
     def _refresh(self) -> None:
         """Values that are looked up when someone asks."""
+        for refresh in self._watched:
+            refresh(self)
         count = self._in_flight()
         self._get("kserve_vllm_requests_in_flight").set(count)
         self._get("kserve_vllm_lifecycle_state_seconds").set(self._lifecycle.seconds)
