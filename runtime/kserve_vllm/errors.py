@@ -9,6 +9,7 @@
         ├── NotFound           404  NOT_FOUND
         ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
+        ├── RateLimited        429  RESOURCE_EXHAUSTED  over a limit, or no room in the queue
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
         │   ├── QueueFull      503  UNAVAILABLE         the engine's queue is at its bound
         │   └── EngineGone     503  UNAVAILABLE         the engine died or hangs
@@ -18,6 +19,8 @@ Each class carries its HTTP status, its gRPC status name and its OpenAI error ty
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class KServeVLLMError(Exception):
@@ -38,6 +41,7 @@ class RequestError(KServeVLLMError):
         field: the request field at fault, or None.
         retry_after_s: seconds after which a retry makes sense, or None.
         close: whether the connection should be closed after the answer.
+        reason: one word for programs that says why the request was turned away, or None.
     """
 
     http_status: int = 500
@@ -51,12 +55,14 @@ class RequestError(KServeVLLMError):
         field: str | None = None,
         retry_after_s: int | None = None,
         close: bool = False,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
         self.close = close
+        self.reason = reason
 
 
 class InvalidRequest(RequestError):
@@ -105,6 +111,19 @@ class BodyTooLarge(RequestError):
     http_status = 413
     grpc_status = "RESOURCE_EXHAUSTED"
     openai_type = "RequestEntityTooLargeError"
+
+
+class RateLimited(RequestError):
+    """Over a limit of the key, the tenant or the service, or no room in the queue.
+
+    Attributes:
+        headers: `x-ratelimit-*` headers for the answer; set by who knows them.
+    """
+
+    http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    openai_type = "RateLimitError"
+    headers: Sequence[tuple[str, str]] = ()
 
 
 class Unavailable(RequestError):
