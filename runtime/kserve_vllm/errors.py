@@ -22,6 +22,8 @@ Each class carries its HTTP status, its gRPC status name and its OpenAI error ty
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class KServeVLLMError(Exception):
     """Base of all errors raised by this package."""
@@ -122,11 +124,16 @@ class BodyTooLarge(RequestError):
 
 
 class RateLimited(RequestError):
-    """Over a limit of the key, the tenant or the service, or no room in the queue."""
+    """Over a limit of the key, the tenant or the service, or no room in the queue.
+
+    Attributes:
+        headers: `x-ratelimit-*` headers for the answer; set by who knows them.
+    """
 
     http_status = 429
     grpc_status = "RESOURCE_EXHAUSTED"
     openai_type = "RateLimitError"
+    headers: Sequence[tuple[str, str]] = ()
 
 
 class Unavailable(RequestError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from kserve_vllm.errors import EngineGone, Forbidden, InvalidRequest, Unavailable
+from kserve_vllm.errors import EngineGone, Forbidden, InvalidRequest, RateLimited, Unavailable
 from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.policy.admission import Admission
 from kserve_vllm.policy.limits import Limits, Quota
@@ -217,7 +217,11 @@ class Gate:
         priority = self._priority(caller, wanted)
         ticket.priority = priority
         if policies.limits is not None:
-            grant = await policies.limits.enter(self._quotas(caller))
+            try:
+                grant = await policies.limits.enter(self._quotas(caller))
+            except RateLimited as error:
+                ticket.answer_headers += error.headers
+                raise
             ticket.grant = grant
             limits = policies.limits
             ticket.closers.append(lambda t: limits.settle(grant, t.prompt_tokens + t.output_tokens))
@@ -285,11 +289,11 @@ class Door:
         if caller is not None and caller.models:
             self._gate.check_model(caller, [work.adapter] if work.adapter is not None else self._engine.names)
         if ticket.grant is not None and self._policies.limits is not None:
-            await self._policies.limits.reserve(ticket.grant, work.tokens)
-            ticket.answer_headers[:] = [
-                *((name, value) for name, value in ticket.answer_headers if not name.startswith("x-ratelimit-")),
-                *ticket.grant.headers(),
-            ]
+            try:
+                await self._policies.limits.reserve(ticket.grant, work.tokens)
+            finally:
+                others = [pair for pair in ticket.answer_headers if not pair[0].startswith("x-ratelimit-")]
+                ticket.answer_headers[:] = [*others, *ticket.grant.headers()]
 
 
 def headers_of(values: Mapping[str, str]) -> tuple[str | None, str | None]:
