@@ -89,10 +89,10 @@ class Assembly:
         if not (chosen.keys_file or chosen.requests_per_minute or chosen.tokens_per_minute):
             return None
         if self._remote is None:
-            return Limits(MemoryStore(), chosen.redis_away)
+            return Limits(MemoryCounters())
         from kserve_vllm.policy.limits import RedisStore
 
-        return Limits(RedisStore(self._remote), chosen.redis_away)
+        return Limits(RedisCounters(self._remote), chosen.redis_away)
 
     def _build_admission(self, settings: Settings) -> Admission | None:
         chosen = settings.policy
