@@ -4,7 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
+
+
+class Priority(IntEnum):
+    """Classes of requests, the most urgent first; vLLM's priority scheduling takes the number."""
+
+    CRITICAL = 0
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+    BATCH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A sequence that the engine is about to take up.
+
+    Attributes:
+        adapter: name of the adapter, None for the base model.
+        tokens: most tokens that it can use: prompt plus what may be generated, in all its continuations.
+    """
+
+    adapter: str | None
+    tokens: int
 
 
 @dataclass(frozen=True)
