@@ -21,7 +21,6 @@ from kserve_vllm.types import Priority
 
 if TYPE_CHECKING:
     from kserve_vllm.policy.remote import Remote
-    from kserve_vllm.policy.response_cache import ResponseCache
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +48,6 @@ class Assembly:
         self._limits = self._build_limits(settings)
         self.admission = self._build_admission(settings)
         self.usage = Usage(chosen.usage_sink, metrics.count_usage) if chosen.usage_sink else None
-        moderation = None
-        if chosen.moderation_file:
-            from kserve_vllm.policy.moderation import Moderation
-
-            moderation = Moderation.from_file(chosen.moderation_file)
         classes = chosen.keys_file is not None or chosen.max_concurrent > 0
         service = Quota("service", chosen.requests_per_minute or None, chosen.tokens_per_minute or None, None)
         self.policies = Policies(
@@ -61,11 +55,9 @@ class Assembly:
             limits=self._limits,
             service=service if chosen.requests_per_minute or chosen.tokens_per_minute else None,
             admission=self.admission,
-            moderation=moderation,
             default_priority=Priority[chosen.default_priority.upper()] if classes else None,
             open_control=settings.server.allow_model_control,
         )
-        self.cache = self._build_cache(settings)
         metrics.watch(self._show)
 
     def _show(self, metrics: Metrics) -> None:
@@ -82,6 +74,7 @@ class Assembly:
             return None
         from kserve_vllm.policy.remote import Remote
 
+        self._metrics.show_redis(True)
         return Remote(url.get_secret_value(), self._metrics.show_redis)
 
     def _build_limits(self, settings: Settings) -> Limits | None:
@@ -90,8 +83,6 @@ class Assembly:
             return None
         if self._remote is None:
             return Limits(MemoryCounters())
-        from kserve_vllm.policy.limits import RedisStore
-
         return Limits(RedisCounters(self._remote), chosen.redis_away)
 
     def _build_admission(self, settings: Settings) -> Admission | None:
@@ -101,18 +92,6 @@ class Assembly:
         sizes = {each: int(n) for each, n in class_values(chosen.queue_class_size, "--queue-class-size").items()}
         shares = {**_SHARES, **class_values(chosen.class_share, "--class-share")}
         return Admission(chosen.max_concurrent, chosen.queue_size, sizes, chosen.queue_timeout, shares)
-
-    def _build_cache(self, settings: Settings) -> ResponseCache | None:
-        chosen = settings.policy
-        if chosen.response_cache == "off":
-            return None
-        from kserve_vllm.policy import response_cache
-
-        if chosen.response_cache == "memory":
-            store: Any = response_cache.MemoryStore(chosen.cache_max_mib << 20)
-        else:
-            store = response_cache.RedisStore(self._remote)
-        return response_cache.ResponseCache(store, chosen.cache_ttl, chosen.cache_scope)
 
     def record(self, ticket: Ticket) -> None:
         """Write the usage record of a request that is over. Questions have none."""

@@ -81,7 +81,9 @@ class _Process:
         )
         self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
         self._http = HTTPServer(self._edge, server, server.http_port)
-        self._admin = HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port") if server.admin_port else None
+        self._admin = (
+            HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port") if server.admin_port else None
+        )
         self._grpc = GRPCServer(self._servicer, server, self._lifecycle) if server.grpc_port else None
         self._engine: VLLMEngine | None = None
 

@@ -17,7 +17,6 @@ from kserve_vllm.errors import EngineGone, Forbidden, InvalidRequest, RateLimite
 from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.policy.admission import Admission
 from kserve_vllm.policy.limits import Limits, Quota
-from kserve_vllm.policy.moderation import Moderation
 from kserve_vllm.policy.tenants import Caller, Tenants
 from kserve_vllm.ticket import Ticket
 from kserve_vllm.types import Priority, Work
@@ -43,7 +42,6 @@ class Policies:
         limits: requests and tokens per minute, and requests at once.
         service: limits of the whole service.
         admission: the queue in front of the engine.
-        moderation: looks at prompts and answers.
         default_priority: class of requests for which neither tenant nor tier names one.
         open_control: whether everybody may change the server's state where there is no key file.
     """
@@ -52,7 +50,6 @@ class Policies:
     limits: Limits | None = None
     service: Quota | None = None
     admission: Admission | None = None
-    moderation: Moderation | None = None
     default_priority: Priority | None = None
     open_control: bool = False
 
@@ -85,11 +82,6 @@ class Gate:
     def in_flight(self) -> int:
         """Requests that have entered and not left."""
         return self._in_flight
-
-    @property
-    def moderation(self) -> Moderation | None:
-        """Looks at prompts and answers, or None."""
-        return self._policies.moderation
 
     def close(self) -> None:
         """Refuse everything new from now on. What is in flight goes on."""

@@ -1,4 +1,4 @@
-"""`kserve-vllm keys`: makes, hashes and lists the API keys of a key file. The file never holds a key, only its SHA-256."""
+"""`kserve-vllm keys`: makes, hashes and lists the API keys of a key file, which holds only their SHA-256."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Start with an administrator and a tenant:
   kserve-vllm keys new --file keys.yaml --tenant ops --admin
   kserve-vllm keys new --file keys.yaml --tenant team-a --expires 90d
   kserve-vllm serve --demo --keys-file keys.yaml
-Each `new` prints the key once; it can't be had again. To rotate, make a second key for the tenant, hand it out, and take
-the first entry out of the file. A running server reads the file again within two seconds.
+Each `new` prints the key once; it can't be had again. To rotate, make a second key for the tenant, hand it out, and
+take the first entry out of the file. A running server reads the file again within two seconds.
 
 In Kubernetes the file is a Secret:
   kubectl create secret generic kserve-vllm-keys --from-file=keys.yaml

@@ -1,8 +1,8 @@
 """The tree of typed settings, and where each value came from.
 
-Six groups: `model`, `server`, `lifecycle`, `telemetry`, `policy` and `engine`. All but the last are declared here, one field a
-setting; a field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and its
-place in the YAML file (`server.http_port`). The last holds vLLM's own engine flags, which vLLM's own parser checks.
+Six groups: `model`, `server`, `lifecycle`, `telemetry`, `policy` and `engine`. All but the last are declared here, one
+field a setting; a field's name gives its flag (`http_port`: `--http-port`), its variable (`KSERVE_VLLM_HTTP_PORT`) and
+its place in the YAML file (`server.http_port`). The last holds vLLM's own engine flags, which vLLM's own parser checks.
 
 Sources, strongest first: flags, variables, the file, the profile (engine flags alone), defaults.
 """
@@ -182,9 +182,7 @@ class PolicySettings(_Group):
     moderation_file: str | None = _setting(
         None, "YAML file with hooks that look at prompts and answers: patterns, a moderation endpoint, Python code."
     )
-    usage_sink: str | None = _setting(
-        None, "Where a JSON record per request goes: log, file:PATH, or an http(s) URL."
-    )
+    usage_sink: str | None = _setting(None, "Where a JSON record per request goes: log, file:PATH, or an http(s) URL.")
 
 
 GROUPS: Mapping[str, type[_Group]] = {

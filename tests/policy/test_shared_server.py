@@ -306,5 +306,3 @@ def test_no_key_is_in_the_log(shared: Shared) -> None:
     assert call(shared, "chat", "kv-wrong").status == 401
     for key in (GOLD, ADMIN, "kv-wrong"):
         assert key not in shared.log
-
-

@@ -14,6 +14,7 @@ from kserve_vllm.policy.tenants import ANYONE, Limits, Tenants, digest, new_key,
 from kserve_vllm.types import Priority
 
 KEY, OTHER, ADMIN = new_key(), new_key(), new_key()
+ONE, TWO = (f"tenant: t, sha256: {digest(name)}" for name in "xy")
 FILE = f"""
 tiers:
   gold: {{priority: high, may_choose_priority: true, limits: {{requests_per_minute: 600, concurrent: 8}}}}
@@ -116,10 +117,13 @@ def test_a_swapped_link_as_of_a_mounted_secret_is_noticed(tmp_path: Path) -> Non
         ("tenants: {t: {priority: urgent}}", "tenants.t.priority"),
         ("tenants: {t: {limits: {requests_per_minute: 0}}}", "requests_per_minute"),
         ("keys: [", "neither YAML nor JSON: line"),
-        ("{\"keys\": [}", "neither YAML nor JSON: line 1"),
+        ('{"keys": [}', "neither YAML nor JSON: line 1"),
         ("- a", "the file"),
-        (f"keys: [{{id: a, tenant: t, sha256: {digest('x')}}}, {{id: a, tenant: t, sha256: {digest('y')}}}]", "two keys"),
-        (f"keys: [{{id: a, tenant: t, sha256: {digest('x')}}}, {{id: b, tenant: t, sha256: {digest('x')}}}]", "twice"),
+        (
+            f"keys: [{{id: a, tenant: t, sha256: {digest('x')}}}, {{id: a, tenant: t, sha256: {digest('y')}}}]",
+            "two keys",
+        ),
+        (f"keys: [{{id: a, {ONE}}}, {{id: b, {ONE}}}]", "twice"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_that_names_the_place(text: str, sentence: str) -> None:

@@ -155,6 +155,10 @@ class Admission:
         """Requests that wait now."""
         return self._waiting
 
+    def passes(self, priority: Priority) -> bool:
+        """Whether `acquire` would return at once."""
+        return not self._slots or (self._free > 0 and self._used[priority] < self._caps[priority])
+
     async def acquire(self, priority: Priority) -> Slot:
         """Wait for a slot. Whoever is cancelled while waiting leaves the queue and holds nothing.
 

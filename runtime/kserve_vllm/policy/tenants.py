@@ -10,8 +10,8 @@ The file is YAML or JSON (a Secret, mounted). Keys stand in it as SHA-256, so wh
       - {id: team-a-2026, tenant: team-a, sha256: 3f79bb7b..., expires: 2027-06-30T00:00:00Z}
       - {id: operators, tenant: ops, sha256: 9c56cc51..., admin: true}
 
-Finding a key is one look into a dictionary by digest, then a comparison in constant time; how many keys there are does not
-matter. A tenant that only keys name exists, with no limits.
+Finding a key is one look into a dictionary by digest, then a comparison in constant time; how many keys there are does
+not matter. A tenant that only keys name exists, with no limits.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Limits(BaseModel):
     def over(self, other: Limits) -> Limits:
         """These limits, and `other`'s where this one has none."""
         return Limits(**{**other.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
+
+
+_NO_LIMITS = Limits()
 
 
 class Tier(BaseModel):
@@ -132,8 +135,8 @@ class Caller:
     may_choose_priority: bool = False
     admin: bool = False
     models: tuple[tuple[str, ...], ...] = ()
-    key_limits: Limits = Limits()
-    tenant_limits: Limits = Limits()
+    key_limits: Limits = _NO_LIMITS
+    tenant_limits: Limits = _NO_LIMITS
 
     def may_use(self, names: Iterable[str]) -> bool:
         """Whether one of the names of a model is allowed."""
@@ -196,8 +199,8 @@ class Tenants:
 
     def __init__(self, path: str | None = None, plain: Iterable[str] = ()) -> None:
         self._path = path
-        self._plain = {digest(key): Caller(key_id="api-key") for key in plain}
-        self._callers: dict[str, tuple[Caller, float | None]] = {}
+        self._plain = {each: (each, Caller(key_id="api-key"), None) for each in map(digest, plain)}
+        self._callers: dict[str, tuple[str, Caller, float | None]] = {}
         self._stamp: tuple[int, ...] | None = None
         self.failures = 0
         """How often a changed file could not be used."""
@@ -227,12 +230,9 @@ class Tenants:
         if not self.needed:
             return ANYONE
         found = digest(key or "")
-        caller, expires = self._callers.get(found, (None, None))
-        if caller is None:
-            for known, plain in self._plain.items():
-                if hmac.compare_digest(found, known):
-                    caller = plain
-        if caller is None or not key:
+        known, caller, expires = self._callers.get(found) or self._plain.get(found) or ("", None, None)
+        # Of the digest, which nobody can choose: how long the look above took tells nothing about a key.
+        if not key or caller is None or not hmac.compare_digest(found, known):
             raise Unauthenticated(
                 "missing or wrong API key; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             )
@@ -276,10 +276,10 @@ def _read(path: str) -> str:
         raise ConfigError(f"--keys-file {path} can't be read: {error}") from None
 
 
-def _callers(file: KeyFile) -> dict[str, tuple[Caller, float | None]]:
-    """Digest of each key to whose it is and when it expires, in seconds of the wall clock."""
+def _callers(file: KeyFile) -> dict[str, tuple[str, Caller, float | None]]:
+    """Digest of each key to itself, whose it is, and when it expires, in seconds of the wall clock."""
     tenants: dict[str, Mapping[str, Any]] = {}
-    found: dict[str, tuple[Caller, float | None]] = {}
+    found: dict[str, tuple[str, Caller, float | None]] = {}
     for key in file.keys:
         if key.tenant not in tenants:
             tenants[key.tenant] = _of_tenant(file, file.tenants.get(key.tenant, Tenant()))
@@ -296,7 +296,7 @@ def _callers(file: KeyFile) -> dict[str, tuple[Caller, float | None]]:
         expires = key.expires
         if expires is not None and expires.tzinfo is None:
             expires = expires.replace(tzinfo=UTC)
-        found[key.sha256] = caller, expires.timestamp() if expires is not None else None
+        found[key.sha256] = key.sha256, caller, expires.timestamp() if expires is not None else None
     return found
 
 
