@@ -15,6 +15,7 @@ from tests.triton import service_pb2, service_pb2_grpc
 
 PROTOCOLS = ("chat", "chat-stream", "completions", "completions-stream", "responses", "messages", "infer", "generate",
              "generate-stream", "predict", "grpc", "grpc-stream")  # fmt: skip
+_CHATS = ("chat", "responses", "messages")
 _HTTP_STATUS = {"OK": 200, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "INVALID_ARGUMENT": 400,
                 "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503}  # fmt: skip
 
@@ -38,9 +39,9 @@ def call(
     server: Server,
     protocol: str,
     key: str | None = None,
-    prompt: str = "17 + 25 =",
+    prompt: str | None = None,
     model: str = "demo",
-    max_tokens: int = 16,
+    max_tokens: int = 48,
     **headers: str,
 ) -> Answer:
     """Send one greedy prompt.
@@ -49,8 +50,10 @@ def call(
         server: to send it to.
         protocol: one of `PROTOCOLS`.
         key: sent as a bearer token.
+        prompt: a sum with the answer 42 where none is given.
         headers: further headers or metadata, with underscores for dashes.
     """
+    prompt = prompt or ("What is 17 + 25?" if protocol.partition("-")[0] in _CHATS else "17 + 25 =")
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     if key is not None:
         sent["authorization"] = f"Bearer {key}"

@@ -55,6 +55,7 @@ class HTTPServer:
                 app,
                 log_config=None,
                 access_log=settings.access_log,
+                interface="asgi3",
                 lifespan="off",
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 server_header=False,
