@@ -296,6 +296,17 @@ def test_what_a_full_disk_leaves_no_room_for_is_counted_and_said(caplog: pytest.
     assert "(1000 since the start)" in said[-1]
 
 
+def test_written_records_make_room_in_the_buffer(tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    usage = Usage(f"file:{path}", buffer_bytes=100 * LINE_BYTES)
+    for start in range(0, 400, 80):
+        fill(usage, many(400)[start : start + 80])
+        wait_until(lambda sent=start + 80: usage.sent == sent, 10, "not written")  # type: ignore[misc]
+    close(usage)
+    assert usage.dropped == 0
+    assert len(ids(path.read_text())) == 400
+
+
 # --- HTTP ---
 
 
