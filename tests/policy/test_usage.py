@@ -189,6 +189,8 @@ def test_ten_thousand_records_and_an_end_at_once_lose_nothing(tmp_path: Path) ->
     assert ids(path.read_text()) == ["before", *(r.request_id for r in records)]
     assert (usage.sent, usage.dropped, usage.failed, usage.waiting) == (10_000, 0, 0, 0)
     assert counts == {"sent": 10_000}
+    assert usage._thread is not None
+    assert not usage._thread.is_alive(), "the end is not waited for when all is written"
 
 
 def test_records_from_many_threads_are_all_written(tmp_path: Path) -> None:
