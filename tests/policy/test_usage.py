@@ -189,6 +189,8 @@ def test_ten_thousand_records_and_an_end_at_once_lose_nothing(tmp_path: Path) ->
     assert ids(path.read_text()) == ["before", *(r.request_id for r in records)]
     assert (usage.sent, usage.dropped, usage.failed, usage.waiting) == (10_000, 0, 0, 0)
     assert counts == {"sent": 10_000}
+    assert usage._thread is not None
+    assert not usage._thread.is_alive(), "the end is not waited for when all is written"
 
 
 def test_records_from_many_threads_are_all_written(tmp_path: Path) -> None:
@@ -294,6 +296,17 @@ def test_what_a_full_disk_leaves_no_room_for_is_counted_and_said(caplog: pytest.
     said = losses(caplog)
     assert sum(int(line.split()[0]) for line in said) == 1000, "all losses are in the log"
     assert "(1000 since the start)" in said[-1]
+
+
+def test_written_records_make_room_in_the_buffer(tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    usage = Usage(f"file:{path}", buffer_bytes=100 * LINE_BYTES)
+    for start in range(0, 400, 80):
+        fill(usage, many(400)[start : start + 80])
+        wait_until(lambda sent=start + 80: usage.sent == sent, 10, "not written")  # type: ignore[misc]
+    close(usage)
+    assert usage.dropped == 0
+    assert len(ids(path.read_text())) == 400
 
 
 # --- HTTP ---
