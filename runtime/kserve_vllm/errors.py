@@ -4,12 +4,15 @@
     ├── ConfigError            a flag, variable or file that can't be used; ends the start with code 2
     └── RequestError           answered to a client
         ├── InvalidRequest     400  INVALID_ARGUMENT    names the field that is wrong
+        ├── Refused            400  INVALID_ARGUMENT    the moderation does not let a text pass
         ├── Unauthenticated    401  UNAUTHENTICATED
         ├── Forbidden          403  PERMISSION_DENIED
         ├── NotFound           404  NOT_FOUND
         ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
+        ├── RateLimited        429  RESOURCE_EXHAUSTED  over a limit, or no room in the queue
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
+        │   ├── QueueTimeout   503  UNAVAILABLE         waited too long in front of the engine
         │   ├── QueueFull      503  UNAVAILABLE         the engine's queue is at its bound
         │   └── EngineGone     503  UNAVAILABLE         the engine died or hangs
         └── InternalError      500  INTERNAL            a request id and nothing else
@@ -38,6 +41,7 @@ class RequestError(KServeVLLMError):
         field: the request field at fault, or None.
         retry_after_s: seconds after which a retry makes sense, or None.
         close: whether the connection should be closed after the answer.
+        reason: one word for programs that says why the request was turned away, or None.
     """
 
     http_status: int = 500
@@ -51,12 +55,14 @@ class RequestError(KServeVLLMError):
         field: str | None = None,
         retry_after_s: int | None = None,
         close: bool = False,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
         self.close = close
+        self.reason = reason
 
 
 class InvalidRequest(RequestError):
@@ -65,6 +71,14 @@ class InvalidRequest(RequestError):
     http_status = 400
     grpc_status = "INVALID_ARGUMENT"
     openai_type = "BadRequestError"
+
+
+class Refused(RequestError):
+    """A text that the moderation does not let pass. The message names the rule, never the text."""
+
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+    openai_type = "content_filter"
 
 
 class Unauthenticated(RequestError):
@@ -107,12 +121,24 @@ class BodyTooLarge(RequestError):
     openai_type = "RequestEntityTooLargeError"
 
 
+class RateLimited(RequestError):
+    """Over a limit of the key, the tenant or the service, or no room in the queue."""
+
+    http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    openai_type = "RateLimitError"
+
+
 class Unavailable(RequestError):
     """Not now: the model is loading, unloaded or overloaded, or the server is draining."""
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
     openai_type = "ServiceUnavailableError"
+
+
+class QueueTimeout(Unavailable):
+    """The request waited in front of the engine for as long as it may."""
 
 
 class QueueFull(Unavailable):
