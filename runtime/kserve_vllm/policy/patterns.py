@@ -139,11 +139,12 @@ class Reading:
 
     Attributes:
         stopped: whether a match ended the reading.
+        replaced: whether a match was replaced.
         slow: whether a pattern took too long.
     """
 
     __slots__ = ("_concurrent", "_deadline", "_gates", "_patterns", "_pos", "_probes", "_rules", "_skip_slow", "_stop",
-                 "_text", "slow", "stopped")  # fmt: skip
+                 "_text", "replaced", "slow", "stopped")  # fmt: skip
 
     def __init__(self, patterns: Patterns, stop: bool, skip_slow: bool, concurrent: bool = False) -> None:
         self._patterns = patterns
@@ -155,8 +156,7 @@ class Reading:
         self._text = ""
         self._pos = 0
         self._deadline = 0.0
-        self.stopped = False
-        self.slow = False
+        self.stopped = self.replaced = self.slow = False
 
     def whole(self, text: str) -> str:
         """The text with its matches replaced; the same object where there is none.
@@ -238,6 +238,7 @@ class Reading:
             if self._stop:
                 self.stopped = True
                 return pos
+            self.replaced = True
             out.append(rule.replace(match))
             stale = [each for each, found in nexts.items() if found.start() < pos]
             # The order of the patterns decides between two that begin together: kept by putting results in place.
