@@ -12,7 +12,12 @@ A YAML file lists the hooks; each sees what the one before it left:
         timeout_s: 0.1                # processor time for each 20,000 characters
         on_error: refuse              # or allow: what becomes of a text that a hook can't look at
       - name: vendor
-        endpoint: {url: 'https://host/v1/moderations', api_key_file: /keys/vendor, model: m, timeout_s: 2, on_error: refuse}
+        endpoint:
+          url: https://host/v1/moderations
+          api_key_file: /keys/vendor
+          model: m
+          timeout_s: 2
+          on_error: refuse
         window_chars: 400
       - name: ours
         entry_point: 'package.module:callable'
@@ -20,10 +25,10 @@ A YAML file lists the hooks; each sees what the one before it left:
         on_error: refuse
         window_chars: 400
 
-An endpoint answers `POST {"input": [texts]}` with `{"results": [{"flagged": bool}, ...]}`, as OpenAI's does; it can only
-refuse. An entry point is called as `callable(text, where, tenant)`, with `where` either `prompt` or `answer`; it returns
-None, a text to use instead, or a `Refusal` (or raises it). It may be a coroutine function; any other one runs in a
-thread, and keeps that thread when it does not come back in time.
+An endpoint answers `POST {"input": [texts]}` with `{"results": [{"flagged": bool}, ...]}`, as OpenAI's does; it can
+only refuse. An entry point is called as `callable(text, where, tenant)`, with `where` either `prompt` or `answer`; it
+returns None, a text to use instead, or a `Refusal` (or raises it). It may be a coroutine function; any other one runs
+in a thread, and keeps that thread when it does not come back in time.
 
 Streamed answers. Patterns hold back only what could still become a match, at most `holdback_chars`; a longer match may
 pass in part. Endpoints and entry points see windows of `window_chars`, cut at white space where there is some in the
@@ -127,10 +132,9 @@ class _HookSpec(_Model):
             "entry_point": {"action", "holdback_chars"},
         }[kinds[0]]
         for field in sorted(useless & self.model_fields_set):
-            where = (
-                "; it belongs below `endpoint`" if kinds[0] == "endpoint" and field in ("timeout_s", "on_error") else ""
-            )
-            raise ValueError(f"`{field}` does nothing for a hook with `{kinds[0]}`{where}")
+            below = kinds[0] == "endpoint" and field in ("timeout_s", "on_error")
+            hint = "; it belongs below `endpoint`" if below else ""
+            raise ValueError(f"`{field}` does nothing for a hook with `{kinds[0]}`{hint}")
         if kinds[0] == "patterns" and self.action is None:
             raise ValueError("a hook with `patterns` needs `action: refuse` or `action: redact`")
         if self.action == "refuse" and any("replacement" in each.model_fields_set for each in self.patterns or ()):
@@ -315,7 +319,7 @@ class _WindowStage:
         verdicts = await self._hook.look_at_windows(windows, self._before, self._tenant)
         overlap = self._hook.overlap
         self._before = (self._before + "".join(windows[-2:]))[-overlap:] if overlap else ""
-        passed = []
+        passed: list[str] = []
         for verdict in verdicts:
             if isinstance(verdict, RequestError):
                 return "".join(passed), verdict
@@ -387,7 +391,7 @@ class _EndpointHook(_WindowHook):
         flags = [result.get("flagged") if isinstance(result, dict) else None for result in results]
         if not all(isinstance(flag, bool) for flag in flags):
             raise ValueError("a result has no `flagged`, true or false")
-        return flags
+        return [flag is True for flag in flags]
 
     def _headers(self) -> dict[str, str]:
         """Read at every call: a mounted key may be rotated."""

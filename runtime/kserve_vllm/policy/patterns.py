@@ -96,7 +96,7 @@ class Rule:
         """What takes the place of a match."""
         if self._literal:
             return self._replacement
-        return _REFERENCE.sub(lambda r: match[_group(r[1] or r[2])] or "", self._replacement)
+        return str(_REFERENCE.sub(lambda r: match[_group(r[1] or r[2])] or "", self._replacement))
 
 
 class Patterns:
@@ -299,7 +299,7 @@ def _spell_anchors(core: str) -> str:
         elif in_class:
             posix = _POSIX_CLASS.match(core, at)
             token = posix[0] if posix else core[at]
-            in_class = token != "]"
+            in_class = token != "]"  # noqa: S105
         else:
             opened = _CLASS_START.match(core, at)
             token = opened[0] if opened else core[at]

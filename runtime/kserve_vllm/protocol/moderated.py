@@ -1,9 +1,9 @@
 """Which parts of a request are text that a model may see, and how they are replaced.
 
-Everything is, unless it is known not to be. vLLM's request types grow with every version, ignore fields they don't know,
-and hand many fields on to chat templates; a list of the fields that carry text would be a list of the ways around a
-moderation. So every string of a request body is looked at, at any depth, whatever the path: contents of messages and of
-their parts, names, tool calls and their results, tool definitions with their descriptions, documents, instructions,
+Everything is, unless it is known not to be. vLLM's request types grow with every version, ignore fields they don't
+know, and hand many fields on to chat templates; a list of the fields that carry text would be a list of the ways around
+a moderation. So every string of a request body is looked at, at any depth, whatever the path: contents of messages and
+of their parts, names, tool calls and their results, tool definitions with their descriptions, documents, instructions,
 suffixes, schemas and choices for structured output, arguments of chat templates. Beyond that:
 
 - The names of fields inside of the body are looked at where they are not the protocols' own: `properties` of a tool, or
@@ -16,10 +16,10 @@ suffixes, schemas and choices for structured output, arguments of chat templates
   can't be said which part the replacement belongs to.
 
 Not looked at:
-- fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on, see `_APART`);
-- the protocols' own words as values (`user`, `text`, `function`), see `_WORDS`;
-- images, audio and video: values below `url`, `data` and the like that are base64 throughout. A model that reads text in
-  images can be shown text past a moderation. URLs themselves are looked at as texts;
+- fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on: `_APART`);
+- the protocols' own words as values (`user`, `text`, `function`: `_WORDS`);
+- images, audio and video: values below `url`, `data` and the like that are base64 throughout. A model that reads text
+  in images can be shown text past a moderation. URLs themselves are looked at as texts;
 - `/tokenize`, `/detokenize` and the counting of tokens, which put nothing to a model;
 - text that is split over several messages, or spelled some other way (look-alike letters, another encoding).
 
@@ -67,8 +67,10 @@ _NAMES = _WORDS | frozenset(
 )
 """Names of fields that the protocols themselves use, and no text."""
 
-_MEDIA = frozenset("url data image_url video_url audio_url image_embeds audio_embeds video_embeds images audio videos image "
-                   "file_data input_audio".split())  # fmt: skip
+_MEDIA = frozenset(
+    """url data image_url video_url audio_url image_embeds audio_embeds video_embeds images audio videos image file_data
+    input_audio""".split()
+)
 _TOKENS = ("prompt", "input", "token_ids", "prompt_token_ids")
 _EXEMPT = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_")
@@ -285,7 +287,7 @@ def _check_readable(body: Any) -> None:
         if _holds_numbers(body.get(field)):
             raise InvalidRequest(f"prompts are moderated here, so {field} must be text and not token ids", field=field)
     kwargs = body.get("chat_template_kwargs")
-    own_template = body.get("chat_template") or isinstance(kwargs, Mapping) and kwargs.get("chat_template")
+    own_template = body.get("chat_template") or (isinstance(kwargs, Mapping) and kwargs.get("chat_template"))
     if own_template:
         raise InvalidRequest("prompts are moderated here, so a request can't bring a chat template",
                              field="chat_template")  # fmt: skip
