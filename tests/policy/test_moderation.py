@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -141,6 +143,14 @@ def test_a_catastrophic_pattern_refuses_in_time_or_is_left_out(make: Make, text:
         prompt(make(hook), text)
     assert prompt(make({**hook, "on_error": "allow"}), f"{text} 4111111111111111") == [f"{text} [card]"]
     assert time.monotonic() - started < 5
+
+
+def test_many_texts_that_are_slow_to_look_at_take_no_longer_than_one(make: Make) -> None:
+    hook = {"name": "slow", "action": "redact", "patterns": [CATASTROPHIC, CARD], "timeout_s": 0.05}
+    texts = ["a" * 60 + "?!"] * 300
+    started = time.monotonic()
+    assert prompt(make({**hook, "on_error": "allow"}), *texts, "4111111111111111") == [*texts, "[card]"]
+    assert time.monotonic() - started < 5  # 15 s if each took its time
 
 
 def test_a_catastrophic_pattern_does_not_hang_a_stream(make: Make) -> None:
@@ -444,6 +454,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             def sleeps(text, where, tenant):
                 time.sleep(0.5)
 
+            def hands_on(text, where, tenant):
+                return waits(text, where, tenant)
+
             class Nested:
                 @staticmethod
                 def call(text, where, tenant):
@@ -469,7 +482,7 @@ def test_an_entry_point_that_is_no_coroutine_runs_in_a_thread(make: Make, module
     assert name.startswith("moderation-ours")
 
 
-@pytest.mark.parametrize("function", ["waits", "returns"])
+@pytest.mark.parametrize("function", ["waits", "returns", "hands_on"])
 def test_an_entry_point_may_refuse(make: Make, module: str, function: str) -> None:
     hook = {"name": "ours", "entry_point": f"{module}:{function}", "window_chars": 16}
     assert prompt(make(hook), "good", "fine") == ["good", "fine"]
@@ -488,9 +501,31 @@ def test_an_entry_point_that_fails_answers_503_or_lets_pass_as_it_was_told(
     hook = {"name": "ours", "entry_point": f"{module}:{function}", "timeout_s": 0.1}
     with pytest.raises(Unavailable):
         prompt(make(hook), "a private text")
-    assert prompt(make({**hook, "on_error": "allow"}), "a private text") == ["a private text"]
+    started = time.monotonic()
+    assert prompt(make({**hook, "on_error": "allow"}), *["a private text"] * 50) == ["a private text"] * 50
+    assert time.monotonic() - started < 2
     assert "ours" in caplog.text
     assert "a private text" not in caplog.text
+
+
+def test_a_call_that_never_comes_back_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text("import time\ndef call(*_): time.sleep(600)\n")
+    (tmp_path / "m.yaml").write_text("hooks: [{name: ours, entry_point: 'hangs:call', timeout_s: 0.1}]")
+    code = """
+        import asyncio
+        from kserve_vllm.errors import Unavailable
+        from kserve_vllm.policy.moderation import Moderation
+        moderation = Moderation("m.yaml")
+        for _ in range(20):  # more than there are threads
+            try:
+                asyncio.run(moderation.prompt(["x"], "t"))
+            except Unavailable:
+                print("refused")
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=env, timeout=60,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.split() == ["refused"] * 20
 
 
 # The file

@@ -21,14 +21,14 @@ A YAML file lists the hooks; each sees what the one before it left:
         window_chars: 400
       - name: ours
         entry_point: 'package.module:callable'
-        timeout_s: 5
+        timeout_s: 5                  # for all texts of a request together, as for an endpoint
         on_error: refuse
         window_chars: 400
 
 An endpoint answers `POST {"input": [texts]}` with `{"results": [{"flagged": bool}, ...]}`, as OpenAI's does; it can
 only refuse. An entry point is called as `callable(text, where, tenant)`, with `where` either `prompt` or `answer`; it
 returns None, a text to use instead, or a `Refusal` (or raises it). It may be a coroutine function; any other one runs
-in a thread, and keeps that thread when it does not come back in time.
+in one of eight threads, and keeps it when it does not come back in time.
 
 Streamed answers. Patterns hold back only what could still become a match, at most `holdback_chars`; a longer match may
 pass in part. Endpoints and entry points see windows of `window_chars`, cut at white space where there is some in the
@@ -45,9 +45,11 @@ import asyncio
 import importlib
 import inspect
 import logging
+import queue
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -222,22 +224,19 @@ class _PatternHook(_Hook):
         self._stop = spec.action == "refuse"
 
     async def look(self, texts: list[str], where: Where, tenant: str) -> Sequence[Verdict]:
-        verdicts: list[Verdict] = []
-        for text in texts:
-            large = len(text) >= _LARGE
-            reading = self._reading(concurrent=large)
-            try:
-                changed = await asyncio.to_thread(reading.whole, text) if large else reading.whole(text)
-            except TimeoutError:
-                return [self._slow(where)] * len(texts)
-            if reading.slow:
-                self.failed(where, "a pattern took too long and was left out")
-            if reading.stopped:
-                return [self.refused(where)] * len(texts)
-            if changed is not text:
-                self.redacted(where)
-            verdicts.append(changed)
-        return verdicts
+        large = sum(map(len, texts)) >= _LARGE
+        reading = self._reading(concurrent=large)
+        try:
+            changed = await asyncio.to_thread(reading.whole, texts) if large else reading.whole(texts)
+        except TimeoutError:
+            return [self._slow(where)] * len(texts)
+        if reading.slow:
+            self.failed(where, "a pattern took too long and was left out")
+        if reading.stopped:
+            return [self.refused(where)] * len(texts)
+        if reading.replaced:
+            self.redacted(where)
+        return changed
 
     def stage(self, tenant: str) -> _Stage:
         return _PatternStage(self, self._reading())
@@ -410,22 +409,34 @@ class _EntryPointHook(_WindowHook):
         self._is_async = inspect.iscoroutinefunction(self._call) or inspect.iscoroutinefunction(
             getattr(self._call, "__call__", None)  # noqa: B004
         )
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"moderation-{spec.name}")
+        self._threads = _Threads(f"moderation-{spec.name}", _AT_ONCE)
 
     async def look(self, texts: list[str], where: Where, tenant: str) -> Sequence[Verdict]:
-        return await _some_at_once([self._one(text, where, tenant) for text in texts])
+        if not texts:
+            return []
+        gate = asyncio.Semaphore(_AT_ONCE)
+        tasks = [asyncio.ensure_future(self._one(gate, text, where, tenant)) for text in texts]
+        try:
+            _, late = await asyncio.wait(tasks, timeout=self._timeout_s)
+        finally:
+            for task in tasks:
+                task.cancel()
+        failure = self.failed(where, f"no answer within {self._timeout_s:g} s") if late else None
+        return [
+            (text if failure is None else failure) if task in late else task.result()
+            for task, text in zip(tasks, texts, strict=True)
+        ]
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
-    async def _one(self, text: str, where: Where, tenant: str) -> Verdict:
+    async def _one(self, gate: asyncio.Semaphore, text: str, where: Where, tenant: str) -> Verdict:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with gate:
                 if self._is_async:
                     found = await self._call(text, where, tenant)
                 else:
-                    loop = asyncio.get_running_loop()
-                    found = await loop.run_in_executor(self._threads, _keep_refusal, self._call, text, where, tenant)
+                    found = await asyncio.wrap_future(self._threads.submit(self._call, text, where, tenant))
         except (Refusal, Refused):
             return self.refused(where)
         except Exception as error:
@@ -443,12 +454,43 @@ class _EntryPointHook(_WindowHook):
         return found
 
 
-def _keep_refusal(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A StopIteration can't be handed from a thread to a coroutine."""
-    try:
-        return call(*arguments)
-    except StopIteration as error:
-        raise RuntimeError("StopIteration") from error
+class _Threads:
+    """Threads for calls that may never come back. Unlike an executor's, they don't keep the process from ending."""
+
+    def __init__(self, name: str, most: int) -> None:
+        self._name, self._most = name, most
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+        self._work = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """The result to come."""
+        future: Future[Any] = Future()
+        self._work.put((future, call, arguments))
+        if len(self._threads) < self._most:
+            self._threads.append(threading.Thread(target=self._serve, name=self._name, daemon=True))
+            self._threads[-1].start()
+        return future
+
+    def close(self) -> None:
+        """Let the threads end that have nothing to do."""
+        for _ in self._threads:
+            self._work.put(None)
+
+    def _serve(self) -> None:
+        while (item := self._work.get()) is not None:
+            future, call, arguments = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = call(*arguments)
+                if inspect.iscoroutine(result):
+                    result = asyncio.run(result)  # a plain function that hands on a coroutine
+                future.set_result(result)
+            except StopIteration:  # can't be handed to a coroutine
+                future.set_exception(RuntimeError("StopIteration"))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _load(entry_point: str, name: str) -> Callable[..., Any]:
@@ -542,7 +584,7 @@ class Moderation:
     Args:
         path: the YAML file.
         on_verdict: called with the hook's name, `prompt` or `answer`, and `refused`, `redacted` or `failed`; for
-            counters. Once per prompt text, and once per answer.
+            counters: mostly once per prompt and once per answer.
 
     Raises:
         ConfigError: the file can't be read or used.

@@ -107,8 +107,8 @@ class Patterns:
     Args:
         rules: the patterns.
         holdback: characters of a growing text that are held back at most.
-        timeout_s: how long a look at one text, or at one addition to a growing text, may take, in seconds of processor
-            time, for every 20,000 characters that were begun.
+        timeout_s: how long a look at some texts, or at one addition to a growing text, may take, in seconds of
+            processor time, for every 20,000 characters that were begun.
     """
 
     def __init__(self, rules: Sequence[Rule], holdback: int, timeout_s: float) -> None:
@@ -143,8 +143,8 @@ class Reading:
         slow: whether a pattern took too long.
     """
 
-    __slots__ = ("_concurrent", "_deadline", "_gates", "_patterns", "_pos", "_probes", "_rules", "_skip_slow", "_stop",
-                 "_text", "replaced", "slow", "stopped")  # fmt: skip
+    __slots__ = ("_concurrent", "_deadline", "_gates", "_patterns", "_pos", "_probes", "_rules", "_size", "_skip_slow",
+                 "_stop", "_text", "replaced", "slow", "stopped")  # fmt: skip
 
     def __init__(self, patterns: Patterns, stop: bool, skip_slow: bool, concurrent: bool = False) -> None:
         self._patterns = patterns
@@ -156,15 +156,28 @@ class Reading:
         self._text = ""
         self._pos = 0
         self._deadline = 0.0
+        self._size = 0
         self.stopped = self.replaced = self.slow = False
 
-    def whole(self, text: str) -> str:
-        """The text with its matches replaced; the same object where there is none.
+    def whole(self, texts: Sequence[str]) -> list[str]:
+        """Whole texts with their matches replaced; the same objects where there are none.
+
+        Where a match ends the reading, the last text is what stands before it, and those behind it are missing.
 
         Raises:
-            TimeoutError: a pattern took too long.
+            TimeoutError: a pattern took too long, over all texts together.
         """
-        self._deadline = time.monotonic() + self._patterns.budget(len(text))
+        # Even a short text costs a call for each pattern, so each counts for some hundred characters.
+        self._size = sum(map(len, texts)) + 200 * len(texts)
+        self._deadline = time.thread_time() + self._patterns.budget(self._size)
+        out = []
+        for text in texts:
+            out.append(self._whole(text))
+            if self.stopped:
+                break
+        return out
+
+    def _whole(self, text: str) -> str:
         nexts = self._look(text, 0, self._rules)
         if not nexts:
             return text
@@ -191,7 +204,8 @@ class Reading:
             return ""
         text = self._text + addition
         pos, size = self._pos, len(text)
-        self._deadline = time.monotonic() + self._patterns.budget(size)
+        self._size = size
+        self._deadline = time.thread_time() + self._patterns.budget(size)
         out: list[str] = []
         limit = size if last else self._decided(text, pos)
         if size - pos > 256 or self._any(text, pos):
@@ -262,7 +276,7 @@ class Reading:
         return found
 
     def _search(self, pattern: Any, text: str, pos: int, partial: bool = False) -> Any:
-        left = self._deadline - time.monotonic()
+        left = self._deadline - time.thread_time()
         try:
             if left <= 0:
                 raise TimeoutError
@@ -272,7 +286,7 @@ class Reading:
             if not self._skip_slow:
                 raise
             self._drop(pattern)
-            self._deadline = time.monotonic() + self._patterns.budget(len(text))
+            self._deadline = time.thread_time() + self._patterns.budget(self._size)
             return None
 
     def _drop(self, pattern: Any) -> None:
