@@ -236,7 +236,7 @@ HOOKS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     which=st.integers(0, len(HOOKS) - 1),
     text=st.text("abfox01 -.@\n", max_size=60),
@@ -261,7 +261,7 @@ def test_an_answer_passes_alike_however_it_was_cut(make: Make, which: int, text:
 BOUNDED = [p for p in PATTERNS if "+" not in p and "*" not in p]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     which=st.lists(st.sampled_from(BOUNDED), min_size=1, max_size=4),
     text=st.lists(st.text("abfox01 -\n", max_size=60), min_size=4, max_size=4).map("".join),
