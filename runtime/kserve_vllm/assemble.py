@@ -20,6 +20,7 @@ from kserve_vllm.ticket import Ticket
 from kserve_vllm.types import Priority
 
 if TYPE_CHECKING:
+    from kserve_vllm.policy.moderation import Moderation
     from kserve_vllm.policy.remote import Remote
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Assembly:
         self._limits = self._build_limits(settings)
         self.admission = self._build_admission(settings)
         self.usage = Usage(chosen.usage_sink, metrics.count_usage) if chosen.usage_sink else None
+        self.moderation = self._build_moderation(settings)
         classes = chosen.keys_file is not None or chosen.max_concurrent > 0
         service = Quota("service", chosen.requests_per_minute or None, chosen.tokens_per_minute or None, None)
         self.policies = Policies(
@@ -55,6 +57,7 @@ class Assembly:
             limits=self._limits,
             service=service if chosen.requests_per_minute or chosen.tokens_per_minute else None,
             admission=self.admission,
+            moderation=self.moderation,
             default_priority=Priority[chosen.default_priority.upper()] if classes else None,
             open_control=settings.server.allow_model_control,
         )
@@ -85,6 +88,13 @@ class Assembly:
             return Limits(MemoryCounters())
         return Limits(RedisCounters(self._remote), chosen.redis_away)
 
+    def _build_moderation(self, settings: Settings) -> Moderation | None:
+        if settings.policy.moderation_file is None:
+            return None
+        from kserve_vllm.policy.moderation import Moderation
+
+        return Moderation(settings.policy.moderation_file, self._metrics.count_verdict)
+
     def _build_admission(self, settings: Settings) -> Admission | None:
         chosen = settings.policy
         if not chosen.max_concurrent:
@@ -98,6 +108,17 @@ class Assembly:
         if self.usage is None or ticket.quiet:
             return
         self.usage.record(_usage(ticket))
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything has to be asked before the engine takes up a sequence."""
+        policies = self.policies
+        return bool(
+            policies.tenants.has_file
+            or policies.limits is not None
+            or policies.default_priority is not None
+            or policies.moderation is not None
+        )
 
     def queue_stats(self) -> dict[str, Any]:
         """What runs and what waits in front of the engine."""
@@ -118,6 +139,8 @@ class Assembly:
             await self._limits.close()
         if self.usage is not None:
             await self.usage.close(timeout_s)
+        if self.moderation is not None:
+            await self.moderation.close()
         if self._remote is not None:
             await self._remote.close()
 

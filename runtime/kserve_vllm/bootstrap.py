@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from importlib.metadata import version
+from typing import Any
 
 from kserve_vllm.assemble import Assembly
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
@@ -139,6 +140,7 @@ class _Process:
         from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
         from kserve_vllm.protocol.grpc_backend import Backend
         from kserve_vllm.protocol.http import Routes, build_app
+        from kserve_vllm.protocol.moderated import ModeratedEngine
         from kserve_vllm.protocol.v1 import V1Text
         from kserve_vllm.protocol.v2 import V2Text
 
@@ -146,11 +148,14 @@ class _Process:
         self._metrics.attach(self._engine_version, engine.served_names, engine.adapters_by_state)
         self._lifecycle.to(State.WARMING)
         policies = self._assembly.policies
-        if policies.tenants.has_file or policies.limits is not None or policies.default_priority is not None:
+        if self._assembly.decides:
             engine.stand_before(Door(self._gate, policies, engine))
         server = self._settings.server
-        text = V2Text(engine, server.max_batch)
-        models = EngineModels(engine, self._lifecycle, text, V1Text(engine, server.max_batch))
+        worker: Any = engine
+        if policies.moderation is not None:
+            worker = ModeratedEngine(engine, policies.moderation)
+        text = V2Text(worker, server.max_batch)
+        models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
         self._edge.attach(build_app(routes, engine, self._version), engine.app)

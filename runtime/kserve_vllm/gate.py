@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kserve_vllm.errors import EngineGone, Forbidden, InvalidRequest, RateLimited, Unavailable
 from kserve_vllm.lifecycle import Lifecycle, State
@@ -20,6 +20,9 @@ from kserve_vllm.policy.limits import Limits, Quota
 from kserve_vllm.policy.tenants import Caller, Tenants
 from kserve_vllm.ticket import Ticket
 from kserve_vllm.types import Priority, Work
+
+if TYPE_CHECKING:
+    from kserve_vllm.policy.moderation import AnswerFilter, Moderation
 
 _RETRY_LOADING_S = 5
 _RETRY_DRAINING_S = 1
@@ -42,6 +45,7 @@ class Policies:
         limits: requests and tokens per minute, and requests at once.
         service: limits of the whole service.
         admission: the queue in front of the engine.
+        moderation: looks at prompts and answers.
         default_priority: class of requests for which neither tenant nor tier names one.
         open_control: whether everybody may change the server's state where there is no key file.
     """
@@ -50,6 +54,7 @@ class Policies:
     limits: Limits | None = None
     service: Quota | None = None
     admission: Admission | None = None
+    moderation: Moderation | None = None
     default_priority: Priority | None = None
     open_control: bool = False
 
@@ -82,6 +87,11 @@ class Gate:
     def in_flight(self) -> int:
         """Requests that have entered and not left."""
         return self._in_flight
+
+    @property
+    def moderation(self) -> Moderation | None:
+        """Looks at prompts and answers, or None."""
+        return self._policies.moderation
 
     def close(self) -> None:
         """Refuse everything new from now on. What is in flight goes on."""
@@ -286,6 +296,11 @@ class Door:
             finally:
                 others = [pair for pair in ticket.answer_headers if not pair[0].startswith("x-ratelimit-")]
                 ticket.answer_headers[:] = [*others, *ticket.grant.headers()]
+
+    def answer_filter(self, ticket: Ticket) -> AnswerFilter | None:
+        """A filter for one answer to this request, or None where nobody looks at its answers."""
+        moderation = self._policies.moderation
+        return moderation.answer(ticket.tenant) if moderation is not None else None
 
 
 def headers_of(values: Mapping[str, str]) -> tuple[str | None, str | None]:

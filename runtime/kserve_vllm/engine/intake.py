@@ -10,9 +10,12 @@ answers the one on the ticket instead.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import AsyncGenerator, Sized
 from typing import Any, Protocol
 
+from kserve_vllm.engine.answers import Filter, check_parameters, filtered
 from kserve_vllm.errors import RequestError
 from kserve_vllm.ticket import Ticket, current
 from kserve_vllm.types import Work
@@ -23,6 +26,9 @@ class Door(Protocol):
 
     async def take_up(self, ticket: Ticket, work: Work) -> None:
         """Let a sequence pass, or raise a `RequestError`."""
+
+    def answer_filter(self, ticket: Ticket) -> Filter | None:
+        """A filter for one answer to this request, or None where nobody looks at its answers."""
 
 
 class Intake:
@@ -45,15 +51,18 @@ class Intake:
     ) -> AsyncGenerator[Any, None]:
         """vLLM's `generate`, once the door lets the sequence pass."""
         ticket = current.get()
+        looked_at = ticket is not None and self._door.answer_filter(ticket) is not None
         if ticket is not None:
             tokens = _length(prompt) + (sampling_params.max_tokens or 0) * (sampling_params.n or 1)
-            await self._pass(ticket, options, tokens)
+            await self._pass(ticket, options, tokens, sampling_params if looked_at else None)
         stream = self._generate(prompt, sampling_params, request_id, **options)
-        try:
+        async with contextlib.aclosing(stream):
+            if ticket is not None and looked_at:
+                cumulative = sampling_params.output_kind.name == "CUMULATIVE"
+                new_filter = functools.partial(self._door.answer_filter, ticket)
+                stream = filtered(stream, ticket, new_filter, cumulative)
             async for output in stream:
                 yield output
-        finally:
-            await stream.aclose()
 
     async def encode(
         self, prompt: Any, pooling_params: Any, request_id: str, lora_request: Any = None, **options: Any
@@ -64,15 +73,15 @@ class Intake:
         if ticket is not None:
             await self._pass(ticket, options, _length(prompt))
         stream = self._encode(prompt, pooling_params, request_id, **options)
-        try:
+        async with contextlib.aclosing(stream):
             async for output in stream:
                 yield output
-        finally:
-            await stream.aclose()
 
-    async def _pass(self, ticket: Ticket, options: dict[str, Any], tokens: int) -> None:
+    async def _pass(self, ticket: Ticket, options: dict[str, Any], tokens: int, shown: Any = None) -> None:
         lora = options.get("lora_request")
         try:
+            if shown is not None:
+                check_parameters(shown)
             await self._door.take_up(ticket, Work(lora.lora_name if lora is not None else None, tokens))
         except RequestError as error:
             ticket.refusal = error

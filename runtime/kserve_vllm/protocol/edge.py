@@ -19,7 +19,7 @@ import orjson
 from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
 from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
-from kserve_vllm.protocol import wire
+from kserve_vllm.protocol import moderated, wire
 from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
@@ -127,7 +127,10 @@ class Edge:
                     patient = _Patient(receive)
                     await self._gate.admit(ticket, caller, wanted, patient.wait)
                     receive = patient.receive
-                await self._app_for(path)(scope, receive, guard.send)
+                app = self._app_for(path)
+                if kind is Kind.WORK and self._gate.moderation is not None and app is self._vllm:
+                    receive = await self._moderated(scope, named, receive, ticket)
+                await app(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
             await guard.fail(error)
@@ -141,12 +144,46 @@ class Edge:
             log.exception("request %s failed", request_id, exc_info=error)
             await guard.fail(InternalError(request_id))
 
+    async def _moderated(self, scope: Scope, headers: dict[str, str], receive: Receive, ticket: Ticket) -> Receive:
+        """The body as the model may see it. Our own protocols are moderated where they know their texts.
+
+        Raises:
+            InvalidRequest: it can't be read.
+            Refused, Unavailable: a hook does not let it pass.
+        """
+        moderation, path = self._gate.moderation, scope["path"]
+        assert moderation is not None
+        if moderation.looks_at("prompt", ticket.tenant):
+            moderated.check_content_type(headers.get("content-type"))
+        parts: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientGone
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                break
+        raw = b"".join(parts)
+        moderated.check_answer_form(path, raw, moderation, ticket.tenant)
+        passed = await moderated.moderate_body(path, raw, moderation, ticket.tenant)
+        if passed is not raw:
+            kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+            scope["headers"] = [*kept, (b"content-length", str(len(passed)).encode())]
+        body: list[Message] = [{"type": "http.request", "body": passed, "more_body": False}]
+
+        async def replay() -> Message:
+            return body.pop() if body else await receive()
+
+        return replay
+
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id, headers = _request_id(scope)
         try:
             with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
                 key, wanted = headers_of({n.decode("latin-1"): v.decode("latin-1") for n, v in headers.items()})
                 caller = self._gate.identify(ticket, key)
+                if self._gate.moderation is not None:
+                    raise InvalidRequest("texts are moderated here, and what is streamed in can't be")
                 with self._gate.enter():
                     assert self._vllm is not None
                     await self._gate.admit(ticket, caller, wanted)

@@ -90,6 +90,8 @@ DECLARED: tuple[Declared, ...] = (
              ("priority",)),
     Declared("kserve_vllm_response_cache", "counter",
              "Requests by what the response cache had for them: hit, miss or bypass.", ("result",)),
+    Declared("kserve_vllm_moderation_verdicts", "counter",
+             "Texts that a moderation hook refused, redacted or failed to look at.", ("hook", "where", "verdict")),
     Declared("kserve_vllm_usage_records", "counter",
              "Usage records by what became of them: sent, dropped, or failed (a try that is repeated).", ("result",)),
     Declared("kserve_vllm_key_file_failures", "gauge", "Times that a changed key file could not be used.",
@@ -172,6 +174,10 @@ class Metrics:
     def show_key_file_failures(self, count: int) -> None:
         """Show how often a changed key file could not be used."""
         self._get("kserve_vllm_key_file_failures").set(count)
+
+    def count_verdict(self, hook: str, where: str, verdict: str) -> None:
+        """Count what a moderation hook did with a prompt or an answer."""
+        self._get("kserve_vllm_moderation_verdicts").labels(hook, where, verdict).inc()
 
     def count_usage(self, result: str, count: int = 1) -> None:
         """Count usage records that were sent, dropped or failed."""
