@@ -37,7 +37,7 @@ async def passes(limits: Limits, kind: str, tenant: str) -> bool:
 
 async def main(url: str, kind: str) -> None:
     """Count those of 100 that pass, for each tenant that is named."""
-    remote = Remote(url)
+    remote = Remote(url, timeout_s=10.0)  # as long as it takes on a busy machine
     limits = Limits(RedisCounters(remote), "deny")
     await remote.call(lambda redis: redis.ping())
     print("ready", flush=True)

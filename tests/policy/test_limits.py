@@ -24,6 +24,8 @@ from tests.support_redis import RedisServer
 
 S = 1_000_000_000
 ACME = "tenant:acme"
+# A machine that is busy with other tests makes a Redis slow that is there.
+PATIENT_S = 10.0
 
 
 class Clock:
@@ -38,9 +40,9 @@ class Clock:
 
 @asynccontextmanager
 async def redis_limits(
-    url: str, away: Literal["allow", "deny"] = "deny", **settings: Any
+    url: str, away: Literal["allow", "deny"] = "deny", timeout_s: float = PATIENT_S, **settings: Any
 ) -> AsyncIterator[tuple[Limits, Remote]]:
-    remote = Remote(url)
+    remote = Remote(url, timeout_s=timeout_s)
     limits = Limits(RedisCounters(remote, **settings), away)
     try:
         yield limits, remote
@@ -434,7 +436,7 @@ def test_deny_refuses_while_redis_is_away_and_goes_on_when_it_is_back(redis_serv
 
     async def main() -> None:
         decided = []
-        remote = Remote(redis_server.url)
+        remote = Remote(redis_server.url, timeout_s=PATIENT_S)
         limits = Limits(RedisCounters(remote), "deny", on_away=lambda: decided.append(1))
         grant = await limits.enter([quota])
         redis_server.stop()
@@ -471,7 +473,8 @@ def test_allow_limits_in_this_process_while_redis_is_away_and_together_when_it_i
     quota = Quota(ACME, requests_per_minute=3, tokens_per_minute=100)
 
     async def main() -> None:
-        async with redis_limits(redis_server.url, "allow") as (limits, remote):
+        timeout_s = 0.25 if how == "hangs" else PATIENT_S
+        async with redis_limits(redis_server.url, "allow", timeout_s) as (limits, remote):
             grants = [await limits.enter([quota]) for _ in range(3)]
             await limits.reserve(grants[0], 100)
             await refusal(limits.enter([quota]))
@@ -504,18 +507,18 @@ def test_allow_limits_in_this_process_while_redis_is_away_and_together_when_it_i
 
 
 def test_closing_waits_until_redis_knows_what_was_settled(redis_server: RedisServer) -> None:
-    quota = Quota(ACME, tokens_per_minute=100_000, concurrent=2000)
+    quota = Quota(ACME, tokens_per_minute=100_000, concurrent=1000)
 
     async def main() -> None:
-        remote = Remote(redis_server.url)
+        remote = Remote(redis_server.url, timeout_s=PATIENT_S)
         limits = Limits(RedisCounters(remote))
-        grants = await asyncio.gather(*[limits.enter([quota]) for _ in range(1200)])
+        grants = await asyncio.gather(*[limits.enter([quota]) for _ in range(300)])
         await asyncio.gather(*[limits.reserve(grant, 10) for grant in grants])
         for grant in grants:
             limits.settle(grant, 7)
         await limits.close()
         key = "{kserve-vllm}:limits:tokens:" + ACME
-        assert sum(map(int, await remote.call(lambda redis: redis.hvals(key)))) == 8400
+        assert sum(map(int, await remote.call(lambda redis: redis.hvals(key)))) == 2100
         assert await remote.call(lambda redis: redis.dbsize()) == 1
         await remote.close()
 

@@ -353,7 +353,7 @@ end
 _BATCH = 500  # entries of one _BOOK
 _KEPT = 10_000  # freed places that are remembered while Redis is away
 _RETRY_S = 0.5
-_CLOSE_S = 1.0
+_CLOSE_S = 2.0
 
 
 class RedisCounters:
@@ -437,7 +437,7 @@ class RedisCounters:
         self._later([(f"{self._prefix}:tokens:{each}", "add", "", tokens) for each in subjects])
 
     async def close(self) -> None:
-        """Send what is to be given back, for a second at most."""
+        """Send what is to be given back, for two seconds at most."""
         self._closing = True
         self._wake.set()
         if self._writer is not None:

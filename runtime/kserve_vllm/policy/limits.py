@@ -179,7 +179,7 @@ class Limits:
             (grant.reserved[-1][0] if grant.reserved else self._store).add(subjects, -spare)
 
     async def close(self) -> None:
-        """Wait until a shared store knows of everything that was settled, for a second at most."""
+        """Wait until a shared store knows of everything that was settled, for two seconds at most."""
         await self._store.close()
 
     async def _take(self, grant: Grant, asks: Sequence[Ask]) -> tuple[Answer, Counters]:
