@@ -15,8 +15,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import structlog
 from redis.asyncio import Redis
@@ -32,8 +31,7 @@ _SWEEP = 4  # idle subjects dropped per step; more than one, so that sweeping ou
 _log = structlog.stdlib.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """A wish to take an amount of one counter: requests or tokens of a window, or places that run at once."""
 
     subject: str
@@ -42,16 +40,14 @@ class Ask:
     amount: int
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """How far a counter is used, and in how many seconds it would be empty if nothing more came."""
 
     used: int
     reset_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What came of some asks.
 
     Attributes:
@@ -357,7 +353,7 @@ end
 _BATCH = 500  # entries of one _BOOK
 _KEPT = 10_000  # freed places that are remembered while Redis is away
 _RETRY_S = 0.5
-_CLOSE_S = 1.0
+_CLOSE_S = 2.0
 
 
 class RedisCounters:
@@ -441,7 +437,7 @@ class RedisCounters:
         self._later([(f"{self._prefix}:tokens:{each}", "add", "", tokens) for each in subjects])
 
     async def close(self) -> None:
-        """Send what is to be given back, for a second at most."""
+        """Send what is to be given back, for two seconds at most."""
         self._closing = True
         self._wake.set()
         if self._writer is not None:

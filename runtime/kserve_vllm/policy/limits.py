@@ -50,8 +50,8 @@ class Grant:
 
     __slots__ = ("homes", "lease", "places", "remaining", "reserved", "settled", "token_asks")
 
-    def __init__(self, places: list[Ask], token_asks: list[Ask]) -> None:
-        self.lease = uuid.uuid4().hex if places else ""
+    def __init__(self, places: list[Ask], token_asks: list[Ask], lease: str) -> None:
+        self.lease = lease
         self.places = places
         self.token_asks = token_asks
         self.homes: list[Counters] = []  # where the places are held
@@ -104,6 +104,7 @@ class Limits:
         self._alone: MemoryCounters | None = None
         if self._shared is not None and away == "allow":
             self._alone = MemoryCounters(self._shared.window_s, self._shared.buckets)
+        self._name, self._leases = uuid.uuid4().hex, 0  # no two leases are called the same, in any replica
         self.decided_away = 0
         """Decisions that were made without the shared store, since the start."""
 
@@ -122,7 +123,9 @@ class Limits:
                 asks.append(Ask(quota.subject, "concurrent", quota.concurrent, 1))
             if quota.tokens_per_minute is not None:
                 asks.append(Ask(quota.subject, "tokens", quota.tokens_per_minute, 0))
-        grant = Grant([ask for ask in asks if ask.kind == "concurrent"], [ask for ask in asks if ask.kind == "tokens"])
+        places = [ask for ask in asks if ask.kind == "concurrent"]
+        self._leases += 1
+        grant = Grant(places, [ask for ask in asks if ask.kind == "tokens"], f"{self._name}-{self._leases}")
         if not asks:
             return grant
         _, store = await self._take(grant, asks)
@@ -176,7 +179,7 @@ class Limits:
             (grant.reserved[-1][0] if grant.reserved else self._store).add(subjects, -spare)
 
     async def close(self) -> None:
-        """Wait until a shared store knows of everything that was settled, for a second at most."""
+        """Wait until a shared store knows of everything that was settled, for two seconds at most."""
         await self._store.close()
 
     async def _take(self, grant: Grant, asks: Sequence[Ask]) -> tuple[Answer, Counters]:
