@@ -54,6 +54,15 @@ class Accounts:
                 if value is not None:
                     ticket.sampling[shown] = value
 
+    def hand_over(self, left: Ticket, stays: Ticket) -> None:
+        """Book the running sequences of a request on another one, whose client still waits for them."""
+        for request_id, (ticket, state) in self._open.items():
+            if ticket is left:
+                self._open[request_id] = stays, state
+                left.sequences -= 1
+                stays.sequences += 1
+                stays.model = left.model
+
     def finish(self, state: Any, finish_reason: Any, stats: Any) -> None:
         """A sequence has its last token."""
         self._finish(state, finish_reason, stats)
