@@ -31,6 +31,7 @@ import msgspec
 import orjson
 
 if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
     from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -94,10 +95,15 @@ def canonical(
         del fields["seed"]
     if params.logit_bias is not None:
         fields["logit_bias"] = sorted(params.logit_bias.items())
-    head = [_vllm_version(), fields, salt, reasoning_ended, reasoning_parser_kwargs]
     try:
-        # The list's end is where its brackets close, so token ids can follow without a separator.
-        return msgspec.json.encode(head, order="deterministic") + array("I", ids).tobytes()
+        if params.structured_outputs is not None:
+            # vLLM notes in the private ones which backend it has taken.
+            given = vars(params.structured_outputs)
+            fields["structured_outputs"] = {name: given[name] for name in given if name[0] != "_"}
+        head = [_vllm_version(), fields, salt, reasoning_ended, reasoning_parser_kwargs]
+        # Keys are not sorted: a model fills a JSON schema in the order of its properties. Where the list's brackets
+        # close it ends, so token ids can follow without a separator.
+        return msgspec.json.encode(head) + array("I", ids).tobytes()
     except (TypeError, ValueError, OverflowError, RecursionError):
         return None
 
@@ -277,6 +283,8 @@ async def replay(
         )
         if live is not None:
             made.metrics = live.metrics
+            made.kv_transfer_params = live.kv_transfer_params
+            made.ec_transfer_params = live.ec_transfer_params
         return made
 
     record: Record | None = None
@@ -289,8 +297,12 @@ async def replay(
                         figures.finish_reasons.append(part[3])
             live = record[4].outputs if len(record) > 4 else [None] * len(record[3])
             if kind == RequestOutputKind.DELTA:
+                if len(record) > 4 and record[4].request_id == request_id:
+                    yield record[4]  # made for this very client
+                    continue
+                parts = zip(record[3], live, strict=True)
                 yield output(
-                    record, [_completion(part, old, lora_request) for part, old in zip(record[3], live, strict=True)]
+                    record, [_completion(p, list(p[2]), _positions(p[6]), old, lora_request) for p, old in parts]
                 )
                 continue
             for part, old in zip(record[3], live, strict=True):
@@ -336,36 +348,40 @@ class _Whole:
         """Append what is new."""
         self._texts.append(part[1])
         self._token_ids += part[2]
-        if part[6] is not None:
-            self._logprobs = self._logprobs or []
-            self._logprobs += part[6]
+        positions = _positions(part[6])
+        if positions is not None:
+            self._logprobs = [] if self._logprobs is None else self._logprobs
+            self._logprobs += positions
         self._last, self._live = part, live
         if live is not None and live.sampling_mask is not None:
             self._masks = (self._masks or []) + live.sampling_mask.token_ids
 
     def completion(self, lora_request: LoRARequest | None) -> CompletionOutput:
         """Everything so far."""
-        index, _, _, reason, stop_reason, cumulative, _, versions = self._last
         self._texts = ["".join(self._texts)]
-        made = _completion(
-            [index, self._texts[0], self._token_ids, reason, stop_reason, cumulative, self._logprobs, versions],
-            self._live,
-            lora_request,
-        )
+        logprobs = None if self._logprobs is None else list(self._logprobs)
+        made = _completion(self._last, list(self._token_ids), logprobs, self._live, lora_request)
+        made.text = self._texts[0]
         if self._masks is not None:
             made.sampling_mask = _classes().SamplingMask(list(self._masks))
         return made
 
 
-def _completion(part: list[Any], live: CompletionOutput | None, lora_request: LoRARequest | None) -> CompletionOutput:
+def _completion(
+    part: list[Any],
+    token_ids: list[int],
+    logprobs: list[dict[int, Logprob]] | None,
+    live: CompletionOutput | None,
+    lora_request: LoRARequest | None,
+) -> CompletionOutput:
+    index, text, _, reason, stop_reason, cumulative, _, versions = part
     vllm = _classes()
-    index, text, token_ids, reason, stop_reason, cumulative, logprobs, versions = part
     made: CompletionOutput = vllm.CompletionOutput(
         index=index,
         text=text,
-        token_ids=list(token_ids),
+        token_ids=token_ids,
         cumulative_logprob=cumulative,
-        logprobs=None if logprobs is None else [_position(position) for position in logprobs],
+        logprobs=logprobs,
         finish_reason=reason,
         stop_reason=stop_reason,
         weight_versions=versions and [vllm.WeightVersionSpan(*span) for span in versions],
@@ -377,13 +393,18 @@ def _completion(part: list[Any], live: CompletionOutput | None, lora_request: Lo
     return made
 
 
-def _position(entries: Any) -> dict[int, Any]:
-    """vLLM's logprobs of one position."""
-    if isinstance(entries, dict):
-        return entries
+def _positions(stored: list[Any] | None) -> list[dict[int, Logprob]] | None:
+    """vLLM's logprobs per position."""
+    if stored is None:
+        return None
+    if not stored or isinstance(stored[0], dict):
+        return list(stored)
     make = _classes().Logprob
     # JSON has no infinity: it was stored as null.
-    return {
-        token: make(-math.inf if logprob is None else logprob, rank, decoded)
-        for token, logprob, rank, decoded in entries
-    }
+    return [
+        {
+            token: make(-math.inf if logprob is None else logprob, rank, decoded)
+            for token, logprob, rank, decoded in position
+        }
+        for position in stored
+    ]
