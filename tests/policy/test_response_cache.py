@@ -394,10 +394,12 @@ async def test_pieces_that_cannot_be_stored_reach_a_late_reader_too() -> None:
 def test_nobody_who_joined_notices_that_the_first_client_left(before: int) -> None:
     @run
     async def scene() -> None:
-        moved: list[tuple[str, str]] = []
-        cache = memory_cache(hand_over=lambda left, stays: moved.append((left.request_id, stays.request_id)))
+        moved: list[tuple[str, str, str]] = []
+        cache = memory_cache(
+            hand_over=lambda left, stays, name: moved.append((left.request_id, stays.request_id, name))
+        )
         engine = Engine().hold()
-        asked = [Asking(ticket(name)) for name in "abc"]
+        asked = [Asking(ticket(name), f"{name}-0") for name in "abc"]
         tasks = [reader(cache, engine, asking) for asking in asked]
         await settle()
         for _ in range(before):
@@ -410,7 +412,7 @@ def test_nobody_who_joined_notices_that_the_first_client_left(before: int) -> No
         assert await tasks[1] == await tasks[2] == PIECES
         assert (engine.calls, engine.aborted) == (1, 0)
         assert [asking.pays for asking in asked] == [False, True, False]
-        assert moved == [("a", "b")]
+        assert moved == [("a", "b", "a-0")]
         assert await read(cache, engine) == PIECES
         assert engine.calls == 1
 

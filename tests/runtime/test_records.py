@@ -384,12 +384,13 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
     gate = asyncio.Event()
     params = greedy(output_kind=RequestOutputKind.DELTA)
 
+    def request_for(name: str, external: str) -> EngineCoreRequest:
+        own = flight_params(params)
+        return EngineCoreRequest(name, PROMPT, None, own, None, 0.0, None, None, None, external_req_id=external)
+
     async def generate() -> AsyncGenerator[RequestOutput, None]:
         queue = RequestOutputCollector(RequestOutputKind.DELTA, "inner")
-        request = EngineCoreRequest(
-            "inner", PROMPT, None, flight_params(params), None, 0.0, None, None, None, external_req_id="outer"
-        )
-        processor.vllm.add_request(request, "text", None, 0, queue)
+        processor.vllm.add_request(request_for("inner", "outer"), "text", None, 0, queue)
         tokens = tokens_of(ANSWER)
         for at, token in enumerate(tokens):
             if at == 5:
@@ -407,7 +408,14 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
         return outputs[0].outputs[0].text
 
     async def scene() -> None:
-        asked = [Asking(Ticket(name, "openai", "e")) for name in "abc"]
+        asked = [Asking(Ticket(name, "openai", "e"), "outer") for name in "abc"]
+        assert asked[0].ticket is not None
+        # The first client has a second sequence running, which nobody else waits for.
+        token = current.set(asked[0].ticket)
+        processor.vllm.add_request(
+            request_for("alone", "other"), "text", None, 0, RequestOutputCollector(KINDS[0], "x")
+        )
+        current.reset(token)
         tasks = [asyncio.create_task(client(asking)) for asking in asked]
         await asyncio.sleep(0.01)
         tasks[0].cancel()
@@ -419,7 +427,7 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
         assert hit.outcome is Outcome.HIT
         tickets = [asking.ticket for asking in [*asked, hit] if asking.ticket]
         assert [(t.sequences, t.finished, t.output_tokens) for t in tickets] == [
-            (0, 0, 0),
+            (1, 0, 0),
             (1, 1, len(tokens_of(ANSWER))),
             (0, 0, 0),
             (0, 0, 0),

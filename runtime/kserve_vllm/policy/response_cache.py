@@ -229,6 +229,7 @@ class Asking:
 
     Attributes:
         ticket: the request's ticket, which the engine's figures are booked on while it `pays`.
+        request_id: the engine's name for a generation that this request starts.
         priority: vLLM's, the smaller the sooner. Nobody waits for a generation that is less urgent than itself.
         fresh: don't read what is stored or running (`Use.FRESH`).
         outcome: what became of it; set before the first piece is given.
@@ -237,6 +238,7 @@ class Asking:
     """
 
     ticket: Ticket | None = None
+    request_id: str = ""
     priority: int = 0
     fresh: bool = False
     outcome: Outcome | None = None
@@ -250,6 +252,7 @@ class _Flight(Generic[P]):
         self._codec = codec
         self.payer = payer
         self.priority = payer.priority
+        self.request_id = payer.request_id
         self.readers: dict[Asking, None] = {}
         self.history: list[P | bytes] = []
         self.outcome = Outcome.MISS
@@ -304,8 +307,8 @@ class ResponseCache(Generic[P]):
         codec: makes bytes of pieces.
         scope: `tenant`: answers are kept apart by tenant; `shared`: all tenants share them.
         max_entry_bytes: answers over this size are not stored.
-        hand_over: called with the ticket of a request that left its running generation and that of the one which
-            takes its place; what is booked on the first one and not finished is to be moved.
+        hand_over: called with the ticket of a request that left its running generation, that of the one which takes
+            its place, and the engine's name for the generation, of which what is open is to be moved.
     """
 
     def __init__(
@@ -314,7 +317,7 @@ class ResponseCache(Generic[P]):
         codec: Codec[P],
         scope: Literal["tenant", "shared"],
         max_entry_bytes: int = MAX_ENTRY_BYTES,
-        hand_over: Callable[[Ticket, Ticket], None] = lambda left, stays: None,
+        hand_over: Callable[[Ticket, Ticket, str], None] = lambda left, stays, request_id: None,
     ) -> None:
         self._store = store
         self._codec = codec
@@ -480,7 +483,7 @@ class ResponseCache(Generic[P]):
         # The task is waiting somewhere, so its context is free to be entered.
         flight.context.run(current.set, heir.ticket)
         if asking.ticket is not None and heir.ticket is not None:
-            self._hand_over(asking.ticket, heir.ticket)
+            self._hand_over(asking.ticket, heir.ticket, flight.request_id)
 
     def _forget(self, key: str, flight: _Flight[P]) -> None:
         if self._flights.get(key) is flight:
