@@ -54,6 +54,9 @@ def imported_rooms(path: Path) -> set[str]:
     return found
 
 
+# vLLM moves its modules; whatever moves is mended in these.
+KNOW_VLLM = {PACKAGE / "engine" / f"{name}.py" for name in ("vllm", "records", "intake", "openai_stream")}
+
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if room_of(p) != "__init__" and "demo" not in p.parts)
 
 
@@ -64,13 +67,13 @@ def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
         assert floor(own) < floor(other) or (own, other) in ALLOWED, f"{own} must not import {other}"
 
 
-def test_only_the_engine_room_imports_vllm() -> None:
+def test_only_four_modules_of_the_engine_room_import_vllm() -> None:
     offenders = []
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if any(name.split(".")[0] == "vllm" for name in names) and path != PACKAGE / "engine" / "vllm.py":
+            if any(name.split(".")[0] == "vllm" for name in names) and path not in KNOW_VLLM:
                 offenders.append(path.name)
     assert offenders == []
 

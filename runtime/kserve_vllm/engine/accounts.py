@@ -56,6 +56,21 @@ class Accounts:
                 if value is not None:
                     ticket.sampling[shown] = value
 
+    def hand_over(self, left: Ticket, stays: Ticket, external_id: str) -> None:
+        """Book the open sequences of one call of `generate` on another request, whose client still waits for them.
+
+        Args:
+            left: on which they are booked.
+            stays: on which they are booked from now on.
+            external_id: request id of the call.
+        """
+        for request_id, (ticket, state) in self._open.items():
+            if ticket is left and state.external_req_id == external_id:
+                self._open[request_id] = stays, state
+                left.sequences -= 1
+                stays.sequences += 1
+                stays.model = left.model
+
     def finish(self, state: Any, finish_reason: Any, stats: Any) -> None:
         """A sequence has its last token."""
         self._finish(state, finish_reason, stats)

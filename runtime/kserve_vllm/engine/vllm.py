@@ -1,4 +1,4 @@
-"""The only module that imports vLLM.
+"""The engine: with `records`, `intake` and `openai_stream` the only modules that import vLLM.
 
 vLLM moves its modules between minor versions; whatever moves is mended here. Imports of vLLM stand inside functions,
 because they take seconds and the process has to answer probes before them.
