@@ -22,6 +22,7 @@ from kserve_vllm.types import Priority
 if TYPE_CHECKING:
     from kserve_vllm.policy.moderation import Moderation
     from kserve_vllm.policy.remote import Remote
+    from kserve_vllm.policy.response_cache import ResponseCache
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,9 @@ class Assembly:
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        chosen = settings.policy
+        self._settings = chosen = settings.policy
         self._metrics = metrics
+        self._cache: ResponseCache[Any] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._tenants = Tenants(chosen.keys_file, (key.get_secret_value() for key in settings.server.api_key))
         self._remote = self._connect(settings)
@@ -109,6 +111,25 @@ class Assembly:
             return
         self.usage.record(_usage(ticket))
 
+    def build_cache(self, hand_over: Callable[[Ticket, Ticket, str], None]) -> ResponseCache[Any] | None:
+        """The response cache, or None.
+
+        Args:
+            hand_over: books what is open of a generation on another ticket.
+        """
+        chosen = self._settings
+        if chosen.response_cache == "off":
+            return None
+        from kserve_vllm.engine.records import RecordCodec
+        from kserve_vllm.policy import response_cache
+
+        store: response_cache.Store = response_cache.MemoryStore(chosen.cache_max_mib << 20, chosen.cache_ttl)
+        if chosen.response_cache == "redis":
+            assert self._remote is not None
+            store = response_cache.RedisStore(self._remote, chosen.cache_ttl)
+        self._cache = response_cache.ResponseCache(store, RecordCodec(), chosen.cache_scope, hand_over=hand_over)
+        return self._cache
+
     @property
     def decides(self) -> bool:
         """Whether anything has to be asked before the engine takes up a sequence."""
@@ -118,6 +139,7 @@ class Assembly:
             or policies.limits is not None
             or policies.default_priority is not None
             or policies.moderation is not None
+            or self._settings.response_cache != "off"
         )
 
     def queue_stats(self) -> dict[str, Any]:
@@ -135,6 +157,10 @@ class Assembly:
         """Write what is still to be written, for up to `timeout_s` seconds, and close connections."""
         for task in self._tasks:
             task.cancel()
+        if self.admission is not None:
+            self.admission.close()
+        if self._cache is not None:
+            await self._cache.close()
         if self._limits is not None:
             await self._limits.close()
         if self.usage is not None:

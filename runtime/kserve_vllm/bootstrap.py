@@ -149,7 +149,9 @@ class _Process:
         self._lifecycle.to(State.WARMING)
         policies = self._assembly.policies
         if self._assembly.decides:
-            engine.stand_before(Door(self._gate, policies, engine))
+            assert engine.accounts is not None
+            cache = self._assembly.build_cache(engine.accounts.hand_over)
+            engine.stand_before(Door(self._gate, policies, engine), cache)
         server = self._settings.server
         worker: Any = engine
         if policies.moderation is not None:

@@ -23,6 +23,7 @@ from kserve_vllm.types import Priority, Work
 
 if TYPE_CHECKING:
     from kserve_vllm.policy.moderation import AnswerFilter, Moderation
+    from kserve_vllm.policy.response_cache import Asking
 
 _RETRY_LOADING_S = 5
 _RETRY_DRAINING_S = 1
@@ -226,7 +227,7 @@ class Gate:
                 raise
             ticket.grant = grant
             limits = policies.limits
-            ticket.closers.append(lambda t: limits.settle(grant, t.prompt_tokens + t.output_tokens))
+            ticket.closers.append(lambda t: limits.settle(grant, t.prompt_tokens + t.output_tokens - t.replayed_tokens))
             ticket.answer_headers += grant.headers()
         if policies.admission is not None:
             acquiring = policies.admission.acquire(priority)
@@ -301,6 +302,15 @@ class Door:
         """A filter for one answer to this request, or None where nobody looks at its answers."""
         moderation = self._policies.moderation
         return moderation.answer(ticket.tenant) if moderation is not None else None
+
+    def asking(self, ticket: Ticket, request_id: str) -> Asking | None:
+        """This request's side of the response cache, or None where its client wants none of it."""
+        from kserve_vllm.policy.response_cache import Asking, Use, allowed_use
+
+        use = allowed_use(ticket.cache_control)
+        if use is Use.NONE:
+            return None
+        return Asking(ticket, request_id, ticket.priority or 0, use is Use.FRESH)
 
 
 def headers_of(values: Mapping[str, str]) -> tuple[str | None, str | None]:

@@ -46,6 +46,7 @@ class Ticket:
         sequences: continuations (or pooled texts) that the engine took up, and how many of them finished, were
             aborted, or failed.
         prompt_tokens, cached_tokens, output_tokens: sums over all sequences; a prompt counts once for all its `n`.
+        replayed_tokens: those of them that came out of the response cache and cost the engine nothing.
         first_token_at: when the first token of any sequence came, in seconds of the wall clock.
         queue_s, prefill_s: longest time of a sequence in the engine's queue and in prefill, in seconds.
         decode_s, gaps: seconds between the first and the last token, and number of tokens after the first, summed.
@@ -88,6 +89,7 @@ class Ticket:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    replayed_tokens: int = 0
     first_token_at: float | None = None
     queue_s: float | None = None
     prefill_s: float | None = None

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Sized
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Sized
+from typing import Any, Protocol, cast
 
+from kserve_vllm.engine import records
 from kserve_vllm.engine.answers import Filter, check_parameters, filtered
+from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.errors import RequestError
 from kserve_vllm.ticket import Ticket, current
 from kserve_vllm.types import Work
+
+_OUTCOMES = ("hit", "bypass", "miss")
 
 
 class Door(Protocol):
@@ -30,6 +34,21 @@ class Door(Protocol):
     def answer_filter(self, ticket: Ticket) -> Filter | None:
         """A filter for one answer to this request, or None where nobody looks at its answers."""
 
+    def asking(self, ticket: Ticket, request_id: str) -> Any:
+        """This request's side of the cache, or None where its client wants none of it."""
+
+
+class Cache(Protocol):
+    """Answers that were given before."""
+
+    def key(self, request: bytes, *, model: str, adapter: str | None, tenant: str) -> str:
+        """Under which an answer is kept."""
+
+    def answer(
+        self, key: str, start: Callable[[], AsyncGenerator[Any, None]], asking: Any
+    ) -> AsyncGenerator[Any, None]:
+        """The pieces of an answer."""
+
 
 class Intake:
     """Stands in front of one vLLM client.
@@ -38,10 +57,24 @@ class Intake:
         client: vLLM's `AsyncLLM`; its `generate` and `encode` are replaced.
         door: decides.
         prioritized: whether vLLM schedules by priority.
+        cache: answers that were given before, or None.
+        model: tells the weights of the base model from others.
+        base_model: tells its served name.
     """
 
-    def __init__(self, client: Any, door: Door, prioritized: bool) -> None:
+    def __init__(
+        self,
+        client: Any,
+        door: Door,
+        prioritized: bool,
+        cache: Cache | None = None,
+        model: str = "",
+        base_model: Callable[[], str] = str,
+    ) -> None:
         self._door = door
+        self._cache = cache
+        self._model = model
+        self._base_model = base_model
         self._prioritized = prioritized
         self._generate, client.generate = client.generate, self.generate
         self._encode, client.encode = client.encode, self.encode
@@ -55,14 +88,74 @@ class Intake:
         if ticket is not None:
             tokens = _length(prompt) + (sampling_params.max_tokens or 0) * (sampling_params.n or 1)
             await self._pass(ticket, options, tokens, sampling_params if looked_at else None)
-        stream = self._generate(prompt, sampling_params, request_id, **options)
+        stream = None
+        if ticket is not None and self._cache is not None:
+            stream = self._cached(self._cache, ticket, prompt, sampling_params, request_id, options)
+        if stream is None:
+            stream = self._generate(prompt, sampling_params, request_id, **options)
         async with contextlib.aclosing(stream):
             if ticket is not None and looked_at:
                 cumulative = sampling_params.output_kind.name == "CUMULATIVE"
                 new_filter = functools.partial(self._door.answer_filter, ticket)
-                stream = filtered(stream, ticket, new_filter, cumulative)
+                stream = filtered(stream, ticket, cast("Callable[[], Filter]", new_filter), cumulative)
             async for output in stream:
                 yield output
+
+    def _cached(
+        self, cache: Cache, ticket: Ticket, prompt: Any, params: Any, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[Any, None] | None:
+        """The answer out of the cache, or by way of it; None where it passes by."""
+        request = records.canonical(
+            prompt, params, options.get("reasoning_ended"), options.get("reasoning_parser_kwargs")
+        )
+        asking = self._door.asking(ticket, request_id) if request is not None else None
+        if request is None or asking is None:
+            _note(ticket, "bypass")
+            return None
+        lora = options.get("lora_request")
+        key = cache.key(
+            request,
+            model=self._model,
+            adapter=fingerprint(lora.lora_path) if lora is not None else None,
+            tenant=ticket.tenant,
+        )
+
+        def start() -> AsyncGenerator[Any, None]:
+            return records.records(self._generate(prompt, records.flight_params(params), request_id, **options))
+
+        return self._replay(cache.answer(key, start, asking), asking, ticket, prompt, params, request_id, lora)
+
+    async def _replay(
+        self,
+        pieces: AsyncGenerator[Any, None],
+        asking: Any,
+        ticket: Ticket,
+        prompt: Any,
+        params: Any,
+        request_id: str,
+        lora: Any,
+    ) -> AsyncGenerator[Any, None]:
+        figures = records.Figures()
+        text = prompt.get("prompt") if isinstance(prompt, dict) else None
+        ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt
+        told = False
+        outputs = records.replay(pieces, params.output_kind, request_id, ids, text, lora, figures)
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    if not told:
+                        told = True
+                        _note(ticket, asking.outcome.header)
+                    yield output
+        finally:
+            if not asking.pays:
+                ticket.base_model = self._base_model()
+                ticket.adapter = lora.lora_name if lora is not None else None
+                ticket.model = ticket.adapter or ticket.base_model
+                ticket.prompt_tokens += figures.prompt_tokens
+                ticket.output_tokens += figures.output_tokens
+                ticket.replayed_tokens += figures.prompt_tokens + figures.output_tokens
+                ticket.finish_reasons += figures.finish_reasons
 
     async def encode(
         self, prompt: Any, pooling_params: Any, request_id: str, lora_request: Any = None, **options: Any
@@ -94,3 +187,11 @@ def _length(prompt: Any) -> int:
     """Tokens of a rendered prompt; 0 where it is not tokenized, as audio that streams in."""
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else getattr(prompt, "prompt_token_ids", None)
     return len(ids) if isinstance(ids, Sized) else 0
+
+
+def _note(ticket: Ticket, outcome: str) -> None:
+    """Tell the client what the cache had: of several prompts in one request, what was worst."""
+    if ticket.cache is None or _OUTCOMES.index(outcome) > _OUTCOMES.index(ticket.cache):
+        ticket.cache = outcome
+        others = [pair for pair in ticket.answer_headers if pair[0] != "x-cache"]
+        ticket.answer_headers[:] = [*others, ("x-cache", outcome)]

@@ -23,7 +23,8 @@ import orjson
 import psutil
 
 from kserve_vllm.engine.accounts import Accounts
-from kserve_vllm.engine.intake import Door, Intake
+from kserve_vllm.engine.fingerprint import fingerprint
+from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -179,6 +180,8 @@ class VLLMEngine:
         self._stack = contextlib.AsyncExitStack()
         self._unloaded: dict[str, str] = {}
         self._processes: list[psutil.Process] = []
+        self.accounts: Accounts | None = None
+        """The books of what the engine works on; only after `start`."""
         self.served = True
         """False while the base model is unloaded through the repository API."""
 
@@ -192,7 +195,7 @@ class VLLMEngine:
             Exception: whatever vLLM raises where loading fails.
         """
         self._client = client = await asyncio.to_thread(self._start_process)
-        Accounts(client.output_processor, lambda: self.names[0])
+        self.accounts = Accounts(client.output_processor, lambda: self.names[0])
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
@@ -204,9 +207,21 @@ class VLLMEngine:
         routes[:] = [route for route in routes if getattr(route, "path", None) not in _NOT_SERVED]
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
 
-    def stand_before(self, door: Door) -> None:
-        """Let `door` decide about every sequence from now on."""
-        Intake(self.client, door, self._args.scheduling_policy == "priority")
+    def stand_before(self, door: Door, cache: Cache | None = None) -> None:
+        """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""
+        prioritized = self._args.scheduling_policy == "priority"
+        model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
+        Intake(self.client, door, prioritized, cache, model, lambda: self.names[0])
+
+    def _fingerprint(self) -> str:
+        config = self.client.model_config
+        name = str(config.model)
+        if not os.path.isdir(name):
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(name, "config.json", revision=config.revision)
+            name = os.path.dirname(found) if isinstance(found, str) else f"{name}@{config.revision}"
+        return fingerprint(name)
 
     def _start_process(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
