@@ -32,6 +32,7 @@ class Ticket:
         error: what went wrong, if anything was raised.
         sequences: continuations (or pooled texts) that the engine took up, and how many of them finished, were
             aborted, or failed.
+        stuck: whether a sequence with a grammar failed at its first token.
         prompt_tokens, cached_tokens, output_tokens: sums over all sequences; a prompt counts once for all its `n`.
         first_token_at: when the first token of any sequence came, in seconds of the wall clock.
         queue_s, prefill_s: longest time of a sequence in the engine's queue and in prefill, in seconds.
@@ -59,6 +60,7 @@ class Ticket:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    stuck: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
