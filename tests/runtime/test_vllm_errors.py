@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import traceback
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.responses import JSONResponse
 
 from kserve_vllm.engine.faults import sentence_of_client_fault
 from tests.clients import SUM, assert_unharmed, post, texts
@@ -183,3 +186,34 @@ def test_the_field_is_named_where_python_knows_the_object() -> None:
     assert sentence is not None
     assert sentence[1] == "tools"
     assert sentence[0].startswith("tools has the wrong form")
+
+
+def test_a_fault_of_the_server_stays_500_and_its_trace_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    from kserve_vllm.engine.vllm import _answer_errors
+
+    app = FastAPI()
+    _answer_errors(app, SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=None)))
+
+    @app.get("/raises")
+    async def raises() -> None:
+        raise RuntimeError("the disk is gone")
+
+    @app.get("/catches")
+    async def catches() -> Any:
+        try:
+            raise RuntimeError("the disk is gone")
+        except RuntimeError as error:
+            reply = BaseServing.create_error_response(error)
+            return JSONResponse(reply.model_dump(), status_code=reply.error.code)
+
+    client = TestClient(app, raise_server_exceptions=False)
+    for path in ("/raises", "/catches"):
+        caplog.clear()
+        assert client.get(path).status_code == 500
+        (record,) = [record for record in caplog.records if "failed in vLLM" in record.getMessage()]
+        assert record.exc_info is not None
+        assert path.strip("/") in "".join(traceback.format_exception(record.exc_info[1]))
