@@ -45,6 +45,7 @@ class Ticket:
         error: what went wrong, if anything was raised.
         sequences: continuations (or pooled texts) that the engine took up, and how many of them finished, were
             aborted, or failed.
+        stuck: whether a sequence with a grammar failed at its first token.
         prompt_tokens, cached_tokens, output_tokens: sums over all sequences; a prompt counts once for all its `n`.
         replayed_tokens: those of them that came out of the response cache and cost the engine nothing.
         first_token_at: when the first token of any sequence came, in seconds of the wall clock.
@@ -86,6 +87,7 @@ class Ticket:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    stuck: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

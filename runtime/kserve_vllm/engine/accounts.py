@@ -29,6 +29,7 @@ class Accounts:
         self._processor = processor
         self._base_model = base_model
         self._open: dict[str, tuple[Ticket, Any]] = {}
+        self._with_grammar: set[str] = set()
         self._add, processor.add_request = processor.add_request, self.add_request
         self._finish, processor._update_stats_from_finished = processor._update_stats_from_finished, self.finish
         self._abort, processor.abort_requests = processor.abort_requests, self.abort_requests
@@ -41,6 +42,8 @@ class Accounts:
         if ticket is None or request.request_id in self._open:
             return
         self._open[request.request_id] = ticket, self._processor.request_states[request.request_id]
+        if getattr(request.sampling_params, "structured_outputs", None) is not None:
+            self._with_grammar.add(request.request_id)
         ticket.sequences += 1
         if self._processor.tracing_enabled:
             request.trace_headers = ticket.trace_headers
@@ -75,12 +78,15 @@ class Accounts:
         """A sequence has its last token."""
         self._finish(state, finish_reason, stats)
         known = self._open.pop(state.request_id, None)
+        with_grammar = state.request_id in self._with_grammar
+        self._with_grammar.discard(state.request_id)
         if known is None:
             return
         ticket, _ = known
         reason = str(finish_reason)
         if reason == "error":
             ticket.failed += 1
+            ticket.stuck |= with_grammar and (state.detokenizer is None or state.detokenizer.num_output_tokens() <= 1)
         else:
             ticket.finished += 1
         ticket.finish_reasons.append(reason)
@@ -91,6 +97,7 @@ class Accounts:
         aborted: list[str] = self._abort(request_ids, internal)
         for request_id in aborted:
             known = self._open.pop(request_id, None)
+            self._with_grammar.discard(request_id)
             if known is not None:
                 ticket, state = known
                 ticket.aborted += 1

@@ -8,6 +8,8 @@ the first message of a response.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import re
 import uuid
@@ -37,6 +39,12 @@ _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
 _OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue)(/.*)?$")
 _EVENT_STREAM = b"text/event-stream"
+# What may be half of a surrogate pair: an escape without its other half beside it, bytes that Python's parser takes for
+# one, or any other encoding than UTF-8, which has zero bytes.
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]|\xed[\xa0-\xbf]|\x00"
+)
+_HALF = re.compile("[\ud800-\udfff]")
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
 
@@ -128,6 +136,8 @@ class Edge:
                     await self._gate.admit(ticket, caller, wanted, patient.wait)
                     receive = patient.receive
                 app = self._app_for(path)
+                if app is self._vllm and b"json" in headers.get(b"content-type", b""):
+                    receive = await _unicode_only(receive)
                 if kind is Kind.WORK and self._gate.moderation is not None and app is self._vllm:
                     receive = await self._moderated(scope, named, receive, ticket)
                 await app(scope, receive, guard.send)
@@ -241,12 +251,7 @@ class Edge:
                 raise too_large
             if not message.get("more_body"):
                 break
-        messages.reverse()
-
-        async def replay() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return replay
+        return _replay(messages, receive)
 
 
 class _ClientGone(Exception):
@@ -371,6 +376,39 @@ class _Guard:
         headers += self._extra()
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+async def _unicode_only(receive: Receive) -> Receive:
+    """Refuse a JSON body with half of a surrogate pair, which is no character and which no tokenizer takes.
+
+    vLLM reads JSON with Python's parser, which lets it pass; it fails where it is encoded, anywhere up to the answer.
+
+    Raises:
+        InvalidRequest: there is one; the message names the top-level field.
+    """
+    messages: list[Message] = []
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+    body = b"".join(message.get("body", b"") for message in messages)
+    if _HALF_PAIR.search(body):
+        # A doubled backslash before it makes it plain text; only a parser can tell.
+        with contextlib.suppress(ValueError, RecursionError):
+            tree = json.loads(body)
+            for name, value in tree.items() if isinstance(tree, dict) else [("body", tree)]:
+                if any(_HALF.search(json.dumps(part, ensure_ascii=False)) for part in (name, value)):
+                    field = _HALF.sub("\ufffd", str(name))
+                    raise InvalidRequest(f"{field}: half of a surrogate pair is no character", field=field)
+    return _replay(messages, receive)
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    """Hand out messages that were received already, then what comes after them."""
+    messages.reverse()
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
 
 
 def _openai_message(body: bytes) -> str:

@@ -1,0 +1,99 @@
+"""Whose fault an exception is that vLLM raised for a request, as far as that can be told.
+
+vLLM's own handlers answer 500 to every exception that they did not foresee, and leave no trace of it. Most of those are
+requests with a wrong shape: vLLM reads many parts of a request as untyped trees, and trips over a number where a table
+belongs. That is the client's fault where two things hold: the exception is of a kind that wrong data raises, and it
+was raised by code that does nothing but read a request. Whatever else is raised stays a fault of the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# What Python raises for data of another shape, type or size than was expected.
+_OF_WRONG_DATA = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError,
+                  NotImplementedError)  # fmt: skip
+# These turn a request into what the engine takes, and are used for nothing else.
+_READS_REQUESTS = ("vllm.renderers.", "vllm.inputs.", "vllm.sampling_params", "vllm.pooling_params", "vllm.multimodal.",
+                   "vllm.v1.engine.input_processor", "vllm.v1.structured_output.")  # fmt: skip
+# These define requests and answers: they read a request as long as the engine has taken up nothing.
+_READS_BOTH = (".protocol", ".utils", ".types")
+
+
+def sentence_of_client_fault(error: BaseException, taken_up: bool) -> tuple[str, str | None] | None:
+    """What to tell the client, with the field at fault where it is known; None where the client is not at fault.
+
+    Args:
+        error: an exception that vLLM has no answer of its own for.
+        taken_up: whether the engine has taken up any part of the request.
+    """
+    if not isinstance(error, _OF_WRONG_DATA) and not is_template_error(error):
+        return None
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in _frames(error)]
+    reading = any(f"{name}.".startswith(_READS_REQUESTS) or name.startswith(_READS_REQUESTS) for name in modules)
+    if not taken_up:
+        reading |= any(name.startswith("vllm.entrypoints.") and name.endswith(_READS_BOTH) for name in modules)
+    if not reading:
+        return None
+    field = _field(error)
+    what = f"{field} has the wrong form" if field else "a part of the request has the wrong form"
+    if is_template_error(error):
+        what = "the chat template can't be applied"
+    return f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", field
+
+
+def is_template_error(error: BaseException) -> bool:
+    """Whether a chat template raised this; jinja2 is not imported for it."""
+    return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
+
+
+def unsendable(request: Any, encode: Callable[[Any], Any]) -> str | None:
+    """The field of a request to the engine that can't be encoded for its process, or None if there is none.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+        encode: encodes any value as it is sent.
+    """
+    for part in (request.sampling_params, request.pooling_params, request):
+        for name in getattr(part, "__struct_fields__", ()):
+            if name in ("sampling_params", "pooling_params"):
+                continue
+            try:
+                encode(getattr(part, name))
+            except UNSENDABLE:
+                return str(name).lstrip("_")
+    return None
+
+
+UNSENDABLE = (UnicodeError, OverflowError, TypeError, RecursionError)
+"""What encoding raises for a value that can't be sent."""
+
+
+def _frames(error: BaseException) -> Iterator[Any]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame
+        trace = trace.tb_next
+
+
+def _field(error: BaseException) -> str | None:
+    """The top-level field of the request that was being read, where the trace shows it."""
+    frames = list(_frames(error))
+    fields: dict[str, Any] = {}
+    for frame in frames:
+        data, request = frame.f_locals.get("data"), frame.f_locals.get("request")
+        if isinstance(data, dict):
+            fields |= data
+        elif hasattr(type(request), "model_fields"):
+            fields |= vars(request)
+    culprit = getattr(error, "obj", None)
+    if culprit is not None:
+        for name, value in fields.items():
+            if value is culprit:
+                return str(name)
+    for frame in reversed(frames):
+        for name, value in fields.items():
+            if isinstance(value, (list, dict)) and value and any(value is other for other in frame.f_locals.values()):
+                return str(name)
+    return None
