@@ -463,6 +463,30 @@ async def test_the_generation_is_aborted_when_the_last_client_has_left() -> None
 
 
 @run
+async def test_who_comes_in_the_moment_in_which_the_last_client_leaves_is_answered() -> None:
+    cache, engine = memory_cache(), Engine().hold()
+    pieces = cache.answer("k", engine.generate, Asking())
+    engine.go.release()
+    assert await anext(pieces) == PIECES[0]
+    await pieces.aclose()
+    # In the same step of the event loop: the first generation has not been told yet that it is given up.
+    for _ in PIECES:
+        engine.go.release()
+    assert await read(cache, engine) == PIECES
+    assert (engine.calls, engine.aborted) == (2, 1)
+
+
+@run
+async def test_who_wants_a_fresh_answer_does_not_join_one_that_is_running() -> None:
+    cache, old, new = memory_cache(), Engine(["old."]).hold(), Engine(["new."])
+    first = reader(cache, old, Asking())
+    await settle()
+    assert await reader(cache, new, Asking(fresh=True)) == ["new."]
+    await old.step()
+    assert await first == ["old."]
+
+
+@run
 async def test_a_client_that_leaves_before_anything_ran_leaves_nothing_behind() -> None:
     cache, engine = memory_cache(), Engine()
     pieces = cache.answer("k", engine.generate, Asking())
@@ -551,11 +575,17 @@ async def test_the_more_urgent_does_not_wait_for_the_less_urgent() -> None:
     assert joined.outcome is Outcome.JOINED
 
 
-@run
-async def test_a_stop_ends_what_runs_and_says_so() -> None:
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_a_stop_ends_what_runs_and_says_so(pieces: int) -> None:
+    asyncio.run(_stop(pieces))
+
+
+async def _stop(pieces: int) -> None:
     cache, engine = memory_cache(), Engine().hold()
     tasks = [reader(cache, engine, Asking()) for _ in range(3)]
-    await engine.step()
+    await settle()
+    for _ in range(pieces):
+        await engine.step()
     await cache.close(0.01)
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(result, Unavailable)
