@@ -221,7 +221,7 @@ def test_a_tenant_has_no_more_at_once_than_it_may(shared: Shared) -> None:
         ("POST", "/v2/repository/models/upper/unload"),
         ("POST", "/v2/repository/models/upper/load"),
         ("POST", "/reset_prefix_cache"),  # vLLM's, served in its development mode
-        ("GET", "/server_info"),
+        ("GET", "/is_sleeping"),
     ],
 )
 def test_calls_that_change_the_server_need_an_administrator_and_the_admin_port(

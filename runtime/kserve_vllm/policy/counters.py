@@ -15,13 +15,14 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import structlog
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
 
 from kserve_vllm.policy.remote import Away, Remote
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 Kind = Literal["requests", "tokens", "concurrent"]
 
@@ -496,6 +497,8 @@ class RedisCounters:
 
 
 async def _run(redis: Redis, script: _Script, keys: list[str], arguments: list[Any]) -> Any:
+    from redis.exceptions import NoScriptError
+
     try:
         return await redis.evalsha(script.digest, len(keys), *keys, *arguments)
     except NoScriptError:  # the server is new, and runs nothing that it does not know

@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from kserve_vllm.errors import ConfigError, KServeVLLMError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 T = TypeVar("T")
 
@@ -62,6 +61,13 @@ class Remote:
     def __init__(
         self, url: str, on_state: Callable[[bool], None] = lambda there: None, timeout_s: float = _TIMEOUT_S
     ) -> None:
+        # Here, not above: the limits import this module also without a Redis, and this takes a quarter of a second.
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+        from redis.exceptions import RedisError
+
+        self._errors: tuple[type[Exception], ...] = (RedisError, OSError)
         scheme, separator, rest = url.partition("://")
         scheme = {"valkey": "redis", "valkeys": "rediss"}.get(scheme, scheme)
         try:
@@ -104,7 +110,7 @@ class Remote:
                 raise Away("Redis is away", sent=False)
             try:
                 answer = await self._in_time(work)
-            except (RedisError, OSError) as error:
+            except self._errors as error:
                 self._lost(error)
                 raise Away(_sentence(error), sent=True) from error
         self._pause_s = _FIRST_PROBE_S
@@ -116,7 +122,7 @@ class Remote:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*self._errors):
             await self._client.aclose()
 
     async def _in_time(self, work: Callable[[Redis], Awaitable[T]]) -> T:
@@ -155,7 +161,7 @@ class Remote:
             try:
                 # Written, since a server without memory or a replica would answer a PING.
                 await self._in_time(lambda client: client.set("{kserve-vllm}:probe", b"1", px=1000))
-            except (RedisError, OSError):
+            except self._errors:
                 continue
             break
         self._probe = None

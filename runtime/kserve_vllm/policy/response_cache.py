@@ -24,14 +24,16 @@ from contextlib import aclosing
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import orjson
-from redis.asyncio import Redis
 
 from kserve_vllm.errors import Unavailable
 from kserve_vllm.policy.remote import Away, Remote
 from kserve_vllm.ticket import Ticket, current
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 P = TypeVar("P")
 
