@@ -16,13 +16,16 @@ import logging
 import os
 import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
 import psutil
 
 from kserve_vllm.engine.accounts import Accounts
+from kserve_vllm.engine.adapters import Adapters, Broken, Version, read_shapes
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -176,7 +179,7 @@ class VLLMEngine:
         self._app: FastAPI | None = None
         self._tasks: tuple[str, ...] = ()
         self._stack = contextlib.AsyncExitStack()
-        self._unloaded: dict[str, str] = {}
+        self._adapters: Adapters | None = None
         self._processes: list[psutil.Process] = []
         self.served = True
         """False while the base model is unloaded through the repository API."""
@@ -191,7 +194,8 @@ class VLLMEngine:
             Exception: whatever vLLM raises where loading fails.
         """
         self._client = client = await asyncio.to_thread(self._start_process)
-        Accounts(client.output_processor, lambda: self.names[0])
+        loras = _LoRAs(client)
+        Accounts(client.output_processor, lambda: self.names[0], loras)
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
@@ -202,6 +206,8 @@ class VLLMEngine:
         routes = self._app.router.routes
         routes[:] = [route for route in routes if getattr(route, "path", None) not in _NOT_SERVED]
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
+        loras.attach(self._app.state.openai_serving_models)
+        self._adapters = loras.adapters = Adapters(loras)
 
     def _start_process(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -296,6 +302,8 @@ class VLLMEngine:
     async def stop(self) -> None:
         """End the engine process. Whatever is still in flight is aborted."""
         await self._stack.aclose()
+        if self._adapters is not None:
+            await self._adapters.stop()
         if self._client is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(self._client.shutdown, 5.0), 15.0)
@@ -347,24 +355,24 @@ class VLLMEngine:
         registry = self.app.state.openai_serving_models
         found = [ModelInfo(p.name, p.model_path, None, self.served) for p in registry.base_model_paths]
         found += [
-            ModelInfo(lora.lora_name, lora.lora_path, lora.base_model_name or self.names[0], self.served)
-            for lora in registry.lora_requests.values()
-        ]
-        found += [ModelInfo(name, path, self.names[0], False) for name, path in self._unloaded.items()]
+            ModelInfo(each.declared.name, each.declared.source, self.names[0],
+                      self.served and each.version is not None, each.error)
+            for each in self.adapters.all()
+        ]  # fmt: skip
         return found
 
     def find(self, name: str) -> ModelInfo | None:
-        """The model of that name, loaded or not, or None."""
-        return next((model for model in self.models() if model.name == name), None)
+        """The model of that name, loaded or not, or None. `base:adapter` names an adapter too."""
+        plain = self.adapters.plain(name)
+        return next((model for model in self.models() if model.name == plain), None)
 
     def served_names(self) -> frozenset[str]:
-        """Names that requests may ask for now."""
-        registry = self.app.state.openai_serving_models
-        return frozenset([*self.names, *registry.lora_requests])
+        """Names that requests may ask for now, each model's and adapter's plain one."""
+        return frozenset([*self.names, *(each.declared.name for each in self.adapters.all() if each.version)])
 
     def adapters_by_state(self) -> dict[str, int]:
-        """Number of adapters that are `loaded` and `unloaded`."""
-        return {"loaded": len(self.app.state.openai_serving_models.lora_requests), "unloaded": len(self._unloaded)}
+        """Number of adapters in each state."""
+        return self.adapters.by_state()
 
     async def openai_models(self) -> dict[str, Any]:
         """OpenAI's list of models as vLLM makes it."""
@@ -372,41 +380,17 @@ class VLLMEngine:
         body: dict[str, Any] = models.model_dump()
         return body
 
-    # Adapters
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters; only after `start`."""
+        if self._adapters is None:
+            raise RuntimeError("the engine is not started")
+        return self._adapters
 
-    async def load_adapter(self, name: str) -> None:
-        """Load an adapter again that was unloaded.
-
-        Raises:
-            NotFound: no adapter of that name is known.
-            InvalidRequest: vLLM can't load it.
-        """
-        path = self._unloaded.get(name)
-        if path is None:
-            raise NotFound(f"no adapter named {name!r} is known", field="model_name")
-        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
-        result = await self.app.state.openai_serving_models.load_lora_adapter(
-            LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
-        )
-        _raise_error_response(result)
-        self._unloaded.pop(name, None)
-
-    async def unload_adapter(self, name: str) -> None:
-        """Serve no new request with this adapter. Requests in flight finish.
-
-        Raises:
-            NotFound: no adapter of that name is loaded.
-        """
-        registry = self.app.state.openai_serving_models
-        lora = registry.lora_requests.get(name)
-        if lora is None:
-            raise NotFound(f"no adapter named {name!r} is loaded", field="model_name")
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
-
-        path = lora.lora_path
-        _raise_error_response(await registry.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
-        self._unloaded[name] = path
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether the prefix cache is on."""
+        return bool(self.client.vllm_config.cache_config.enable_prefix_caching)
 
     # Work
 
@@ -584,6 +568,165 @@ class VLLMEngine:
             return InvalidRequest(str(error))
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)
+
+
+@dataclass(frozen=True)
+class _Base:
+    layers: int | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+class _LoRAs:
+    """vLLM's side of the adapters: versions under names of their own in the engine, plain names for clients.
+
+    vLLM keeps the adapters of a batch in a set by name, so that two versions of one adapter that run together need two
+    names there. Where vLLM shows a name to a client or in a metric, the plain one is put in its place.
+
+    Args:
+        client: vLLM's client.
+    """
+
+    def __init__(self, client: AsyncLLM) -> None:
+        self._client: Any = client
+        self._models: Any = None
+        self._names: dict[str, str] = {}
+        """Name in the engine to the adapter's name."""
+        self._asked: dict[int, tuple[Any, str]] = {}
+        """Identity of a published `LoRARequest` to itself and the name that its requests asked for."""
+        self._requests: dict[int, list[Any]] = {}
+        """A version's number to its `LoRARequest`s, one per name that clients may ask for."""
+        self._freed: set[int] = set()
+        self.adapters: Adapters | None = None
+        states = client.output_processor.lora_states
+        update = states._request_update
+        states._request_update = lambda request_id, name, *args, **kwargs: update(
+            request_id, name and self.plain(name), *args, **kwargs
+        )
+
+    def attach(self, models: Any) -> None:
+        """Set vLLM's registry of models, once it is there."""
+        self._models = models
+        theirs = models.model_name
+        models.model_name = lambda lora=None: theirs(None) if lora is None else self._asked_name(lora)
+        models.show_available_models = self._show
+
+    def _asked_name(self, lora: Any) -> str:
+        known = self._asked.get(id(lora))
+        return self.plain(lora.lora_name) if known is None else known[1]
+
+    async def _show(self) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+        found = await self._models.registry.show_available_models()
+        assert self.adapters is not None
+        for each in self.adapters.all():
+            if each.version is not None:
+                name, source = each.declared.name, each.declared.source
+                found.data.append(
+                    ModelCard(id=name, root=source, parent=self.base_names[0], permission=[ModelPermission()])
+                )
+        return found
+
+    # For the adapters
+
+    @property
+    def base_names(self) -> list[str]:
+        return [path.name for path in self._models.base_model_paths]
+
+    @property
+    def max_rank(self) -> int | None:
+        config = self._client.vllm_config.lora_config
+        return None if config is None else int(config.max_lora_rank)
+
+    def base_model(self) -> _Base:
+        config = self._client.model_config
+        layers = getattr(config.hf_text_config, "num_hidden_layers", None)
+        shapes: dict[str, tuple[int, ...]] = {}
+        try:
+            folder = Path(config.model)
+            if not folder.is_dir():
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+            for file in folder.glob("*.safetensors"):
+                shapes |= read_shapes(file)
+        except Exception as error:
+            log.warning("adapters are not checked against the shapes of the base model: %s", error)
+        return _Base(layers, shapes)
+
+    def next_number(self) -> int:
+        return int(self._models.lora_id_counter.inc(1))
+
+    async def add(self, name: str, version: Version) -> None:
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(version.key, version.number, str(version.folder))
+        try:
+            await self._client.add_lora(request)
+        except Exception as error:
+            # What failed halfway would keep a slot.
+            with contextlib.suppress(Exception):
+                await self._client.remove_lora(version.number)
+            raise Broken(f"the engine can't load it: {str(error) or type(error).__name__}") from error
+        self._names[version.key] = name
+
+    async def remove(self, version: Version) -> None:
+        self._freed.add(version.number)
+        for request in self._requests.pop(version.number, ()):
+            self._asked.pop(id(request), None)
+        with contextlib.suppress(Exception):
+            await self._client.remove_lora(version.number)
+
+    def publish(self, name: str, version: Version) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._names[version.key] = name
+        before = self._models.lora_requests.get(name)
+        same = before is not None and before.lora_int_id == version.number
+        fused = same and before.is_3d_lora_weight
+        requests = self._requests.setdefault(version.number, [])
+        for asked in [name, *(f"{base}:{name}" for base in self.base_names)]:
+            request = LoRARequest(version.key, version.number, str(version.folder), is_3d_lora_weight=fused)
+            requests.append(request)
+            self._asked[id(request)] = request, asked
+            self._models.lora_requests[asked] = request
+
+    def withdraw(self, name: str) -> None:
+        for asked in [name, *(f"{base}:{name}" for base in self.base_names)]:
+            self._models.lora_requests.pop(asked, None)
+
+    def in_flight(self, version: Version) -> int:
+        states = self._client.output_processor.request_states.values()
+        return sum(1 for state in states if state.lora_name == version.key)
+
+    def foreign(self) -> dict[str, tuple[str, int]]:
+        return {
+            name: (request.lora_path, request.lora_int_id)
+            for name, request in self._models.lora_requests.items()
+            if id(request) not in self._asked
+        }
+
+    def published(self, name: str) -> bool:
+        return name in self._models.lora_requests
+
+    # For the books
+
+    def admit(self, lora: Any) -> Any:
+        if lora.lora_int_id not in self._freed:
+            return lora
+        current = self._models.lora_requests.get(self.plain(lora.lora_name))
+        if current is None:
+            from vllm.exceptions import VLLMNotFoundError
+
+            raise VLLMNotFoundError(f"The model `{self.plain(lora.lora_name)}` does not exist.")
+        return current
+
+    def plain(self, key: str) -> str:
+        return self._names.get(key, key)
+
+    def book(self, key: str, requests: int, prompt_tokens: int, output_tokens: int) -> None:
+        if self.adapters is not None:
+            self.adapters.book(self.plain(key), requests, prompt_tokens, output_tokens)
 
 
 def _is_template_error(error: Exception) -> bool:

@@ -35,7 +35,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
-_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/models(/.*)?$")
+_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters)(/.*)?$")
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
 
@@ -273,7 +273,7 @@ def _openai_message(body: bytes) -> str:
 
 def _about_models(method: str, path: str) -> bool:
     """Whether a request asks about models, or loads and unloads them, rather than putting one to work."""
-    return method in ("GET", "HEAD", "OPTIONS") or path.startswith("/v2/repository/")
+    return method in ("GET", "HEAD", "OPTIONS") or path.startswith(("/v2/repository/", "/v1/adapters"))
 
 
 async def _nothing() -> None:

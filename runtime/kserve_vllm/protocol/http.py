@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import Forbidden, InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
 from kserve_vllm.protocol import generate, schemas, tensors, wire
+from kserve_vllm.protocol.adapters import AdapterRoutes
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 
 T = TypeVar("T")
@@ -190,17 +191,22 @@ class Routes:
 
     async def repository_load(self, model_name: str) -> Response:
         """Serve a model again that was unloaded."""
-        self._check_control()
+        self.check_control()
         await self._repository.load_model_by_name(model_name)
         return _json({"name": model_name, "load": True})
 
     async def repository_unload(self, model_name: str) -> Response:
         """Serve no new request with a model. Requests in flight finish."""
-        self._check_control()
+        self.check_control()
         await self._repository.unload_model_by_name(model_name)
         return _json({"name": model_name, "unload": True})
 
-    def _check_control(self) -> None:
+    def check_control(self) -> None:
+        """Refuse where clients may not change what is served.
+
+        Raises:
+            Forbidden: they may not.
+        """
         if not self._allow_control:
             raise Forbidden("loading and unloading is switched off; --allow-model-control switches it on")
 
@@ -240,6 +246,7 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
     app = FastAPI(title="kserve-vllm", version=version, redoc_url=None, description=schemas.DESCRIPTION)
     app.include_router(_v2_router(routes))
     app.include_router(_v1_router(routes))
+    app.include_router(AdapterRoutes(engine.adapters, routes.check_control).router())
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):
