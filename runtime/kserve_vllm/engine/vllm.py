@@ -25,7 +25,8 @@ import orjson
 import psutil
 
 from kserve_vllm.engine.accounts import Accounts
-from kserve_vllm.engine.adapters import Adapters, Broken, Version, read_shapes
+from kserve_vllm.engine.adapter_files import Broken, read_shapes
+from kserve_vllm.engine.adapters import Adapters, Version
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
