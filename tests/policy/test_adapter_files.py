@@ -181,6 +181,12 @@ def test_a_watched_file_is_compared_by_content(tmp_path: Path) -> None:
         file.write_bytes(b"2")
         assert await watched.changed() == b"2"
         assert await watched.changed() is None
+        file.unlink()
+        with pytest.raises(FileNotFoundError):
+            await watched.changed()
+        assert await watched.changed() is None
+        file.write_bytes(b"3")
+        assert await watched.changed() == b"3"
 
     asyncio.run(follow())
 

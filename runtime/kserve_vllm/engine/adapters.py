@@ -184,6 +184,7 @@ class Adapters:
         self._loop: asyncio.Task[None] | None = None
         self._downloads = asyncio.Semaphore(_DOWNLOADS)
         self._base: BaseModel | None = None
+        self._served: frozenset[str] | None = None
         self.on_load: Callable[[str, bool], None] = lambda name, done: None
         """Called with an adapter's name after each load (True) or failure (False)."""
         self._sync()
@@ -228,8 +229,17 @@ class Adapters:
 
     def find(self, name: str) -> Adapter | None:
         """The adapter of a name, `adapter` or `base:adapter`, or None."""
-        adapter = self._all.get(self.plain(name))
+        plain = self.plain(name)
+        if plain not in self._all:
+            self._sync()
+        adapter = self._all.get(plain)
         return None if adapter is None or adapter.removed else adapter
+
+    def served_names(self) -> frozenset[str]:
+        """Plain names that new requests may ask for now."""
+        if self._served is None:
+            self._served = frozenset(name for name, each in self._all.items() if each.version is not None)
+        return self._served
 
     def plain(self, name: str) -> str:
         """`base:adapter` to `adapter`; anything else as it is."""
@@ -348,6 +358,7 @@ class Adapters:
                     source = str(Path(folder).resolve()) if Path(folder).is_dir() else f"{HUB}{folder}"
                     known = self._all[name] = Adapter(Declaration(name, source), origin)
                 known.version, known.removed, known.wanted = version, False, True
+                self._served = None
                 self._host.publish(name, version)
                 known.loads += 1
                 known.enter(State.LOADED)
@@ -434,7 +445,7 @@ class Adapters:
             version.retired_at = time.monotonic()
             adapter.retired.append(version)
             return
-        adapter.version = version
+        adapter.version, self._served = version, None
         host.publish(name, version)
         if current is not None:
             current.retired_at = time.monotonic()
@@ -458,7 +469,7 @@ class Adapters:
         return folder, digest, revision
 
     def _retire(self, adapter: Adapter) -> None:
-        version, adapter.version = adapter.version, None
+        version, adapter.version, self._served = adapter.version, None, None
         self._host.withdraw(adapter.declared.name)
         if version is not None:
             adapter.unloads += 1

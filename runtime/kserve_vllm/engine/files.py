@@ -23,6 +23,7 @@ class Watched:
         self.path = Path(path)
         self.flag = flag
         self._seen: bytes | None = None
+        self._gone = False
 
     async def first(self) -> bytes:
         """Read the file at the start.
@@ -40,9 +41,16 @@ class Watched:
         """The file's new content, or None where it is what it was.
 
         Raises:
-            OSError: it can't be read now.
+            OSError: it can't be read now; raised once until it can be read again.
         """
-        content = await asyncio.to_thread(self.path.read_bytes)
+        try:
+            content = await asyncio.to_thread(self.path.read_bytes)
+        except OSError:
+            if self._gone:
+                return None
+            self._gone = True
+            raise
+        self._gone = False
         if content == self._seen:
             return None
         self._seen = content

@@ -26,7 +26,7 @@ import psutil
 
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapter_files import Broken, read_shapes
-from kserve_vllm.engine.adapters import Adapters, Version
+from kserve_vllm.engine.adapters import Adapter, Adapters, Version
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -355,21 +355,24 @@ class VLLMEngine:
         """All names that clients can ask for: base model, adapters, and adapters that were unloaded."""
         registry = self.app.state.openai_serving_models
         found = [ModelInfo(p.name, p.model_path, None, self.served) for p in registry.base_model_paths]
-        found += [
-            ModelInfo(each.declared.name, each.declared.source, self.names[0],
-                      self.served and each.version is not None, each.error)
-            for each in self.adapters.all()
-        ]  # fmt: skip
+        found += [self._info(each) for each in self.adapters.all()]
         return found
 
     def find(self, name: str) -> ModelInfo | None:
         """The model of that name, loaded or not, or None. `base:adapter` names an adapter too."""
-        plain = self.adapters.plain(name)
-        return next((model for model in self.models() if model.name == plain), None)
+        for path in self.app.state.openai_serving_models.base_model_paths:
+            if path.name == name:
+                return ModelInfo(path.name, path.model_path, None, self.served)
+        adapter = self.adapters.find(name)
+        return None if adapter is None else self._info(adapter)
+
+    def _info(self, adapter: Adapter) -> ModelInfo:
+        declared, loaded = adapter.declared, self.served and adapter.version is not None
+        return ModelInfo(declared.name, declared.source, self.names[0], loaded, adapter.error)
 
     def served_names(self) -> frozenset[str]:
-        """Names that requests may ask for now, each model's and adapter's plain one."""
-        return frozenset([*self.names, *(each.declared.name for each in self.adapters.all() if each.version)])
+        """Names that requests may ask for now, each adapter under its plain one."""
+        return self.adapters.served_names().union(self.names)
 
     def adapters_by_state(self) -> dict[str, int]:
         """Number of adapters in each state."""
