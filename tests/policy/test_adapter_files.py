@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -154,6 +155,13 @@ def test_a_copy_is_named_by_its_content(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in first.parent.iterdir()) == sorted((first.name, other.name))
     shutil.rmtree(folder)
     adapters.check(first, 8, BASE)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kserve_storage") is not None, reason="KServe's storage is installed")
+def test_what_to_install_for_storage_is_said(tmp_path: Path) -> None:
+    declared = parse([{"name": "a", "source": "s3://bucket/a"}])["a"]
+    with pytest.raises(Broken, match=r"s3:// needs .* pip install kserve-storage==0\.21"):
+        adapters.fetch(declared, tmp_path)
 
 
 def test_a_swapped_symlink_changes_a_folders_signature(folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.support import ROOT, Server, wait_until
 
 DEMO = ROOT / "runtime" / "kserve_vllm" / "demo" / "adapters"
 WORD = "Repeat the word apple."
-CAPITALS, FRENCH = "THE WORD IS APPLE", "Le mot est apple"
+CAPITALS, FRENCH = "APPLE", "Le mot est apple"
 WITHIN_S = 60.0
 SYSTEM = "You are a careful helper of the harbour office. " * 6
 OTHER_SYSTEM = "You count the boats that come in and go out at night. " * 6
@@ -291,7 +291,7 @@ def test_a_changed_folder_is_seen_by_itself_and_no_request_fails_meanwhile(site:
 
 def test_removed_means_not_found_and_what_is_in_flight_ends(site: Site) -> None:
     site.add("gone", "upper")
-    stream = Stream(site, "gone", 800)
+    stream = Stream(site, "gone", 300)
     assert stream.began.wait(60)
     site.declare(gone=None)
     wait_until(lambda: site.chat("gone").status_code == 404, WITHIN_S, "still served")
@@ -420,17 +420,6 @@ def test_an_adapter_comes_from_the_hub_with_its_commit(site: Site) -> None:
     site.declare(accent=None, nowhere=None)
 
 
-def test_storage_that_is_not_installed_is_named(site: Site) -> None:
-    pytest.importorskip("kserve")
-    try:
-        import kserve_storage  # noqa: F401
-    except ImportError:
-        site.declare(stored="s3://bucket/adapter")
-        row = site.until("stored", lambda row: row.get("state") == "failed")
-        assert "pip install kserve-storage" in row["error"]
-        site.declare(stored=None)
-
-
 def test_base_and_adapter_together_name_the_adapter_in_every_protocol(site: Site) -> None:
     name = "demo:loud"
     body = site.chat(name).json()
@@ -493,7 +482,7 @@ def test_only_what_is_declared_can_be_loaded(site: Site) -> None:
 
 def test_what_an_adapter_did_is_counted_under_its_name(site: Site) -> None:
     before = site.stats("loud")
-    response = site.chat("demo:loud", n=2).json()
+    response = site.chat("demo:loud", n=2, temperature=1.0).json()
     wait_until(lambda: site.stats("loud")["in_flight"] == 0, 10, "in flight")
     after = site.stats("loud")
     assert after["requests"] == before["requests"] + 1

@@ -6,10 +6,13 @@ All of it blocks, and none of it needs the engine.
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
 _STORAGE = ("s3://", "gs://", "hdfs://", "webhdfs://", "https://", "http://", "oci://")
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+_STORAGE_CODE = "import sys; from kserve_storage import Storage; print(Storage.download(*sys.argv[1:]))"
+_DOWNLOAD_S = 3600.0
 _FIELDS = {"name", "source", "description", "revision"}
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -176,15 +181,25 @@ def fetch(declared: Declaration, cache: Path) -> tuple[Path, str | None]:
             snapshot_download(source.removeprefix(HUB), revision=declared.revision, allow_patterns=[_CONFIG, *_WEIGHTS])
         )
         return folder, folder.name
-    try:
-        storage = importlib.import_module("kserve_storage").Storage
-    except ImportError as error:
-        scheme = source.split("://", 1)[0]
+    return _from_storage(source, cache), None
+
+
+def _from_storage(source: str, cache: Path) -> Path:
+    """Let KServe's storage download, in a process of its own: it forks, which a process with threads, sockets and gRPC
+    does not survive unharmed."""
+    if importlib.util.find_spec("kserve_storage") is None:
         raise Broken(
-            f"{scheme}:// needs KServe's storage, which is not installed here ({error}): "
-            "pip install kserve-storage==0.21.0"
-        ) from error
-    return Path(storage.download(source, str(cache))), None
+            f"{source.split('://', 1)[0]}:// needs KServe's storage, which is not installed here: "
+            f"pip install kserve-storage=={importlib.metadata.version('kserve')}"
+        )
+    command = [sys.executable, "-P", "-c", _STORAGE_CODE, source, str(cache)]
+    done = subprocess.run(  # noqa: S603 - the operator's own list names the source
+        command, capture_output=True, text=True, timeout=_DOWNLOAD_S, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise OSError(lines[-1] if lines else f"KServe's storage ended with {done.returncode}")
+    return Path(done.stdout.splitlines()[-1])
 
 
 def stage(folder: Path, cache: Path, name: str) -> tuple[Path, str]:

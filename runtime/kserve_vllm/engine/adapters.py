@@ -385,7 +385,7 @@ class Adapters:
                 error, retry = str(broken), False
             except Exception as failure:
                 log.debug("adapter %s", declared.name, exc_info=failure)
-                error, retry = f"{type(failure).__name__}: {failure}", True
+                error, retry = str(failure) or type(failure).__name__, True
             if adapter.declared is not declared:
                 continue
             if not adapter.wanted:
