@@ -203,7 +203,7 @@ def _from_storage(source: str, cache: Path) -> Path:
 
 
 def stage(folder: Path, cache: Path, name: str) -> tuple[Path, str]:
-    """Copy the files that the engine reads to a folder named by their content. Blocks.
+    """Copy the files that the engine reads to a new folder. Blocks.
 
     Returns:
         the copy, and its digest.
@@ -218,19 +218,19 @@ def stage(folder: Path, cache: Path, name: str) -> tuple[Path, str]:
         raise Broken(f"{folder} has no {_WEIGHTS[0]}")
     home = cache / quote(name, safe="")
     home.mkdir(parents=True, exist_ok=True)
-    copy = Path(tempfile.mkdtemp(prefix="new-", dir=home))
+    copy = Path(tempfile.mkdtemp(dir=home))
     try:
         digest = hashlib.sha256()
         for each in (_CONFIG, weights):
             shutil.copyfile(folder / each, copy / each)
             with open(copy / each, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        target = home / digest.hexdigest()[:16]
-        if not target.exists():
-            copy.rename(target)
-        return target, digest.hexdigest()
-    finally:
+        # A folder of its own for every copy: one that is deleted is nobody else's.
+        target = home / f"{digest.hexdigest()[:16]}-{copy.name}"
+        return copy.rename(target), digest.hexdigest()
+    except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
+        raise
 
 
 def check(folder: Path, max_rank: int, base: BaseModel) -> None:

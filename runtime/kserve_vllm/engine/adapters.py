@@ -1,8 +1,8 @@
 """Adapters (LoRA): a declared list that is watched and reconciled while requests run.
 
-What is loaded is always a copy of ours, named by its content. vLLM may read an adapter's files again at any step, when
+What is loaded is always a copy of ours. vLLM may read an adapter's files again at any step, when
 it comes back from its cache, and a file that has gone by then would end the engine; and vLLM's prefix cache knows an
-adapter by its name and path, so that the copies of two contents never share blocks.
+adapter by its name and path, so that two contents, in two copies, never share blocks.
 
 Each content of an adapter is a `Version` with a name and number of its own in the engine. Clients see the adapter's
 plain name, which is moved to a new version in one assignment; the old version stays in the engine until its last
@@ -424,32 +424,33 @@ class Adapters:
             adapter.tried = adapter.pending = await asyncio.to_thread(signature, declared.source)
         async with self._downloads:
             folder, digest, revision = await _in_thread(lambda: self._bring(declared, cache, max_rank))
-        current = adapter.version
-        if current is not None and current.digest == digest:
-            current.revision = revision
-            return
-        key = f"{name}@{digest[:12]}"
-        # A version that still finishes its requests is taken back as it is: one name is one number in a batch.
-        version = next((each for each in adapter.retired if each.key == key), None)
-        if version is None:
-            version = Version(key, host.next_number(), folder, digest, revision)
-            try:
+        used = False
+        try:
+            if adapter.version is not None and adapter.version.digest == digest:
+                adapter.version.revision = revision
+                return
+            key = f"{name}@{digest[:12]}"
+            # A version that still finishes its requests is taken back as it is: one name is one number in a batch.
+            version = next((each for each in adapter.retired if each.key == key), None)
+            if version is None:
+                version = Version(key, host.next_number(), folder, digest, revision)
                 await host.add(name, version)
-            except Broken:
-                await asyncio.to_thread(shutil.rmtree, folder, True)
-                raise
-        else:
-            adapter.retired.remove(version)
-            version.retired_at = None
+                used = True
+            else:
+                adapter.retired.remove(version)
+                version.retired_at = None
+        finally:
+            if not used:
+                shutil.rmtree(folder, ignore_errors=True)
         if not adapter.wanted or adapter.declared is not declared:
             version.retired_at = time.monotonic()
             adapter.retired.append(version)
             return
-        adapter.version, self._served = version, None
+        before, adapter.version, self._served = adapter.version, version, None
         host.publish(name, version)
-        if current is not None:
-            current.retired_at = time.monotonic()
-            adapter.retired.append(current)
+        if before is not None:
+            before.retired_at = time.monotonic()
+            adapter.retired.append(before)
         adapter.loads += 1
         log.info("adapter %s is loaded from %s (%s)", name, declared.source, digest[:12])
         self.on_load(name, True)
@@ -497,20 +498,22 @@ class Adapters:
             except ConfigError as error:
                 log.error("the adapters stay as they are: %s", error)
         now = time.monotonic()
+        seen = await asyncio.to_thread(_signatures, [each.declared.source for each in self._all.values()])
         for adapter in list(self._all.values()):
             if adapter.attempt is not None and not adapter.attempt.done():
                 continue
             if adapter.wanted and adapter.origin == "file":
                 due = adapter.retry_at is not None and now >= adapter.retry_at
-                if due or (is_local(adapter.declared.source) and await self._moved(adapter)):
+                if self._moved(adapter, seen.get(adapter.declared.source)) or due:
                     self._begin(adapter)
             await self._free(adapter, now)
             if adapter.removed and not adapter.retired and (adapter.attempt is None or adapter.attempt.done()):
                 self._all.pop(adapter.declared.name)
 
-    async def _moved(self, adapter: Adapter) -> bool:
+    def _moved(self, adapter: Adapter, seen: Any) -> bool:
         """Whether a folder has changed since it was tried, and no longer changes."""
-        seen = await asyncio.to_thread(signature, adapter.declared.source)
+        if seen is None:
+            return False
         settled: bool = seen == adapter.pending
         adapter.pending = seen
         return settled and bool(seen != adapter.tried)
@@ -525,6 +528,10 @@ class Adapters:
             log.debug("adapter version %s is freed", version.key)
             if version.ours:
                 await asyncio.to_thread(shutil.rmtree, version.folder, True)
+
+
+def _signatures(sources: Sequence[str]) -> dict[str, Any]:
+    return {source: signature(source) for source in sources if is_local(source)}
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
