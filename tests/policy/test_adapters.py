@@ -371,9 +371,11 @@ def test_a_broken_adapter_is_reported_and_harms_nobody(site: Site, harm: Callabl
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "name")
     assert site.answer("loud") == CAPITALS
     assert_unharmed(site.server)
-    # Mended, it is loaded without being asked to.
     shutil.rmtree(folder, ignore_errors=True)
     site.adapter(name, "french")
+    if harm is not damage:
+        assert post(site.server, f"/v1/adapters/{name}/load", {}).status_code == 200
+    # Mended, it is loaded without being asked to, too.
     site.until(name, lambda row: row["state"] == "loaded" and row["error"] is None)
     assert site.answer(name) == FRENCH
     site.declare(**{name: None})
