@@ -14,13 +14,12 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
-from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as pb_grpc
 from openai import OpenAI
 from safetensors.numpy import save_file
 
 from tests.clients import assert_unharmed, outputs, post, texts
 from tests.support import ROOT, Server, wait_until
+from tests.triton import service_pb2, service_pb2_grpc
 
 DEMO = ROOT / "runtime" / "kserve_vllm" / "demo" / "adapters"
 WORD = "Repeat the word apple."
@@ -438,8 +437,8 @@ def test_base_and_adapter_together_name_the_adapter_in_every_protocol(site: Site
     assert plain[0] in json.dumps(predicted.json())
     assert httpx.get(f"{site.server.url}/v2/models/{name}/ready").status_code == 200
     with grpc.insecure_channel(site.server.grpc_address) as channel:
-        stub = pb_grpc.GRPCInferenceServiceStub(channel)
-        request = pb.ModelInferRequest(model_name=name)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.ModelInferRequest(model_name=name)
         tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
         tensor.contents.bytes_contents.append(prompt.encode())
         request.parameters["max_tokens"].int64_param = 8
@@ -447,7 +446,7 @@ def test_base_and_adapter_together_name_the_adapter_in_every_protocol(site: Site
         reply = stub.ModelInfer(request)
         text = next(each for each in reply.outputs if each.name == "text_output")
         assert plain[0].encode() in (text.contents.bytes_contents[:] or [reply.raw_output_contents[0]])[0]
-        assert stub.ModelReady(pb.ModelReadyRequest(name=name)).ready
+        assert stub.ModelReady(service_pb2.ModelReadyRequest(name=name)).ready
 
 
 def test_unload_holds_until_load_through_either_api(site: Site) -> None:
