@@ -180,6 +180,7 @@ class VLLMEngine:
         self._app: FastAPI | None = None
         self._tasks: tuple[str, ...] = ()
         self._stack = contextlib.AsyncExitStack()
+        self._loras: _LoRAs | None = None
         self._adapters: Adapters | None = None
         self._processes: list[psutil.Process] = []
         self.served = True
@@ -195,7 +196,7 @@ class VLLMEngine:
             Exception: whatever vLLM raises where loading fails.
         """
         self._client = client = await asyncio.to_thread(self._start_process)
-        loras = _LoRAs(client)
+        self._loras = loras = _LoRAs(client)
         Accounts(client.output_processor, lambda: self.names[0], loras)
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
@@ -390,6 +391,10 @@ class VLLMEngine:
         if self._adapters is None:
             raise RuntimeError("the engine is not started")
         return self._adapters
+
+    def adapter_name(self, key: str) -> str:
+        """The name that clients know for a `LoRARequest.lora_name`, which names one content of an adapter."""
+        return key if self._loras is None else self._loras.plain(key)
 
     @property
     def caches_prefixes(self) -> bool:
