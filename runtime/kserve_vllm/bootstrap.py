@@ -12,6 +12,7 @@ from typing import Any
 
 from kserve_vllm.assemble import Assembly
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
+from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.errors import ConfigError, EngineGone
 from kserve_vllm.gate import Door, Gate
 from kserve_vllm.hosting.server import GRPCServer, HTTPServer
@@ -87,6 +88,7 @@ class _Process:
         )
         self._grpc = GRPCServer(self._servicer, server, self._lifecycle) if server.grpc_port else None
         self._engine: VLLMEngine | None = None
+        self._warmup: Warmup | None = None
 
     def _versions(self) -> dict[str, str]:
         known = {"version": self._engine_version} if self._engine_version else {}
@@ -163,6 +165,11 @@ class _Process:
         self._edge.attach(build_app(routes, engine, self._version), engine.app)
         self._servicer.attach(Backend(plane, models, text))
         await engine.warm_up()
+        engine.adapters.on_load = self._metrics.count_adapter
+        await engine.adapters.start(self._settings.model.adapters_file)
+        if (path := self._settings.model.warmup_file) is not None:
+            self._warmup = Warmup(path, engine, engine.adapters.serving, self._metrics.count_warmup)
+            await self._warmup.start()
 
     async def _serve(self, stopping: asyncio.Task[bool]) -> int:
         """Be ready until a signal comes or the engine is gone; then drain or fail."""
@@ -238,6 +245,8 @@ class _Process:
             await self._admin.stop(_CLOSE_GRACE_S)
         if self._grpc is not None:
             await self._grpc.stop(_CLOSE_GRACE_S)
+        if self._warmup is not None:
+            await self._warmup.stop()
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.stop()

@@ -304,6 +304,8 @@ def _engine_flags(
     layers.append(
         [_from_value(name, value, f"profile {model.profile}") for name, value in PROFILES[model.profile].flags.items()]
     )
+    if model.adapters_file:
+        layers.append(_adapter_flags(layers))
     layers.append(
         [
             EngineFlag("model", "model", ("--model", path), path_source),
@@ -316,6 +318,23 @@ def _engine_flags(
         chosen = [flag for flag in layer if flag.key not in taken] + chosen
         taken |= {flag.key for flag in layer}
     return tuple(chosen)
+
+
+def _adapter_flags(layers: Sequence[Sequence[EngineFlag]]) -> list[EngineFlag]:
+    """What an adapters file switches on, where nothing else says it.
+
+    Raises:
+        ConfigError: LoRA is switched off.
+    """
+    given = {flag.key: flag for layer in reversed(layers) for flag in layer}
+    lora = given.get("enable-lora")
+    if lora is not None and lora.tokens[0].startswith("--no-"):
+        raise ConfigError(f"--adapters-file is given, and {lora.tokens[0]} (from {lora.source}) switches adapters off")
+    wanted: dict[str, Any] = {"enable-lora": True}
+    if "max-loras" not in given:
+        # vLLM's 1 would run one adapter at a time and read the next one from disk in between.
+        wanted |= {"max-loras": "4", "max-cpu-loras": "32"}
+    return [_from_value(name, value, "adapters file") for name, value in wanted.items()]
 
 
 def _split_words(words: Sequence[str]) -> Iterable[EngineFlag]:

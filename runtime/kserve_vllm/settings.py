@@ -63,6 +63,16 @@ class ModelSettings(_Group):
         "A set of engine flags: balanced, high-throughput, low-latency, cost-optimized or long-context. "
         "`kserve-vllm profiles` shows what each one sets.",
     )
+    adapters_file: str | None = _setting(
+        None,
+        "YAML or JSON file that declares adapters (LoRA): `adapters: [{name, source, description, revision}]`. Watched "
+        "while the server runs. Switches --enable-lora on.",
+    )
+    warmup_file: str | None = _setting(
+        None,
+        "YAML or JSON list of system prompts, or of {model, system, messages, prompt}, that are run through the prefix "
+        "cache before ready and again when the file changes.",
+    )
 
 
 class ServerSettings(_Group):

@@ -88,9 +88,11 @@ class ModelInfo:
         root: folder or hub id of its weights.
         parent: the base model's name for an adapter, else None.
         loaded: whether requests for it are served now.
+        error: what is wrong with it, or None.
     """
 
     name: str
     root: str
     parent: str | None
     loaded: bool
+    error: str | None = None

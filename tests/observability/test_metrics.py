@@ -64,7 +64,8 @@ def test_a_metric_is_named_by_prometheus_conventions(each: Any) -> None:
         assert list(each.buckets) == sorted(each.buckets)
     assert not each.name.endswith("_total"), "the library adds it"
     units = ("_seconds", "_ratio", "_tokens", "_requests", "_rejections", "_info", "_state", "_adapters", "_in_flight")
-    assert each.name.endswith(units)
+    counted = ("_loads", "_failures", "_prompts")
+    assert each.name.endswith((*units, *counted))
 
 
 def test_promtool_finds_nothing_to_improve_in_our_metrics(promtool: str) -> None:

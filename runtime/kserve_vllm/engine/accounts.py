@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from kserve_vllm.ticket import Ticket, current
 
 _PHASES_SHOWN = 8  # sequences of one request whose phases become spans
 _SHOWN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "n": "n"}
+
+
+class LoRAs(Protocol):
+    """What the books need of the adapters."""
+
+    def admit(self, lora: Any) -> Any:
+        """vLLM's `LoRARequest` under which a request is run: the given one, or its successor where that is gone."""
+
+    def plain(self, key: str) -> str:
+        """The name that clients know for an adapter's name in the engine."""
+
+    def book(self, key: str, requests: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Add what a request did with an adapter."""
 
 
 class Accounts:
@@ -23,11 +36,13 @@ class Accounts:
     Args:
         processor: vLLM's `OutputProcessor`; four of its methods are wrapped.
         base_model: tells the served name that requests without an adapter count under.
+        loras: the adapters.
     """
 
-    def __init__(self, processor: Any, base_model: Callable[[], str]) -> None:
+    def __init__(self, processor: Any, base_model: Callable[[], str], loras: LoRAs) -> None:
         self._processor = processor
         self._base_model = base_model
+        self._loras = loras
         self._open: dict[str, tuple[Ticket, Any]] = {}
         self._with_grammar: set[str] = set()
         self._add, processor.add_request = processor.add_request, self.add_request
@@ -37,6 +52,8 @@ class Accounts:
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """A sequence is taken up, in the task of the request that it belongs to."""
+        if request.lora_request is not None:
+            request.lora_request = self._loras.admit(request.lora_request)
         self._add(request, *args, **kwargs)
         ticket = current.get()
         if ticket is None or request.request_id in self._open:
@@ -51,7 +68,7 @@ class Accounts:
             return
         lora = request.lora_request
         ticket.base_model = self._base_model()
-        ticket.adapter = lora.lora_name if lora is not None else None
+        ticket.adapter = self._loras.plain(lora.lora_name) if lora is not None else None
         ticket.model = ticket.adapter or ticket.base_model
         if params := request.sampling_params:
             for name, shown in _SHOWN.items():
@@ -77,6 +94,7 @@ class Accounts:
     def finish(self, state: Any, finish_reason: Any, stats: Any) -> None:
         """A sequence has its last token."""
         self._finish(state, finish_reason, stats)
+        self._book_adapter(state)
         known = self._open.pop(state.request_id, None)
         with_grammar = state.request_id in self._with_grammar
         self._with_grammar.discard(state.request_id)
@@ -92,6 +110,11 @@ class Accounts:
         ticket.finish_reasons.append(reason)
         _book(ticket, state)
 
+    def _book_adapter(self, state: Any) -> None:
+        if state.lora_name is not None:
+            first = state.parent_req is None or state.request_index == 0
+            self._loras.book(state.lora_name, int(first), state.prompt_len if first else 0, _output_tokens(state))
+
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
         """Sequences are given up, since their client is gone or the server stops."""
         aborted: list[str] = self._abort(request_ids, internal)
@@ -100,6 +123,7 @@ class Accounts:
             self._with_grammar.discard(request_id)
             if known is not None:
                 ticket, state = known
+                self._book_adapter(state)
                 ticket.aborted += 1
                 ticket.finish_reasons.append("abort")
                 _book(ticket, state)
@@ -112,17 +136,21 @@ class Accounts:
         self._fail(error)
 
 
+def _output_tokens(state: Any) -> int:
+    if state.stats is not None:
+        return int(state.stats.num_generation_tokens)
+    return 0 if state.detokenizer is None else int(state.detokenizer.num_output_tokens())
+
+
 def _book(ticket: Ticket, state: Any) -> None:
     """Add one sequence's figures. Time stamps of the engine's clock are used only as differences."""
     if state.parent_req is None or state.request_index == 0:
         ticket.prompt_tokens += state.prompt_len
         ticket.cached_tokens += state.num_cached_tokens
     stats = state.stats
+    ticket.output_tokens += _output_tokens(state)
     if stats is None:  # --disable-log-stats
-        if state.detokenizer is not None:
-            ticket.output_tokens += state.detokenizer.num_output_tokens()
         return
-    ticket.output_tokens += stats.num_generation_tokens
     ticket.preemptions += stats.num_preemptions
     if stats.scheduled_ts:
         ticket.queue_s = max(ticket.queue_s or 0.0, stats.scheduled_ts - stats.queued_ts)

@@ -60,6 +60,7 @@ class Intake:
         cache: answers that were given before, or None.
         model: tells the weights of the base model from others.
         base_model: tells its served name.
+        plain: tells the name of an adapter for its name in the engine.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Intake:
         cache: Cache | None = None,
         model: str = "",
         base_model: Callable[[], str] = str,
+        plain: Callable[[str], str] = str,
     ) -> None:
         self._door = door
         self._cache = cache
         self._model = model
         self._base_model = base_model
+        self._plain = plain
         self._prioritized = prioritized
         self._generate, client.generate = client.generate, self.generate
         self._encode, client.encode = client.encode, self.encode
@@ -150,7 +153,7 @@ class Intake:
         finally:
             if not asking.pays:
                 ticket.base_model = self._base_model()
-                ticket.adapter = lora.lora_name if lora is not None else None
+                ticket.adapter = self._plain(lora.lora_name) if lora is not None else None
                 ticket.model = ticket.adapter or ticket.base_model
                 ticket.prompt_tokens += figures.prompt_tokens
                 ticket.output_tokens += figures.output_tokens
@@ -172,10 +175,11 @@ class Intake:
 
     async def _pass(self, ticket: Ticket, options: dict[str, Any], tokens: int, shown: Any = None) -> None:
         lora = options.get("lora_request")
+        adapter = self._plain(lora.lora_name) if lora is not None else None
         try:
             if shown is not None:
                 check_parameters(shown)
-            await self._door.take_up(ticket, Work(lora.lora_name if lora is not None else None, tokens))
+            await self._door.take_up(ticket, Work(adapter, tokens))
         except RequestError as error:
             ticket.refusal = error
             raise

@@ -15,7 +15,6 @@ import difflib
 import logging
 import os
 import shutil
-import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,10 +22,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import orjson
 import psutil
 
+from kserve_vllm.engine import guards
 from kserve_vllm.engine.accounts import Accounts
-from kserve_vllm.engine.faults import UNSENDABLE, is_template_error, sentence_of_client_fault, unsendable
+from kserve_vllm.engine.adapters import Adapter, Adapters
+from kserve_vllm.engine.faults import is_template_error
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
+from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -37,7 +39,6 @@ from kserve_vllm.errors import (
     RequestError,
     Unavailable,
 )
-from kserve_vllm.ticket import current
 from kserve_vllm.types import ModelInfo, Piece, TextJob
 
 if TYPE_CHECKING:
@@ -81,7 +82,6 @@ SAMPLING_OPTIONS = frozenset(
 # Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
 _NOT_SERVED = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
 # 501 and 503 say what they mean, and are nobody's fault.
-_NO_FAULT = (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def prepare_environment() -> None:
@@ -183,7 +183,8 @@ class VLLMEngine:
         self._app: FastAPI | None = None
         self._tasks: tuple[str, ...] = ()
         self._stack = contextlib.AsyncExitStack()
-        self._unloaded: dict[str, str] = {}
+        self._loras: LoRAs | None = None
+        self._adapters: Adapters | None = None
         self._processes: list[psutil.Process] = []
         self.accounts: Accounts | None = None
         """The books of what the engine works on; only after `start`."""
@@ -200,8 +201,9 @@ class VLLMEngine:
             Exception: whatever vLLM raises where loading fails.
         """
         self._client = client = await asyncio.to_thread(self._start_process)
-        self.accounts = Accounts(client.output_processor, lambda: self.names[0])
-        _guard_engine(client)
+        self._loras = loras = LoRAs(client)
+        self.accounts = Accounts(client.output_processor, lambda: self.names[0], loras)
+        guards.guard_engine(client)
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
@@ -211,15 +213,18 @@ class VLLMEngine:
         self._app = build_app(self._args, self._tasks, client.model_config)  # type: ignore[arg-type]
         routes = self._app.router.routes
         routes[:] = [route for route in routes if getattr(route, "path", None) not in _NOT_SERVED]
-        _answer_errors(self._app, client)
+        guards.answer_errors(self._app, client)
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
-        _check_before_stream(self._app, client, self._tasks)
+        guards.check_before_stream(self._app, client, self._tasks)
+        loras.attach(self._app.state.openai_serving_models)
+        self._adapters = loras.adapters = Adapters(loras)
 
     def stand_before(self, door: Door, cache: Cache | None = None) -> None:
         """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
-        Intake(self.client, door, prioritized, cache, model, lambda: self.names[0])
+        assert self._loras is not None
+        Intake(self.client, door, prioritized, cache, model, lambda: self.names[0], self._loras.plain)
 
     def _fingerprint(self) -> str:
         config = self.client.model_config
@@ -324,6 +329,8 @@ class VLLMEngine:
     async def stop(self) -> None:
         """End the engine process. Whatever is still in flight is aborted."""
         await self._stack.aclose()
+        if self._adapters is not None:
+            await self._adapters.stop()
         if self._client is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(self._client.shutdown, 5.0), 15.0)
@@ -374,25 +381,28 @@ class VLLMEngine:
         """All names that clients can ask for: base model, adapters, and adapters that were unloaded."""
         registry = self.app.state.openai_serving_models
         found = [ModelInfo(p.name, p.model_path, None, self.served) for p in registry.base_model_paths]
-        found += [
-            ModelInfo(lora.lora_name, lora.lora_path, lora.base_model_name or self.names[0], self.served)
-            for lora in registry.lora_requests.values()
-        ]
-        found += [ModelInfo(name, path, self.names[0], False) for name, path in self._unloaded.items()]
+        found += [self._info(each) for each in self.adapters.all()]
         return found
 
     def find(self, name: str) -> ModelInfo | None:
-        """The model of that name, loaded or not, or None."""
-        return next((model for model in self.models() if model.name == name), None)
+        """The model of that name, loaded or not, or None. `base:adapter` names an adapter too."""
+        for path in self.app.state.openai_serving_models.base_model_paths:
+            if path.name == name:
+                return ModelInfo(path.name, path.model_path, None, self.served)
+        adapter = self.adapters.find(name)
+        return None if adapter is None else self._info(adapter)
+
+    def _info(self, adapter: Adapter) -> ModelInfo:
+        declared, loaded = adapter.declared, self.served and adapter.version is not None
+        return ModelInfo(declared.name, declared.source, self.names[0], loaded, adapter.error)
 
     def served_names(self) -> frozenset[str]:
-        """Names that requests may ask for now."""
-        registry = self.app.state.openai_serving_models
-        return frozenset([*self.names, *registry.lora_requests])
+        """Names that requests may ask for now, each adapter under its plain one."""
+        return self.adapters.served_names().union(self.names)
 
     def adapters_by_state(self) -> dict[str, int]:
-        """Number of adapters that are `loaded` and `unloaded`."""
-        return {"loaded": len(self.app.state.openai_serving_models.lora_requests), "unloaded": len(self._unloaded)}
+        """Number of adapters in each state."""
+        return self.adapters.by_state()
 
     async def openai_models(self) -> dict[str, Any]:
         """OpenAI's list of models as vLLM makes it."""
@@ -400,41 +410,21 @@ class VLLMEngine:
         body: dict[str, Any] = models.model_dump()
         return body
 
-    # Adapters
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters; only after `start`."""
+        if self._adapters is None:
+            raise RuntimeError("the engine is not started")
+        return self._adapters
 
-    async def load_adapter(self, name: str) -> None:
-        """Load an adapter again that was unloaded.
+    def adapter_name(self, key: str) -> str:
+        """The name that clients know for a `LoRARequest.lora_name`, which names one content of an adapter."""
+        return key if self._loras is None else self._loras.plain(key)
 
-        Raises:
-            NotFound: no adapter of that name is known.
-            InvalidRequest: vLLM can't load it.
-        """
-        path = self._unloaded.get(name)
-        if path is None:
-            raise NotFound(f"no adapter named {name!r} is known", field="model_name")
-        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
-        result = await self.app.state.openai_serving_models.load_lora_adapter(
-            LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
-        )
-        _raise_error_response(result)
-        self._unloaded.pop(name, None)
-
-    async def unload_adapter(self, name: str) -> None:
-        """Serve no new request with this adapter. Requests in flight finish.
-
-        Raises:
-            NotFound: no adapter of that name is loaded.
-        """
-        registry = self.app.state.openai_serving_models
-        lora = registry.lora_requests.get(name)
-        if lora is None:
-            raise NotFound(f"no adapter named {name!r} is loaded", field="model_name")
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
-
-        path = lora.lora_path
-        _raise_error_response(await registry.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
-        self._unloaded[name] = path
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether the prefix cache is on."""
+        return bool(self.client.vllm_config.cache_config.enable_prefix_caching)
 
     # Work
 
@@ -612,137 +602,6 @@ class VLLMEngine:
             return InvalidRequest(str(error))
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)
-
-
-def _guard_engine(client: AsyncLLM) -> None:
-    """Refuse, in front of the engine, what would end it or can't be sent to it.
-
-    On a CPU, prompt log probabilities of a model with adapters take the logits of every prompt token through a mapping
-    that has one row per sequence; the worker dies of it as soon as two sequences run, and with it every request.
-
-    The engine is another process: a number beyond 64 bits or a text that is no Unicode can't be sent. vLLM has the
-    request on its books by then and would keep it there for ever.
-    """
-    from vllm.exceptions import VLLMValidationError
-    from vllm.platforms import current_platform
-
-    processor: Any = client.input_processor
-    core: Any = client.engine_core
-    validate, send = processor._validate_params, core.add_request_async
-    no_prompt_logprobs = client.vllm_config.lora_config is not None and current_platform.is_cpu()
-
-    def validate_params(params: Any, supported_tasks: Any) -> Any:
-        if no_prompt_logprobs and getattr(params, "prompt_logprobs", None) is not None:
-            raise VLLMValidationError(
-                "prompt_logprobs (and echo with logprobs) can't be had on a CPU together with adapters",
-                parameter="prompt_logprobs",
-            )
-        return validate(params, supported_tasks)
-
-    async def add_request(request: Any) -> None:
-        try:
-            await send(request)
-        except UNSENDABLE as error:
-            name = unsendable(request, core.encoder.encode)
-            if name is None:
-                raise
-            client.output_processor.abort_requests([request.request_id], internal=True)
-            raise VLLMValidationError(f"{name} can't be used: {error}", parameter=name) from error
-
-    processor._validate_params, core.add_request_async = validate_params, add_request
-
-
-def _check_before_stream(app: FastAPI, client: AsyncLLM, tasks: tuple[str, ...]) -> None:
-    """Check a streamed response's parameters before its first event; vLLM does after it, and tears the stream."""
-    responses = getattr(app.state, "openai_serving_responses", None)
-    if responses is None:
-        return
-    processor: Any = client.input_processor
-    generate = responses._generate_with_builtin_tools
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        processor._validate_params(kwargs["sampling_params"], tasks)
-        return generate(*args, **kwargs)
-
-    responses._generate_with_builtin_tools = checked
-
-
-def _answer_errors(app: FastAPI, client: AsyncLLM) -> None:
-    """Have vLLM's app answer 400 to what is the client's fault, and log the trace of every 500.
-
-    All of vLLM's ways to an error go through one function, whether an exception reaches its handlers or is caught by
-    what serves a route. Its handler for a failed engine wants vLLM's own HTTP server, which is not there.
-    """
-    from fastapi import Request, Response
-    from fastapi.responses import JSONResponse
-    from vllm.entrypoints.serve.exception_handling import error_response
-    from vllm.exceptions import (
-        GenerationError,
-        RetryableRequestError,
-        VLLMClientError,
-        VLLMError,
-        VLLMValidationError,
-    )
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-    original = error_response.create_error_response
-    # With a connector, a sequence may also fail since its cache did not arrive.
-    grammar_alone = client.vllm_config.kv_transfer_config is None
-
-    def explain(error: Exception) -> Any:
-        late = isinstance(error, RuntimeError) and "response already started" in str(error)
-        if (late or isinstance(error, EngineGenerateError)) and isinstance(error.__cause__, Exception):
-            return explain(error.__cause__)
-        if isinstance(error, EngineDeadError):
-            return error
-        if isinstance(error, RequestError) and error.http_status < HTTPStatus.INTERNAL_SERVER_ERROR:
-            # Refused at the engine's door; the edge answers with the error itself.
-            return VLLMValidationError(error.message, parameter=error.field)
-        ticket = current.get()
-        if isinstance(error, GenerationError) and not isinstance(error, RetryableRequestError):
-            if ticket is not None and ticket.stuck and grammar_alone:
-                return VLLMValidationError(
-                    "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar",
-                    parameter="structured_outputs",
-                )
-        elif not isinstance(error, VLLMError):
-            fault = sentence_of_client_fault(error, taken_up=ticket is None or ticket.sequences > 0)
-            if fault is not None:
-                return VLLMValidationError(fault[0], parameter=fault[1])
-        return error
-
-    def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(message, EngineDeadError):
-            return original("The engine died; the request was not completed.", "ServiceUnavailableError",
-                            HTTPStatus.SERVICE_UNAVAILABLE)  # fmt: skip
-        reply = original(message, *args, **kwargs)
-        if reply.error.code < HTTPStatus.INTERNAL_SERVER_ERROR or reply.error.code in _NO_FAULT:
-            return reply
-        # Some handlers hand over no more than a text, from within `except`.
-        error = message if isinstance(message, Exception) else sys.exc_info()[1]
-        if isinstance(error, Exception):
-            explained = explain(error)
-            if isinstance(explained, (VLLMClientError, EngineDeadError)):
-                return create_error_response(explained)
-        ticket = current.get()
-        log.error(
-            "request %s failed in vLLM: %s",
-            ticket.request_id if ticket is not None else "none",
-            message,
-            exc_info=error,
-        )
-        return reply
-
-    for module in [module for name, module in sys.modules.items() if name.startswith("vllm.")]:
-        if vars(module).get("create_error_response") is original:
-            vars(module)["create_error_response"] = create_error_response
-
-    async def answer(request: Request, error: Exception) -> Response:
-        reply = create_error_response(error)
-        return JSONResponse(reply.model_dump(), status_code=reply.error.code)
-
-    for kind in (VLLMError, ValueError, TypeError, OverflowError, NotImplementedError, Exception):
-        app.add_exception_handler(kind, answer)
 
 
 def _reject_unknown_options(options: Mapping[str, Any], known: set[str] | frozenset[str] = SAMPLING_OPTIONS) -> None:

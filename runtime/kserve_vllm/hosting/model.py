@@ -107,7 +107,7 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
                 "name": info.name,
                 "version": v2.VERSION,
                 "state": "READY" if info.loaded else "UNAVAILABLE",
-                "reason": "" if info.loaded else "unloaded",
+                "reason": info.error or ("" if info.loaded else "unloaded"),
             }
             for info in self._engine.models()
         ]
@@ -118,11 +118,11 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
         Raises:
             NotFound: no such model.
         """
-        info = self._known(name)
+        self._known(name)
         if name in self._engine.names:
             self._set_served(True)
-        elif not info.loaded:
-            await self._engine.load_adapter(name)
+        else:
+            await self._engine.adapters.load(name)
 
     async def unload_model_by_name(self, name: str) -> None:
         """Serve no new request with a model or adapter. Without the base model, the server is not ready.
@@ -130,11 +130,11 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
         Raises:
             NotFound: no such model.
         """
-        info = self._known(name)
+        self._known(name)
         if name in self._engine.names:
             self._set_served(False)
-        elif info.loaded:
-            await self._engine.unload_adapter(name)
+        else:
+            await self._engine.adapters.unload(name)
 
     def _set_served(self, served: bool) -> None:
         self._engine.served = served

@@ -18,6 +18,7 @@ from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
 from kserve_vllm.gate import Gate
 from kserve_vllm.protocol import generate, schemas, tensors, wire
+from kserve_vllm.protocol.adapters import AdapterRoutes
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 from kserve_vllm.ticket import current
 
@@ -253,6 +254,7 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
     app = FastAPI(title="kserve-vllm", version=version, redoc_url=None, description=schemas.DESCRIPTION)
     app.include_router(_v2_router(routes))
     app.include_router(_v1_router(routes))
+    app.include_router(AdapterRoutes(engine.adapters).router())
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):

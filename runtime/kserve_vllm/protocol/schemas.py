@@ -26,6 +26,8 @@ _DATATYPE: dict[str, Any] = {
 _SHAPE: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 8}
 _TEXT: dict[str, Any] = {"type": "string"}
 _FLAG: dict[str, Any] = {"type": "boolean"}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_MAYBE_TEXT: dict[str, Any] = {"type": ["string", "null"]}
 
 
 def _object(required: list[str] | None = None, extra: bool = False, **properties: Any) -> dict[str, Any]:
@@ -52,6 +54,8 @@ _OUTPUT_TENSOR = _object(["name", "datatype", "shape"], name=_TEXT, datatype=_DA
 
 SCHEMAS: Mapping[str, dict[str, Any]] = {
     "Error": _object(["error"], error=_TEXT),
+    "OpenAIError": _object(["error"], error=_object(["message", "type", "param", "code"], message=_TEXT, type=_TEXT,
+                                                    param=_MAYBE_TEXT, code={"type": "integer"})),
     "InferInputTensor": _object(
         ["name", "datatype", "shape"], extra=True, name=_TEXT, datatype=_DATATYPE, shape=_SHAPE,
         data={"type": "array"}, parameters={"type": "object"},
@@ -86,6 +90,15 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
     "ModelState": _object(["name", "version", "state", "reason"], name=_TEXT, version=_TEXT,
                           state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT),
     "Control": _object(["name"], extra=True, name=_TEXT),
+    "Adapter": _object(
+        ["name", "object", "source", "description", "origin", "state", "error", "revision", "digest", "since",
+         "in_use"],
+        name=_TEXT, object=_TEXT, source=_TEXT, description=_TEXT, origin={"enum": ["file", "flag", "api"]},
+        state={"enum": ["loaded", "loading", "failed", "unloaded"]}, error=_MAYBE_TEXT, revision=_MAYBE_TEXT,
+        digest=_MAYBE_TEXT, since={"type": "number"}, in_use=_FLAG,
+    ),
+    "AdapterStats": _object(["name"], name=_TEXT, requests=_COUNT, in_flight=_COUNT, prompt_tokens=_COUNT,
+                            output_tokens=_COUNT, loads=_COUNT, reloads=_COUNT, failures=_COUNT, unloads=_COUNT),
     "Models": _object(["object", "data", "models"], object=_TEXT, data=_list({"type": "object"}), models=_list(_TEXT)),
     "QueueStats": _object(["slots", "in_use", "waiting"], extra=True, slots={"type": "integer"}),
     "Model": _object(["name", "ready"], extra=True, name=_TEXT, ready=_FLAG),
@@ -97,8 +110,8 @@ def _answer(schema: dict[str, Any] | str, media_type: str = "application/json") 
     return {200: {"description": "Answered", "content": content}}
 
 
-def _error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _ref("Error")}}}
+def _error(description: str, schema: str = "Error") -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -109,6 +122,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     413: _error("The body is too large"),
     429: _error("Over a limit, or no room in the queue; `Retry-After` says when to try again"),
     503: _error("Loading, draining, unloaded, or the engine is gone"),
+}
+OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: _error("The adapter is broken; the sentence says what is wrong with it", "OpenAIError"),
+    403: _error("Not allowed", "OpenAIError"),
+    404: _error("No adapter of that name is declared", "OpenAIError"),
+    503: _error("Not now, or the adapter's source can't be reached", "OpenAIError"),
 }
 HEALTH = {"/health/live": "server_live", "/health/ready": "server_ready"}
 HEALTH_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -126,6 +145,10 @@ INFER[200]["content"]["application/octet-stream"] = {"schema": {"type": "string"
 GENERATE = _answer("GenerateResponse")
 GENERATE_STREAM = _answer({"type": "string"}, "text/event-stream")
 PREDICT = _answer("PredictResponse")
+ADAPTER = _answer("Adapter")
+ADAPTERS = _answer(_object(["object", "data"], object=_TEXT, data=_list(_ref("Adapter"))))
+ADAPTER_STATS = _answer(_object(["object", "data", "states"], object=_TEXT, data=_list(_ref("AdapterStats")),
+                                states={"type": "object", "additionalProperties": {"type": "integer"}}))  # fmt: skip
 V1_MODELS = _answer("Models")
 V1_MODEL = _answer("Model")
 QUEUE_STATS = _answer("QueueStats")

@@ -81,8 +81,14 @@ DECLARED: tuple[Declared, ...] = (
              merge="livemin"),
     Declared("kserve_vllm_drain_remaining_seconds", "gauge",
              "Seconds until requests in flight are cut off; 0 while not draining.", merge="livemax"),
-    Declared("kserve_vllm_adapters", "gauge", "Adapters (LoRA) by state: loaded or unloaded.", ("state",),
-             merge="livemax"),
+    Declared("kserve_vllm_adapters", "gauge", "Adapters (LoRA) by state: loaded, loading, failed or unloaded.",
+             ("state",), merge="livemax"),
+    Declared("kserve_vllm_adapter_loads", "counter", "Versions of an adapter that were loaded.", ("adapter",)),
+    Declared("kserve_vllm_adapter_failures", "counter",
+             "Attempts to load an adapter that failed; the version before is served on.", ("adapter",)),
+    Declared("kserve_vllm_warmup_prompts", "counter",
+             "Prompts of the warm-up file that were run through the prefix cache, by outcome: ok or failed.",
+             ("outcome",)),
     Declared("kserve_vllm_redis_up", "gauge",
              "1 while the Redis that replicas share answers, 0 while not, or where there is none.",
              merge="livemin"),
@@ -214,6 +220,15 @@ class Metrics:
         """Count a request that was turned away."""
         self._get("kserve_vllm_rejections").labels(protocol, reason).inc()
 
+    def count_adapter(self, name: str, loaded: bool) -> None:
+        """Count an attempt to load an adapter."""
+        metric = "kserve_vllm_adapter_loads" if loaded else "kserve_vllm_adapter_failures"
+        self._get(metric).labels(self._model(name)).inc()
+
+    def count_warmup(self, done: bool) -> None:
+        """Count a prompt of the warm-up file."""
+        self._get("kserve_vllm_warmup_prompts").labels("ok" if done else "failed").inc()
+
     def model_label(self, model: str | None) -> str:
         """A served name as it is, `other` for a name that is not served, `none` where no model was named."""
         if model is None:
@@ -242,8 +257,9 @@ class Metrics:
         count = self._in_flight()
         self._get("kserve_vllm_requests_in_flight").set(count)
         self._get("kserve_vllm_lifecycle_state_seconds").set(self._lifecycle.seconds)
-        for state in ("loaded", "unloaded"):
-            self._get("kserve_vllm_adapters").labels(state).set(self._adapters().get(state, 0))
+        adapters = self._adapters()
+        for state in ("loaded", "loading", "failed", "unloaded"):
+            self._get("kserve_vllm_adapters").labels(state).set(adapters.get(state, 0))
         progress = remaining = 0.0
         if self._drain is not None and self._lifecycle.state is State.DRAINING:
             initial, timeout_s = self._drain

@@ -1,0 +1,155 @@
+"""What stands between clients, vLLM's app and the engine: a client's fault is answered as one, and what would end the
+engine does not reach it.
+
+Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from kserve_vllm.engine.faults import UNSENDABLE, sentence_of_client_fault, unsendable
+from kserve_vllm.errors import RequestError
+from kserve_vllm.ticket import current
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+_NO_FAULT = (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def guard_engine(client: AsyncLLM) -> None:
+    """Refuse, in front of the engine, what would end it or can't be sent to it.
+
+    On a CPU, prompt log probabilities of a model with adapters take the logits of every prompt token through a mapping
+    that has one row per sequence; the worker dies of it as soon as two sequences run, and with it every request.
+
+    The engine is another process: a number beyond 64 bits or a text that is no Unicode can't be sent. vLLM has the
+    request on its books by then and would keep it there for ever.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
+
+    processor: Any = client.input_processor
+    core: Any = client.engine_core
+    validate, send = processor._validate_params, core.add_request_async
+    no_prompt_logprobs = client.vllm_config.lora_config is not None and current_platform.is_cpu()
+
+    def validate_params(params: Any, supported_tasks: Any) -> Any:
+        if no_prompt_logprobs and getattr(params, "prompt_logprobs", None) is not None:
+            raise VLLMValidationError(
+                "prompt_logprobs (and echo with logprobs) can't be had on a CPU together with adapters",
+                parameter="prompt_logprobs",
+            )
+        return validate(params, supported_tasks)
+
+    async def add_request(request: Any) -> None:
+        try:
+            await send(request)
+        except UNSENDABLE as error:
+            name = unsendable(request, core.encoder.encode)
+            if name is None:
+                raise
+            client.output_processor.abort_requests([request.request_id], internal=True)
+            raise VLLMValidationError(f"{name} can't be used: {error}", parameter=name) from error
+
+    processor._validate_params, core.add_request_async = validate_params, add_request
+
+
+def check_before_stream(app: FastAPI, client: AsyncLLM, tasks: tuple[str, ...]) -> None:
+    """Check a streamed response's parameters before its first event; vLLM does after it, and tears the stream."""
+    responses = getattr(app.state, "openai_serving_responses", None)
+    if responses is None:
+        return
+    processor: Any = client.input_processor
+    generate = responses._generate_with_builtin_tools
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        processor._validate_params(kwargs["sampling_params"], tasks)
+        return generate(*args, **kwargs)
+
+    responses._generate_with_builtin_tools = checked
+
+
+def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
+    """Have vLLM's app answer 400 to what is the client's fault, and log the trace of every 500.
+
+    All of vLLM's ways to an error go through one function, whether an exception reaches its handlers or is caught by
+    what serves a route. Its handler for a failed engine wants vLLM's own HTTP server, which is not there.
+    """
+    from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve.exception_handling import error_response
+    from vllm.exceptions import (
+        GenerationError,
+        RetryableRequestError,
+        VLLMClientError,
+        VLLMError,
+        VLLMValidationError,
+    )
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    original = error_response.create_error_response
+    # With a connector, a sequence may also fail since its cache did not arrive.
+    grammar_alone = client.vllm_config.kv_transfer_config is None
+
+    def explain(error: Exception) -> Any:
+        late = isinstance(error, RuntimeError) and "response already started" in str(error)
+        if (late or isinstance(error, EngineGenerateError)) and isinstance(error.__cause__, Exception):
+            return explain(error.__cause__)
+        if isinstance(error, EngineDeadError):
+            return error
+        if isinstance(error, RequestError) and error.http_status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            # Refused at the engine's door; the edge answers with the error itself.
+            return VLLMValidationError(error.message, parameter=error.field)
+        ticket = current.get()
+        if isinstance(error, GenerationError) and not isinstance(error, RetryableRequestError):
+            if ticket is not None and ticket.stuck and grammar_alone:
+                return VLLMValidationError(
+                    "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar",
+                    parameter="structured_outputs",
+                )
+        elif not isinstance(error, VLLMError):
+            fault = sentence_of_client_fault(error, taken_up=ticket is None or ticket.sequences > 0)
+            if fault is not None:
+                return VLLMValidationError(fault[0], parameter=fault[1])
+        return error
+
+    def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(message, EngineDeadError):
+            return original("The engine died; the request was not completed.", "ServiceUnavailableError",
+                            HTTPStatus.SERVICE_UNAVAILABLE)  # fmt: skip
+        reply = original(message, *args, **kwargs)
+        if reply.error.code < HTTPStatus.INTERNAL_SERVER_ERROR or reply.error.code in _NO_FAULT:
+            return reply
+        # Some handlers hand over no more than a text, from within `except`.
+        error = message if isinstance(message, Exception) else sys.exc_info()[1]
+        if isinstance(error, Exception):
+            explained = explain(error)
+            if isinstance(explained, (VLLMClientError, EngineDeadError)):
+                return create_error_response(explained)
+        ticket = current.get()
+        log.error(
+            "request %s failed in vLLM: %s",
+            ticket.request_id if ticket is not None else "none",
+            message,
+            exc_info=error,
+        )
+        return reply
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("vllm.")]:
+        if vars(module).get("create_error_response") is original:
+            vars(module)["create_error_response"] = create_error_response
+
+    async def answer(request: Request, error: Exception) -> Response:
+        reply = create_error_response(error)
+        return JSONResponse(reply.model_dump(), status_code=reply.error.code)
+
+    for kind in (VLLMError, ValueError, TypeError, OverflowError, NotImplementedError, Exception):
+        app.add_exception_handler(kind, answer)
