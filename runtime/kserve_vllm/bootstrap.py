@@ -124,9 +124,11 @@ class _Process:
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
         from kserve_vllm.engine import vllm
+        from kserve_vllm.engine.openai_stream import Streams
         from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
         from kserve_vllm.protocol.grpc_backend import Backend
         from kserve_vllm.protocol.http import Routes, build_app
+        from kserve_vllm.protocol.openai_stream import fast_paths
         from kserve_vllm.protocol.v1 import V1Text
         from kserve_vllm.protocol.v2 import V2Text
 
@@ -138,7 +140,8 @@ class _Process:
         models = EngineModels(engine, self._lifecycle, text, V1Text(engine, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, server.allow_model_control)
-        self._edge.attach(build_app(routes, engine, self._version), engine.app)
+        fast = await fast_paths(Streams(engine), engine.app, self._metrics.count_path) if server.fast_path else None
+        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
         self._servicer.attach(Backend(plane, models, text))
         await engine.warm_up()
 

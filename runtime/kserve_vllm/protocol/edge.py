@@ -12,7 +12,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import orjson
@@ -22,6 +22,7 @@ from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.endpoints import Endpoints, of_http
+from kserve_vllm.protocol.openai_stream import FastPath
 from kserve_vllm.telemetry.requests import Requests
 
 log = logging.getLogger(__name__)
@@ -95,10 +96,11 @@ class Edge:
         self._endpoints = Endpoints()
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
+        self._fast: Mapping[str, FastPath] = {}
 
-    def attach(self, ours: ASGIApp, vllm: ASGIApp) -> None:
-        """Set the apps behind the gate, once the engine runs."""
-        self._ours, self._vllm = ours, vllm
+    def attach(self, ours: ASGIApp, vllm: ASGIApp, fast: Mapping[str, FastPath] | None = None) -> None:
+        """Set the apps behind the gate, once the engine runs, and what answers some of vLLM's paths before it."""
+        self._ours, self._vllm, self._fast = ours, vllm, fast or {}
         self._endpoints = Endpoints(ours, vllm)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,7 +131,10 @@ class Edge:
             self._keys.check(headers.get(b"authorization", b"").decode("latin-1"))
             with self._gate.enter(needs_model=not _about_models(scope["method"], path)):
                 receive = await self._limited(headers, receive)
-                await self._app_for(path)(scope, receive, guard.send)
+                if fast := self._fast.get(path):
+                    await fast(scope, receive, guard.send, guard.body_send)
+                else:
+                    await self._app_for(path)(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
             await guard.fail(error)
@@ -219,6 +224,8 @@ class _Guard:
 
     def __init__(self, send: Send, request_id: str, path: str, trace: str | None) -> None:
         self._send = send
+        self.body_send = send
+        """For the rest of a body that began with `send`."""
         self.request_id = request_id
         self._path = path
         self._trace = trace
