@@ -220,20 +220,31 @@ def frames(response: httpx.Response) -> list[Any]:
             tree.pop("created", None)
         return [tree]
     assert response.text.endswith("\n\n")
-    found: list[Any] = []
+    parsed: list[Any] = []
     for event in response.text.removesuffix("\n\n").split("\n\n"):
         assert event.startswith("data: ")
         data = event.removeprefix("data: ")
         if data == "[DONE]":
-            found.append(data)
+            parsed.append(data)
             continue
         frame = json.loads(data)
         frame.pop("created", None)
+        parsed.append(frame)
+    # Several choices come in any order.
+    parsed.sort(key=_index)
+    found: list[Any] = []
+    for frame in parsed:
         if found and _joins(found[-1], frame):
             _join(found[-1], frame)
         else:
             found.append(frame)
     return found
+
+
+def _index(frame: Any) -> int:
+    """Of the frame's choice; those without one come after all."""
+    choices = frame.get("choices") if isinstance(frame, dict) else None
+    return int(choices[0]["index"]) if choices else 1000
 
 
 def _text(frame: Any) -> dict[str, Any] | None:
@@ -246,6 +257,8 @@ def _text(frame: Any) -> dict[str, Any] | None:
 
 def _joins(before: Any, frame: Any) -> bool:
     if _text(before) is None or _text(frame) is None or "error" in frame or "logprobs" not in frame["choices"][0]:
+        return False
+    if _index(before) != _index(frame):
         return False
     return before["choices"][0]["finish_reason"] is None and before["choices"][0]["logprobs"] is None
 
