@@ -140,9 +140,10 @@ class _Process:
         models = EngineModels(engine, self._lifecycle, text, V1Text(engine, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, server.allow_model_control)
-        fast = await fast_paths(Streams(engine), engine.app, self._metrics.count_path) if server.fast_path else None
+        streams = Streams(engine) if server.fast_path and engine.generates else None
+        fast = await fast_paths(streams, engine.app, self._metrics.count_path) if streams else None
         self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
-        self._servicer.attach(Backend(plane, models, text))
+        self._servicer.attach(Backend(plane, models, text, streams))
         await engine.warm_up()
 
     async def _serve(self, stopping: asyncio.Task[bool]) -> int:

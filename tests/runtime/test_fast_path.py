@@ -14,12 +14,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
 
 from tests.clients import assert_unharmed, post, running, until
 from tests.support import Server
+from tests.triton import service_pb2, service_pb2_grpc
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _WORDS = [
@@ -368,6 +370,55 @@ def test_a_stream_is_booked_like_any_other(plain: Server) -> None:
     until(lambda: plain.metric("kserve_vllm_requests_total", **who) == requests + 1, 5)
     assert plain.metric("kserve_vllm_output_tokens_total") == tokens + 9
     assert plain.metric("kserve_vllm_time_to_first_token_seconds_count") == first + 1
+
+
+def grpc_answers(server: Server, prompt: str, named: bool, **parameters: Any) -> list[Any]:
+    """Messages of one streamed request; with the output named, the general way has to answer."""
+    request = service_pb2.ModelInferRequest(model_name="demo", id="7")
+    tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(prompt.encode())
+    for name, value in {"stream": True, **parameters}.items():
+        kind = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
+        setattr(request.parameters[name], kind, value)
+    if named:
+        request.outputs.add(name="text_output")
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        return list(service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request]), timeout=60))
+
+
+def joined(answers: list[Any]) -> tuple[str, list[Any]]:
+    """The whole text, and the kinds of messages that came, each once, in their order."""
+    text = b""
+    kinds: list[Any] = []
+    for answer in answers:
+        response = answer.infer_response
+        for raw in response.raw_output_contents:
+            assert int.from_bytes(raw[:4], "little") == len(raw) - 4
+            text += raw[4:]
+        del response.raw_output_contents[:]
+        if not kinds or kinds[-1] != answer:
+            kinds.append(answer)
+    return text.decode(), kinds
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"max_tokens": 12, "temperature": 0},
+        {"max_tokens": 1, "temperature": 0, "ignore_eos": True},
+        {"max_tokens": 20, "temperature": 0, "triton_enable_empty_final_response": True},
+        {"max_tokens": 9, "seed": 4, "stop": '[" "]', "apply_chat_template": True},
+        {"max_tokens": 0},
+        {"max_tokens": 12, "unknown": 1},
+        {"max_tokens": 12, "temperature": -1},
+        {"max_tokens": 12, "logit_bias": '{"99999999": 1}'},
+    ],
+)
+def test_a_grpc_stream_is_the_same(plain: Server, parameters: dict[str, Any]) -> None:
+    for prompt in ("17 + 25 =", "Grüße 🙂", "too long " * 1000):
+        fast, slow = (joined(grpc_answers(plain, prompt, named, **parameters)) for named in (False, True))
+        assert fast == slow
+        assert fast[0] or fast[1][0].error_message
 
 
 def test_every_frame_comes_when_its_token_does(plain: Server) -> None:

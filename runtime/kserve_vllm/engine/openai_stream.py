@@ -17,16 +17,19 @@ import logging
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import orjson
 
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
+from kserve_vllm.types import TextJob
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["chat", "completion"]
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of `AsyncLLM.generate`."""
 
 # Stand for what differs from request to request while vLLM's models write a frame once.
 _ID, _MODEL, _ROLE, _TEXT, _FINISH, _STOP = _WORDS = tuple(f"kserve-vllm-mark-{i}" for i in range(6))
@@ -79,20 +82,35 @@ class TextStream:
         begun: whether there was any output.
         finish_reason, stop_reason: set with the last text.
         error: what was raised instead of an output.
-        frames: how the response's frames look.
-        include_usage: whether a frame with the usage comes at the end.
-        skips_empty: whether a piece without text gets no frame.
+        prompt_tokens: length of the prompt.
+        cached: how many of those were found in the prefix cache, and how many were written to it.
         on_ready: called from the event loop, in no task; outputs wait while it is None.
     """
 
-    __slots__ = ("_hub", "_internal_id", "_prepared", "_pump", "_queued", "_state", "_streams", "_take_text",
-                 "begun", "error", "finish_reason", "frames", "include_usage", "new_tokens", "on_ready",
-                 "prompt_tokens", "skips_empty", "stop_reason", "text")  # fmt: skip
+    __slots__ = (
+        "_call",
+        "_client",
+        "_hub",
+        "_internal_id",
+        "_pump",
+        "_queued",
+        "_state",
+        "_take_text",
+        "begun",
+        "cached",
+        "error",
+        "finish_reason",
+        "new_tokens",
+        "on_ready",
+        "prompt_tokens",
+        "stop_reason",
+        "text",
+    )
 
-    def __init__(self, streams: Streams, prepared: _Prepared) -> None:
-        self._streams = streams
-        self._hub = streams.hub
-        self._prepared = prepared
+    def __init__(self, hub: Hub, client: Any, call: Call) -> None:
+        self._hub = hub
+        self._client = client
+        self._call = call
         self._state: Any = None
         self._internal_id: str | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -101,12 +119,12 @@ class TextStream:
         self.text = ""
         self.new_tokens = 0
         self.prompt_tokens = 0
+        self.cached: tuple[int | None, int | None] = None, None
         self.begun = False
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: Exception | None = None
         self.on_ready: Callable[[], None] | None = None
-        self.frames, self.include_usage, self.skips_empty = prepared.shape
 
     # The engine's side
 
@@ -118,7 +136,7 @@ class TextStream:
             if output.prompt_token_ids is not None:
                 self.prompt_tokens = len(output.prompt_token_ids)
             if not self.begun:
-                self._prepared.cached = output.num_cached_tokens, output.num_cache_creation_tokens
+                self.cached = output.num_cached_tokens, output.num_cache_creation_tokens
             self.begun = True
             for choice in output.outputs:
                 self.text += choice.text
@@ -144,7 +162,7 @@ class TextStream:
         self.new_tokens += len(new_token_ids)
         if not self.begun:
             self.begun = True
-            self._prepared.cached = self._state.num_cached_tokens, self._state.num_cache_creation_tokens
+            self.cached = self._state.num_cached_tokens, self._state.num_cache_creation_tokens
         if finish_reason is not None:
             self.finish_reason, self.stop_reason = str(finish_reason), stop_reason
         if not self._queued:
@@ -179,18 +197,10 @@ class TextStream:
         """Whether policies stand before the engine, so that an error may still come in place of an answer."""
         return self._pump is not None
 
-    def usage(self, completion_tokens: int) -> bytes:
-        """The frame with the usage of the whole request."""
-        return self._streams.usage_frame(self._prepared, self.prompt_tokens, completion_tokens)
-
-    def failure(self, error: Exception | None = None) -> bytes:
-        """The frame that vLLM sends for an exception in mid-stream."""
-        return self._streams.failure_frame(self._prepared, error or self.error)
-
     async def start(self) -> None:
         """Hand the request to the engine. What goes wrong is in `error`, as vLLM's generator would raise it."""
-        client = self._streams.client
-        args, kwargs = self._prepared.call
+        client = self._client
+        args, kwargs = self._call
         prompt, params, request_id = args
         if "generate" in vars(client):
             # Policies stand before the engine and may want to see every output.
@@ -228,7 +238,32 @@ class TextStream:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
         elif self._internal_id is not None and not self.over:
-            await self._streams.client.abort(self._internal_id, internal=True)
+            await self._client.abort(self._internal_id, internal=True)
+
+
+class OpenAIStream(TextStream):
+    """A stream that becomes frames of OpenAI's protocol.
+
+    Attributes:
+        frames: how they look.
+        include_usage: whether a frame with the usage comes at the end.
+        skips_empty: whether a piece without text gets no frame.
+    """
+
+    __slots__ = ("_prepared", "frames", "include_usage", "skips_empty")
+
+    def __init__(self, hub: Hub, client: Any, prepared: _Prepared) -> None:
+        super().__init__(hub, client, prepared.call)
+        self._prepared = prepared
+        self.frames, self.include_usage, self.skips_empty = prepared.shape
+
+    def usage(self, completion_tokens: int) -> bytes:
+        """The frame with the usage of the whole request."""
+        return _usage_frame(self._prepared, self.cached, self.prompt_tokens, completion_tokens)
+
+    def failure(self) -> bytes:
+        """The frame that vLLM sends for an exception in mid-stream."""
+        return _failure_frame(self._prepared, self.error)
 
 
 class Hub:
@@ -262,9 +297,8 @@ class _Prepared:
     request_id: str
     model: str
     created: int
-    call: tuple[tuple[Any, ...], dict[str, Any]]
+    call: Call
     shape: tuple[Frames, bool, bool]
-    cached: tuple[int | None, int | None] = (None, None)
     media: Mapping[str, int] | None = None
 
 
@@ -273,7 +307,7 @@ class _Catcher:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.call: Call | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> _Catcher:
         self.call = args, kwargs
@@ -293,6 +327,7 @@ class Streams:
     def __init__(self, engine: VLLMEngine) -> None:
         self.hub = Hub()
         self.client: Any = engine.client
+        self._engine = engine
         self._app: Any = engine.app
         self._templates: dict[tuple[Kind, bool, bool], Frames] = {}
         self._handlers: dict[Kind, Any] = {}
@@ -334,7 +369,7 @@ class Streams:
         await app({"type": "http", "method": "POST", "path": "/", "headers": []}, nothing, note)
         return found
 
-    async def begin(self, kind: Kind, body: dict[str, Any], scope: MutableMapping[str, Any]) -> TextStream | None:
+    async def begin(self, kind: Kind, body: dict[str, Any], scope: MutableMapping[str, Any]) -> OpenAIStream | None:
         """Validate and render a request, and hand it to the engine.
 
         Args:
@@ -360,9 +395,28 @@ class Streams:
             return None
         if not isinstance(made, _Prepared):
             return None
-        stream = TextStream(self, made)
+        stream = OpenAIStream(self.hub, self.client, made)
         await stream.start()
         return stream
+
+    async def begin_job(self, job: TextJob) -> TextStream:
+        """The stream of one prompt with `n` of 1, for V2.
+
+        Raises:
+            RequestError: as `VLLMEngine.generate` before its first piece.
+        """
+        try:
+            engine_input, params, priority, lora = await self._engine._prepare(job)
+        except Exception as error:
+            raise self.translate(error, job.request_id, started=False) from error
+        options = {"lora_request": lora, "priority": priority, "trace_headers": job.trace_headers}
+        stream = TextStream(self.hub, self.client, ((engine_input, params, job.request_id), options))
+        await stream.start()
+        return stream
+
+    def translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
+        """What an exception of vLLM's becomes for a client."""
+        return self._engine._translate(error, request_id, started)
 
     def _without_last_step(self, kind: Kind, handler: Any) -> Any:
         """A copy of vLLM's handler that returns what it would have streamed from."""
@@ -413,49 +467,52 @@ class Streams:
         skips_empty = kind == "chat" and handler.parser_cls is not None
         return Frames(first, head, tail, last, last_empty, continuous), include_usage, skips_empty
 
-    def usage_frame(self, prepared: _Prepared, prompt_tokens: int, completion_tokens: int) -> bytes:
-        """The frame that ends a stream with `include_usage`, written by vLLM's models."""
-        from vllm.entrypoints.openai.chat_completion import serving
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
-        from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
-        from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageInfo
 
-        handler = prepared.handler
-        usage = UsageInfo(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
+def _usage_frame(
+    prepared: _Prepared, cached: tuple[int | None, int | None], prompt_tokens: int, completion_tokens: int
+) -> bytes:
+    """The frame that ends a stream with `include_usage`, written by vLLM's models."""
+    from vllm.entrypoints.openai.chat_completion import serving
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+    from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageInfo
+
+    handler = prepared.handler
+    usage = UsageInfo(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    common = {
+        "id": prepared.request_id,
+        "created": prepared.created,
+        "model": prepared.model,
+        "choices": [],
+        "usage": usage,
+        "system_fingerprint": handler.system_fingerprint,
+    }
+    if prepared.kind == "chat":
+        usage.prompt_tokens_details = serving._make_prompt_tokens_details(
+            handler.enable_prompt_tokens_details, *cached, dict(prepared.media or {})
         )
-        cached, created_cache = prepared.cached
-        common = {
-            "id": prepared.request_id,
-            "created": prepared.created,
-            "model": prepared.model,
-            "choices": [],
-            "usage": usage,
-            "system_fingerprint": handler.system_fingerprint,
-        }
-        if prepared.kind == "chat":
-            usage.prompt_tokens_details = serving._make_prompt_tokens_details(
-                handler.enable_prompt_tokens_details, cached, created_cache, dict(prepared.media or {})
-            )
-            chunk = ChatCompletionStreamResponse(**common, object="chat.completion.chunk")
-            return _event(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
-        if handler.enable_prompt_tokens_details and cached is not None:
-            usage.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=cached)
-        return _event(CompletionStreamResponse(**common).model_dump_json(exclude_unset=False, exclude_none=True))
+        chunk = ChatCompletionStreamResponse(**common, object="chat.completion.chunk")
+        return _event(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
+    if handler.enable_prompt_tokens_details and cached[0] is not None:
+        usage.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=cached[0])
+    return _event(CompletionStreamResponse(**common).model_dump_json(exclude_unset=False, exclude_none=True))
 
-    def failure_frame(self, prepared: _Prepared, error: Exception | None) -> bytes:
-        """The frame that vLLM's generators send for an exception; None stands for finish reason `error`."""
-        from vllm.exceptions import GenerationError
 
-        handler = prepared.handler
-        if error is None:
-            error = GenerationError("Internal server error")
-        if isinstance(error, GenerationError):
-            return _event(handler._convert_generation_error_to_streaming_response(error))
-        log.error("request %s failed in mid-stream", prepared.request_id, exc_info=error)
-        return _event(handler.create_streaming_error_response(error))
+def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
+    """The frame that vLLM's generators send for an exception; None stands for finish reason `error`."""
+    from vllm.exceptions import GenerationError
+
+    handler = prepared.handler
+    if error is None:
+        error = GenerationError("Internal server error")
+    if isinstance(error, GenerationError):
+        return _event(handler._convert_generation_error_to_streaming_response(error))
+    log.error("request %s failed in mid-stream", prepared.request_id, exc_info=error)
+    return _event(handler.create_streaming_error_response(error))
 
 
 def _write_frames(kind: Kind, handler: Any, include_usage: bool, continuous: bool) -> Frames:

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from kserve_vllm.engine.openai_stream import Kind, Streams, TextStream
+from kserve_vllm.engine.openai_stream import Kind, OpenAIStream, Streams
 from kserve_vllm.errors import RequestError
 from kserve_vllm.protocol import wire
 
@@ -172,7 +172,7 @@ class _Response:
     __slots__ = ("_blocked", "_ended", "_frames", "_headers", "_opened", "_path", "_rest", "_send", "_start", "_stream",
                  "_tokens")  # fmt: skip
 
-    def __init__(self, stream: TextStream, path: str, headers: Headers, start: Send, send: Send) -> None:
+    def __init__(self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send) -> None:
         self._stream = stream
         self._frames = stream.frames
         self._path = path
