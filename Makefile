@@ -10,6 +10,7 @@ BIN := .venv/bin
 help:
 	@echo "make serve [MODEL=hub-id-or-folder] [ARGS='flags']   serve the demo model, or MODEL"
 	@echo "make test [TESTS='paths and pytest flags']           all checks and tests, against the real engine"
+	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
 	@echo "make lock                                            resolve the lock files again"
 	@echo "make clean                                           remove .venv and .tools"
@@ -41,6 +42,10 @@ check: setup-dev
 .PHONY: test
 test: check
 	$(BIN)/python -m pytest $(TESTS)
+
+.PHONY: bench
+bench: setup-dev
+	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
 .PHONY: lock
 lock: setup

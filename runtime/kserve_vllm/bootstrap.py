@@ -139,10 +139,12 @@ class _Process:
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
         from kserve_vllm.engine import vllm
+        from kserve_vllm.engine.openai_stream import Streams
         from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
         from kserve_vllm.protocol.grpc_backend import Backend
         from kserve_vllm.protocol.http import Routes, build_app
         from kserve_vllm.protocol.moderated import ModeratedEngine
+        from kserve_vllm.protocol.openai_stream import fast_paths
         from kserve_vllm.protocol.v1 import V1Text
         from kserve_vllm.protocol.v2 import V2Text
 
@@ -162,8 +164,11 @@ class _Process:
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
-        self._edge.attach(build_app(routes, engine, self._version), engine.app)
-        self._servicer.attach(Backend(plane, models, text))
+        streams = Streams(engine) if server.fast_path and engine.generates else None
+        fast = await fast_paths(streams, engine.app, self._metrics.count_path) if streams else None
+        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
+        # What is moderated has to be seen on its way in.
+        self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))
         await engine.warm_up()
         engine.adapters.on_load = self._metrics.count_adapter
         await engine.adapters.start(self._settings.model.adapters_file)

@@ -101,6 +101,9 @@ class ServerSettings(_Group):
     ssl_certfile: str | None = _setting(None, "PEM file with the certificate chain; switches TLS on.")
     ssl_keyfile: str | None = _setting(None, "PEM file with the certificate's private key.")
     access_log: bool = _setting(False, "Write a line per HTTP request.")
+    fast_path: bool = _setting(
+        True, "Write common OpenAI and gRPC streams from bytes; false leaves every one to vLLM's and KServe's objects."
+    )
 
 
 class LifecycleSettings(_Group):

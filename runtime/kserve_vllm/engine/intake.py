@@ -89,7 +89,7 @@ class Intake:
         ticket = current.get()
         looked_at = ticket is not None and self._door.answer_filter(ticket) is not None
         if ticket is not None:
-            tokens = _length(prompt) + (sampling_params.max_tokens or 0) * (sampling_params.n or 1)
+            tokens = _most_tokens(prompt, sampling_params)
             await self._pass(ticket, options, tokens, sampling_params if looked_at else None)
         stream = None
         if ticket is not None and self._cache is not None:
@@ -103,6 +103,21 @@ class Intake:
                 stream = filtered(stream, ticket, cast("Callable[[], Filter]", new_filter), cumulative)
             async for output in stream:
                 yield output
+
+    def follows(self) -> bool:
+        """Whether the outputs for the running request have to pass `generate`; else `admit` is enough."""
+        ticket = current.get()
+        return ticket is not None and (self._cache is not None or self._door.answer_filter(ticket) is not None)
+
+    async def admit(self, prompt: Any, sampling_params: Any, options: dict[str, Any]) -> None:
+        """What `generate` asks at its beginning, for who goes on to vLLM alone. A priority is set in `options`.
+
+        Raises:
+            RequestError: the door does not let the sequence pass.
+        """
+        ticket = current.get()
+        if ticket is not None:
+            await self._pass(ticket, options, _most_tokens(prompt, sampling_params))
 
     def _cached(
         self, cache: Cache, ticket: Ticket, prompt: Any, params: Any, request_id: str, options: dict[str, Any]
@@ -185,6 +200,10 @@ class Intake:
             raise
         if self._prioritized and ticket.priority is not None:
             options["priority"] = ticket.priority
+
+
+def _most_tokens(prompt: Any, params: Any) -> int:
+    return _length(prompt) + (params.max_tokens or 0) * (params.n or 1)
 
 
 def _length(prompt: Any) -> int:

@@ -188,6 +188,8 @@ class VLLMEngine:
         self._processes: list[psutil.Process] = []
         self.accounts: Accounts | None = None
         """The books of what the engine works on; only after `start`."""
+        self.intake: Intake | None = None
+        """The door of the engine, where policies stand before it."""
         self.served = True
         """False while the base model is unloaded through the repository API."""
 
@@ -224,7 +226,7 @@ class VLLMEngine:
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
-        Intake(self.client, door, prioritized, cache, model, lambda: self.names[0], self._loras.plain)
+        self.intake = Intake(self.client, door, prioritized, cache, model, lambda: self.names[0], self._loras.plain)
 
     def _fingerprint(self) -> str:
         config = self.client.model_config

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import orjson
@@ -23,6 +23,7 @@ from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import moderated, wire
 from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
+from kserve_vllm.protocol.openai_stream import FastPath
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -81,10 +82,11 @@ class Edge:
         self._endpoints = Endpoints()
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
+        self._fast: Mapping[str, FastPath] = {}
 
-    def attach(self, ours: ASGIApp, vllm: ASGIApp) -> None:
-        """Set the apps behind the gate, once the engine runs."""
-        self._ours, self._vllm = ours, vllm
+    def attach(self, ours: ASGIApp, vllm: ASGIApp, fast: Mapping[str, FastPath] | None = None) -> None:
+        """Set the apps behind the gate, once the engine runs, and what answers some of vLLM's paths before it."""
+        self._ours, self._vllm, self._fast = ours, vllm, fast or {}
         self._endpoints = Endpoints(ours, vllm)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +142,10 @@ class Edge:
                     receive = await _unicode_only(receive)
                 if kind is Kind.WORK and self._gate.moderation is not None and app is self._vllm:
                     receive = await self._moderated(scope, named, receive, ticket)
-                await app(scope, receive, guard.send)
+                if fast := self._fast.get(path):
+                    await fast(scope, receive, guard.send, guard.body_send)
+                else:
+                    await app(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
             await guard.fail(error)
@@ -306,6 +311,8 @@ class _Guard:
 
     def __init__(self, send: Send, request_id: str, path: str, trace: str | None) -> None:
         self._send = send
+        self.body_send = send
+        """For the rest of a body that began with `send`."""
         self.request_id = request_id
         self._path = path
         self._trace = trace

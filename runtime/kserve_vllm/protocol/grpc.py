@@ -26,6 +26,7 @@ from google.rpc import error_details_pb2, status_pb2
 from kserve_vllm.errors import InternalError, InvalidRequest, NotFound, RequestError
 from kserve_vllm.gate import Gate, headers_of
 from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -90,6 +91,11 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
     return file
 
 
+def _serialized(message: Any) -> bytes:
+    """A message's bytes; what was put together as bytes already stays so."""
+    return message if isinstance(message, bytes) else message.SerializeToString()  # type: ignore[no-any-return]
+
+
 class Messages:
     """The service's message classes, by name: `messages.ModelInferRequest`."""
 
@@ -139,7 +145,7 @@ class Servicer:
         for name, method in self.messages.methods.items():
             options = {
                 "request_deserializer": _decoder(self.messages.of(method.input_type)),
-                "response_serializer": lambda message: message.SerializeToString(),
+                "response_serializer": _serialized,
             }
             if name == "ModelStreamInfer":
                 handlers[name] = grpc.stream_stream_rpc_method_handler(self._model_stream_infer, **options)
@@ -246,7 +252,11 @@ class Servicer:
         reader = asyncio.create_task(self._read_stream(requests, queue, request_id, metadata))
         try:
             while (item := await queue.get()) is not None:
-                yield item
+                if isinstance(item, Pieces):
+                    for message in item.take():
+                        yield message
+                else:
+                    yield item
             await reader
         finally:
             reader.cancel()
@@ -282,8 +292,12 @@ class Servicer:
             with self._gate.enter():
                 ticket.cache_control = metadata.get("cache-control", "").lower()
                 await self._gate.admit(ticket, caller, wanted)
-                async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
-                    queue.put_nowait(new(infer_response=response))
+                pieces = await self._backend.pieces(request, metadata, self.messages.ModelInferResponse)
+                if pieces is not None:
+                    await pieces.run(queue.put_nowait)
+                else:
+                    async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
+                        queue.put_nowait(new(infer_response=response))
             ticket.status = "OK"
         except RequestError as error:
             ticket.status, ticket.error = error.grpc_status, error

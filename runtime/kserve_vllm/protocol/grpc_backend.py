@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from kserve.protocol.infer_type import InferResponse
+
+from kserve_vllm.engine.openai_stream import Streams
 from kserve_vllm.errors import InvalidRequest, RequestError, Unavailable
 from kserve_vllm.protocol import tensors
+from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.protocol.http import Plane, Repository, check_version, trace_headers
-from kserve_vllm.protocol.v2 import V2Text
+from kserve_vllm.protocol.v2 import VERSION, V2Text
 
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 _FINAL = "triton_final_response"
@@ -21,9 +25,11 @@ class Backend:
         plane: KServe's data plane over our models.
         repository: the models.
         text: the V2 translation, for streams.
+        streams: for streams of plain text, past the translation of each piece; None leaves all to it.
     """
 
-    def __init__(self, plane: Plane, repository: Repository, text: V2Text) -> None:
+    def __init__(self, plane: Plane, repository: Repository, text: V2Text, streams: Streams | None = None) -> None:
+        self._streams = streams
         self._plane = plane
         self._repository = repository
         self._text = text
@@ -81,10 +87,41 @@ class Backend:
         finally:
             await stream.aclose()
         if wants_empty:
-            last = new()
-            last.model_name, last.id, last.model_version = request.model_name, request.id, "1"
-            last.parameters[_FINAL].bool_param = True
-            yield last
+            yield _empty_final(request, new())
+
+    async def pieces(self, request: Any, metadata: dict[str, str], new: Callable[[], Any]) -> Pieces | None:
+        """The answer to a request of `ModelStreamInfer` that asks for text alone; None where `stream` has to answer.
+
+        Raises:
+            RequestError: the request can't be used or the engine fails.
+        """
+        if self._streams is None or not self._text.generates or request.outputs:
+            return None
+        await self._require(request)
+        parsed = tensors.from_grpc(request)
+        job = self._text.plain_stream(parsed, metadata["x-request-id"], trace_headers(metadata))
+        if job is None:
+            return None
+        wants_empty = bool((parsed.parameters or {}).get(_EMPTY_FINAL, False))
+        version = parsed.model_version or VERSION
+        answer = InferResponse(
+            parsed.id, parsed.model_name, [tensors.output("text_output", "BYTES", [""], (1,))], model_version=version
+        )
+        message = tensors.to_grpc(answer, new(), raw=True)
+        del message.raw_output_contents[:]
+        heads = []
+        for final in (False, not wants_empty):
+            message.parameters[_FINAL].bool_param = final
+            heads.append(message.SerializeToString())
+        after = _empty_final(request, new()).SerializeToString() if wants_empty else None
+        streams = self._streams
+        stream = await streams.begin_job(job)
+        return Pieces(
+            stream,
+            (heads[0], heads[1]),
+            after,
+            lambda error, begun: streams.translate(error, job.request_id, begun),
+        )
 
     async def load(self, name: str) -> None:
         """Serve a model again."""
@@ -103,3 +140,10 @@ class Backend:
         if not await self._plane.model_ready(request.model_name):
             error: RequestError = Unavailable(f"model {request.model_name!r} is not loaded", retry_after_s=5)
             raise error
+
+
+def _empty_final(request: Any, message: Any) -> Any:
+    """The message without outputs that ends a stream for clients that ask for one."""
+    message.model_name, message.id, message.model_version = request.model_name, request.id, "1"
+    message.parameters[_FINAL].bool_param = True
+    return message

@@ -173,6 +173,19 @@ class V2Text:
                     response.parameters = {"index": piece.index}
                 yield response, piece.last
 
+    def plain_stream(self, request: InferRequest, request_id: str, trace: Mapping[str, str] | None) -> TextJob | None:
+        """The job of a streamed request for one prompt that is answered with text alone; None for any other.
+
+        Raises:
+            InvalidRequest: as for `infer`.
+        """
+        text = self.parse(request)
+        plain = text.wanted == Wanted(stream=True) and not text.as_ids and len(text.prompts) == 1
+        if not plain or text.options.get("n", 1) != 1 or text.options.get("logprobs") is not None:
+            return None
+        (job,) = text.jobs(request.model_name, request_id, trace, stream=True)
+        return job
+
     def parse(self, request: InferRequest) -> TextRequest:
         """Decode and check the tensors and parameters of a text request.
 

@@ -71,6 +71,9 @@ DECLARED: tuple[Declared, ...] = (
              "Tokens of prompts that were found in the prefix cache.", _WHO),
     Declared("kserve_vllm_output_tokens", "counter",
              "Tokens that were generated, those of cancelled requests included.", _WHO),
+    Declared("kserve_vllm_openai_requests", "counter",
+             "Chat and completion requests by who wrote the answer: our fast path (fast) or vLLM's handler (vllm).",
+             ("path",)),
     Declared("kserve_vllm_requests_in_flight", "gauge", "Requests that have entered and not been answered."),
     Declared("kserve_vllm_lifecycle_state", "gauge", "1 for the state that the process is in.", ("state",),
              merge="livemax"),
@@ -228,6 +231,10 @@ class Metrics:
     def count_warmup(self, done: bool) -> None:
         """Count a prompt of the warm-up file."""
         self._get("kserve_vllm_warmup_prompts").labels("ok" if done else "failed").inc()
+
+    def count_path(self, path: str) -> None:
+        """Count a chat or completion request: `fast` or `vllm`."""
+        self._get("kserve_vllm_openai_requests").labels(path).inc()
 
     def model_label(self, model: str | None) -> str:
         """A served name as it is, `other` for a name that is not served, `none` where no model was named."""

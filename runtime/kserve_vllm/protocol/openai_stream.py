@@ -1,0 +1,297 @@
+"""The fast way of a common OpenAI stream: frames put together from bytes, and written as the engine's output comes.
+
+Answers `POST /v1/chat/completions` and `/v1/completions` with `stream: true` where the body holds nothing but fields
+that are known not to change how a stream looks. Everything else is handed to vLLM's own handler with the body replayed,
+and so is a request that vLLM refuses. To a client the two are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import types
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from typing import Any
+
+import orjson
+
+from kserve_vllm.engine.openai_stream import Kind, OpenAIStream, Streams
+from kserve_vllm.errors import RequestError
+from kserve_vllm.protocol import wire
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Headers = list[tuple[bytes, bytes]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PATHS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+
+# Fields that change what the engine is asked for, but not how the answer is written down. vLLM checks their values.
+_FIELDS = frozenset(
+    "model stream stream_options temperature top_p top_k min_p n max_tokens stop seed presence_penalty "
+    "frequency_penalty repetition_penalty logit_bias ignore_eos min_tokens stop_token_ids include_stop_str_in_output "
+    "skip_special_tokens spaces_between_special_tokens user response_format structured_outputs priority cache_salt "
+    "bad_words allowed_token_ids truncate_prompt_tokens truncation_side add_special_tokens request_id "
+    "session_id".split()
+)
+_ALLOWED: dict[Kind, frozenset[str]] = {
+    "chat": _FIELDS
+    | {"messages", "max_completion_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"},
+    "completion": _FIELDS | {"prompt"},
+}
+_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
+_STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
+_DONE = b"data: [DONE]\n\n"
+
+
+class FastPath:
+    """Answers one of the two paths.
+
+    Args:
+        kind: which one.
+        streams: begins streams in the engine.
+        vllm: vLLM's own app.
+        headers: at the head of every stream.
+        count: told for every request whether it was answered here (`fast`) or by vLLM (`vllm`).
+    """
+
+    def __init__(
+        self, kind: Kind, streams: Streams, vllm: ASGIApp, headers: Headers, count: Callable[[str], None]
+    ) -> None:
+        self._kind = kind
+        self._headers = headers
+        self._streams = streams
+        self._vllm = vllm
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, body_send: Send) -> None:
+        """ASGI, with a second `send` for all of a body but its first message, past whatever wraps the first.
+
+        Raises:
+            RequestError: a policy refused the request before its first token.
+        """
+        if scope["method"] != "POST" or not _headers_allow(scope):
+            self._count("vllm")
+            return await self._vllm(scope, receive, send)
+        chunks: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            chunks.append(message.get("body", b""))
+            if not message.get("more_body"):
+                break
+        body = b"".join(chunks)
+        tree = eligible(self._kind, body)
+        stream = await self._streams.begin(self._kind, tree, scope) if tree is not None else None
+        if stream is None:
+            self._count("vllm")
+            return await self._vllm(scope, _replay(body, receive), send)
+        self._count("fast")
+        try:
+            await _Response(stream, scope["path"], self._headers, send, body_send).run(receive)
+        finally:
+            await stream.close()
+        return None
+
+
+async def fast_paths(streams: Streams, vllm: ASGIApp, count: Callable[[str], None]) -> dict[str, FastPath]:
+    """The paths that are answered here, as far as this model and vLLM's flags allow it."""
+    headers = await streams.headers()
+    return {path: FastPath(kind, streams, vllm, headers, count) for path, kind in PATHS.items() if streams.serves(kind)}
+
+
+def eligible(kind: Kind, body: bytes) -> dict[str, Any] | None:
+    """The parsed body, or None where vLLM's own handler has to answer."""
+    try:
+        tree = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(tree, dict) or tree.get("stream") is not True or not _ALLOWED[kind].issuperset(tree):
+        return None
+    if tree.get("n", 1) not in (None, 1) or isinstance(tree.get("n"), bool):
+        return None
+    options = tree.get("stream_options")
+    if options is not None and not (
+        isinstance(options, dict)
+        and _STREAM_OPTIONS.issuperset(options)
+        and all(value is None or isinstance(value, bool) for value in options.values())
+    ):
+        return None
+    if kind == "completion":
+        return tree if _plain_prompt(tree.get("prompt")) else None
+    messages = tree.get("messages")
+    return tree if isinstance(messages, list) and all(map(_plain_message, messages)) else None
+
+
+def _plain_prompt(prompt: Any) -> bool:
+    """Whether a prompt is one text, or the token ids of one."""
+    if isinstance(prompt, list):
+        return bool(prompt) and all(type(token) is int for token in prompt)
+    return isinstance(prompt, str)
+
+
+def _plain_message(message: Any) -> bool:
+    """Whether a message is text alone."""
+    if not isinstance(message, dict) or not _MESSAGE_FIELDS.issuperset(message):
+        return False
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+                   for part in content)  # fmt: skip
+    return content is None or isinstance(content, str)
+
+
+def _headers_allow(scope: Scope) -> bool:
+    """Whether the body is said to be JSON, and no browser wants headers that vLLM's middleware would add."""
+    content_type = b""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            content_type = value
+        elif name == b"origin":
+            return False
+    return content_type.split(b";", 1)[0].lower() == b"application/json"
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replayed
+
+
+class _Response:
+    """Writes one stream. Its frames are written from the event loop's callback, in no task, as outputs come."""
+
+    __slots__ = ("_blocked", "_ended", "_frames", "_headers", "_opened", "_path", "_rest", "_send", "_start", "_stream",
+                 "_tokens")  # fmt: skip
+
+    def __init__(self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send) -> None:
+        self._stream = stream
+        self._frames = stream.frames
+        self._path = path
+        self._headers = headers
+        self._start = start
+        self._send = send
+        self._tokens = 0
+        self._opened = False
+        self._blocked = False
+        self._ended = False
+        self._rest: asyncio.Task[None] | None = None
+
+    async def run(self, receive: Receive) -> None:
+        """Return when the response is complete or the client is gone.
+
+        Raises:
+            RequestError: a policy refused the request before its first token.
+        """
+        if self._stream.refusable and not await self._first_output(receive):
+            return
+        await self._start({"type": "http.response.start", "status": 200, "headers": list(self._headers)})
+        self._stream.on_ready = self._write
+        if self._stream.waiting:
+            self._write()
+        try:
+            # Says `http.disconnect` when the client is gone, and also when the response is complete.
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self._ended = True
+            if self._rest is not None:
+                self._rest.cancel()
+
+    async def _first_output(self, receive: Receive) -> bool:
+        """Wait for the first output; False if the client left before it."""
+        came = asyncio.get_running_loop().create_future()
+        self._stream.on_ready = lambda: None if came.done() else came.set_result(None)
+        leaving = asyncio.ensure_future(receive())
+        try:
+            if not self._stream.waiting:
+                await asyncio.wait({came, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left = leaving.done() and not self._stream.waiting
+            leaving.cancel()
+        if isinstance(self._stream.error, RequestError) and not self._stream.begun:
+            raise self._stream.error
+        return not left
+
+    def _write(self) -> None:
+        """Send what has come since the last time, in one message."""
+        if self._blocked or self._ended:
+            return
+        body = self._frames_so_far()
+        if not body:
+            return
+        send = self._send if self._opened else self._start
+        self._opened = True
+        sending = send({"type": "http.response.body", "body": body, "more_body": not self._ended}).__await__()
+        try:
+            # Done at once, unless the client reads too slowly: no task is needed for that.
+            waits_for = next(sending)
+        except StopIteration:
+            return
+        self._blocked = True
+        self._rest = asyncio.get_running_loop().create_task(self._go_on(sending, waits_for))
+
+    async def _go_on(self, sending: Generator[Any, Any, Any], waits_for: Any) -> None:
+        """Finish a message that could not be sent at once; then send what came meanwhile."""
+        await _resume(sending, waits_for)
+        self._blocked = False
+        if self._stream.waiting:
+            self._write()
+
+    def _frames_so_far(self) -> bytes:
+        """Frames for all that has come, as vLLM's generator would write them for an output of the same content."""
+        stream, frames = self._stream, self._frames
+        text, count, reason = stream.text, stream.new_tokens, stream.finish_reason
+        stream.text, stream.new_tokens = "", 0
+        before, self._tokens = self._tokens, self._tokens + count
+        parts: list[bytes] = []
+        if stream.begun and not self._opened and frames.first:
+            parts.append(self._counted(frames.first, 0))
+        if reason is None:
+            if (text or count) and (text or not stream.skips_empty):
+                parts.append(self._counted(b"".join((frames.head, orjson.dumps(text), frames.tail)), self._tokens))
+            if stream.error is None:
+                return b"".join(parts)
+            parts.append(self._failure(stream.error))
+        elif reason == "error":
+            parts.append(stream.failure())
+        else:
+            if text or count or before:
+                empty = not text and stream.skips_empty
+                parts.append(self._counted(frames.fill_last(text, reason, stream.stop_reason, empty), self._tokens))
+            if stream.include_usage:
+                parts.append(stream.usage(self._tokens))
+        self._ended = True
+        parts.append(_DONE)
+        return b"".join(parts)
+
+    def _counted(self, frame: bytes, tokens: int) -> bytes:
+        """The frame, with token counts where the client wants them in every one."""
+        return self._frames.fill_usage(frame, self._stream.prompt_tokens, tokens) if self._frames.with_usage else frame
+
+    def _failure(self, error: Exception) -> bytes:
+        if isinstance(error, RequestError):
+            return b"data: " + wire.error_body(self._path, error) + b"\n\n"
+        return self._stream.failure()
+
+
+@types.coroutine
+def _resume(sending: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, None]:
+    """Go on, in a task, with an awaitable that was begun outside of one and waits for a future."""
+    while True:
+        try:
+            given, thrown = (yield waits_for), None
+        except BaseException as error:
+            given, thrown = None, error
+        try:
+            waits_for = sending.send(given) if thrown is None else sending.throw(thrown)
+        except StopIteration:
+            return

@@ -1,0 +1,276 @@
+"""Our server, `vllm serve` and the engine alone, one after the other in turns, with the same engine flags.
+
+    python -m tests.benchmarks.bench --out FOLDER [--rounds 5] [--quick] [--servers ours vllm] [--modes chat-stream]
+
+Each round starts every server once and runs all its loads; ratios are taken within a round, and their median is what
+counts, since the machine drifts. Chat streams are loaded by `vllm bench serve`, and again, as everything else, by a
+client that only counts frames. Writes FOLDER/results.json, FOLDER/results.md and FOLDER/results.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.load import MODES
+from tests.benchmarks.servers import CONFIGURATIONS, MODEL, Configuration, Running
+
+_ENGINE = ["--max-model-len", "1024", "--max-num-seqs", "128"]
+_SHOWN = ("tokens_per_s", "cpu_us_per_token", "ttft_ms", "ttft_p99_ms", "itl_ms")
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def engine_flags(args: argparse.Namespace) -> list[str]:
+    """Engine flags that all servers get."""
+    return [*_ENGINE, *([] if args.compile else ["--enforce-eager"]), *args.engine_arguments]
+
+
+def vllm_bench(server: Running, concurrency: int, requests: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Load with `vllm bench serve`, the client that people trust. It parses every frame."""
+    from kserve_vllm.engine import demo
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "tests.benchmarks.vllm_command", "bench", "serve", "--backend", "openai-chat",
+            "--endpoint", "/v1/chat/completions", "--base-url", f"http://127.0.0.1:{server.http_port}",
+            "--model", MODEL, "--tokenizer", str(demo.folder("model")), "--dataset-name", "random",
+            "--random-input-len", str(args.prompt_tokens), "--random-output-len", str(args.tokens), "--ignore-eos",
+            "--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--save-result",
+            "--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "99", "--disable-tqdm",
+            "--temperature", "0", "--result-dir", folder, "--result-filename", "result.json",
+        ]  # fmt: skip
+        if server.configuration.key:
+            command += ["--header", f"Authorization=Bearer {server.configuration.key}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        path = Path(folder) / "result.json"
+        if done.returncode or not path.exists():
+            raise RuntimeError(
+                f"vllm bench serve ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
+            )
+        found = json.loads(path.read_text())
+    if found["completed"] != requests:
+        raise RuntimeError(f"{requests - found['completed']} of {requests} requests failed: {found.get('errors')}")
+    return {
+        "tokens": found["total_output_tokens"],
+        "tokens_per_s": found["output_throughput"],
+        "ttft_ms": found["mean_ttft_ms"],
+        "ttft_p99_ms": found["p99_ttft_ms"],
+        "itl_ms": found["mean_tpot_ms"],
+        "gap_p99_ms": found["p99_itl_ms"],
+        "client": "vllm bench serve",
+    }
+
+
+def measure(server: Running, mode: str, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One cell: a warm-up, then the load."""
+    requests = max(4, round(args.tokens_per_cell * min(1.0, 0.1 + concurrency / 32) / args.tokens))
+    options = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens}
+    own = "chat-stream" if mode == "chat-stream-vllm-bench" else mode
+    server.load(own, concurrency, max(2, min(requests // 4, concurrency)), seed=1, **options)
+    if mode == "chat-stream-vllm-bench":
+        return server.measured(lambda: vllm_bench(server, concurrency, requests, args))
+    return server.load(mode, concurrency, requests, seed=2, **options)
+
+
+def offline(args: argparse.Namespace) -> dict[str, Any]:
+    """The ceiling: the engine alone, in one process with its caller, with as many sequences as 64 streams have."""
+    from kserve_vllm.engine import demo
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [
+            sys.executable, "-m", "tests.benchmarks.vllm_command", "bench", "throughput",
+            "--model", str(demo.folder("model")), "--dataset-name", "random", "--random-input-len",
+            str(args.prompt_tokens), "--random-output-len", str(args.tokens),
+            "--num-prompts", str(max(64, args.tokens_per_cell // args.tokens)), *engine_flags(args),
+            "--max-num-seqs", "64", "--output-json", str(path),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        if done.returncode:
+            raise RuntimeError(f"vllm bench throughput ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        found = json.loads(path.read_text())
+    requests = found["num_requests"]
+    return {"tokens_per_s": requests * args.tokens / found["elapsed_time"]}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds. Results are written after each of them."""
+    cells: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
+    ceilings: list[dict[str, Any]] = []
+    report = {"machine": machine(), "arguments": vars(args) | {"out": str(args.out)}, "cells": cells, "starts": starts,
+              "offline": ceilings}  # fmt: skip
+    deadline = time.monotonic() + args.minutes * 60
+    for number in range(args.rounds):
+        # Every other round in the opposite order, so that no server always follows the same one.
+        names = args.servers if number % 2 == 0 else args.servers[::-1]
+        for name in names:
+            if time.monotonic() > deadline:
+                say("out of time: stopping here")
+                return report
+            configuration = configured(name, args)
+            say(f"round {number + 1}/{args.rounds}: starting {name}")
+            server = Running(configuration, engine_flags(args))
+            try:
+                for mode in (mode for mode in args.modes if configuration.answers(mode)):
+                    for concurrency in args.concurrency:
+                        figures = measure(server, mode, concurrency, args)
+                        cells.append({"round": number, "server": name, "mode": mode, "concurrency": concurrency,
+                                      **figures})  # fmt: skip
+                        say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(
+                            f" {key} {figures[key]:.1f}" for key in _SHOWN))  # fmt: skip
+                starts.append({"round": number, "server": name, "ready_s": server.ready_s,
+                               "peak_mib": server.memory_mib(peak=True)})  # fmt: skip
+                say(f"  {name:9} ready after {server.ready_s:.1f} s, peak {starts[-1]['peak_mib']:.0f} MiB")
+            finally:
+                server.stop()
+        if args.offline:
+            ceilings.append({"round": number, **offline(args)})
+            say(f"  the engine alone: {ceilings[-1]['tokens_per_s']:.0f} tokens/s")
+        write(report, args.out)
+    return report
+
+
+def configured(name: str, args: argparse.Namespace) -> Configuration:
+    """A configuration by name, with what the command line adds to it."""
+    found = CONFIGURATIONS[name]
+    if name != "policies":
+        return found
+    return Configuration(name, ours=True, arguments=args.policy_arguments, key=args.policy_key)
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, and with which versions."""
+    import os
+    from importlib.metadata import version
+
+    from vllm.version import __version__ as vllm_version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": model, "cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+            "vllm": str(vllm_version), "kserve-vllm": version("kserve-vllm"),
+            "at": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians per cell, and the median over rounds of the ratio to `vllm` in the same round."""
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    by_round: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+    for cell in report["cells"]:
+        groups.setdefault((cell["mode"], cell["concurrency"], cell["server"]), []).append(cell)
+        by_round[cell["mode"], cell["concurrency"], cell["server"], cell["round"]] = cell
+    found = []
+    for (mode, concurrency, server), cells in sorted(groups.items()):
+        row: dict[str, Any] = {"mode": mode, "concurrency": concurrency, "server": server, "rounds": len(cells)}
+        for key in _SHOWN:
+            row[key] = statistics.median(cell[key] for cell in cells)
+            ratios = [
+                cell[key] / other[key]
+                for cell in cells
+                if (other := by_round.get((mode, concurrency, "vllm", cell["round"]))) and other[key]
+            ]
+            row[f"{key}_ratio"] = statistics.median(ratios) if ratios else None
+        found.append(row)
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results for people, in Markdown."""
+    about = report["machine"]
+    lines = [
+        f"{about['cpus']} x {about['cpu']}, Python {about['python']}, vLLM {about['vllm']}, {about['at']}",
+        "",
+        "| mode | streams | server | tokens/s | CPU us/token | TTFT ms | p99 TTFT ms | ms/token | tokens/s : vllm "
+        "| CPU : vllm | TTFT : vllm |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows(report):
+        ratios = [row[f"{key}_ratio"] for key in ("tokens_per_s", "cpu_us_per_token", "ttft_ms")]
+        lines.append(
+            f"| {row['mode']} | {row['concurrency']} | {row['server']} | {row['tokens_per_s']:,.0f} "
+            f"| {row['cpu_us_per_token']:.1f} | {row['ttft_ms']:.1f} | {row['ttft_p99_ms']:.1f} "
+            f"| {row['itl_ms']:.2f} | " + " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios) + " |"
+        )
+    for name in sorted({start["server"] for start in report["starts"]}):
+        starts = [start for start in report["starts"] if start["server"] == name]
+        ready = statistics.median(start["ready_s"] for start in starts)
+        peak = statistics.median(start["peak_mib"] for start in starts)
+        lines += ["", f"{name}: ready after {ready:.1f} s, peak memory of the front end {peak:.0f} MiB"]
+    if report["offline"]:
+        rate = statistics.median(each["tokens_per_s"] for each in report["offline"])
+        lines += ["", f"the engine alone: {rate:,.0f} tokens/s"]
+    return "\n".join(lines) + "\n"
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write JSON, table and plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(report, indent=1, default=str))
+    (folder / "results.md").write_text(table(report))
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        say("matplotlib is not installed: no plot")
+        return
+    found = rows(report)
+    modes = sorted({row["mode"] for row in found})
+    figure, axes = pyplot.subplots(2, len(modes), figsize=(4 * len(modes), 7), squeeze=False)
+    for column, mode in enumerate(modes):
+        for line, (key, label) in enumerate((("tokens_per_s", "tokens/s"), ("cpu_us_per_token", "CPU us/token"))):
+            axis = axes[line][column]
+            for server in sorted({row["server"] for row in found}):
+                points = [(r["concurrency"], r[key]) for r in found if r["mode"] == mode and r["server"] == server]
+                if points:
+                    axis.plot(*zip(*sorted(points), strict=True), marker="o", label=server)
+            axis.set(title=mode if not line else "", xscale="log", xlabel="streams", ylabel=label, ylim=(0, None))
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "results.png", dpi=110)
+
+
+def main() -> None:
+    """Run and print the table."""
+    modes = ["chat-stream-vllm-bench", *MODES]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--servers", nargs="+", choices=list(CONFIGURATIONS), default=["ours", "vllm"])
+    parser.add_argument("--modes", nargs="+", choices=modes,
+                        default=["chat-stream-vllm-bench", "chat-stream", "chat", "v2", "grpc-stream"])  # fmt: skip
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 128])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens-per-cell", type=int, default=65_536, help="output tokens of a cell with 32 streams")
+    parser.add_argument("--minutes", type=float, default=120, help="start no further server after this time")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile; eager otherwise")
+    parser.add_argument("--no-offline", dest="offline", action="store_false", help="leave the engine alone out")
+    parser.add_argument("--engine-arguments", nargs=argparse.REMAINDER, default=[], help="further engine flags; last")
+    parser.add_argument("--policy-arguments", type=str.split, default=[], help="flags of the server `policies`, in one")
+    parser.add_argument("--policy-key", default="")
+    parser.add_argument("--quick", action="store_true", help="one round, few tokens: shows that it works")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.tokens_per_cell, args.concurrency, args.offline = 1, 4096, [1, 16], False
+    report = run(args)
+    write(report, args.out)
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

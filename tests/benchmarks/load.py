@@ -1,0 +1,212 @@
+"""An economical load generator: raw sockets and a count of frames, no parser, so that the server is what is measured.
+
+Run by `bench.py` and `soak.py` as a process of its own; prints one JSON object. Every request asks for an exact number
+of tokens (`ignore_eos`), so tokens are counted by requests. A stream is checked by its last frame, an answer by its
+status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+MODES = ("chat-stream", "completion-stream", "chat", "v2", "grpc-stream")
+_DEADLINE_S = 300.0
+
+
+@dataclass
+class Times:
+    """What one run took, in seconds."""
+
+    ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    itl: list[float] = field(default_factory=list)
+    pieces: int = 0
+
+    def add(self, began: float, arrivals: list[float], tokens: int) -> None:
+        """Book one request from the arrival of each of its pieces; pieces may hold several tokens."""
+        self.ttft.append(arrivals[0] - began)
+        self.pieces += len(arrivals)
+        self.gaps += [b - a for a, b in itertools.pairwise(arrivals)]
+        if tokens > 1:
+            self.itl.append((arrivals[-1] - arrivals[0]) / (tokens - 1))
+
+
+def prompt(rng: random.Random, words: int) -> str:
+    """A prompt of its own, of about `words` tokens."""
+    return " ".join(str(rng.randint(10, 99)) for _ in range(max(1, words // 2)))
+
+
+def http_body(mode: str, model: str, text: str, tokens: int) -> tuple[str, dict[str, Any]]:
+    """Path and JSON of a request."""
+    if mode == "v2":
+        tensor = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": [text]}
+        return f"/v2/models/{model}/infer", {
+            "inputs": [tensor],
+            "parameters": {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0},
+        }
+    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
+    if mode.endswith("-stream"):
+        body["stream"] = True
+    if mode.startswith("chat"):
+        return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
+    return "/v1/completions", {**body, "prompt": text}
+
+
+async def http_worker(
+    port: int, mode: str, jobs: Callable[[], str | None], args: argparse.Namespace, to: Times
+) -> None:
+    """Ask one request after the other over one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    streamed = mode.endswith("-stream")
+    authorization = f"authorization: Bearer {args.key}\r\n" if args.key else ""
+    while (text := jobs()) is not None:
+        path, body = http_body(mode, args.model, text, args.tokens)
+        raw = json.dumps(body).encode()
+        head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{authorization}"
+                f"content-length: {len(raw)}\r\n\r\n")  # fmt: skip
+        began = time.perf_counter()
+        writer.write(head.encode() + raw)
+        headers = await reader.readuntil(b"\r\n\r\n")
+        if b" 200 " not in headers[:20]:
+            raise RuntimeError(f"{headers!r}")
+        arrivals: list[float] = []
+        if streamed:
+            tail = b""
+            while not tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                part = await reader.read(1 << 16)
+                if not part:
+                    raise RuntimeError("the connection was closed in mid-stream")
+                arrivals.append(time.perf_counter())
+                tail = (tail + part)[-64:]
+                if b'"error"' in part:
+                    raise RuntimeError(f"{part!r}")
+        else:
+            length = next(line for line in headers.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.split(b":")[1]))
+            arrivals.append(time.perf_counter())
+        to.add(began, arrivals, args.tokens)
+    writer.close()
+
+
+def grpc_request(model: str, text: str, tokens: int, request_id: str) -> bytes:
+    """A serialized `ModelInferRequest`."""
+    from tests.triton import service_pb2
+
+    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(text.encode())
+    request.parameters["max_tokens"].int64_param = tokens
+    request.parameters["ignore_eos"].bool_param = True
+    request.parameters["stream"].bool_param = True
+    # Temperature 0 as a tensor-less parameter needs a double, which older messages lack.
+    request.parameters["temperature"].int64_param = 0
+    raw: bytes = request.SerializeToString()
+    return raw
+
+
+async def grpc_worker(port: int, jobs: Callable[[], str | None], args: argparse.Namespace, to: Times) -> None:
+    """Ask one request after the other over one `ModelStreamInfer` call; messages are not parsed."""
+    import grpc
+
+    # `triton_final_response` and `bool_param: true` in a map entry of the response's parameters.
+    final = b"triton_final_response\x12\x02\x08\x01"
+    metadata = (("authorization", f"Bearer {args.key}"),) if args.key else None
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        answered = asyncio.Event()
+        times: list[float] = []
+
+        async def requests() -> AsyncIterator[bytes]:
+            number = 0
+            while (text := jobs()) is not None:
+                number += 1
+                answered.clear()
+                times.append(time.perf_counter())
+                yield grpc_request(args.model, text, args.tokens, str(number))
+                await answered.wait()
+
+        arrivals: list[float] = []
+        async for message in method(requests(), metadata=metadata):
+            arrivals.append(time.perf_counter())
+            if final in message:
+                to.add(times[-1], arrivals, args.tokens)
+                arrivals = []
+                answered.set()
+            elif len(message) > 4096:
+                raise RuntimeError(f"{message!r}")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which `share` of the values lie; 0 where there are none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def mean(values: list[float]) -> float:
+    """The mean, or 0 where there are no values."""
+    return sum(values) / len(values) if values else 0.0
+
+
+async def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Ask `requests` requests, `concurrency` at a time. Times in milliseconds."""
+    rng = random.Random(args.seed)
+    texts = [prompt(rng, args.prompt_tokens) for _ in range(args.requests)]
+
+    def next_job() -> str | None:
+        return texts.pop() if texts else None
+
+    times = Times()
+    began = time.perf_counter()
+    async with asyncio.timeout(_DEADLINE_S), asyncio.TaskGroup() as group:
+        for _ in range(args.concurrency):
+            if args.mode == "grpc-stream":
+                group.create_task(grpc_worker(args.grpc_port, next_job, args, times))
+            else:
+                group.create_task(http_worker(args.http_port, args.mode, next_job, args, times))
+    took = time.perf_counter() - began
+    return {
+        "tokens": args.requests * args.tokens,
+        "tokens_per_s": args.requests * args.tokens / took,
+        "ttft_ms": 1e3 * mean(times.ttft),
+        "ttft_p99_ms": 1e3 * percentile(times.ttft, 0.99),
+        "itl_ms": 1e3 * mean(times.itl),
+        "gap_p99_ms": 1e3 * percentile(times.gaps, 0.99),
+        "pieces": times.pieces,
+        "client": "frames counted",
+    }
+
+
+def main() -> None:
+    """Run one load and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--http-port", type=int, default=0)
+    parser.add_argument("--grpc-port", type=int, default=0)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--key", default="")
+    parser.add_argument("--concurrency", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        import uvloop
+
+        result = uvloop.run(run(args))
+    except ImportError:
+        result = asyncio.run(run(args))
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

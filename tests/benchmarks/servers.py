@@ -1,0 +1,168 @@
+"""The servers that are compared, started alike: the same engine flags, in the session of the load generator.
+
+In one session, since the engine's processes busy-wait, and a client of another session then waits for the processor.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from kserve_vllm.engine import demo
+from tests.support import free_port
+
+MODEL = "demo"
+_READY_WITHIN_S = 300.0
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One server to measure.
+
+    Attributes:
+        name: for the tables.
+        ours: our runtime, or `vllm serve`.
+        arguments: further flags of its own.
+        key: what a client sends as its key.
+        modes: the modes of `load.py` that it answers.
+    """
+
+    name: str
+    ours: bool
+    arguments: Sequence[str] = ()
+    key: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def answers(self, mode: str) -> bool:
+        """Whether this server answers requests of a mode."""
+        return self.ours or mode not in ("v2", "grpc-stream")
+
+
+CONFIGURATIONS: dict[str, Configuration] = {
+    "ours": Configuration("ours", ours=True),
+    "vllm": Configuration("vllm", ours=False),
+    "slow-path": Configuration("slow-path", ours=True, arguments=["--fast-path", "false"]),
+    # Keys, limits, usage, metrics and tracing at 1 %: filled in by `--policy-arguments`.
+    "policies": Configuration("policies", ours=True),
+}
+
+
+class Running:
+    """A started server.
+
+    Args:
+        configuration: what to start.
+        engine: engine flags, the same for all.
+    """
+
+    def __init__(self, configuration: Configuration, engine: Sequence[str]) -> None:
+        self.configuration = configuration
+        self.http_port, self.grpc_port = free_port(), free_port()
+        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{configuration.name}-", suffix=".log")  # noqa: SIM115
+        flags = ["--model", str(demo.folder("model")), "--served-model-name", MODEL, "--host", "127.0.0.1", *engine]
+        if configuration.ours:
+            command = ["-m", "kserve_vllm", "serve", *flags, "--http-port", str(self.http_port),
+                       "--grpc-port", str(self.grpc_port)]  # fmt: skip
+        else:
+            model = flags.pop(1)
+            flags.remove("--model")
+            command = ["-m", "tests.benchmarks.vllm_command", "serve", model, *flags, "--port", str(self.http_port)]
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, *command, *configuration.arguments],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **configuration.env},
+        )
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_s = time.monotonic() - began
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + _READY_WITHIN_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended:\n{self.log[-4000:]}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{self.http_port}/health", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise RuntimeError(f"not ready within {_READY_WITHIN_S:g} s:\n{self.log[-4000:]}")
+
+    @property
+    def log(self) -> str:
+        """What the server has written."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def cpu_s(self) -> float:
+        """User and system time of the front-end process alone, in seconds."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def memory_mib(self, peak: bool = False) -> float:
+        """Resident memory of the front-end process in MiB, or its peak."""
+        name = "VmHWM" if peak else "VmRSS"
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith(name))
+        return int(line.split()[1]) / 1024
+
+    def load(self, mode: str, concurrency: int, requests: int, **options: Any) -> dict[str, Any]:
+        """Run `load.py` against this server; its figures with the front end's processor time per token."""
+        import json
+
+        command = [sys.executable, "-m", "tests.benchmarks.load", mode, "--concurrency", str(concurrency),
+                   "--requests", str(requests), "--http-port", str(self.http_port), "--grpc-port",
+                   str(self.grpc_port), "--model", MODEL, "--key", self.configuration.key]  # fmt: skip
+        for name, value in options.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        return self.measured(lambda: json.loads(_output(command)))
+
+    def measured(self, work: Any) -> dict[str, Any]:
+        """Run a load, and add the front end's processor time in microseconds per output token."""
+        before = self.cpu_s()
+        figures: dict[str, Any] = work()
+        figures["cpu_us_per_token"] = 1e6 * (self.cpu_s() - before) / figures["tokens"]
+        return figures
+
+    def stop(self) -> None:
+        """End the server and whatever it started."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            children = []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for child in children:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._log.close()
+
+
+def _output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout

