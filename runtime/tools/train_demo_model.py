@@ -1031,7 +1031,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="multiply all training steps, below 1 for a try (default: %(default)s)",
     )
     parser.add_argument(
-        "--polish-steps", type=int, default=1800, help="steps of the model's polish (default: %(default)s)"
+        "--polish-steps", type=int, default=2900, help="steps of the model's polish (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=3000, help="steps of the model (default: %(default)s)")
     parser.add_argument("--adapter-steps", type=int, default=450, help="steps of an adapter (default: %(default)s)")
