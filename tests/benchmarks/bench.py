@@ -4,7 +4,7 @@
 
 Each round starts every server once and runs all its loads; ratios are taken within a round, and their median is what
 counts, since the machine drifts. Chat streams are loaded by `vllm bench serve`, and again, as everything else, by a
-client that only counts frames. Writes FOLDER/results.json, FOLDER/results.md and FOLDER/results.png.
+client that only counts frames. Writes results.json, results.md and results.png (.svg without matplotlib) to FOLDER.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        say("matplotlib is not installed: no plot")
+        (folder / "results.svg").write_text(bars(rows(report)))
         return
     found = rows(report)
     modes = sorted({row["mode"] for row in found})
@@ -242,6 +242,24 @@ def write(report: dict[str, Any], folder: Path) -> None:
             axis.legend()
     figure.tight_layout()
     figure.savefig(folder / "results.png", dpi=110)
+
+
+def bars(found: list[dict[str, Any]]) -> str:
+    """The plot where matplotlib is not installed: tokens per second and processor time as bars, in SVG."""
+    most = {key: max((row[key] for row in found), default=1.0) or 1.0 for key in _SHOWN[:2]}
+    lines = []
+    for number, row in enumerate(found):
+        top = 30 + 18 * number
+        name = f"{row['mode']} x{row['concurrency']} {row['server']}"
+        lines.append(f'<text x="4" y="{top + 11}">{name}</text>')
+        for left, key, colour in ((260, _SHOWN[0], "#4878a8"), (620, _SHOWN[1], "#c0683c")):
+            width = 260 * row[key] / most[key]
+            lines.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="13" fill="{colour}"/>')
+            lines.append(f'<text x="{left + width + 4:.1f}" y="{top + 11}">{row[key]:,.1f}</text>')
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{40 + 18 * len(found)}" '
+            'font-family="sans-serif" font-size="12">')  # fmt: skip
+    titles = '<text x="260" y="18">tokens/s</text><text x="620" y="18">front-end CPU us/token</text>'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', titles, *lines, "</svg>", ""])
 
 
 def main() -> None:
