@@ -10,6 +10,7 @@ client that only counts frames. Writes results.json, results.md and results.png 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -17,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.load import MODES
-from tests.benchmarks.servers import CONFIGURATIONS, MODEL, Configuration, Running
+from tests.benchmarks.servers import CONFIGURATIONS, MODEL, Configuration, Running, with_policies
+from tests.observability.otlp import Receiver
 
 _ENGINE = ["--max-model-len", "1024", "--max-num-seqs", "128"]
 _SHOWN = ("tokens_per_s", "cpu_us_per_token", "ttft_ms", "ttft_p99_ms", "itl_ms")
@@ -105,6 +108,30 @@ def offline(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens_per_s": requests * args.tokens / found["elapsed_time"]}
 
 
+def serve(
+    configuration: Configuration,
+    number: int,
+    args: argparse.Namespace,
+    cells: list[dict[str, Any]],
+    starts: list[dict[str, Any]],
+) -> None:
+    """Start one server, run all its loads, and stop it."""
+    name = configuration.name
+    server = Running(configuration, engine_flags(args))
+    try:
+        for mode in (mode for mode in args.modes if configuration.answers(mode)):
+            for concurrency in args.concurrency:
+                figures = measure(server, mode, concurrency, args)
+                cells.append({"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures})
+                say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(
+                    f" {key} {figures[key]:.1f}" for key in _SHOWN))  # fmt: skip
+        starts.append({"round": number, "server": name, "ready_s": server.ready_s,
+                       "peak_mib": server.memory_mib(peak=True)})  # fmt: skip
+        say(f"  {name:9} ready after {server.ready_s:.1f} s, peak {starts[-1]['peak_mib']:.0f} MiB")
+    finally:
+        server.stop()
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds. Results are written after each of them."""
     cells: list[dict[str, Any]] = []
@@ -120,22 +147,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 say("out of time: stopping here")
                 return report
-            configuration = configured(name, args)
             say(f"round {number + 1}/{args.rounds}: starting {name}")
-            server = Running(configuration, engine_flags(args))
-            try:
-                for mode in (mode for mode in args.modes if configuration.answers(mode)):
-                    for concurrency in args.concurrency:
-                        figures = measure(server, mode, concurrency, args)
-                        cells.append({"round": number, "server": name, "mode": mode, "concurrency": concurrency,
-                                      **figures})  # fmt: skip
-                        say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(
-                            f" {key} {figures[key]:.1f}" for key in _SHOWN))  # fmt: skip
-                starts.append({"round": number, "server": name, "ready_s": server.ready_s,
-                               "peak_mib": server.memory_mib(peak=True)})  # fmt: skip
-                say(f"  {name:9} ready after {server.ready_s:.1f} s, peak {starts[-1]['peak_mib']:.0f} MiB")
-            finally:
-                server.stop()
+            with configured(name) as configuration:
+                serve(configuration, number, args, cells, starts)
         if args.offline:
             ceilings.append({"round": number, **offline(args)})
             say(f"  the engine alone: {ceilings[-1]['tokens_per_s']:.0f} tokens/s")
@@ -143,12 +157,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def configured(name: str, args: argparse.Namespace) -> Configuration:
-    """A configuration by name, with what the command line adds to it."""
-    found = CONFIGURATIONS[name]
+@contextlib.contextmanager
+def configured(name: str) -> Iterator[Configuration]:
+    """A configuration by name, with what it needs around it."""
     if name != "policies":
-        return found
-    return Configuration(name, ours=True, arguments=args.policy_arguments, key=args.policy_key)
+        yield CONFIGURATIONS[name]
+        return
+    collector = Receiver()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield with_policies(Path(folder), collector.endpoint)
+    finally:
+        collector.stop()
 
 
 def machine() -> dict[str, Any]:
@@ -267,7 +287,7 @@ def main() -> None:
     modes = ["chat-stream-vllm-bench", *MODES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
-    parser.add_argument("--servers", nargs="+", choices=list(CONFIGURATIONS), default=["ours", "vllm"])
+    parser.add_argument("--servers", nargs="+", choices=list(CONFIGURATIONS), default=["ours", "vllm", "policies"])
     parser.add_argument("--modes", nargs="+", choices=modes,
                         default=["chat-stream-vllm-bench", "chat-stream", "chat", "v2", "grpc-stream"])  # fmt: skip
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 128])
@@ -279,8 +299,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="let vLLM compile; eager otherwise")
     parser.add_argument("--no-offline", dest="offline", action="store_false", help="leave the engine alone out")
     parser.add_argument("--engine-arguments", nargs=argparse.REMAINDER, default=[], help="further engine flags; last")
-    parser.add_argument("--policy-arguments", type=str.split, default=[], help="flags of the server `policies`, in one")
-    parser.add_argument("--policy-key", default="")
     parser.add_argument("--quick", action="store_true", help="one round, few tokens: shows that it works")
     args = parser.parse_args()
     if args.quick:

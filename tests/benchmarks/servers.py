@@ -5,6 +5,7 @@ In one session, since the engine's processes busy-wait, and a client of another 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import httpx
 import psutil
 
 from kserve_vllm.engine import demo
+from kserve_vllm.policy import tenants
 from tests.support import free_port
 
 MODEL = "demo"
@@ -53,9 +55,28 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "ours": Configuration("ours", ours=True),
     "vllm": Configuration("vllm", ours=False),
     "slow-path": Configuration("slow-path", ours=True, arguments=["--fast-path", "false"]),
-    # Keys, limits, usage, metrics and tracing at 1 %: filled in by `--policy-arguments`.
-    "policies": Configuration("policies", ours=True),
+    "policies": Configuration("policies", ours=True),  # see `with_policies`
 }
+
+
+def with_policies(folder: Path, collector: str) -> Configuration:
+    """Ours with a key file, limits of the key, the tenant and the service, usage records, and traces at 1 %.
+
+    Args:
+        folder: for the key file and the usage records.
+        collector: URL of an OpenTelemetry collector.
+    """
+    key = tenants.new_key()
+    limits = {"requests_per_minute": 10**8, "tokens_per_minute": 10**10, "concurrent": 10**6}
+    keys = folder / "keys.json"
+    keys.write_text(json.dumps({
+        "tenants": {"bench": {"limits": limits}},
+        "keys": [{"id": "bench", "tenant": "bench", "sha256": tenants.digest(key), "limits": limits}],
+    }))  # fmt: skip
+    return Configuration("policies", ours=True, key=key, arguments=[
+        "--keys-file", str(keys), "--requests-per-minute", str(10**8), "--tokens-per-minute", str(10**10),
+        "--usage-sink", f"file:{folder / 'usage.jsonl'}", "--otlp-endpoint", collector, "--trace-sample-ratio", "0.01",
+    ])  # fmt: skip
 
 
 class Running:
@@ -124,8 +145,6 @@ class Running:
 
     def load(self, mode: str, concurrency: int, requests: int, **options: Any) -> dict[str, Any]:
         """Run `load.py` against this server; its figures with the front end's processor time per token."""
-        import json
-
         command = [sys.executable, "-m", "tests.benchmarks.load", mode, "--concurrency", str(concurrency),
                    "--requests", str(requests), "--http-port", str(self.http_port), "--grpc-port",
                    str(self.grpc_port), "--model", MODEL, "--key", self.configuration.key]  # fmt: skip

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from kserve_vllm.errors import InternalError
 from kserve_vllm.gate import Gate
 from kserve_vllm.lifecycle import Lifecycle, State
-from kserve_vllm.protocol.edge import Edge, Keys
+from kserve_vllm.protocol.edge import Edge
 from kserve_vllm.protocol.grpc import Servicer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import Requests
@@ -532,7 +532,7 @@ def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Gate]:
     lifecycle = Lifecycle()
     lifecycle.to(State.READY)
     gate = Gate(lifecycle)
-    edge = Edge(lifecycle, gate, Keys([]), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
+    edge = Edge(lifecycle, gate, 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
     edge.attach(app, app)
     return httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://edge"), gate
 
@@ -589,7 +589,7 @@ def test_a_fault_of_ours_over_grpc_has_a_request_id_and_no_internals() -> None:
     async def ask() -> tuple[Any, Any]:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        servicer = Servicer(lifecycle, Gate(lifecycle), Keys([]), False, books(lifecycle))
+        servicer = Servicer(lifecycle, Gate(lifecycle), books(lifecycle))
         servicer.attach(Backend())
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((servicer.handler(),))
@@ -622,7 +622,7 @@ def test_an_answer_that_fails_in_its_middle_is_cut_off_and_not_mended() -> None:
     async def ask() -> None:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        edge = Edge(lifecycle, Gate(lifecycle), Keys([]), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
+        edge = Edge(lifecycle, Gate(lifecycle), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
         edge.attach(app, app)
 
         async def send(message: Any) -> None:
