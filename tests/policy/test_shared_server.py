@@ -51,7 +51,7 @@ class Shared(Server):
         super().__init__([
             *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
             "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
-            "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "20",
+            "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "5",
         ], {"VLLM_SERVER_DEV_MODE": "1"})  # fmt: skip
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
@@ -272,6 +272,41 @@ def test_only_who_may_chooses_a_higher_class(shared: Shared, protocol: str) -> N
     assert call(shared, protocol, BATCH, x_priority="critical").status == 403
     assert call(shared, protocol, GOLD, x_priority="low").status == 200
     assert call(shared, protocol, GOLD, x_priority="urgent").status == 400
+
+
+def test_who_waits_too_long_in_the_queue_is_told_so(shared: Shared) -> None:
+    go_on = threading.Event()
+    body = {"model": "demo", "prompt": "1, 2", "max_tokens": 1000, "n": 8, "ignore_eos": True, "stream": True}
+
+    def hold() -> None:
+        headers = {"authorization": f"Bearer {GOLD}"}
+        while not go_on.is_set():
+            with httpx.stream("POST", shared.url + "/v1/completions", json=body, headers=headers, timeout=60) as held:
+                for _ in held.iter_lines():
+                    if go_on.is_set():
+                        return
+
+    def stats() -> dict[str, Any]:
+        headers = {"authorization": f"Bearer {ADMIN}"}
+        tree: dict[str, Any] = httpx.get(shared.url + "/v1/queue/stats", headers=headers, timeout=20).json()
+        return tree
+
+    threads = [threading.Thread(target=hold) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: stats()["in_use"] == 8, 20, "the slots were never full")
+        # Below the others, so that it never gets a turn before them.
+        answer = call(shared, "chat", BATCH)
+        assert answer.status == 503
+        assert answer.headers["x-refusal-reason"] == "queue_timeout"
+        assert int(answer.headers["retry-after"]) >= 1
+        assert stats()["timed_out"] >= 1
+    finally:
+        go_on.set()
+        for thread in threads:
+            thread.join()
+    wait_until(lambda: stats()["in_use"] == 0, 10, "slots did not come back")
 
 
 # Usage

@@ -51,6 +51,7 @@ class Declared:
 
 
 _WHO = ("model", "tenant")
+_USED = ("model", "adapter", "tenant", "protocol")
 DECLARED: tuple[Declared, ...] = (
     Declared("kserve_vllm_requests", "counter", "Requests that were answered, refused or given up.",
              ("protocol", "endpoint", "model", "tenant", "outcome")),
@@ -66,11 +67,11 @@ DECLARED: tuple[Declared, ...] = (
              _WHO, _WHOLE_S),
     Declared("kserve_vllm_queue_time_seconds", "histogram",
              "Time in the engine's queue before a request was first scheduled, in seconds.", _WHO, _QUEUE_S),
-    Declared("kserve_vllm_prompt_tokens", "counter", "Tokens of prompts, cached ones included.", _WHO),
+    Declared("kserve_vllm_prompt_tokens", "counter", "Tokens of prompts, cached ones included.", _USED),
     Declared("kserve_vllm_cached_prompt_tokens", "counter",
-             "Tokens of prompts that were found in the prefix cache.", _WHO),
+             "Tokens of prompts that were found in the prefix cache.", _USED),
     Declared("kserve_vllm_output_tokens", "counter",
-             "Tokens that were generated, those of cancelled requests included.", _WHO),
+             "Tokens that were generated, those of cancelled requests included.", _USED),
     Declared("kserve_vllm_openai_requests", "counter",
              "Chat and completion requests by who wrote the answer: our fast path (fast) or vLLM's handler (vllm).",
              ("path",)),
@@ -207,9 +208,13 @@ class Metrics:
             self._get("kserve_vllm_response_cache").labels(ticket.cache).inc()
         if not ticket.sequences:
             return
-        self._get("kserve_vllm_prompt_tokens").labels(model, tenant).inc(ticket.prompt_tokens)
-        self._get("kserve_vllm_cached_prompt_tokens").labels(model, tenant).inc(ticket.cached_tokens)
-        self._get("kserve_vllm_output_tokens").labels(model, tenant).inc(ticket.output_tokens)
+        used = model, "none" if ticket.adapter is None else model, tenant, ticket.protocol
+        for name, tokens in (
+            ("kserve_vllm_prompt_tokens", ticket.prompt_tokens),
+            ("kserve_vllm_cached_prompt_tokens", ticket.cached_tokens),
+            ("kserve_vllm_output_tokens", ticket.output_tokens),
+        ):
+            self._get(name).labels(*used).inc(tokens)
         for name, value in (
             ("kserve_vllm_time_to_first_token_seconds", ticket.ttft_s),
             ("kserve_vllm_inter_token_latency_seconds", ticket.itl_s),
