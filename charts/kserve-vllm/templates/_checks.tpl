@@ -29,6 +29,9 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- fail (printf "%s: adapter %s cannot come from %s, KServe would mount it whole. Give a path, or a storageUri that is fetched." $at .name .storageUri) }}
 {{- end }}
 {{- end }}
+{{- if and $s.sharing.adapters.configMap $s.lora.adapters }}
+{{- fail (printf "%s: lora.adapters are fixed with the pod, sharing.adapters come and go; list all of them in the ConfigMap of sharing.adapters." $at) }}
+{{- end }}
 {{- if and $s.huggingFaceToken.secretName $s.storageUri }}
 {{- fail (printf "%s: huggingFaceToken is for a model that the engine downloads. For a storageUri, KServe's download takes the token from the service account: see serviceAccounts." $at) }}
 {{- end }}
@@ -45,7 +48,7 @@ says what to do. Takes (list $ service). Each check is a line: condition, then t
 {{- end }}
 
 {{/* Arguments and environment. */}}
-{{- $owned := dict "model" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
+{{- $owned := dict "model" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "keys-file" "sharing.keys" "redis-url" "sharing.redis" "adapters-file" "sharing.adapters" "warmup-file" "sharing.warmup" "moderation-file" "sharing.moderation" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
 {{- $fixed := list "host" "http-port" "grpc-port" "port" "headless" "nnodes" "node-rank" "master-addr" "master-port" -}}
 {{- range $s.extraArgs }}
 {{- $flag := regexReplaceAll "=.*" . "" | trimPrefix "--" | replace "_" "-" -}}

@@ -186,7 +186,7 @@ annotations:
   {{- . | nindent 2 }}
 {{- end }}
 {{- include "kserve-vllm.podFields" $s | nindent 0 }}
-{{- if or $s.chatTemplate.configMap $s.sharedMemory }}
+{{- if or $s.files $s.sharedMemory }}
 volumes:
   {{- with $s.sharedMemory }}
   - name: shm
@@ -194,10 +194,15 @@ volumes:
       medium: Memory
       sizeLimit: {{ . }}
   {{- end }}
-  {{- with $s.chatTemplate.configMap }}
-  - name: chat-template
+  {{- range $s.files }}
+  - name: {{ .name }}
+    {{- if .secret }}
+    secret:
+      secretName: {{ .secret }}
+    {{- else }}
     configMap:
-      name: {{ . }}
+      name: {{ .configMap }}
+    {{- end }}
   {{- end }}
 {{- end }}
 {{- if $s.fetchedAdapters }}
@@ -223,8 +228,15 @@ model:
     {{- else }}
     {{- include "kserve-vllm.stringList" $s.args | nindent 4 }}
     {{- end }}
-  {{- if or $s.env $s.huggingFaceToken.secretName }}
+  {{- if or $s.env $s.huggingFaceToken.secretName $s.sharing.redis.secret }}
   env:
+    {{- with $s.sharing.redis.secret }}
+    - name: KSERVE_VLLM_REDIS_URL
+      valueFrom:
+        secretKeyRef:
+          name: {{ . }}
+          key: {{ $s.sharing.redis.key }}
+    {{- end }}
     {{- with $s.huggingFaceToken.secretName }}
     - name: HF_TOKEN
       valueFrom:
@@ -250,11 +262,13 @@ model:
       name: grpc
       protocol: TCP
   {{- end }}
-  {{- if $s.chatTemplate.configMap }}
+  {{- with $s.files }}
   volumeMounts:
-    - name: chat-template
-      mountPath: /etc/kserve-vllm/chat-template
+    {{- range . }}
+    - name: {{ .name }}
+      mountPath: /etc/kserve-vllm/{{ .name }}
       readOnly: true
+    {{- end }}
   {{- end }}
 {{- if $s.multiNode.enabled }}
 workerSpec:

@@ -81,9 +81,23 @@ drainDelay, gpus, engineArgs (head and workers alike), args, fetch (what KServe 
 {{- range . }}{{ $args = append $args (printf "%s=%s" .name (default (printf "/mnt/models/adapters/%s" .name) .path)) }}{{ end -}}
 {{- end -}}
 {{- with $s.chatTemplate.configMap }}{{ $args = append $args (printf "--chat-template=/etc/kserve-vllm/chat-template/%s" $s.chatTemplate.key) }}{{ end -}}
+{{- if $s.sharing.keys.secret }}{{ $args = append $args (printf "--keys-file=/etc/kserve-vllm/keys/%s" $s.sharing.keys.key) }}{{ end -}}
+{{- range $name := list "adapters" "warmup" "moderation" -}}
+{{- $file := index $s.sharing $name -}}
+{{- if $file.configMap }}{{ $args = append $args (printf "--%s-file=/etc/kserve-vllm/%s/%s" $name $name $file.key) }}{{ end -}}
+{{- end -}}
 {{- $args = append $args (printf "--drain-timeout=%d" (int $s.drainTimeout)) -}}
 {{- if int $s.drainDelay }}{{ $args = append $args (printf "--drain-delay=%d" (int $s.drainDelay)) }}{{ end -}}
 {{- $_ := set $s "args" (concat $args $s.extraArgs) -}}
+
+{{/* Secrets and ConfigMaps that are mounted below /etc/kserve-vllm. */}}
+{{- $files := list -}}
+{{- with $s.chatTemplate.configMap }}{{ $files = append $files (dict "name" "chat-template" "configMap" .) }}{{ end -}}
+{{- with $s.sharing.keys.secret }}{{ $files = append $files (dict "name" "keys" "secret" .) }}{{ end -}}
+{{- range $name := list "adapters" "warmup" "moderation" -}}
+{{- with (index $s.sharing $name).configMap }}{{ $files = append $files (dict "name" $name "configMap" .) }}{{ end -}}
+{{- end -}}
+{{- $_ := set $s "files" $files -}}
 
 {{/* What Knative keeps behind a feature flag, of this service and of its runtime. */}}
 {{- $flags := list -}}
