@@ -152,10 +152,10 @@ def test_identical_requests_that_arrive_together_cost_one_engine_call(answering:
 
 def test_a_hit_is_counted_and_its_tokens_are_not_the_engines(answering: Server) -> None:
     call(answering, "completions", prompt="5 + 5 =")
-    hits = answering.metric("kserve_vllm_response_cache_total", result="hit")
+    hits = answering.metric("kserve_vllm_response_cache_requests_total", result="hit")
     tokens = answering.metric("kserve_vllm_output_tokens_total")
     assert call(answering, "completions", prompt="5 + 5 =").headers["x-cache"] == "hit"
-    assert answering.metric("kserve_vllm_response_cache_total", result="hit") == hits + 1
+    assert answering.metric("kserve_vllm_response_cache_requests_total", result="hit") == hits + 1
     assert answering.metric("kserve_vllm_output_tokens_total") == tokens
 
 

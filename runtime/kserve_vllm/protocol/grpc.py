@@ -241,12 +241,15 @@ class Servicer:
     async def _model_stream_infer(self, requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
         """Answer the requests of one stream side by side; responses carry their request's id."""
         request_id, metadata = _metadata(context)
+        # The call is only the frame of requests with tickets of their own; it has one where it is refused as a whole.
+        refusal: RequestError | None = self._gate.refusal()
         try:
-            with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata, counted=False) as ticket:
-                self._gate.identify(ticket, headers_of(metadata)[0])
-                if (closed := self._gate.refusal()) is not None:
-                    raise closed
-        except RequestError as refusal:
+            self._gate.identify(Ticket(request_id, "grpc", "ModelStreamInfer"), headers_of(metadata)[0])
+        except RequestError as error:
+            refusal = error
+        if refusal is not None:
+            with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata) as ticket:
+                ticket.status, ticket.error = refusal.grpc_status, refusal
             await _abort(context, refusal)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         reader = asyncio.create_task(self._read_stream(requests, queue, request_id, metadata))

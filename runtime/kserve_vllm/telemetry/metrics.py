@@ -98,7 +98,7 @@ DECLARED: tuple[Declared, ...] = (
              merge="livemin"),
     Declared("kserve_vllm_waiting_requests", "gauge", "Requests that wait in front of the engine, by class.",
              ("priority",)),
-    Declared("kserve_vllm_response_cache", "counter",
+    Declared("kserve_vllm_response_cache_requests", "counter",
              "Requests by what the response cache had for them: hit, miss or bypass.", ("result",)),
     Declared("kserve_vllm_moderation_verdicts", "counter",
              "Texts that a moderation hook refused, redacted or failed to look at.", ("hook", "where", "verdict")),
@@ -205,7 +205,7 @@ class Metrics:
             1, exemplar
         )
         if ticket.cache is not None:
-            self._get("kserve_vllm_response_cache").labels(ticket.cache).inc()
+            self._get("kserve_vllm_response_cache_requests").labels(ticket.cache).inc()
         if not ticket.sequences:
             return
         used = model, "none" if ticket.adapter is None else model, tenant, ticket.protocol

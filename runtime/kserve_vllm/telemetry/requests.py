@@ -79,7 +79,6 @@ class Requests:
         headers: Mapping[str, str],
         model: str | None = None,
         quiet: bool = False,
-        counted: bool = True,
     ) -> Iterator[Ticket]:
         """A ticket for as long as the block runs; it is the current one in the block and in tasks started there.
 
@@ -90,7 +89,6 @@ class Requests:
             headers: with lower-case names; `traceparent` and `tracestate` are read.
             model: the name asked for, where it is known already.
             quiet: write its log line at the level debug.
-            counted: False for what is only the frame of requests with tickets of their own; it is booked if it fails.
         """
         ticket = Ticket(request_id, protocol, endpoint, quiet, model=model)
         self._tracing.open(ticket, headers)
@@ -102,9 +100,7 @@ class Requests:
             raise
         finally:
             duration_s = time.monotonic() - ticket.started
-            if not counted and ticket.error is None:
-                self._tracing.close(ticket, "ok")
-            elif ticket.unfinished and ticket.error is None:
+            if ticket.unfinished and ticket.error is None:
                 # vLLM gives up the request of a client that is gone a moment after its handler returned.
                 self._late[ticket] = duration_s
                 asyncio.get_running_loop().call_later(_LATE_S, self._close_late, ticket)
