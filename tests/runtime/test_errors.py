@@ -582,6 +582,9 @@ def test_a_fault_of_ours_over_grpc_has_a_request_id_and_no_internals() -> None:
         async def infer(self, request: Any, metadata: Any, message: Any) -> Any:
             raise RuntimeError(SECRET)
 
+        async def pieces(self, *_: Any) -> None:
+            """Leave it to `stream`."""
+
         async def stream(self, request: Any, metadata: Any, new: Any) -> Any:
             yield new()
             raise RuntimeError(SECRET)
