@@ -108,52 +108,59 @@ def offline(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens_per_s": requests * args.tokens / found["elapsed_time"]}
 
 
-def serve(
-    configuration: Configuration,
-    number: int,
-    args: argparse.Namespace,
-    cells: list[dict[str, Any]],
-    starts: list[dict[str, Any]],
-) -> None:
-    """Start one server, run all its loads, and stop it."""
-    name = configuration.name
-    server = Running(configuration, engine_flags(args))
-    try:
-        for mode in (mode for mode in args.modes if configuration.answers(mode)):
-            for concurrency in args.concurrency:
-                figures = measure(server, mode, concurrency, args)
-                cells.append({"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures})
-                say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(
-                    f" {key} {figures[key]:.1f}" for key in _SHOWN))  # fmt: skip
-        starts.append({"round": number, "server": name, "ready_s": server.ready_s,
-                       "peak_mib": server.memory_mib(peak=True)})  # fmt: skip
-        say(f"  {name:9} ready after {server.ready_s:.1f} s, peak {starts[-1]['peak_mib']:.0f} MiB")
-    finally:
-        server.stop()
+def load(server: Running, number: int, args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Run all loads against a server that runs."""
+    name = server.configuration.name
+    for mode in (mode for mode in args.modes if server.configuration.answers(mode)):
+        for concurrency in args.concurrency:
+            figures = measure(server, mode, concurrency, args)
+            cell = {"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures}
+            report["cells"].append(cell)
+            say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(
+                f" {key} {figures[key]:.1f}" for key in _SHOWN))  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(name: str, number: int, args: argparse.Namespace, report: dict[str, Any]) -> Iterator[Running]:
+    """A server, from its start to its end."""
+    say(f"round {number + 1}/{args.rounds}: starting {name}")
+    with configured(name) as configuration:
+        server = Running(configuration, engine_flags(args))
+        try:
+            yield server
+            start = {"round": number, "server": name, "ready_s": server.ready_s,
+                     "peak_mib": server.memory_mib(peak=True)}  # fmt: skip
+            report["starts"].append(start)
+            say(f"  {name:9} ready after {server.ready_s:.1f} s, peak {start['peak_mib']:.0f} MiB")
+        finally:
+            server.stop()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds. Results are written after each of them."""
-    cells: list[dict[str, Any]] = []
-    starts: list[dict[str, Any]] = []
-    ceilings: list[dict[str, Any]] = []
-    report = {"machine": machine(), "arguments": vars(args) | {"out": str(args.out)}, "cells": cells, "starts": starts,
-              "offline": ceilings}  # fmt: skip
+    report: dict[str, Any] = {"machine": machine(), "arguments": vars(args) | {"out": str(args.out)}, "cells": [],
+                              "starts": [], "offline": []}  # fmt: skip
     deadline = time.monotonic() + args.minutes * 60
-    for number in range(args.rounds):
-        # Every other round in the opposite order, so that no server always follows the same one.
-        names = args.servers if number % 2 == 0 else args.servers[::-1]
-        for name in names:
-            if time.monotonic() > deadline:
-                say("out of time: stopping here")
-                return report
-            say(f"round {number + 1}/{args.rounds}: starting {name}")
-            with configured(name) as configuration:
-                serve(configuration, number, args, cells, starts)
-        if args.offline:
-            ceilings.append({"round": number, **offline(args)})
-            say(f"  the engine alone: {ceilings[-1]['tokens_per_s']:.0f} tokens/s")
-        write(report, args.out)
+    with contextlib.ExitStack() as together:
+        running: dict[str, Running] = {}
+        if args.together:
+            running = {name: together.enter_context(started(name, 0, args, report)) for name in args.servers}
+        for number in range(args.rounds):
+            # Every other round in the opposite order, so that no server always follows the same one.
+            for name in args.servers if number % 2 == 0 else args.servers[::-1]:
+                if time.monotonic() > deadline:
+                    say("out of time: stopping here")
+                    return report
+                if args.together:
+                    load(running[name], number, args, report)
+                    continue
+                with started(name, number, args, report) as server:
+                    load(server, number, args, report)
+            if args.offline:
+                report["offline"].append({"round": number, **offline(args)})
+                say(f"  the engine alone: {report['offline'][-1]['tokens_per_s']:.0f} tokens/s")
+            write(report, args.out)
+    write(report, args.out)
     return report
 
 
@@ -296,6 +303,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--tokens-per-cell", type=int, default=65_536, help="output tokens of a cell with 32 streams")
     parser.add_argument("--minutes", type=float, default=120, help="start no further server after this time")
+    parser.add_argument("--together", action="store_true", help="start each server once and load them in turns")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile; eager otherwise")
     parser.add_argument("--no-offline", dest="offline", action="store_false", help="leave the engine alone out")
     parser.add_argument("--engine-arguments", nargs=argparse.REMAINDER, default=[], help="further engine flags; last")

@@ -375,9 +375,24 @@ def test_a_prompt_that_is_more_or_less_than_tokens_is_not_cacheable(prompt: obje
 # With the cache, and the books
 
 
+class NoLoRAs:
+    """Stands for the adapters of a model that has none."""
+
+    def admit(self, lora: Any) -> Any:
+        """The one that was asked for."""
+        return lora
+
+    def plain(self, key: str) -> str:
+        """The name itself."""
+        return key
+
+    def book(self, key: str, requests: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Nobody asks."""
+
+
 def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None:
     processor = Processor()
-    accounts = Accounts(processor.vllm, lambda: "base")
+    accounts = Accounts(processor.vllm, lambda: "base", NoLoRAs())
     cache: ResponseCache[Record] = ResponseCache(
         MemoryStore(1 << 20, 60), RecordCodec(), "tenant", hand_over=accounts.hand_over
     )

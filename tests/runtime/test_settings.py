@@ -127,7 +127,7 @@ def test_what_can_not_be_used_is_refused_with_a_sentence(arguments: list[str], s
     [
         (
             "servers: {http_port: 1}",
-            "unknown group 'servers'; the groups are .* lifecycle, telemetry, engine",
+            "unknown group 'servers'; the groups are .* lifecycle, telemetry, policy, engine",
         ),
         ("server: {htp_port: 1}", "server.htp_port .* is no setting of server"),
         ("[1]", "must hold a mapping"),

@@ -89,7 +89,7 @@ class Accounts:
                 self._open[request_id] = stays, state
                 left.sequences -= 1
                 stays.sequences += 1
-                stays.model = left.model
+                stays.model, stays.base_model, stays.adapter = left.model, left.base_model, left.adapter
 
     def finish(self, state: Any, finish_reason: Any, stats: Any) -> None:
         """A sequence has its last token."""

@@ -24,6 +24,7 @@ import orjson
 from kserve_vllm.engine.intake import Intake
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
+from kserve_vllm.ticket import current
 from kserve_vllm.types import TextJob
 
 log = logging.getLogger(__name__)
@@ -258,11 +259,12 @@ class OpenAIStream(TextStream):
         skips_empty: whether a piece without text gets no frame.
     """
 
-    __slots__ = ("_prepared", "frames", "include_usage", "skips_empty")
+    __slots__ = ("_prepared", "_ticket", "frames", "include_usage", "skips_empty")
 
     def __init__(self, hub: Hub, client: Any, prepared: _Prepared, intake: Intake | None = None) -> None:
         super().__init__(hub, client, prepared.call, intake)
         self._prepared = prepared
+        self._ticket = current.get()
         self.frames, self.include_usage, self.skips_empty = prepared.shape
 
     def usage(self, completion_tokens: int) -> bytes:
@@ -271,7 +273,12 @@ class OpenAIStream(TextStream):
 
     def failure(self) -> bytes:
         """The frame that vLLM sends for an exception in mid-stream."""
-        return _failure_frame(self._prepared, self.error)
+        # This runs in a callback of the event loop, where no request is the current one.
+        token = current.set(self._ticket)
+        try:
+            return _failure_frame(self._prepared, self.error)
+        finally:
+            current.reset(token)
 
 
 class Hub:
