@@ -56,6 +56,10 @@ CASES: dict[str, tuple[Document, str]] = {
         service(huggingFaceToken={"secretName": "s"}),
         "huggingFaceToken is for a model that the engine downloads",
     ),
+    "adapters of both kinds": (
+        service(lora={"adapters": [{"name": "a", "path": "/mnt/a"}]}, sharing={"adapters": {"configMap": "c"}}),
+        "list all of them in the ConfigMap of sharing.adapters",
+    ),
     "adapters in a batch without adapters": (service(lora={"maxLoras": 2}), "lora.maxLoras without lora.adapters"),
     "a rank without adapters": (service(lora={"maxRank": 16}), "lora.maxRank without lora.adapters"),
     "a runtime that is off": (

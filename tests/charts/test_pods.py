@@ -162,7 +162,9 @@ def test_what_is_written_goes_to_tmp(isvc: Document, runtime: Document) -> None:
     pod = kserve_merge.pod(isvc, runtime)["spec"]
     container = pod["containers"][0]
     mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
-    assert set(mounts) - {"/etc/kserve-vllm/chat-template"} == {"/tmp", "/dev/shm"}
+    files = {path for path in mounts if path.startswith("/etc/kserve-vllm/")}
+    assert set(mounts) - files == {"/tmp", "/dev/shm"}
+    assert all(mounts[path]["readOnly"] for path in files)
     volumes = {v["name"]: v for v in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
     assert "medium" not in volumes[mounts["/tmp"]["name"]]["emptyDir"]
