@@ -526,10 +526,14 @@ def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
     handler = prepared.handler
     if error is None:
         error = GenerationError("Internal server error")
-    if isinstance(error, GenerationError):
-        return _event(handler._convert_generation_error_to_streaming_response(error))
-    log.error("request %s failed in mid-stream", prepared.request_id, exc_info=error)
-    return _event(handler.create_streaming_error_response(error))
+    try:
+        # vLLM hands over its text alone; what the fault was is looked up in the exception that is being handled.
+        raise error
+    except GenerationError as raised:
+        return _event(handler._convert_generation_error_to_streaming_response(raised))
+    except Exception as raised:
+        log.exception("request %s failed in mid-stream", prepared.request_id)
+        return _event(handler.create_streaming_error_response(raised))
 
 
 def _write_frames(kind: Kind, handler: Any, include_usage: bool, continuous: bool) -> Frames:
