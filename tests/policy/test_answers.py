@@ -174,7 +174,8 @@ def test_redis_may_go_and_come_back_while_requests_are_answered(answering: Serve
     try:
         redis.stop()
         wait_until(lambda: answering.metric("kserve_vllm_redis_up") == 0, 10, "it did not notice")
-        assert call(answering, "chat", prompt="What is 40 + 7?").headers["x-cache"] == "bypass"
+        # Another question: the same one may join the thread's, which is a hit also without Redis.
+        assert call(answering, "chat", prompt="What is 41 + 7?").headers["x-cache"] == "bypass"
         redis.start()
         wait_until(lambda: answering.metric("kserve_vllm_redis_up") == 1, 15, "it did not come back")
     finally:
