@@ -1,4 +1,4 @@
-"""The engine: with `records`, `intake` and `openai_stream` the only modules that import vLLM.
+"""The engine: with `guards`, `loras`, `records` and `openai_stream` the only modules that import vLLM.
 
 vLLM moves its modules between minor versions; whatever moves is mended here. Imports of vLLM stand inside functions,
 because they take seconds and the process has to answer probes before them.
@@ -81,7 +81,6 @@ SAMPLING_OPTIONS = frozenset(
 
 # Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
 _NOT_SERVED = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-# 501 and 503 say what they mean, and are nobody's fault.
 
 
 def prepare_environment() -> None:
