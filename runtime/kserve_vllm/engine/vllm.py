@@ -280,6 +280,8 @@ class VLLMEngine:
 
     async def warm_up(self) -> None:
         """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""
+        from vllm import envs
+
         if self.generates:
             job = TextJob(self.names[0], "warm-up", prompt=[1], options={"max_tokens": 1, "temperature": 0.0})
             async for _ in self.generate(job):
@@ -287,6 +289,8 @@ class VLLMEngine:
         elif self.embeds:
             await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
         self._processes = psutil.Process().children(recursive=True)
+        # vLLM's engine does so too; its front end would read a variable of the environment for every token.
+        envs.enable_envs_cache()
         # vLLM's lifespan writes the statistics line and freezes the heap.
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
