@@ -110,6 +110,7 @@ def test_a_flood_of_tenants_or_models_ends_in_the_label_other() -> None:
         (State.READY, 500, InternalError("x"), "server_error", None),
         (State.READY, 503, QueueFull("x"), "unavailable", "queue_full"),
         (State.READY, 503, Unavailable("x"), "unavailable", "unloaded"),
+        (State.READY, 503, Unavailable("x", reason="limits_unavailable"), "unavailable", "limits_unavailable"),
         (State.LOADING, 503, Unavailable("x"), "unavailable", "loading"),
         (State.DRAINING, "UNAVAILABLE", Unavailable("x"), "unavailable", "draining"),
         (State.FAILED, 503, EngineGone("x"), "unavailable", "engine_dead"),
@@ -127,6 +128,14 @@ def test_every_way_to_end_has_an_outcome_and_every_refusal_a_reason(
     assert outcome in OUTCOMES
     if reason is not None:
         assert books.value("kserve_vllm_rejections_total", protocol="v1", reason=reason) == 1
+
+
+def test_an_answer_that_the_moderation_cut_off_counts_as_refused_and_not_as_given_up() -> None:
+    books = Books()
+    with books.requests.open("openai", "/x", "id", {}) as ticket:
+        ticket.status, ticket.sequences, ticket.aborted, ticket.cut_off = 200, 1, 1, True
+    assert books.outcomes() == {"refused": 1}
+    assert books.value("kserve_vllm_rejections_total", protocol="openai", reason="moderation") == 1
 
 
 def test_a_stream_that_began_well_and_whose_engine_died_counts_as_server_error() -> None:
