@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -36,6 +37,21 @@ def wait_until(done: Callable[[], bool], timeout_s: float, what: str | Callable[
         if time.monotonic() > deadline:
             raise AssertionError(what if isinstance(what, str) else what())
         time.sleep(0.1)
+
+
+def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """End a process: SIGTERM, then SIGKILL after `timeout_s`; and whatever it started and left behind."""
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 class Server:
@@ -117,18 +133,6 @@ class Server:
 
     def stop(self, timeout_s: float = 60.0) -> int:
         """End the server as a kubelet does: SIGTERM, then SIGKILL after `timeout_s`. Returns its exit code."""
-        children = self.children() if self.process.poll() is None else []
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for child in children:
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
+        end(self.process, timeout_s)
         self._log_file.close()
         return int(self.process.returncode)

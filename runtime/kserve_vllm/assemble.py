@@ -50,7 +50,9 @@ class Assembly:
         self._remote = self._connect(settings)
         self._limits = self._build_limits(settings)
         self.admission = self._build_admission(settings)
-        self.usage = Usage(chosen.usage_sink, metrics.count_usage) if chosen.usage_sink else None
+        self.usage: Usage | None = None
+        if chosen.usage_sink:
+            self.usage = Usage(chosen.usage_sink.get_secret_value(), metrics.count_usage)
         self.moderation = self._build_moderation(settings)
         classes = chosen.keys_file is not None or chosen.max_concurrent > 0
         service = Quota("service", chosen.requests_per_minute or None, chosen.tokens_per_minute or None, None)

@@ -149,7 +149,7 @@ class _Process:
         from kserve_vllm.protocol.v2 import V2Text
 
         self._engine_version = vllm.version()
-        self._metrics.attach(self._engine_version, engine.served_names, engine.adapters_by_state)
+        self._metrics.attach(self._engine_version, engine.serves, engine.adapters_by_state)
         self._lifecycle.to(State.WARMING)
         policies = self._assembly.policies
         if self._assembly.decides:

@@ -195,7 +195,9 @@ class PolicySettings(_Group):
     moderation_file: str | None = _setting(
         None, "YAML file with hooks that look at prompts and answers: patterns, a moderation endpoint, Python code."
     )
-    usage_sink: str | None = _setting(None, "Where a JSON record per request goes: log, file:PATH, or an http(s) URL.")
+    usage_sink: SecretStr | None = _setting(
+        None, "Where a JSON record per request goes: log, file:PATH, or an http(s) URL."
+    )
 
 
 GROUPS: Mapping[str, type[_Group]] = {

@@ -31,6 +31,7 @@ class Ticket:
         cache_control: the client's `Cache-Control`, in lower case.
         cache: `hit`, `miss` or `bypass` where there is a response cache, else None.
         grant: what the limits gave, or None.
+        cut_off: whether the moderation ended an answer that had begun.
         refusal: why the request was turned away at the engine's door, where that happened.
         answer_headers: headers to add to the start of the answer.
         closers: called once with the ticket when it is closed.
@@ -67,6 +68,7 @@ class Ticket:
     cache_control: str = ""
     cache: str | None = None
     grant: Any = None
+    cut_off: bool = False
     refusal: RequestError | None = None
     answer_headers: list[tuple[str, str]] = field(default_factory=list)
     closers: list[Callable[[Ticket], None]] = field(default_factory=list)

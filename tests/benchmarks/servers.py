@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import psutil
 
 from kserve_vllm.engine import demo
 from kserve_vllm.policy import tenants
-from tests.support import free_port
+from tests.support import end, free_port
 
 MODEL = "demo"
 _READY_WITHIN_S = 300.0
@@ -161,22 +160,7 @@ class Running:
 
     def stop(self) -> None:
         """End the server and whatever it started."""
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            children = []
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for child in children:
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
+        end(self.process, 20)
         self._log.close()
 
 

@@ -37,7 +37,7 @@ class Books:
         self.lifecycle = Lifecycle()
         self.in_flight = 0
         self.metrics = Metrics(self.lifecycle, lambda: self.in_flight, "1", self.registry, **limits)
-        self.metrics.attach("0.32", lambda: frozenset({"demo", "upper"}), lambda: {"loaded": 1, "unloaded": 2})
+        self.metrics.attach("0.32", lambda name: name in ("demo", "upper"), lambda: {"loaded": 1, "unloaded": 2})
         self.requests = Requests(self.metrics, Tracing(), self.lifecycle)
 
     def value(self, name: str, **labels: str) -> float | None:
@@ -110,6 +110,7 @@ def test_a_flood_of_tenants_or_models_ends_in_the_label_other() -> None:
         (State.READY, 500, InternalError("x"), "server_error", None),
         (State.READY, 503, QueueFull("x"), "unavailable", "queue_full"),
         (State.READY, 503, Unavailable("x"), "unavailable", "unloaded"),
+        (State.READY, 503, Unavailable("x", reason="limits_unavailable"), "unavailable", "limits_unavailable"),
         (State.LOADING, 503, Unavailable("x"), "unavailable", "loading"),
         (State.DRAINING, "UNAVAILABLE", Unavailable("x"), "unavailable", "draining"),
         (State.FAILED, 503, EngineGone("x"), "unavailable", "engine_dead"),
@@ -127,6 +128,14 @@ def test_every_way_to_end_has_an_outcome_and_every_refusal_a_reason(
     assert outcome in OUTCOMES
     if reason is not None:
         assert books.value("kserve_vllm_rejections_total", protocol="v1", reason=reason) == 1
+
+
+def test_an_answer_that_the_moderation_cut_off_counts_as_refused_and_not_as_given_up() -> None:
+    books = Books()
+    with books.requests.open("openai", "/x", "id", {}) as ticket:
+        ticket.status, ticket.sequences, ticket.aborted, ticket.cut_off = 200, 1, 1, True
+    assert books.outcomes() == {"refused": 1}
+    assert books.value("kserve_vllm_rejections_total", protocol="openai", reason="moderation") == 1
 
 
 def test_a_stream_that_began_well_and_whose_engine_died_counts_as_server_error() -> None:
@@ -175,7 +184,7 @@ def test_several_processes_with_a_shared_folder_are_put_together(tmp_path: Path)
         "from kserve_vllm.ticket import Ticket\n"
         "life = Lifecycle(); metrics = Metrics(life, lambda: 2, '1'); life.to(State.READY)\n"
         "ticket = Ticket('id', 'v2', '/x', model='m', sequences=1, output_tokens=5, queue_s=0.01)\n"
-        "metrics.attach('0.32', lambda: frozenset({'m'}), dict)\n"
+        "metrics.attach('0.32', lambda name: name == 'm', dict)\n"
         "metrics.count(ticket, 'ok', 1.0); text = metrics.render()[0].decode()\n"
         "print(text); sys.stdout.flush(); sys.stdin.read()\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from tests.triton import service_pb2, service_pb2_grpc
 
 PROTOCOLS = ("chat", "chat-stream", "completions", "completions-stream", "responses", "messages", "infer", "generate",
              "generate-stream", "predict", "grpc", "grpc-stream")  # fmt: skip
-_CHATS = ("chat", "responses", "messages")
+CHATS = ("chat", "chat-stream", "responses", "messages")
 _HTTP_STATUS = {"OK": 200, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "INVALID_ARGUMENT": 400,
                 "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503}  # fmt: skip
 
@@ -53,7 +54,7 @@ def call(
         prompt: a sum with the answer 42 where none is given.
         headers: further headers or metadata, with underscores for dashes.
     """
-    prompt = prompt or ("What is 17 + 25?" if protocol.partition("-")[0] in _CHATS else "17 + 25 =")
+    prompt = prompt or ("What is 17 + 25?" if protocol in CHATS else "17 + 25 =")
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     if key is not None:
         sent["authorization"] = f"Bearer {key}"
@@ -76,6 +77,27 @@ def call(
     }[protocol.removesuffix("-stream")]  # fmt: skip
     response = httpx.post(server.url + path, json=body, headers=sent, timeout=120)
     return Answer(response.status_code, dict(response.headers), response.text)
+
+
+def texts(body: str) -> str:
+    """All text of a body or stream, for comparing what was said."""
+    found: list[str] = []
+
+    def walk(tree: object, name: str = "") -> None:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                walk(value, key)
+        elif isinstance(tree, list):
+            for value in tree:
+                walk(value, name)
+        elif isinstance(tree, str) and name in ("text", "content", "text_output", "data", "predictions"):
+            found.append(tree)
+
+    for line in [body] if body.lstrip().startswith("{") else body.splitlines():
+        line = line.removeprefix("data: ")
+        if line.startswith(("{", "[{")):
+            walk(json.loads(line))
+    return "".join(found) or body
 
 
 def _grpc(server: Server, protocol: str, sent: dict[str, str], prompt: str, model: str, max_tokens: int) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import shutil
@@ -16,6 +17,7 @@ from kserve_vllm.engine import adapters
 from kserve_vllm.engine.adapter_files import Broken, read_shapes
 from kserve_vllm.engine.adapters import Adapters, State, Version
 from kserve_vllm.errors import ConfigError, InvalidRequest, NotFound
+from kserve_vllm.types import TextJob
 from tests.support import ROOT
 
 DEMO = ROOT / "runtime" / "kserve_vllm" / "demo"
@@ -30,6 +32,7 @@ class StandIn:
     def __init__(self) -> None:
         self.may_add = asyncio.Event()
         self.may_add.set()
+        self.adding = asyncio.Event()
         self.held: dict[int, Path] = {}
         self.served: dict[str, int] = {}
         self.busy: set[int] = set()
@@ -44,6 +47,7 @@ class StandIn:
         return self._number
 
     async def add(self, name: str, version: Version) -> None:
+        self.adding.set()
         await self.may_add.wait()
         if self.refuse:
             raise Broken("no")
@@ -84,6 +88,14 @@ class Stage:
         """Write the list."""
         rows = [] if source is None else [{"name": "a", "source": str(source)}]
         self.file.write_text(json.dumps({"adapters": rows}))
+
+    async def begin_to_load(self, source: Path) -> None:
+        """Write the list, and come to where the engine loads what it says. It goes on with `may_add`."""
+        self.host.may_add.clear()
+        self.host.adding.clear()
+        self.declare(source)
+        await self.table._look()
+        await asyncio.wait_for(self.host.adding.wait(), 10)
 
     async def round(self) -> None:
         """Look once, and wait for what that began."""
@@ -159,10 +171,7 @@ def test_a_content_that_comes_back_while_it_still_runs_is_the_same_version(play:
 
 def test_an_adapter_unloaded_while_it_loads_is_not_served_and_is_freed(play: Play) -> None:
     async def story(stage: Stage) -> None:
-        stage.host.may_add.clear()
-        stage.declare(stage.other)
-        await stage.table._look()
-        await asyncio.sleep(0.3)
+        await stage.begin_to_load(stage.other)
         await stage.table.unload("a")
         stage.host.may_add.set()
         await stage.round()
@@ -177,10 +186,7 @@ def test_an_adapter_unloaded_while_it_loads_is_not_served_and_is_freed(play: Pla
 
 def test_unload_and_load_while_it_loads_leave_one_version(play: Play) -> None:
     async def story(stage: Stage) -> None:
-        stage.host.may_add.clear()
-        stage.declare(stage.other)
-        await stage.table._look()
-        await asyncio.sleep(0.3)
+        await stage.begin_to_load(stage.other)
         await stage.table.unload("a")
         loading = asyncio.create_task(stage.table.load("base:a"))
         await asyncio.sleep(0)
@@ -197,10 +203,7 @@ def test_unload_and_load_while_it_loads_leave_one_version(play: Play) -> None:
 
 def test_a_declaration_that_changes_while_it_loads_wins(play: Play) -> None:
     async def story(stage: Stage) -> None:
-        stage.host.may_add.clear()
-        stage.declare(stage.other)
-        await stage.table._look()
-        await asyncio.sleep(0.3)
+        await stage.begin_to_load(stage.other)
         stage.declare(stage.folder)
         await stage.table._look()
         stage.host.may_add.set()
@@ -263,6 +266,33 @@ def test_what_the_engine_refuses_leaves_nothing_behind(play: Play) -> None:
         assert stage.consistent()
 
     play(story)
+
+
+def test_an_adapter_that_goes_while_its_prompt_is_rendered_is_not_answered_by_the_base_model() -> None:
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    from kserve_vllm.engine.vllm import VLLMEngine
+
+    class Handler(OpenAIServingCompletion):  # type: ignore[misc]
+        override_max_tokens = None
+
+        def __init__(self) -> None:
+            self.models = SimpleNamespace(lora_requests={"a": object()}, is_base_model=lambda name: name == "base")
+            self.model_config = SimpleNamespace(max_model_len=100)
+            self.default_sampling_params: dict[str, Any] = {}
+
+        async def render_completion_request(self, request: Any) -> Any:
+            self.models.lora_requests.pop("a", None)
+            return [{"type": "token", "prompt_token_ids": [1, 2]}]
+
+        def _extract_prompt_len(self, prompt: Any) -> int:
+            return 2
+
+    engine = VLLMEngine(argparse.Namespace(scheduling_policy="fcfs"))
+    engine._app = SimpleNamespace(state=SimpleNamespace(openai_serving_completion=Handler()))  # type: ignore[assignment]
+    asyncio.run(engine._prepare(TextJob("base", "r", prompt="1 +")))
+    with pytest.raises(Exception, match="`a` does not exist"):
+        asyncio.run(engine._prepare(TextJob("a", "r", prompt="1 +")))
 
 
 def test_a_file_needs_lora(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ protocol."""
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.policy.calls import PROTOCOLS, call
+from tests.policy.calls import CHATS, PROTOCOLS, call, texts
 from tests.support import DEMO, Server, wait_until
 from tests.support_redis import RedisServer
 
@@ -39,7 +38,6 @@ hooks:
     action: refuse
     patterns: [{literal: ' 10 '}]
 """
-CHATS = ("chat", "chat-stream", "responses", "messages")
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +65,6 @@ def answering(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> I
 def finished(server: Server) -> float:
     """Requests that the engine has brought to an end."""
     return server.metric("vllm:request_success_total")
-
-
-def texts(body: str) -> str:
-    """All text of a body or stream, for comparing what was said."""
-    found: list[str] = []
-
-    def walk(tree: object, name: str = "") -> None:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                walk(value, key)
-        elif isinstance(tree, list):
-            for value in tree:
-                walk(value, name)
-        elif isinstance(tree, str) and name in ("text", "content", "text_output", "data", "predictions"):
-            found.append(tree)
-
-    for line in [body] if body.lstrip().startswith("{") else body.splitlines():
-        line = line.removeprefix("data: ")
-        if line.startswith(("{", "[{")):
-            walk(json.loads(line))
-    return "".join(found) or body
 
 
 # Cache

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from hypothesis import strategies as st
 
 from kserve_vllm.errors import ConfigError, Refused, RequestError, Unavailable
 from kserve_vllm.policy.moderation import Moderation
+from tests.policy.services import Endpoint
 
 CARD = {"regex": r"\b(?:\d[ -]?){12,15}\d\b", "replacement": "[card]"}
 MAIL = {"regex": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}", "replacement": "[mail]"}
@@ -281,58 +279,12 @@ def test_an_answer_much_longer_than_the_hold_back_passes_alike_too(
 # Endpoint
 
 
-class Endpoint(ThreadingHTTPServer):
-    """A moderation endpoint in OpenAI's form that flags `attack`; what it does depends on the path."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}{path}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(body)
-        self.server.keys.append(self.headers["authorization"])
-        if self.path == "/slow":
-            time.sleep(1.0)
-        results = [{"flagged": "attack" in text, "categories": {}} for text in body["input"]]
-        tree: Any = {
-            "/short": {"results": results[1:]},
-            "/odd": {"results": [{"flagged": "yes"}] * len(results)},
-            "/list": results,
-        }.get(self.path, {"id": "m", "model": "m", "results": results})
-        reply = b"not json" if self.path == "/garbage" else json.dumps(tree).encode()
-        self.send_response({"/broken": 500, "/elsewhere": 302}.get(self.path, 200))
-        self.send_header("content-length", str(len(reply)))
-        self.end_headers()
-        try:
-            self.wfile.write(reply)
-        except OSError:  # the client did not wait
-            self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Endpoint()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    server = Endpoint("attack")
+    with server.up():
+        yield server
 
 
 def at(endpoint: Endpoint, path: str = "/ok", **fields: Any) -> dict[str, Any]:
@@ -427,7 +379,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / f"{name}.py").write_text(
         textwrap.dedent(
             """
-            import asyncio, threading, time
+            import asyncio, sys, threading, time
             from kserve_vllm.policy.moderation import Refusal
 
             def upper(text, where, tenant):
@@ -450,6 +402,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
             def odd(text, where, tenant):
                 return 1
+
+            def leaves(text, where, tenant):
+                sys.exit(3)
+
+            async def leaves_the_loop(text, where, tenant):
+                sys.exit(3)
 
             def sleeps(text, where, tenant):
                 time.sleep(0.5)
@@ -494,7 +452,7 @@ def test_an_entry_point_may_refuse(make: Make, module: str, function: str) -> No
     assert "".join(passed) == "this is good, but that is "
 
 
-@pytest.mark.parametrize("function", ["breaks", "odd", "sleeps"])
+@pytest.mark.parametrize("function", ["breaks", "odd", "sleeps", "leaves", "leaves_the_loop"])
 def test_an_entry_point_that_fails_answers_503_or_lets_pass_as_it_was_told(
     make: Make, module: str, function: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,22 @@ def test_a_server_that_is_stopped_and_started_is_found_again(redis_server: Redis
     asyncio.run(main())
 
 
+def test_a_server_that_was_started_again_between_two_calls_was_never_away(redis_server: RedisServer) -> None:
+    states: list[bool] = []
+
+    async def main() -> None:
+        remote = Remote(redis_server.url, states.append, PATIENT_S)
+        await asyncio.gather(*[remote.call(lambda redis: redis.get("x")) for _ in range(20)])
+        redis_server.stop()
+        redis_server.start()
+        await asyncio.sleep(0.1)  # until this process has heard that its connections are closed
+        await asyncio.gather(*[remote.call(lambda redis: redis.get("x")) for _ in range(20)])
+        await remote.close()
+
+    asyncio.run(main())
+    assert states == []
+
+
 def test_a_server_that_hangs_is_given_up_within_half_a_second_by_every_caller(redis_server: RedisServer) -> None:
     async def main() -> None:
         remote = Remote(redis_server.url)

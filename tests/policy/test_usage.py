@@ -12,18 +12,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.policy.usage import Usage, UsageRecord, timestamp
-from tests.support import ROOT, free_port, wait_until
+from tests.policy.services import Receiver, ids
+from tests.support import ROOT, wait_until
 
 RECORD = UsageRecord(
     time=timestamp(1_767_225_600.25),
@@ -51,11 +48,6 @@ def many(number: int) -> list[UsageRecord]:
     return [replace(RECORD, request_id=f"r-{i:06}", prompt_tokens=i) for i in range(number)]
 
 
-def ids(text: str) -> list[str]:
-    assert not text or text.endswith("\n")
-    return [json.loads(line)["request_id"] for line in text.splitlines()]
-
-
 def fill(usage: Usage, records: list[UsageRecord]) -> None:
     for record in records:
         usage.record(record)
@@ -67,58 +59,6 @@ def close(usage: Usage, timeout_s: float = 20.0) -> None:
 
 def losses(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR and "lost" in r.getMessage()]
-
-
-class Receiver:
-    """A real HTTP server on loopback that keeps what is posted to it."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/usage"
-        self.bodies: list[str] = []
-        self.headers: list[dict[str, str]] = []
-        self.answers: list[int] = []
-        """Statuses of the next answers; 200 when there are none."""
-        self.hang = threading.Event()
-        self.hang.set()
-
-    @contextmanager
-    def up(self) -> Iterator[None]:
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"])).decode()
-                receiver.headers.append({k.lower(): v for k, v in self.headers.items()})
-                receiver.hang.wait(30)
-                status = receiver.answers.pop(0) if receiver.answers else 200
-                if status == 200:
-                    receiver.bodies.append(body)
-                self.send_response(status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        # Connections stay open for the next batch; their threads end with the client.
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield
-        finally:
-            self.hang.set()
-            server.shutdown()
-            thread.join()
-            server.server_close()
-
-    @property
-    def ids(self) -> list[str]:
-        return ids("".join(self.bodies))
 
 
 @pytest.fixture

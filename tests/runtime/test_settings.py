@@ -172,7 +172,11 @@ def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_config_prints_values_and_sources_and_hides_secrets() -> None:
-    done = command("config", "m", "--api-key", "s3cret", "--hf-token", "t0ken", KSERVE_VLLM_MAX_BATCH="9")
+    done = command(
+        *("config", "m", "--api-key", "s3cret", "--hf-token", "t0ken", "--redis-url", "redis://u:s3cret@host"),
+        *("--usage-sink", "http://u:s3cret@host/"),
+        KSERVE_VLLM_MAX_BATCH="9",
+    )
     assert done.returncode == 0, done.stderr
     tree = yaml.safe_load(done.stdout)
     assert tree["server"]["max_batch"] == 9

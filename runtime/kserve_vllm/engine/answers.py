@@ -69,6 +69,7 @@ async def filtered(
                 if not begun and not text:
                     ticket.refusal = error
                     raise
+                ticket.cut_off = True
                 shown = passed.get(choice.index, "") + text if cumulative else text
                 yield _cut_off(output, choice, shown, set(filters) - ended)
                 return

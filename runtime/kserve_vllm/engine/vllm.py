@@ -401,9 +401,9 @@ class VLLMEngine:
         declared, loaded = adapter.declared, self.served and adapter.version is not None
         return ModelInfo(declared.name, declared.source, self.names[0], loaded, adapter.error)
 
-    def served_names(self) -> frozenset[str]:
-        """Names that requests may ask for now, each adapter under its plain one."""
-        return self.adapters.served_names().union(self.names)
+    def serves(self, name: str) -> bool:
+        """Whether requests may ask for this name now, of an adapter the plain one."""
+        return name in self.names or name in self.adapters.served_names()
 
     def adapters_by_state(self) -> dict[str, int]:
         """Number of adapters in each state."""
@@ -510,8 +510,8 @@ class VLLMEngine:
             truncate_prompt_tokens=request.truncate_prompt_tokens,
         )
         params = request.to_sampling_params(max_tokens, handler.default_sampling_params)
-        lora = state.openai_serving_models.lora_requests.get(job.model)
-        return engine_input, params, request.priority, lora
+        # Raises where the adapter went while its prompt was rendered: without one the base model would answer.
+        return engine_input, params, request.priority, handler._maybe_get_adapters(request)
 
     async def embed(
         self, model: str, texts: Sequence[str] | Sequence[Sequence[int]], options: Mapping[str, Any], request_id: str

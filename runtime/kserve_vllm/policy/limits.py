@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,24 +89,15 @@ class Limits:
     Args:
         store: of this process, or shared by replicas.
         away: what happens while a shared store does not answer: `allow` counts in this process alone, `deny` refuses.
-        on_away: called for each decision that is made without the shared store.
     """
 
-    def __init__(
-        self,
-        store: Counters,
-        away: Literal["allow", "deny"] = "allow",
-        on_away: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, store: Counters, away: Literal["allow", "deny"] = "allow") -> None:
         self._store = store
-        self._on_away = on_away
         self._shared = store if isinstance(store, RedisCounters) else None
         self._alone: MemoryCounters | None = None
         if self._shared is not None and away == "allow":
             self._alone = MemoryCounters(self._shared.window_s, self._shared.buckets)
         self._name, self._leases = uuid.uuid4().hex, 0  # no two leases are called the same, in any replica
-        self.decided_away = 0
-        """Decisions that were made without the shared store, since the start."""
 
     async def enter(self, quotas: Sequence[Quota]) -> Grant:
         """Take one request and one place of each subject, or nothing. The grant must be settled.
@@ -190,8 +181,6 @@ class Limits:
         try:
             answer = await store.take(asks, grant.lease)
         except Away as error:
-            self.decided_away += 1
-            self._on_away()
             if self._alone is None:
                 raise Unavailable(
                     "The limits can't be checked: their store does not answer.",

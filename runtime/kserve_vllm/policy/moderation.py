@@ -439,7 +439,7 @@ class _EntryPointHook(_WindowHook):
                     found = await asyncio.wrap_future(self._threads.submit(self._call, text, where, tenant))
         except (Refusal, Refused):
             return self.refused(where)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # who calls `sys.exit` should not end the server
             # The message of a foreign exception may hold the text, which no log should.
             failure = self.failed(where, type(error).__name__)
             return text if failure is None else failure

@@ -66,6 +66,7 @@ class Remote:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
         from redis.exceptions import RedisError
+        from redis.maint_notifications import MaintNotificationsConfig
 
         self._errors: tuple[type[Exception], ...] = (RedisError, OSError)
         scheme, separator, rest = url.partition("://")
@@ -77,6 +78,9 @@ class Remote:
                 socket_timeout=None,
                 socket_connect_timeout=None,
                 retry=Retry(NoBackoff(), 0),
+                # While they are on, a connection that the server has closed meanwhile is not told from a good one, so
+                # a server that was started again between two calls would be lost at the second.
+                maint_notifications_config=MaintNotificationsConfig(enabled=False),
                 max_connections=2 * _AT_ONCE,
             )
         except ValueError as error:

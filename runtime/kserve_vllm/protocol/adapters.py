@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -17,10 +18,12 @@ class AdapterRoutes:
 
     Args:
         adapters: of the engine.
+        operators_only: raises where the running request's caller may not see what all tenants did.
     """
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, operators_only: Callable[[], None]) -> None:
         self._adapters = adapters
+        self._operators_only = operators_only
 
     async def list_adapters(self) -> Response:
         """All adapters: state, source, version and what is wrong."""
@@ -35,6 +38,7 @@ class AdapterRoutes:
 
     async def stats(self) -> Response:
         """Requests, tokens, loads and failures of each adapter since the start."""
+        self._operators_only()
         rows = [
             {
                 "name": each.declared.name,

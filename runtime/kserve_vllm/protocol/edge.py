@@ -115,7 +115,7 @@ class Edge:
                 guard.ticket = ticket
                 await self._answer(scope, receive, guard, headers, operators)
             finally:
-                ticket.status, ticket.error = guard.status, guard.error
+                ticket.status, ticket.error = guard.status, guard.error or ticket.error
 
     async def _answer(
         self, scope: Scope, receive: Receive, guard: _Guard, headers: dict[bytes, bytes], operators: bool

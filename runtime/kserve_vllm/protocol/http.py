@@ -213,10 +213,18 @@ class Routes:
 
     async def queue_stats(self) -> Response:
         """What runs and what waits in front of the engine, by class."""
+        self.operators_only()
+        return _json(self._queue())
+
+    def operators_only(self) -> None:
+        """Let only administrators see what concerns all tenants, where there is a key file.
+
+        Raises:
+            Forbidden: the caller of the running request is none.
+        """
         ticket = current.get()
         if ticket is not None and ticket.caller is not None:
             self._gate.check_operator(ticket.caller)
-        return _json(self._queue())
 
     # V1
 
@@ -254,7 +262,7 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
     app = FastAPI(title="kserve-vllm", version=version, redoc_url=None, description=schemas.DESCRIPTION)
     app.include_router(_v2_router(routes))
     app.include_router(_v1_router(routes))
-    app.include_router(AdapterRoutes(engine.adapters).router())
+    app.include_router(AdapterRoutes(engine.adapters, routes.operators_only).router())
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):
@@ -356,6 +364,9 @@ def _json(tree: Any, headers: Mapping[str, str] | None = None) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    ticket = current.get()
+    if ticket is not None:  # for the books: a status alone does not say why
+        ticket.error = ticket.error or error
     headers = wire.error_headers(error, request.headers.get("x-request-id", ""))
     response = Response(wire.error_body(request.url.path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)

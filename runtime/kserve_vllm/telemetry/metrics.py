@@ -56,7 +56,8 @@ DECLARED: tuple[Declared, ...] = (
     Declared("kserve_vllm_requests", "counter", "Requests that were answered, refused or given up.",
              ("protocol", "endpoint", "model", "tenant", "outcome")),
     Declared("kserve_vllm_rejections", "counter",
-             "Requests that were turned away before the engine saw them, by reason.", ("protocol", "reason")),
+             "Requests that were turned away, and answers that a moderation cut off, by reason.",
+             ("protocol", "reason")),
     Declared("kserve_vllm_time_to_first_token_seconds", "histogram",
              "From a request's arrival to its first token, in seconds; recorded when the request ends.",
              _WHO, _FIRST_TOKEN_S),
@@ -155,17 +156,17 @@ class Metrics:
         self._model = Bounded(most_models)
         self._all: dict[str, Any] = {each.name: _make(each, registry) for each in DECLARED}
         self._adapters: Callable[[], Mapping[str, int]] = dict
-        self._models: Callable[[], frozenset[str]] = frozenset
+        self._serves: Callable[[str], bool] = lambda name: False
         self._drain: tuple[int, float] | None = None
         self._watched: list[Callable[[Metrics], None]] = []
         self._show_state(lifecycle)
         lifecycle.on_change(self._show_state)
 
     def attach(
-        self, vllm_version: str, models: Callable[[], frozenset[str]], adapters: Callable[[], Mapping[str, int]]
+        self, vllm_version: str, serves: Callable[[str], bool], adapters: Callable[[], Mapping[str, int]]
     ) -> None:
-        """Set what is known once the engine runs: its version, the served names, and adapters by state."""
-        self._models, self._adapters = models, adapters
+        """Set what is known once the engine runs: its version, whether a name is served, and adapters by state."""
+        self._serves, self._adapters = serves, adapters
         self._get("kserve_vllm_build_info").labels(self._version, vllm_version, platform.python_version()).set(1)
 
     def show_redis(self, there: bool) -> None:
@@ -245,7 +246,7 @@ class Metrics:
         """A served name as it is, `other` for a name that is not served, `none` where no model was named."""
         if model is None:
             return "none"
-        return self._model(model) if model in self._models() else "other"
+        return self._model(model) if self._serves(model) else "other"
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics with exemplars where `accept` asks for it, else text."""

@@ -191,6 +191,9 @@ class Requests:
         if ticket.failed:
             # A stream that began with 200 and whose engine then failed.
             return "server_error", None
+        if ticket.cut_off:
+            # The engine was stopped by us, not by the client.
+            return "refused", "moderation"
         if ticket.aborted or ticket.unfinished or status is None:
             return "cancelled", None
         return "ok", None
@@ -200,5 +203,5 @@ class Requests:
             if isinstance(error, cls):
                 return ("unavailable" if issubclass(cls, Unavailable) else "refused"), error.reason or reason
         if isinstance(error, Unavailable):
-            return "unavailable", _STATES.get(self._lifecycle.state, "unloaded")
+            return "unavailable", error.reason or _STATES.get(self._lifecycle.state, "unloaded")
         return ("client_error" if error.http_status < 500 else "server_error"), None
