@@ -163,23 +163,25 @@ def test_a_setting_that_every_process_trips_over_ends_the_start_with_code_2_and_
 # One server with two front ends
 
 
-def front_ends(server: Server) -> dict[int, psutil.Process]:
-    """The processes that listen on the HTTP port, by pid."""
-    found = {}
-    for child in psutil.Process(server.process.pid).children():
-        with contextlib.suppress(psutil.Error):
-            links = child.net_connections("tcp")
-            if any(each.status == psutil.CONN_LISTEN and each.laddr.port == server.http_port for each in links):
-                found[child.pid] = child
-    return found
+def links(server: Server, port: int, status: str) -> Counter[int]:
+    """How many TCP sockets with this port of ours and in this state each process below the server has."""
+    below = {child.pid for child in psutil.Process(server.process.pid).children()}
+    return Counter(
+        each.pid
+        for each in psutil.net_connections("tcp")
+        if each.pid in below and each.status == status and each.laddr.port == port
+    )
+
+
+def front_ends(server: Server) -> list[int]:
+    """The processes that listen on the HTTP port."""
+    return list(links(server, server.http_port, psutil.CONN_LISTEN))
 
 
 def taken(server: Server, port: int) -> list[int]:
     """How many connections to a port each front end holds."""
-    return [
-        sum(each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port for each in child.net_connections("tcp"))
-        for child in front_ends(server).values()
-    ]
+    held = links(server, port, psutil.CONN_ESTABLISHED)
+    return [held[pid] for pid in front_ends(server)]
 
 
 class Pair(Server):
@@ -405,7 +407,7 @@ def kill_engine(server: Server) -> None:
 
 def kill_front_end(server: Server) -> None:
     """SIGKILL for one front end."""
-    next(iter(front_ends(server).values())).kill()
+    os.kill(front_ends(server)[0], signal.SIGKILL)
 
 
 def kill_supervisor(server: Server) -> None:
