@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 10.0
 _CLOSE_GRACE_S = 2.0
 _USAGE_GRACE_S = 10.0
-_FRESH_EVERY_S = 1.0
+_TELL_EVERY_S = 1.0
 
 
 def prepare(settings: Settings) -> str:
@@ -125,7 +125,7 @@ class _Process:
         else:
             loop.add_signal_handler(signal.SIGTERM, self._stop.set)
             self._seat.attend(self._stop.set, self._on_shared_engine_gone)
-            self._freshening = asyncio.create_task(self._keep_metrics_fresh())
+            self._telling = asyncio.create_task(self._tell_others(self._seat))
         self._http.start()
         if self._admin is not None:
             self._admin.start()
@@ -310,10 +310,12 @@ class _Process:
         if self._engine is not None:
             self._engine.lose()
 
-    async def _keep_metrics_fresh(self) -> None:
+    async def _tell_others(self, seat: Seat) -> None:
+        """Let the supervisor see that this process is alive, and the other front ends what its gauges are."""
         while True:
+            seat.report_life()
             self._metrics.refresh()
-            await asyncio.sleep(_FRESH_EVERY_S)
+            await asyncio.sleep(_TELL_EVERY_S)
 
     async def _report_progress(self) -> None:
         while True:

@@ -17,8 +17,8 @@ class Seat:
     """What a front end knows of the others.
 
     The supervisor says `engine` (vLLM's addresses for this front end, the pids of the engine), `ready` (all have
-    loaded), `stop` and `gone` (the engine, with the reason). The front end says `loaded`, `hangs` (the engine, with
-    the reason) and `refused` (a setting, with the sentence).
+    loaded), `stop` and `gone` (the engine, with the reason). The front end says `alive`, `loaded`, `hangs` (the engine,
+    with the reason) and `refused` (a setting, with the sentence).
 
     Args:
         index: of this front end, from 0.
@@ -52,6 +52,10 @@ class Seat:
         """Say that this front end has loaded, and wait until all have."""
         self._say("loaded")
         await self._all_loaded.wait()
+
+    def report_life(self) -> None:
+        """Say that the event loop turns."""
+        self._say("alive")
 
     def report_hang(self, reason: str) -> None:
         """Have the engine ended, for all."""

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 _COUNTERS_EACH = 64
 """Room for a front end in the numbers of `--max-num-queued-reqs`; vLLM takes a line of the processor's cache."""
+_LOOK_EVERY_S = 1.0
 _LATE_S = 30.0
 """How long after its own bound a front end that does not end is killed."""
 
@@ -85,6 +86,7 @@ class _Child:
     line: Connection
     loaded: bool = False
     gone: bool = False
+    heard_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, word: str, value: Any = None) -> None:
@@ -132,7 +134,9 @@ class _Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         log.info("%d front ends on HTTP port %d", self._count, ports["http_port"])
         launching = asyncio.create_task(self._launch())
+        watching = asyncio.create_task(self._watch())
         await self._ended.wait()
+        watching.cancel()
         for sock in held.values():
             sock.close()
         await self._close(launching)
@@ -197,6 +201,7 @@ class _Supervisor:
             asyncio.get_running_loop().remove_reader(child.line.fileno())
 
     def _take(self, child: _Child, word: str, value: Any) -> None:
+        child.heard_at = asyncio.get_running_loop().time()
         if word == "loaded":
             child.loaded = True
             if all(each.loaded for each in self._children):
@@ -209,6 +214,17 @@ class _Supervisor:
         elif word == "refused" and not self._told:
             self._refusal = ConfigError(value)
             self._give_up(2)
+
+    async def _watch(self) -> None:
+        """Kill a front end that hangs: a probe meets one of them by chance, and would often find another one well."""
+        limit = self._settings.lifecycle.engine_stall_timeout
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            for child in self._children:
+                if child.loaded and not child.gone and loop.time() - child.heard_at > limit:
+                    log.critical("%s has not answered for %g s", child.process.name, limit)
+                    child.process.kill()
 
     def _on_exit(self, child: _Child) -> None:
         self._hear(child)

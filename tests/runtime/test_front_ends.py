@@ -410,15 +410,21 @@ def kill_front_end(server: Server) -> None:
     os.kill(front_ends(server)[0], signal.SIGKILL)
 
 
+def hang_front_end(server: Server) -> None:
+    """SIGSTOP for one front end."""
+    os.kill(front_ends(server)[0], signal.SIGSTOP)
+
+
 def kill_supervisor(server: Server) -> None:
     """SIGKILL for the process that was started."""
     os.kill(server.process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kill", [kill_engine, kill_front_end, kill_supervisor])
-def test_whatever_is_killed_ends_the_server_with_a_code_that_is_not_0(kill: Callable[[Server], None]) -> None:
+@pytest.mark.parametrize("kill", [kill_engine, kill_front_end, hang_front_end, kill_supervisor])
+def test_whatever_dies_or_hangs_ends_the_server_with_a_code_that_is_not_0(kill: Callable[[Server], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="front-ends-") as folder:
-        server = Server([*DEMO, *TWO, "--max-model-len", "1024"], {"TMPDIR": folder})
+        arguments = [*DEMO, *TWO, "--max-model-len", "1024", "--engine-stall-timeout", "15"]
+        server = Server(arguments, {"TMPDIR": folder})
         try:
             server.wait_ready()
             ended_by(server, kill)
@@ -444,7 +450,7 @@ def ended_by(server: Server, kill: Callable[[Server], None]) -> None:
     took = time.monotonic() - since
     assert code == (-signal.SIGKILL if kill is kill_supervisor else 1), server.log[-4000:]
     assert_no_processes(below)
-    if kill is kill_front_end:
+    if kill in (kill_front_end, hang_front_end):
         # Those of the other one are finished.
         assert whole
         assert failed == ["torn"] * len(failed)
