@@ -19,6 +19,7 @@ from kserve_vllm.hosting.server import GRPCServer, HTTPServer
 from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.protocol.edge import Edge
 from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.seat import Seat
 from kserve_vllm.settings import Settings
 from kserve_vllm.telemetry import logs
 from kserve_vllm.telemetry.metrics import Metrics
@@ -30,18 +31,28 @@ log = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 10.0
 _CLOSE_GRACE_S = 2.0
 _USAGE_GRACE_S = 10.0
+_TELL_EVERY_S = 1.0
 
 
-def run(settings: Settings) -> int:
+def prepare(settings: Settings) -> str:
+    """Set up the log and what the engine reads from the environment. Returns the form of the log."""
+    if settings.model.demo:
+        # The default takes half of the machine's memory for a model of a few MiB.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return logs.configure(settings.telemetry.log_format, settings.server.access_log)
+
+
+def run(settings: Settings, seat: Seat | None = None) -> int:
     """Serve until told to stop. Returns the exit code: 0 after a drain, 1 where loading or the engine failed.
+
+    Args:
+        settings: the effective settings.
+        seat: the place among several front ends; None where this process is the only one.
 
     Raises:
         ConfigError: a setting can't be used.
     """
-    chosen = logs.configure(settings.telemetry.log_format, settings.server.access_log)
-    if settings.model.demo:
-        # The default takes half of the machine's memory for a model of a few MiB.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    chosen = prepare(settings)
     try:
         import uvloop
 
@@ -50,23 +61,31 @@ def run(settings: Settings) -> int:
         runner = asyncio.Runner()
     with runner:
         try:
-            return runner.run(_Process(settings, chosen).main())
+            return runner.run(_Process(settings, chosen, seat).main())
         finally:
-            logs.forget()
+            if seat is None:
+                logs.forget()
 
 
 class _Process:
     """One run of the server."""
 
-    def __init__(self, settings: Settings, log_form: str) -> None:
+    def __init__(self, settings: Settings, log_form: str, seat: Seat | None) -> None:
         self._settings = settings
+        self._seat = seat
+        self._first = seat is None or seat.index == 0
         self._log_form = log_form
         self._version = version("kserve-vllm")
         self._engine_version: str | None = None
         self._lifecycle = Lifecycle()
         self._stop = asyncio.Event()
         self._failed = asyncio.Event()
-        self._metrics = Metrics(self._lifecycle, lambda: self._gate.in_flight, self._version)
+        self._metrics = Metrics(
+            self._lifecycle,
+            lambda: self._gate.in_flight,
+            self._version,
+            started_at=None if seat is None else seat.started_at,
+        )
         self._assembly = Assembly(settings, self._metrics)
         self._gate = Gate(self._lifecycle, self._assembly.policies)
         self._tracing = _tracing(settings, self._version)
@@ -82,11 +101,14 @@ class _Process:
             split=bool(server.admin_port),
         )
         self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
-        self._http = HTTPServer(self._edge, server, server.http_port)
+        shared = seat is not None
+        self._http = HTTPServer(self._edge, server, server.http_port, shared=shared)
         self._admin = (
-            HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port") if server.admin_port else None
+            HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port", shared)
+            if server.admin_port
+            else None
         )
-        self._grpc = GRPCServer(self._servicer, server, self._lifecycle) if server.grpc_port else None
+        self._grpc = GRPCServer(self._servicer, server, self._lifecycle, shared) if server.grpc_port else None
         self._engine: VLLMEngine | None = None
         self._warmup: Warmup | None = None
 
@@ -97,8 +119,13 @@ class _Process:
     async def main(self) -> int:
         """From the first open port to the exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        if self._seat is None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._on_signal)
+        else:
+            loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+            self._seat.attend(self._stop.set, self._on_shared_engine_gone)
+            self._telling = asyncio.create_task(self._tell_others(self._seat))
         self._http.start()
         if self._admin is not None:
             self._admin.start()
@@ -110,12 +137,13 @@ class _Process:
         loading = asyncio.create_task(self._load())
         progress = asyncio.create_task(self._report_progress())
         stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        failing = asyncio.create_task(self._failed.wait())
+        await asyncio.wait({loading, stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
         progress.cancel()
         try:
             if loading.done():
                 loading.result()
-                return await self._serve(stopping)
+                return await self._serve(stopping, failing)
             return await self._give_up_loading(loading)
         except ConfigError:
             self._lifecycle.to(State.FAILED, "a setting can't be used")
@@ -126,6 +154,7 @@ class _Process:
             return 1
         finally:
             stopping.cancel()
+            failing.cancel()
             await self._close()
 
     @property
@@ -135,7 +164,7 @@ class _Process:
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
         args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
-        self._engine = engine = VLLMEngine(args)
+        self._engine = engine = VLLMEngine(args, self._seat)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
         from kserve_vllm.engine import vllm
@@ -170,13 +199,17 @@ class _Process:
         # What is moderated has to be seen on its way in.
         self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))
         await engine.warm_up()
-        engine.adapters.on_load = self._metrics.count_adapter
+        # What every front end does to the same engine is done, or counted, by the first one.
+        if self._first:
+            engine.adapters.on_load = self._metrics.count_adapter
         await engine.adapters.start(self._settings.model.adapters_file)
-        if (path := self._settings.model.warmup_file) is not None:
+        if self._first and (path := self._settings.model.warmup_file) is not None:
             self._warmup = Warmup(path, engine, engine.adapters.serving, self._metrics.count_warmup)
             await self._warmup.start()
+        if self._seat is not None:
+            await self._seat.others()
 
-    async def _serve(self, stopping: asyncio.Task[bool]) -> int:
+    async def _serve(self, stopping: asyncio.Task[bool], failing: asyncio.Task[bool]) -> int:
         """Be ready until a signal comes or the engine is gone; then drain or fail."""
         engine = self._engine
         assert engine is not None
@@ -185,12 +218,13 @@ class _Process:
             engine.watch(life.engine_probe_interval, life.engine_stall_timeout, self._on_engine_gone)
         )
         self._lifecycle.to(State.READY)
-        if self._log_form == "json":
+        if not self._first:
+            pass
+        elif self._log_form == "json":
             log.info("ready: %s on port %d%s", engine.names[0], self._http.port,
                      f", gRPC on port {self._grpc.port}" if self._grpc else "")  # fmt: skip
         else:
             _announce(self._settings, self._http.port, self._grpc.port if self._grpc else 0, engine.names[0])
-        failing = asyncio.create_task(self._failed.wait())
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
             if not self._failed.is_set():
@@ -198,7 +232,6 @@ class _Process:
             return await self._fail() if self._failed.is_set() else 0
         finally:
             watching.cancel()
-            failing.cancel()
 
     async def _drain(self, failing: asyncio.Task[bool]) -> None:
         life = self._settings.lifecycle
@@ -225,7 +258,7 @@ class _Process:
         return 1
 
     async def _give_up_loading(self, loading: asyncio.Task[None]) -> int:
-        """A signal came before the model was loaded: nothing to drain."""
+        """A signal came before the model was loaded, or the engine that is shared died: nothing to drain."""
         log.info("stopped while loading")
         self._lifecycle.to(State.DRAINING, "stopped while loading")
         loading.cancel()
@@ -233,7 +266,7 @@ class _Process:
         # The thread that waits for the engine can't be interrupted; the process ends without it.
         await self._close()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(int(self._failed.is_set()))
 
     def _kill_children(self) -> None:
         import psutil
@@ -271,6 +304,18 @@ class _Process:
         if self._assembly.admission is not None:
             self._assembly.admission.fail(EngineGone(self._lifecycle.sentence(), retry_after_s=5, close=True))
         self._failed.set()
+
+    def _on_shared_engine_gone(self, reason: str) -> None:
+        self._on_engine_gone(reason)
+        if self._engine is not None:
+            self._engine.lose()
+
+    async def _tell_others(self, seat: Seat) -> None:
+        """Let the supervisor see that this process is alive, and the other front ends what its gauges are."""
+        while True:
+            seat.report_life()
+            self._metrics.refresh()
+            await asyncio.sleep(_TELL_EVERY_S)
 
     async def _report_progress(self) -> None:
         while True:

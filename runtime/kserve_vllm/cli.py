@@ -119,6 +119,10 @@ def _serve(arguments: list[str]) -> int:
     if "--headless" in arguments:
         return _serve_headless([word for word in arguments if word != "--headless"])
     settings = resolve(arguments, os.environ)
+    if settings.server.api_server_count > 1:
+        from kserve_vllm import supervisor
+
+        return supervisor.run(settings)
     from kserve_vllm import bootstrap
 
     return bootstrap.run(settings)
@@ -217,7 +221,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     engine = _engine_flags(
         leftover, engine_env, from_file.get("engine", {}), file, model, policy, path, path_source, names
     )
-    return Settings(
+    settings = Settings(
         model=model.model_copy(update={"model_name": names}),
         server=cast(ServerSettings, groups["server"]),
         lifecycle=cast(LifecycleSettings, groups["lifecycle"]),
@@ -226,6 +230,9 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         engine=engine,
         sources=sources,
     )
+    if settings.server.api_server_count > 1:
+        tree.check_front_ends(settings, environ)
+    return settings
 
 
 def check_serve_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> None:

@@ -88,6 +88,13 @@ class ServerSettings(_Group):
         "Port for metrics and for calls that need an admin key; they are then answered there and no longer on the "
         "HTTP port. 0: all on the HTTP port.",
     )
+    api_server_count: int = _setting(
+        1,
+        "Front-end processes that take requests for one engine, for when one process is busy with tokenizing, checking "
+        "and streaming while the engine waits. Limits then want --redis-url.",
+        ge=1,
+        le=64,
+    )
     allow_model_control: bool = _setting(
         False,
         "Where there is no key file: let every client load and unload models and adapters, and make the other calls "
@@ -161,8 +168,8 @@ class PolicySettings(_Group):
     )
     redis_away: Literal["allow", "deny"] = _setting(
         "allow",
-        "What becomes of requests with limits while Redis can't be reached: allow (each replica limits for itself) or "
-        "deny (503).",
+        "What becomes of requests with limits while Redis can't be reached: allow (each front-end process of each "
+        "replica limits for itself) or deny (503).",
     )
     requests_per_minute: int = _setting(0, "Most requests in any 60 s for the whole service; 0: no limit.", ge=0)
     tokens_per_minute: int = _setting(
@@ -247,6 +254,45 @@ class Settings:
     def engine_argv(self) -> list[str]:
         """All engine flags as one argument list for vLLM's parser."""
         return [token for flag in self.engine for token in flag.tokens]
+
+
+# What vLLM keeps in the process that was asked, and what answers wrongly when the next request meets another one.
+_ONE_PROCESS_FLAGS = {
+    "enable-server-load-tracking": "/load would tell of one process",
+    "max-num-queued-tokens": "vLLM counts these in each process alone (--max-num-queued-reqs holds for all together)",
+}
+_ONE_PROCESS_VARIABLES = {
+    "VLLM_ENABLE_RESPONSES_API_STORE": "keeps responses in one process",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "loads adapters into one process; use --adapters-file",
+}
+
+
+def check_front_ends(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Refuse what would hold, count or answer for one of several front ends only.
+
+    Raises:
+        ConfigError: there is such a setting.
+    """
+    policy, count = settings.policy, settings.server.api_server_count
+    given = f"--api-server-count {count} (from {settings.sources['server.api_server_count']})"
+    counted = [flag_name(name) for name in ("keys_file", "requests_per_minute", "tokens_per_minute")
+               if getattr(policy, name)]  # fmt: skip
+    if counted and policy.redis_url is None:
+        raise ConfigError(
+            f"{given} and --{counted[0]}: without Redis every process counts for itself, and {count} of them would "
+            f"let {count} times a limit pass. Give --redis-url, or leave --api-server-count at 1"
+        )
+    if policy.max_concurrent:
+        raise ConfigError(
+            f"{given} and --max-concurrent: that queue stands in one process. Leave --api-server-count at 1, or bound "
+            "the engine itself with --max-num-seqs and --max-num-queued-reqs, which hold for all processes together"
+        )
+    for flag in settings.engine:
+        if flag.name in _ONE_PROCESS_FLAGS and not flag.tokens[0].startswith("--no-"):
+            raise ConfigError(f"{given} and --{flag.name}: {_ONE_PROCESS_FLAGS[flag.name]}. Leave one of them out")
+    for name, why in _ONE_PROCESS_VARIABLES.items():
+        if environ.get(name, "0").lower() not in ("", "0", "false"):
+            raise ConfigError(f"{given} and the variable {name}, which {why}. Leave one of them out")
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:

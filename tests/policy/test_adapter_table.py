@@ -42,7 +42,7 @@ class StandIn:
     def base_model(self) -> Any:
         return SimpleNamespace(layers=4, shapes=read_shapes(DEMO / "model" / "model.safetensors"))
 
-    def next_number(self) -> int:
+    def number(self, key: str) -> int:
         self._number += 1
         return self._number
 

@@ -64,7 +64,7 @@ class Version:
 
     Attributes:
         key: its name in the engine and in the prefix cache.
-        number: its id in the engine, never used twice.
+        number: its id in the engine, of this content alone.
         folder: the files that the engine reads.
         digest: SHA-256 of the files; empty for an adapter of `--lora-modules`, which is served from where it lies.
         revision: commit on the hub, where it came from there.
@@ -140,8 +140,8 @@ class Host(Protocol):
     def base_model(self) -> BaseModel:
         """Shapes of the base model's weights. Reads files."""
 
-    def next_number(self) -> int:
-        """A number for a version."""
+    def number(self, key: str) -> int:
+        """The number of a new version."""
 
     async def add(self, name: str, version: Version) -> None:
         """Load a version into the engine.
@@ -174,10 +174,12 @@ class Adapters:
 
     Args:
         host: the engine.
+        front_ends: processes that share the engine, each with a table of its own.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, front_ends: int = 1) -> None:
         self._host = host
+        self._front_ends = front_ends
         self._all: dict[str, Adapter] = {}
         self._file: Watched | None = None
         self._cache: Path | None = None
@@ -273,6 +275,23 @@ class Adapters:
 
     # What is asked for
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes have tables of their own."""
+        return self._front_ends > 1
+
+    def check_alone(self) -> None:
+        """Refuse what would reach, or count, one of several front ends.
+
+        Raises:
+            InvalidRequest: there are several.
+        """
+        if self.shared:
+            raise InvalidRequest(
+                f"{self._front_ends} front-end processes serve here (--api-server-count), and this call would reach "
+                "one of them. Change the adapters file for all of them; /metrics adds up what they did."
+            )
+
     async def load(self, name: str) -> Adapter:
         """Load an adapter that is unloaded or failed; look at the source again of one that is loaded.
 
@@ -280,9 +299,10 @@ class Adapters:
 
         Raises:
             NotFound: no adapter of that name is declared.
-            InvalidRequest: it is broken.
+            InvalidRequest: it is broken, or there are several front ends.
             Unavailable: its source can't be reached now.
         """
+        self.check_alone()
         adapter = self._known(name)
         if adapter.version is not None and not adapter.version.ours:
             return adapter
@@ -303,7 +323,9 @@ class Adapters:
 
         Raises:
             NotFound: no adapter of that name is declared.
+            InvalidRequest: there are several front ends.
         """
+        self.check_alone()
         adapter = self._known(name)
         adapter.wanted = False
         self._retire(adapter)
@@ -433,7 +455,7 @@ class Adapters:
             # A version that still finishes its requests is taken back as it is: one name is one number in a batch.
             version = next((each for each in adapter.retired if each.key == key), None)
             if version is None:
-                version = Version(key, host.next_number(), folder, digest, revision)
+                version = Version(key, host.number(key), folder, digest, revision)
                 await host.add(name, version)
                 used = True
             else:

