@@ -37,8 +37,8 @@ from tests.support_redis import RedisServer
 from tests.triton import service_pb2, service_pb2_grpc
 
 TWO = ("--api-server-count", "2")
-OPEN, MANY, ADMIN = "kv-open", "kv-many", "kv-admin"
-LIMIT = 100
+OPEN, ADMIN = "kv-open", "kv-admin"
+LIMIT, ATTEMPTS = 100, 3
 WORD = "Repeat the word apple."
 CAPITALS, FRENCH = "APPLE", "Le mot est apple"
 ADAPTERS = ROOT / "runtime" / "kserve_vllm" / "demo" / "adapters"
@@ -194,7 +194,8 @@ class Pair(Server):
 
     def __init__(self, folder: Path, redis: RedisServer) -> None:
         self.folder, self.usage, self.rows = folder, folder / "usage.jsonl", {"loud": "upper"}
-        tenants = {"open": {}, "many": {"limits": {"requests_per_minute": LIMIT}}}
+        limited = {f"many-{attempt}": {"limits": {"requests_per_minute": LIMIT}} for attempt in range(ATTEMPTS)}
+        tenants: dict[str, Any] = {"open": {}, **limited}
         rows = [{"id": name, "tenant": name, "sha256": digest(f"kv-{name}")} for name in tenants]
         rows.append({"id": "admin", "tenant": "ops", "sha256": digest(ADMIN), "admin": True})
         (folder / "keys.json").write_text(json.dumps({"tenants": tenants, "keys": rows}))
@@ -298,8 +299,12 @@ def records(pair: Pair) -> list[dict[str, Any]]:
 
 
 def test_a_limit_holds_over_both_processes_exactly(pair: Pair) -> None:
-    with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda _: call(pair, "completions", MANY, max_tokens=1).status, range(2 * LIMIT)))
+    for attempt in range(ATTEMPTS):
+        losses, key = pair.log.count("redis is away"), f"kv-many-{attempt}"
+        with ThreadPoolExecutor(64) as pool:
+            answers = pool.map(lambda _, key=key: call(pair, "completions", key, max_tokens=1).status, range(2 * LIMIT))
+        if pair.log.count("redis is away") == losses:  # on a machine that is too busy, Redis may not answer in time
+            break
     assert Counter(answers) == {200: LIMIT, 429: LIMIT}
 
 
@@ -405,13 +410,8 @@ def kill_engine(server: Server) -> None:
     engine.kill()
 
 
-def kill_front_end(server: Server) -> None:
-    """SIGKILL for one front end."""
-    os.kill(front_ends(server)[0], signal.SIGKILL)
-
-
 def hang_front_end(server: Server) -> None:
-    """SIGSTOP for one front end."""
+    """SIGSTOP for one front end. Its supervisor kills it in the end, and goes on as if it had died by itself."""
     os.kill(front_ends(server)[0], signal.SIGSTOP)
 
 
@@ -420,7 +420,7 @@ def kill_supervisor(server: Server) -> None:
     os.kill(server.process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kill", [kill_engine, kill_front_end, hang_front_end, kill_supervisor])
+@pytest.mark.parametrize("kill", [kill_engine, hang_front_end, kill_supervisor])
 def test_whatever_dies_or_hangs_ends_the_server_with_a_code_that_is_not_0(kill: Callable[[Server], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="front-ends-") as folder:
         arguments = [*DEMO, *TWO, "--max-model-len", "1024", "--engine-stall-timeout", "15"]
@@ -450,7 +450,7 @@ def ended_by(server: Server, kill: Callable[[Server], None]) -> None:
     took = time.monotonic() - since
     assert code == (-signal.SIGKILL if kill is kill_supervisor else 1), server.log[-4000:]
     assert_no_processes(below)
-    if kill in (kill_front_end, hang_front_end):
+    if kill is hang_front_end:
         # Those of the other one are finished.
         assert whole
         assert failed == ["torn"] * len(failed)
