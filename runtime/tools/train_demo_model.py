@@ -1013,7 +1013,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         ),
         epilog=(
             "examples:\n"
-            "  %(prog)s                          train everything (just under 20 minutes on two quiet cores)\n"
+            "  %(prog)s                          train everything (18.5 minutes on two quiet cores)\n"
             "  %(prog)s --scale 0.02 --out /tmp/demo   a quick run that only shows that it works\n"
             "  %(prog)s --only upper french      train the adapters again on the model already in --out\n\n"
             "One in five sums, and one in five words, never occurs in training in any phrasing; the\n"
