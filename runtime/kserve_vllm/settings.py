@@ -109,7 +109,9 @@ class ServerSettings(_Group):
     ssl_keyfile: str | None = _setting(None, "PEM file with the certificate's private key.")
     access_log: bool = _setting(False, "Write a line per HTTP request.")
     fast_path: bool = _setting(
-        True, "Write common OpenAI and gRPC streams from bytes; false leaves every one to vLLM's and KServe's objects."
+        True,
+        "Write common OpenAI and gRPC streams from bytes, and serve gRPC ourselves; false leaves every stream to "
+        "vLLM's and KServe's objects, and gRPC to the grpcio package's server.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The two listeners: HTTP (uvicorn) and gRPC (grpc.aio). Both are open before anything is loaded."""
+"""The two listeners: HTTP (uvicorn) and gRPC. Both are open before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from kserve_vllm.errors import ConfigError
+from kserve_vllm.hosting.grpc_calls import Services
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.grpc import SERVICE, Servicer
 from kserve_vllm.settings import ServerSettings
@@ -95,7 +97,7 @@ class GRPCServer:
 
     Args:
         servicer: answers the calls.
-        settings: host, port, TLS files and the largest message.
+        settings: host, port, TLS files, the largest message, and whether the server is ours or gRPC's own.
         lifecycle: the state that health answers read.
         shared: whether other processes listen on the port too.
     """
@@ -104,10 +106,10 @@ class GRPCServer:
         self, servicer: Servicer, settings: ServerSettings, lifecycle: Lifecycle, shared: bool = False
     ) -> None:
         self._servicer = servicer
-        self._shared = shared
         self._settings = settings
+        self._shared = shared
         self._lifecycle = lifecycle
-        self._server: grpc.aio.Server | None = None
+        self._listener: _OwnListener | _UpstreamListener | None = None
         self._health: Any = None
         self.port = 0
 
@@ -115,37 +117,22 @@ class GRPCServer:
         """Open the port.
 
         Raises:
-            ConfigError: the port can't be had.
+            ConfigError: the port can't be had, or the TLS files can't be used.
         """
-        limit = self._settings.max_body_mib << 20
-        # Without SO_REUSEPORT a second process on the same port fails instead of taking half of the calls.
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", int(self._shared)),
-            ]
-        )
-        server.add_generic_rpc_handlers((self._servicer.handler(),))
+        kind = _OwnListener if self._settings.fast_path else _UpstreamListener
+        listener = kind(self._settings, self._shared)
+        target = listener.target
+        target.add_generic_rpc_handlers((self._servicer.handler(),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, target)
         pool = self._servicer.messages.pool
         pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
-        reflection.enable_server_reflection(names, server, pool=pool)
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        address = f"{host}:{self._settings.grpc_port}"
-        try:
-            credentials = _credentials(self._settings)
-            if credentials is None:
-                self.port = server.add_insecure_port(address)
-            else:
-                self.port = server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise ConfigError(f"--grpc-port {self._settings.grpc_port} can't be opened: {error}") from error
-        await server.start()
-        self._server = server
+        servicer = reflection.aio.ReflectionServicer(service_names=names, pool=pool)  # type: ignore[attr-defined]
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, target)
+        self.port = await listener.open()
+        self._listener = listener
         await self._publish()
         self._lifecycle.on_change(self._on_change)
 
@@ -161,8 +148,72 @@ class GRPCServer:
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, give open ones `grace_s` seconds, then cancel what is left."""
+        if self._listener is not None:
+            await self._listener.close(grace_s)
+
+
+class _OwnListener:
+    """Our own gRPC server, which costs a tenth of gRPC's for a token."""
+
+    def __init__(self, settings: ServerSettings, shared: bool) -> None:
+        self.target = Services(max_message=settings.max_body_mib << 20)
+        self._settings = settings
+        self._shared = shared
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> int:
+        settings = self._settings
+        sock = _bind(settings.host, settings.grpc_port, "--grpc-port", self._shared)
+        tls = None
+        if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.set_alpn_protocols(["h2"])
+            try:
+                tls.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+            except OSError as error:
+                sock.close()
+                raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self.target.connect, sock=sock, ssl=tls, backlog=_BACKLOG)
+        return int(sock.getsockname()[1])
+
+    async def close(self, grace_s: float) -> None:
         if self._server is not None:
-            await self._server.stop(grace_s)
+            self._server.close()
+            await self.target.stop(grace_s)
+
+
+class _UpstreamListener:
+    """The server of the grpcio package, for those who switch the fast path off."""
+
+    def __init__(self, settings: ServerSettings, shared: bool) -> None:
+        self._settings = settings
+        # Without SO_REUSEPORT a second process on the same port fails instead of taking half of the calls.
+        self.target = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.max_body_mib << 20),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", int(shared)),
+            ]
+        )
+
+    async def open(self) -> int:
+        settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{settings.grpc_port}"
+        try:
+            credentials = _credentials(settings)
+            if credentials is None:
+                port = self.target.add_insecure_port(address)
+            else:
+                port = self.target.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"--grpc-port {settings.grpc_port} can't be opened: {error}") from error
+        await self.target.start()
+        return port
+
+    async def close(self, grace_s: float) -> None:
+        await self.target.stop(grace_s)
 
 
 def reserve(host: str, port: int, flag: str) -> socket.socket:

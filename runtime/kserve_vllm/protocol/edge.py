@@ -46,7 +46,6 @@ _HALF_PAIR = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]|\xed[\xa0-\xbf]|\x00"
 )
 _HALF = re.compile("[\ud800-\udfff]")
-_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
 
 class Edge:
@@ -441,7 +440,7 @@ def _request_id(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
     """The caller's `x-request-id` if it is usable, else a new one, set in the scope for everything behind."""
     headers = dict(scope["headers"])
     given = headers.get(b"x-request-id", b"").decode("latin-1")
-    if _REQUEST_ID.match(given):
+    if wire.REQUEST_ID.fullmatch(given):
         return given, headers
     request_id = uuid.uuid4().hex
     kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]

@@ -15,7 +15,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -26,6 +26,7 @@ from google.rpc import error_details_pb2, status_pb2
 from kserve_vllm.errors import InternalError, InvalidRequest, NotFound, RequestError
 from kserve_vllm.gate import Gate, headers_of
 from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
@@ -89,6 +90,29 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
     service.method.add(name="RepositoryIndex", input_type=".inference.RepositoryIndexRequest",
                        output_type=".inference.RepositoryIndexResponse")  # fmt: skip
     return file
+
+
+class _Outbox(Protocol):
+    """Sends what is put in as soon as the client takes it."""
+
+    def put_nowait(self, item: Any) -> None:
+        """Put something in."""
+
+    async def join(self) -> None:
+        """Wait until all is sent."""
+
+
+@runtime_checkable
+class _WritesAtOnce(Protocol):
+    """The context of our own server, which can write a message in no task of its own."""
+
+    def outbox(self, take: Callable[[Any], list[bytes]]) -> _Outbox:
+        """A queue that sends the messages which `take` makes of what is put in."""
+
+
+def _taken(item: Any) -> list[bytes]:
+    """Serialized messages of what a stream's answer is made of."""
+    return item.take() if isinstance(item, Pieces) else [_serialized(item)]
 
 
 def _serialized(message: Any) -> bytes:
@@ -251,40 +275,40 @@ class Servicer:
             with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata) as ticket:
                 ticket.status, ticket.error = refusal.grpc_status, refusal
             await _abort(context, refusal)
+        if isinstance(context, _WritesAtOnce):
+            outbox = context.outbox(_taken)
+            await self._read_stream(requests, outbox.put_nowait, request_id, metadata)
+            await outbox.join()
+            return
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        reader = asyncio.create_task(self._read_stream(requests, queue, request_id, metadata))
+        reader = asyncio.create_task(self._read_stream(requests, queue.put_nowait, request_id, metadata))
+        reader.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (item := await queue.get()) is not None:
-                if isinstance(item, Pieces):
-                    for message in item.take():
-                        yield message
-                else:
-                    yield item
+                for message in _taken(item):
+                    yield message
             await reader
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _read_stream(
-        self, requests: AsyncIterator[Any], queue: asyncio.Queue[Any], request_id: str, metadata: Mapping[str, str]
+        self, requests: AsyncIterator[Any], put: Callable[[Any], None], request_id: str, metadata: Mapping[str, str]
     ) -> None:
         count = 0
-        try:
-            async with asyncio.TaskGroup() as group:
-                async for request in requests:
-                    count += 1
-                    headers = {**metadata, "x-request-id": f"{request_id}-{count}"}
-                    group.create_task(self._answer_one(request, queue, headers))
-        finally:
-            queue.put_nowait(None)
+        async with asyncio.TaskGroup() as group:
+            async for request in requests:
+                count += 1
+                headers = {**metadata, "x-request-id": f"{request_id}-{count}"}
+                group.create_task(self._answer_one(request, put, headers))
 
-    async def _answer_one(self, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]) -> None:
+    async def _answer_one(self, request: Any, put: Callable[[Any], None], metadata: dict[str, str]) -> None:
         model = getattr(request, "model_name", None) or None
         with self._requests.open("grpc", "ModelStreamInfer", metadata["x-request-id"], metadata, model) as ticket:
-            await self._answer_ticket(ticket, request, queue, metadata)
+            await self._answer_ticket(ticket, request, put, metadata)
 
     async def _answer_ticket(
-        self, ticket: Ticket, request: Any, queue: asyncio.Queue[Any], metadata: dict[str, str]
+        self, ticket: Ticket, request: Any, put: Callable[[Any], None], metadata: dict[str, str]
     ) -> None:
         new = self.messages.ModelStreamInferResponse
         try:
@@ -297,10 +321,10 @@ class Servicer:
                 await self._gate.admit(ticket, caller, wanted)
                 pieces = await self._backend.pieces(request, metadata, self.messages.ModelInferResponse)
                 if pieces is not None:
-                    await pieces.run(queue.put_nowait)
+                    await pieces.run(put)
                 else:
                     async for response in self._backend.stream(request, metadata, self.messages.ModelInferResponse):
-                        queue.put_nowait(new(infer_response=response))
+                        put(new(infer_response=response))
             ticket.status = "OK"
         except RequestError as error:
             ticket.status, ticket.error = error.grpc_status, error
@@ -308,13 +332,13 @@ class Servicer:
             if not isinstance(request, DecodeError):
                 answer.infer_response.id = request.id
                 answer.infer_response.model_name = request.model_name
-            queue.put_nowait(answer)
+            put(answer)
         except Exception as error:
             ticket.status, ticket.error = InternalError.grpc_status, error
             log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
             answer = new(error_message=InternalError(metadata["x-request-id"]).message)
             answer.infer_response.id = request.id
-            queue.put_nowait(answer)
+            put(answer)
 
 
 def _decoder(message: Any) -> Callable[[bytes], Any]:
@@ -337,7 +361,8 @@ def _check_decoded(request: Any) -> None:
 def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
     """The call's request id, and its text metadata."""
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-    return metadata.get("x-request-id") or uuid.uuid4().hex, metadata
+    given = metadata.get("x-request-id", "")
+    return given if wire.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
 
 
 async def _send_metadata(context: _Context, ticket: Ticket, traced: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
@@ -10,6 +11,8 @@ from kserve_vllm.errors import RequestError
 
 KSERVE_PREFIXES = ("/v2", "/v1/models/")
 OPENAI_ALIAS = "/openai"
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a caller may name its request: that, and nothing beside it, can stand in a log and a header."""
 
 
 def is_kserve_path(path: str) -> bool:

@@ -1,0 +1,330 @@
+"""HTTP/2 under our gRPC server: one connection of a client, and its streams.
+
+h2 keeps the protocol's state: settings, headers, windows, the life of a stream. Only frames of data, of which there is
+one for every token, are written past it, and its windows are kept right. Python's own gRPC server takes 70 to 80 us of
+CPU for a streamed message, most of what a token costs; this takes a few.
+Source: RFC 9113; for gRPC on top, grpc/grpc, `doc/PROTOCOL-HTTP2.md`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RemoteSettingsChanged,
+    RequestReceived,
+    StreamEnded,
+    StreamReset,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
+from h2.stream import H2Stream
+from hyperframe.frame import Frame, GoAwayFrame
+
+log = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+
+_STREAM_WINDOW = 1 << 20
+_CONNECTION_WINDOW = 8 << 20
+_DEFAULT_WINDOW = 65_535
+_MAX_STREAMS = 10_000
+_WRITE_BUFFER = 256 << 10
+_PREFACE_TIMEOUT_S = 20.0
+# Streams that a client may open and take back at once: so many together, and so many a second after that.
+_RESETS, _RESETS_PER_S = 2000.0, 500.0
+_DATA, _GOAWAY = b"\0", b"\7"
+
+
+class Exchange(Protocol):
+    """What runs on a stream."""
+
+    def feed(self, data: bytes, size: int) -> None:
+        """Take bytes that the client sent; `size` of them count for its window."""
+
+    def feed_end(self) -> None:
+        """The client has sent all."""
+
+    def pump(self) -> None:
+        """Go on writing: there may be room now."""
+
+    def lose(self) -> None:
+        """The client took the stream back, or is gone; nothing can be written any more."""
+
+
+class Stream:
+    """The outgoing side of one stream, and what its exchange may ask of the connection.
+
+    Args:
+        connection: it belongs to.
+        stream_id: its number.
+        stream: h2's, for its windows.
+        receives: whether the client may still send.
+    """
+
+    __slots__ = ("_connection", "_head", "_stream", "number", "open", "receives")
+
+    def __init__(self, connection: Connection, stream_id: int, stream: H2Stream, receives: bool) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._head = _DATA + b"\0" + stream_id.to_bytes(4, "big")
+        self.number = stream_id
+        self.open = True
+        """Whether anything may still be written."""
+        self.receives = receives
+        """Whether the client may still send."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of data that one frame may have now; 0 while the client or the socket does not take more."""
+        connection = self._connection
+        if not connection.writable or not self.open:
+            return 0
+        state = connection.state
+        return max(
+            0,
+            min(
+                state.max_outbound_frame_size,
+                state.outbound_flow_control_window,
+                self._stream.outbound_flow_control_window,
+            ),
+        )
+
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Write one frame of data. The headers have been sent, and there is room for it."""
+        size = sum(map(len, parts))
+        connection = self._connection
+        connection.state.outbound_flow_control_window -= size
+        self._stream.outbound_flow_control_window -= size
+        connection.transport.write(b"".join((size.to_bytes(3, "big"), self._head, *parts)))
+
+    def headers(self, headers: Headers, end: bool = False) -> None:
+        """Write headers or trailers. With `end` the stream is over, and what the client still sends is not read."""
+        connection = self._connection
+        connection.state.send_headers(self.number, headers, end_stream=end)
+        if end:
+            if not self._stream.closed:
+                connection.state.reset_stream(self.number, ErrorCodes.NO_ERROR)
+            self._close()
+        connection.flush()
+
+    def reset(self, code: ErrorCodes) -> None:
+        """End the stream without an answer."""
+        if self.open:
+            self._connection.state.reset_stream(self.number, code)
+            self._close()
+            self._connection.flush()
+
+    def acknowledge(self, size: int) -> None:
+        """Let the client send `size` bytes more."""
+        if size and not self._connection.broken:
+            self._connection.state.acknowledge_received_data(size, self.number)
+            self._connection.flush()
+
+    def _close(self) -> None:
+        self.open = False
+        self._connection.forget(self.number)
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection.
+
+    Args:
+        accept: makes the exchange of a new stream from its request headers.
+        connections: of the whole server; this one is in it while it is open.
+    """
+
+    def __init__(self, accept: Callable[[Stream, Headers], Exchange], connections: set[Connection]) -> None:
+        self._accept = accept
+        self._connections = connections
+        self._loop = asyncio.get_running_loop()
+        self._exchanges: dict[int, tuple[Stream, Exchange]] = {}
+        self._leaving = False
+        self._resets, self._reset_at = _RESETS, self._loop.time()
+        self.state = H2Connection(
+            H2Configuration(
+                client_side=False,
+                header_encoding=None,
+                validate_outbound_headers=False,
+                normalize_outbound_headers=False,
+            )
+        )
+        self.state.local_settings = Settings(
+            client=False,
+            initial_values={
+                SettingCodes.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
+                SettingCodes.MAX_CONCURRENT_STREAMS: _MAX_STREAMS,
+                SettingCodes.MAX_HEADER_LIST_SIZE: H2Connection.DEFAULT_MAX_HEADER_LIST_SIZE,
+            },
+        )
+        # After a client's farewell h2 reads nothing more, though its open streams go on (RFC 9113, 6.8).
+        self.state._frame_dispatch_table[GoAwayFrame] = _farewell
+        self.transport: asyncio.Transport
+        self.writable = True
+        """Whether the socket takes what is written."""
+        self.broken = False
+        """Whether nothing can be read or written any more."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's: begin with our settings."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(_WRITE_BUFFER)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            # A client that vanished without a word is noticed by the kernel.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._connections.add(self)
+        self.state.initiate_connection()
+        self.state.increment_flow_control_window(_CONNECTION_WINDOW - _DEFAULT_WINDOW)
+        self.flush()
+        self._opening = self._loop.call_later(_PREFACE_TIMEOUT_S, self.close)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's: what the client sent."""
+        self._opening.cancel()
+        if self.broken:
+            return
+        try:
+            events = self.state.receive_data(data)
+            # First of all the acknowledgement of settings: without it, a larger window is not yet ours to use.
+            self.flush()
+            for event in events:
+                if self.broken:
+                    return
+                self._on_event(event)
+            self.flush()
+        except ProtocolError as error:
+            log.debug("a client breaks HTTP/2: %r", error)
+            self.close()
+        except Exception as error:
+            log.warning("a connection is closed after %r", error)
+            self.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio's: the client is gone."""
+        self._opening.cancel()
+        self._connections.discard(self)
+        self._break()
+
+    def pause_writing(self) -> None:
+        """asyncio's: the socket takes no more."""
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        """asyncio's: the socket takes more again."""
+        self.writable = True
+        self._pump_all()
+
+    def flush(self) -> None:
+        """Write what h2 has to say."""
+        if data := self.state.data_to_send():
+            self.transport.write(data)
+
+    def forget(self, stream_id: int) -> None:
+        """An exchange is over."""
+        self._exchanges.pop(stream_id, None)
+        if self._leaving and not self._exchanges:
+            self._loop.call_soon(self.close)
+
+    def leave(self) -> None:
+        """Take no new streams; close when the open ones are over."""
+        if self._leaving or self.broken:
+            return
+        self._leaving = True
+        # By hand: after its own, h2 lets nothing more be written.
+        last = self.state.highest_inbound_stream_id.to_bytes(4, "big")
+        self.transport.write(b"\0\0\x08" + _GOAWAY + b"\0" * 5 + last + b"\0" * 4)
+        if not self._exchanges:
+            self.close()
+
+    def close(self) -> None:
+        """Close at once; exchanges that are open are lost."""
+        if not self.broken:
+            self.flush()
+            self._break()
+            self.transport.close()
+
+    def _break(self) -> None:
+        self.broken = True
+        exchanges, self._exchanges = self._exchanges, {}
+        for stream, exchange in exchanges.values():
+            stream.open = False
+            exchange.lose()
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, DataReceived):
+            number, size = _number(event), int(event.flow_controlled_length or 0)
+            if (found := self._exchanges.get(number)) is not None:
+                found[1].feed(event.data or b"", size)
+            elif size:
+                self.state.acknowledge_received_data(size, number)
+        elif isinstance(event, RequestReceived):
+            self._on_request(_number(event), event.headers, event.stream_ended is None)
+        elif isinstance(event, StreamEnded):
+            if (found := self._exchanges.get(_number(event))) is not None:
+                found[0].receives = False
+                found[1].feed_end()
+        elif isinstance(event, StreamReset):
+            self._on_reset(_number(event))
+        elif isinstance(event, WindowUpdated):
+            if event.stream_id == 0:
+                self._pump_all()
+            elif (found := self._exchanges.get(_number(event))) is not None:
+                found[1].pump()
+        elif isinstance(event, RemoteSettingsChanged):
+            self._pump_all()
+        elif isinstance(event, ConnectionTerminated):
+            self._on_goodbye()
+
+    def _on_request(self, number: int, headers: Headers, receives: bool) -> None:
+        if self._leaving:
+            # gRPC's clients ask another server then.
+            self.state.reset_stream(number, ErrorCodes.REFUSED_STREAM)
+            return
+        stream = Stream(self, number, self.state.streams[number], receives)
+        exchange = self._accept(stream, headers)
+        if stream.open:
+            self._exchanges[number] = (stream, exchange)
+
+    def _on_reset(self, number: int) -> None:
+        found = self._exchanges.pop(number, None)
+        if found is None:
+            return
+        found[0].open = False
+        found[1].lose()
+        now = self._loop.time()
+        self._resets = min(_RESETS, self._resets + (now - self._reset_at) * _RESETS_PER_S) - 1
+        self._reset_at = now
+        if self._resets < 0:
+            log.warning("a client opens streams and takes them back without end; its connection is closed")
+            self.state.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+            self.close()
+
+    def _on_goodbye(self) -> None:
+        """The client will open no more streams."""
+        self._leaving = True
+        if not self._exchanges:
+            self.close()
+
+    def _pump_all(self) -> None:
+        for _, exchange in list(self._exchanges.values()):
+            exchange.pump()
+
+
+def _farewell(_: Frame) -> tuple[list[Frame], list[Event]]:
+    return [], [ConnectionTerminated()]
+
+
+def _number(event: Any) -> int:
+    return int(event.stream_id)

@@ -1,0 +1,575 @@
+"""Our gRPC server does what gRPC's own does: the same handlers behind both; a real client, and raw frames."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+import random
+import socket
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+)
+from h2.settings import SettingCodes, Settings
+
+from kserve_vllm.hosting import http2
+from kserve_vllm.hosting.grpc_calls import Services
+
+LIMIT = 1 << 20
+Code = grpc.StatusCode
+
+
+class Handlers:
+    """Handlers of every kind, which note what becomes of them."""
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.began = threading.Event()
+        self.taken: list[int] = []
+
+    async def echo(self, request: bytes, context: Any) -> bytes:
+        return request
+
+    async def metadata(self, request: bytes, context: Any) -> bytes:
+        await context.send_initial_metadata((("first", "1"), ("first-bin", b"\x00\xff")))
+        return repr(sorted((k, v) for k, v in context.invocation_metadata() if k.startswith("my-"))).encode()
+
+    async def refuse(self, request: bytes, context: Any) -> bytes:
+        await context.abort(Code.RESOURCE_EXHAUSTED, request.decode(), (("why", "rate"), ("why-bin", b"\x01\x02")))
+        raise AssertionError
+
+    async def fail(self, request: bytes, context: Any) -> bytes:
+        raise RuntimeError("a secret")
+
+    async def wait(self, request: bytes, context: Any) -> bytes:
+        self.began.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return b""
+
+    async def count(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        number, size = map(int, request.split())
+        for i in range(number):
+            yield i.to_bytes(4, "big") + bytes(size)
+            self.taken.append(i)
+
+    async def watch(self, request: bytes, context: Any) -> None:
+        for i in range(3):
+            await context.write(b"%d" % i)
+
+    async def add(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
+        return b"%d" % sum([int(each) async for each in requests])
+
+    async def both(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async for each in requests:
+            yield each * 2
+
+    async def boxed(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """Each request asks for so many messages; what can't be sent yet is joined."""
+        if not hasattr(context, "outbox"):
+            async for each in requests:
+                for _ in range(int(each)):
+                    yield b"."
+            return
+        waiting = {"bytes": 0}
+
+        def take(_: Any) -> list[bytes]:
+            found, waiting["bytes"] = waiting["bytes"], 0
+            return [b"." * found] if found else []
+
+        outbox = context.outbox(take)
+        async for each in requests:
+            for _ in range(int(each)):
+                waiting["bytes"] += 1
+                outbox.put_nowait(None)
+        await outbox.join()
+
+    def generic(self) -> grpc.GenericRpcHandler[Any, Any]:
+        kinds: dict[str, Callable[..., Any]] = {
+            **dict.fromkeys(("echo", "metadata", "refuse", "fail", "wait"), grpc.unary_unary_rpc_method_handler),
+            **dict.fromkeys(("count", "watch"), grpc.unary_stream_rpc_method_handler),
+            "add": grpc.stream_unary_rpc_method_handler,
+            **dict.fromkeys(("both", "boxed"), grpc.stream_stream_rpc_method_handler),
+        }
+        return grpc.method_handlers_generic_handler(
+            "test.Test", {name: kind(getattr(self, name), _strict, lambda m: m) for name, kind in kinds.items()}
+        )
+
+
+def _strict(data: bytes) -> bytes:
+    if data == b"garbage":
+        raise ValueError(data)
+    return data
+
+
+class Running:
+    """A server on a loop in a thread of its own."""
+
+    def __init__(self, kind: str) -> None:
+        self.handlers = Handlers()
+        self.loop = asyncio.new_event_loop()
+        self.port = 0
+        self.services = Services(max_message=LIMIT)
+        self._upstream: Any = None
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.do(self._start(kind))
+
+    def do(self, work: Any, timeout: float = 30) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+
+    async def _start(self, kind: str) -> None:
+        if kind == "grpcio":
+            self._upstream = grpc.aio.server(options=[("grpc.max_receive_message_length", LIMIT)])
+            self._upstream.add_generic_rpc_handlers((self.handlers.generic(),))
+            self.port = self._upstream.add_insecure_port("127.0.0.1:0")
+            await self._upstream.start()
+        else:
+            self.services.add_generic_rpc_handlers((self.handlers.generic(),))
+            self.listener = await self.loop.create_server(self.services.connect, "127.0.0.1", 0)
+            self.port = self.listener.sockets[0].getsockname()[1]
+
+    async def _stop(self, grace_s: float) -> None:
+        if self._upstream is not None:
+            await self._upstream.stop(grace_s)
+        else:
+            self.listener.close()
+            await self.services.stop(grace_s)
+
+    def stop(self, grace_s: float = 0.1) -> None:
+        self.do(self._stop(grace_s))
+
+    def end(self) -> None:
+        self.stop()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture(params=["ours", "grpcio"])
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """One of the two servers."""
+    server = Running(request.param)
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def ours() -> Iterator[Running]:
+    """Our server."""
+    server = Running("ours")
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def channel(running: Running) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+        yield channel
+
+
+def refused(call: Callable[[], Any]) -> grpc.RpcError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+# The same on both
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_384, 70_000, LIMIT - 10])
+def test_a_message_of_any_size_comes_back(channel: grpc.Channel, size: int) -> None:
+    message = bytes(i % 251 for i in range(size))
+    assert channel.unary_unary("/test.Test/echo")(message, timeout=20) == message
+
+
+def test_a_message_over_the_limit_is_refused_and_the_connection_goes_on(channel: grpc.Channel) -> None:
+    echo = channel.unary_unary("/test.Test/echo")
+    assert refused(lambda: echo(bytes(LIMIT + 1), timeout=20)).code() is Code.RESOURCE_EXHAUSTED
+    assert echo(b"again", timeout=20) == b"again"
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_a_compressed_message_is_taken(channel: grpc.Channel, compression: grpc.Compression) -> None:
+    message = b"again and " * 1000
+    assert channel.unary_unary("/test.Test/echo")(message, timeout=20, compression=compression) == message
+
+
+def test_a_small_message_that_grows_over_the_limit_is_refused(channel: grpc.Channel) -> None:
+    echo = channel.unary_unary("/test.Test/echo")
+    error = refused(lambda: echo(bytes(LIMIT * 4), timeout=20, compression=grpc.Compression.Gzip))
+    assert error.code() is Code.RESOURCE_EXHAUSTED
+    assert echo(b"again", timeout=20) == b"again"
+
+
+def test_metadata_goes_both_ways(channel: grpc.Channel) -> None:
+    sent = (("my-text", "a b"), ("my-bytes-bin", b"\x00\x01\xfe"), ("my-text", "twice"))
+    answer, call = channel.unary_unary("/test.Test/metadata").with_call(b"", timeout=20, metadata=sent)
+    assert answer.decode() == repr(sorted(sent))
+    first = dict(call.initial_metadata())
+    assert (first["first"], first["first-bin"]) == ("1", b"\x00\xff")
+
+
+@pytest.mark.parametrize("details", ["too many", "50 % of ümläuts\nand lines", ""])
+def test_an_error_has_its_code_sentence_and_metadata(channel: grpc.Channel, details: str) -> None:
+    error: Any = refused(lambda: channel.unary_unary("/test.Test/refuse")(details.encode(), timeout=20))
+    assert (error.code(), error.details()) == (Code.RESOURCE_EXHAUSTED, details)
+    trailing = dict(error.trailing_metadata())
+    assert (trailing["why"], trailing["why-bin"]) == ("rate", b"\x01\x02")
+
+
+def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
+    for path in ("/test.Test/none", "/none.None/echo"):
+        assert refused(lambda path=path: channel.unary_unary(path)(b"", timeout=20)).code() is Code.UNIMPLEMENTED
+
+
+def test_a_deadline_ends_the_handler(channel: grpc.Channel, running: Running) -> None:
+    error = refused(lambda: channel.unary_unary("/test.Test/wait")(b"", timeout=0.3))
+    assert error.code() is Code.DEADLINE_EXCEEDED
+    assert running.handlers.cancelled.wait(5)
+
+
+def test_a_client_that_cancels_ends_the_handler(channel: grpc.Channel, running: Running) -> None:
+    call = channel.unary_unary("/test.Test/wait").future(b"")
+    assert running.handlers.began.wait(5)
+    call.cancel()
+    assert running.handlers.cancelled.wait(5)
+
+
+def test_a_client_that_vanishes_ends_the_handler(running: Running) -> None:
+    channel = grpc.insecure_channel(f"127.0.0.1:{running.port}")
+    call = channel.unary_unary("/test.Test/wait").future(b"")
+    assert running.handlers.began.wait(5)
+    channel.close()
+    assert call.done()
+    assert running.handlers.cancelled.wait(5)
+
+
+@pytest.mark.parametrize(("number", "size"), [(0, 0), (1, 0), (300, 10), (20, 200_000)])
+def test_a_stream_of_answers_comes_whole_and_in_order(channel: grpc.Channel, number: int, size: int) -> None:
+    answers = list(channel.unary_stream("/test.Test/count")(b"%d %d" % (number, size), timeout=30))
+    assert [int.from_bytes(each[:4], "big") for each in answers] == list(range(number))
+    assert {len(each) for each in answers} <= {4 + size}
+
+
+def test_a_handler_may_write_instead_of_yielding(channel: grpc.Channel) -> None:
+    assert list(channel.unary_stream("/test.Test/watch")(b"", timeout=20)) == [b"0", b"1", b"2"]
+
+
+def test_a_stream_of_requests_is_read_to_its_end(channel: grpc.Channel) -> None:
+    numbers = [b"%d" % i for i in range(100)]
+    assert channel.stream_unary("/test.Test/add")(iter(numbers), timeout=20) == b"4950"
+    assert channel.stream_unary("/test.Test/add")(iter(()), timeout=20) == b"0"
+    assert list(channel.stream_stream("/test.Test/both")(iter(numbers), timeout=20)) == [each * 2 for each in numbers]
+
+
+def test_requests_larger_than_a_window_are_read(channel: grpc.Channel) -> None:
+    messages = [bytes([i]) * (LIMIT - 5) for i in range(12)]
+    assert list(channel.stream_stream("/test.Test/both")(iter(messages), timeout=30)) == [m * 2 for m in messages]
+
+
+def test_a_reader_that_is_slow_holds_up_the_handler(channel: grpc.Channel, running: Running) -> None:
+    call = channel.unary_stream("/test.Test/count")(b"200 1000000", timeout=60)
+    next(call)
+    time.sleep(1)
+    assert len(running.handlers.taken) < 100
+    assert sum(1 for _ in call) == 199
+
+
+def test_calls_share_a_connection(channel: grpc.Channel) -> None:
+    echo = channel.unary_unary("/test.Test/echo")
+    futures = [echo.future(b"%d" % i * 1000, timeout=30) for i in range(200)]
+    assert [each.result() for each in futures] == [b"%d" % i * 1000 for i in range(200)]
+
+
+def test_what_is_put_into_an_outbox_arrives(channel: grpc.Channel) -> None:
+    answers = list(channel.stream_stream("/test.Test/boxed")(iter([b"10", b"500", b"0"]), timeout=20))
+    assert b"".join(answers) == b"." * 510
+
+
+def test_a_stop_lets_open_calls_end_and_then_ends_them(running: Running) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+        call = channel.unary_unary("/test.Test/wait").future(b"")
+        assert running.handlers.began.wait(5)
+        began = time.monotonic()
+        running.stop(0.5)
+        assert 0.4 < time.monotonic() - began < 5
+        assert running.handlers.cancelled.wait(5)
+        assert call.exception(5).code() in (Code.UNAVAILABLE, Code.CANCELLED)
+
+
+# Ours alone
+
+
+def test_an_exception_is_answered_without_its_words(ours: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel, caplog.at_level(logging.ERROR):
+        error: Any = refused(lambda: channel.unary_unary("/test.Test/fail")(b"", timeout=20))
+    assert (error.code(), error.details()) == (Code.INTERNAL, "internal server error")
+    assert "a gRPC call failed" in caplog.text
+
+
+def test_a_message_that_can_not_be_decoded_is_told_without_its_words(ours: Running) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
+        error: Any = refused(lambda: channel.unary_unary("/test.Test/echo")(b"garbage", timeout=20))
+    assert (error.code(), error.details()) == (Code.INTERNAL, "the message can't be decoded")
+
+
+class Raw:
+    """A client that sends what it likes."""
+
+    def __init__(self, port: int, window: int | None = None) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
+        if window is not None:
+            self.h2.local_settings = Settings(client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window})
+        self.h2.initiate_connection()
+        self.flush()
+
+    def flush(self) -> None:
+        self.sock.sendall(self.h2.data_to_send())
+
+    def ask(self, method: str, message: bytes | None, end: bool = True, **headers: str) -> int:
+        """Begin a call; `message` with its prefix, or nothing."""
+        stream = self.h2.get_next_available_stream_id()
+        named = {":method": "POST", ":scheme": "http", ":path": f"/test.Test/{method}", ":authority": "localhost",
+                 "te": "trailers", "content-type": "application/grpc"}  # fmt: skip
+        named |= {name.replace("_", "-") if not name.startswith(":") else name: v for name, v in headers.items()}
+        self.h2.send_headers(stream, list(named.items()), end_stream=end and message is None)
+        if message is not None:
+            self.h2.send_data(stream, message, end_stream=end)
+        self.flush()
+        return stream
+
+    def events(self, until: Callable[[Event], bool], timeout_s: float = 10) -> list[Event]:
+        """Everything that comes until `until` holds for something, or the server closes."""
+        found: list[Event] = []
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            data = self.sock.recv(65536)
+            if not data:
+                return found
+            new = self.h2.receive_data(data)
+            self.flush()
+            found += new
+            if any(until(event) for event in new):
+                return found
+        raise TimeoutError(found)
+
+    def status(self, stream: int) -> dict[str, str]:
+        """The trailers of a call, or its headers where there was nothing else."""
+        events = self.events(lambda e: isinstance(e, StreamEnded) and e.stream_id == stream)
+        heads = [e for e in events
+                 if isinstance(e, (ResponseReceived, TrailersReceived)) and e.stream_id == stream]  # fmt: skip
+        return {str(name): str(value) for name, value in heads[-1].headers or []}
+
+
+def framed(message: bytes, flag: int = 0) -> bytes:
+    return bytes([flag]) + len(message).to_bytes(4, "big") + message
+
+
+@pytest.fixture
+def raw(ours: Running) -> Iterator[Raw]:
+    client = Raw(ours.port)
+    yield client
+    client.sock.close()
+
+
+def test_what_is_no_grpc_is_told_so(raw: Raw) -> None:
+    assert raw.status(raw.ask("echo", None, content_type="text/plain"))[":status"] == "415"
+    assert raw.status(raw.ask("echo", None, **{":method": "GET"}))[":status"] == "405"
+
+
+@pytest.mark.parametrize(
+    ("message", "headers", "code"),
+    [
+        (None, {}, Code.UNIMPLEMENTED),
+        (framed(b"cut off")[:-2], {}, Code.INTERNAL),
+        (b"\0", {}, Code.INTERNAL),
+        (framed(b"x", flag=1), {}, Code.INTERNAL),
+        (framed(b"not zipped", flag=1), {"grpc_encoding": "gzip"}, Code.INTERNAL),
+        (framed(gzip.compress(bytes(LIMIT + 1)), flag=1), {"grpc_encoding": "gzip"}, Code.RESOURCE_EXHAUSTED),
+        (framed(b"x", flag=7), {"grpc_encoding": "gzip"}, Code.INTERNAL),
+        (framed(b"x"), {"grpc_encoding": "snappy"}, Code.UNIMPLEMENTED),
+        (framed(b"x"), {"grpc_timeout": "soon"}, Code.INTERNAL),
+        (framed(b"x"), {"grpc_timeout": "123456789S"}, Code.INTERNAL),
+        (framed(b"x"), {"my-bin": "???"}, Code.INTERNAL),
+        (b"\0\xff\xff\xff\xff", {}, Code.RESOURCE_EXHAUSTED),
+    ],
+)  # fmt: skip
+def test_a_call_that_is_wrong_ends_alone(raw: Raw, message: bytes | None, headers: dict[str, str], code: Code) -> None:
+    assert raw.status(raw.ask("echo", message, **headers))["grpc-status"] == str(code.value[0])
+    assert raw.status(raw.ask("echo", framed(b"well")))["grpc-status"] == "0"
+
+
+def test_both_compressions_are_read(raw: Raw) -> None:
+    for name, body in (("gzip", gzip.compress(b"hello")), ("deflate", zlib.compress(b"hello"))):
+        stream = raw.ask("echo", framed(body, flag=1), grpc_encoding=name)
+        events = raw.events(lambda e: isinstance(e, StreamEnded))
+        data = b"".join(e.data or b"" for e in events if isinstance(e, DataReceived) and e.stream_id == stream)
+        assert data == framed(b"hello")
+
+
+def test_a_message_in_single_bytes_is_read(raw: Raw) -> None:
+    stream = raw.ask("echo", None, end=False)
+    for byte in framed(b"slowly"):
+        raw.h2.send_data(stream, bytes([byte]), pad_length=3)
+        raw.flush()
+    raw.h2.end_stream(stream)
+    raw.flush()
+    assert raw.status(stream)["grpc-status"] == "0"
+
+
+def test_an_answer_before_the_requests_end_frees_the_stream(raw: Raw) -> None:
+    stream = raw.ask("refuse", framed(b"no"), end=False)
+    events = raw.events(lambda e: isinstance(e, StreamReset))
+    reset = next(e for e in events if isinstance(e, StreamReset))
+    assert (reset.stream_id, reset.error_code) == (stream, ErrorCodes.NO_ERROR)
+    assert any(isinstance(e, StreamEnded) for e in events)
+
+
+def test_a_window_of_a_few_bytes_is_kept(ours: Running) -> None:
+    client = Raw(ours.port, window=10)
+    stream = client.ask("count", framed(b"3 100"))
+    got = 0
+    while got < 3 * 109:
+        events = client.events(lambda e: isinstance(e, DataReceived))
+        sizes = [len(e.data or b"") for e in events if isinstance(e, DataReceived)]
+        assert sum(sizes) <= 10
+        got += sum(sizes)
+        if got < 3 * 109:
+            client.h2.increment_flow_control_window(sum(sizes), stream)
+            client.flush()
+    if not any(isinstance(e, StreamEnded) for e in events):
+        assert client.status(stream)["grpc-status"] == "0"
+    client.sock.close()
+
+
+def test_what_waits_in_an_outbox_is_joined(ours: Running) -> None:
+    client = Raw(ours.port, window=0)
+    stream = client.ask("boxed", framed(b"1000") + framed(b"1000"))
+    time.sleep(0.5)
+    client.h2.increment_flow_control_window(10_000, stream)
+    client.flush()
+    events = client.events(lambda e: isinstance(e, StreamEnded))
+    data = b"".join(e.data or b"" for e in events if isinstance(e, DataReceived))
+    assert data == framed(b"." * 2000)
+    client.sock.close()
+
+
+def test_a_deadline_frees_a_call_whose_client_takes_nothing(ours: Running) -> None:
+    client = Raw(ours.port, window=0)
+    stream = client.ask("echo", framed(b"nobody reads this"), grpc_timeout="300m")
+    events = client.events(lambda e: isinstance(e, StreamReset))
+    assert next(e for e in events if isinstance(e, StreamReset)).stream_id == stream
+    assert not ours.services.open_calls
+    client.sock.close()
+
+
+def test_a_goodbye_lets_open_calls_end(raw: Raw) -> None:
+    stream = raw.ask("both", framed(b"1"), end=False)
+    raw.sock.sendall(b"\0\0\x08\x07" + bytes(13))
+    raw.h2.send_data(stream, framed(b"2"), end_stream=True)
+    raw.flush()
+    events = raw.events(lambda e: isinstance(e, StreamEnded))
+    data = b"".join(e.data or b"" for e in events if isinstance(e, DataReceived))
+    assert data == framed(b"11") + framed(b"22")
+    assert raw.sock.recv(1) == b""
+
+
+def test_a_server_that_leaves_says_so_and_ends_what_is_open(ours: Running, raw: Raw) -> None:
+    stream = raw.ask("both", framed(b"1"), end=False)
+    raw.events(lambda e: isinstance(e, DataReceived))
+    stopping = threading.Thread(target=ours.stop, args=(5,))
+    stopping.start()
+    events = raw.events(lambda e: isinstance(e, ConnectionTerminated))
+    assert next(e for e in events if isinstance(e, ConnectionTerminated)).last_stream_id == stream
+    end = b"\0\0\x06\0\x01" + stream.to_bytes(4, "big") + framed(b"2")
+    raw.sock.sendall(end)
+    data = b""
+    while chunk := raw.sock.recv(65536):
+        data += chunk
+    assert framed(b"22") in data
+    stopping.join(10)
+    assert not stopping.is_alive()
+
+
+def test_streams_taken_back_without_end_close_the_connection(ours: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "_RESETS", 50.0)
+    client = Raw(ours.port)
+    with pytest.raises((ConnectionError, AssertionError)):  # noqa: PT012
+        for _ in range(200):
+            client.h2.reset_stream(client.ask("wait", framed(b"x")), ErrorCodes.CANCEL)
+            client.flush()
+        assert any(
+            isinstance(e, ConnectionTerminated) and e.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+            for e in client.events(lambda e: isinstance(e, ConnectionTerminated))
+        )
+        raise ConnectionError("told to be calm")
+    client.sock.close()
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
+        assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x40\x01\x00" + bytes(0x4010),
+        bytes(100),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\x03\1\4\0\0\0\1\xff\xff\xff",
+    ],
+)
+def test_what_is_no_http2_closes_its_connection_alone(ours: Running, junk: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", ours.port), timeout=10) as sock:
+        sock.sendall(junk)
+        while sock.recv(65536):
+            pass
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
+        assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
+    deadline = time.monotonic() + 5
+    while ours.services.connections and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not ours.services.connections
+    assert not ours.services.open_calls
+
+
+def test_random_frames_do_no_harm(ours: Running) -> None:
+    rng = random.Random(5)
+    for _ in range(150):
+        with socket.create_connection(("127.0.0.1", ours.port), timeout=10) as sock:
+            client = H2Connection(H2Configuration(client_side=True))
+            client.initiate_connection()
+            parts = [client.data_to_send()]
+            for _ in range(rng.randint(1, 8)):
+                payload = rng.randbytes(rng.choice([0, 4, 5, 8, 40]))
+                head = bytes([rng.randint(0, 10), rng.choice([0, 1, 4, 5, 8, 32, 255])])
+                parts.append(
+                    len(payload).to_bytes(3, "big")
+                    + head
+                    + rng.choice([0, 1, 3, 2**31 - 1]).to_bytes(4, "big")
+                    + payload
+                )
+            sock.sendall(b"".join(parts))
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
+        assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
