@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench --out FOLDER [--rounds 5] [--quick] [--servers ours vllm] [--modes chat-stream]
 
 Each round starts every server once and runs all its loads; ratios are taken within a round, and their median is what
-counts, since the machine drifts. Chat streams are loaded by `vllm bench serve`, and again, as everything else, by a
+counts, since the machine drifts. With --together they are started once, and the one that is not loaded is paused. Chat streams are loaded by `vllm bench serve`, and again, as everything else, by a
 client that only counts frames. Writes results.json, results.md and results.png (.svg without matplotlib) to FOLDER.
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +108,21 @@ def offline(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens_per_s": requests * args.tokens / found["elapsed_time"]}
 
 
-def load(server: Running, number: int, args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Run all loads against a server that runs."""
+def load(server: Running, number: int, mode: str, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one load against a server that runs; its cell."""
     name = server.configuration.name
-    for mode in (mode for mode in args.modes if server.configuration.answers(mode)):
+    figures = measure(server, mode, concurrency, args)
+    say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(f" {key} {figures[key]:.1f}" for key in _SHOWN))
+    return {"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures}
+
+
+def loads(names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """Mode, streams and server of each cell of a round, the servers next to each other."""
+    for mode in args.modes:
         for concurrency in args.concurrency:
-            figures = measure(server, mode, concurrency, args)
-            cell = {"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures}
-            report["cells"].append(cell)
-            say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(
-                f" {key} {figures[key]:.1f}" for key in _SHOWN))  # fmt: skip
+            for name in names:
+                if CONFIGURATIONS[name].answers(mode):
+                    yield mode, concurrency, name
 
 
 @contextlib.contextmanager
@@ -144,18 +149,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as together:
         running: dict[str, Running] = {}
         if args.together:
-            running = {name: together.enter_context(started(name, 0, args, report)) for name in args.servers}
+            for name in args.servers:
+                running[name] = together.enter_context(started(name, 0, args, report))
+                running[name].pause()
         for number in range(args.rounds):
             # Every other round in the opposite order, so that no server always follows the same one.
-            for name in args.servers if number % 2 == 0 else args.servers[::-1]:
-                if time.monotonic() > deadline:
-                    say("out of time: stopping here")
-                    return report
-                if args.together:
-                    load(running[name], number, args, report)
-                    continue
-                with started(name, number, args, report) as server:
-                    load(server, number, args, report)
+            names = args.servers if number % 2 == 0 else args.servers[::-1]
+            for name in [] if args.together else names:
+                if time.monotonic() < deadline:
+                    with started(name, number, args, report) as server:
+                        for mode, concurrency, _ in loads([name], args):
+                            report["cells"].append(load(server, number, mode, concurrency, args))
+            for mode, concurrency, name in loads(names, args) if args.together else []:
+                if time.monotonic() < deadline:
+                    running[name].resume()
+                    report["cells"].append(load(running[name], number, mode, concurrency, args))
+                    running[name].pause()
+            if time.monotonic() > deadline:
+                say("out of time: stopping here")
+                break
             if args.offline:
                 report["offline"].append({"round": number, **offline(args)})
                 say(f"  the engine alone: {report['offline'][-1]['tokens_per_s']:.0f} tokens/s")
@@ -210,8 +222,30 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                 if (other := by_round.get((mode, concurrency, "vllm", cell["round"]))) and other[key]
             ]
             row[f"{key}_ratio"] = statistics.median(ratios) if ratios else None
+            row[f"{key}_ratios"] = ratios
         found.append(row)
     return found
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median, and the least and the largest of several."""
+    if len(set(ratios)) < 2:
+        return f"{ratios[0]:.2f}" if ratios else ""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def over_own_stream(cells: Sequence[dict[str, Any]]) -> list[float]:
+    """Tokens per second of each gRPC stream over those of the same server's OpenAI stream in the same round."""
+    streams = {
+        (cell["server"], cell["concurrency"], cell["round"]): cell["tokens_per_s"]
+        for cell in cells
+        if cell["mode"] == "chat-stream"
+    }
+    return [
+        cell["tokens_per_s"] / streams[key]
+        for cell in cells
+        if cell["mode"] == "grpc-stream" and (key := (cell["server"], cell["concurrency"], cell["round"])) in streams
+    ]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -225,12 +259,14 @@ def table(report: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows(report):
-        ratios = [row[f"{key}_ratio"] for key in ("tokens_per_s", "cpu_us_per_token", "ttft_ms")]
+        ratios = [row[f"{key}_ratios"] for key in ("tokens_per_s", "cpu_us_per_token", "ttft_ms")]
         lines.append(
             f"| {row['mode']} | {row['concurrency']} | {row['server']} | {row['tokens_per_s']:,.0f} "
             f"| {row['cpu_us_per_token']:.1f} | {row['ttft_ms']:.1f} | {row['ttft_p99_ms']:.1f} "
-            f"| {row['itl_ms']:.2f} | " + " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios) + " |"
+            f"| {row['itl_ms']:.2f} | " + " | ".join(map(spread, ratios)) + " |"
         )
+    if ratios := over_own_stream(report["cells"]):
+        lines += ["", f"gRPC stream over chat-stream of the same server, tokens/s: {spread(ratios)}"]
     for name in sorted({start["server"] for start in report["starts"]}):
         starts = [start for start in report["starts"] if start["server"] == name]
         ready = statistics.median(start["ready_s"] for start in starts)
@@ -303,7 +339,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--tokens-per-cell", type=int, default=65_536, help="output tokens of a cell with 32 streams")
     parser.add_argument("--minutes", type=float, default=120, help="start no further server after this time")
-    parser.add_argument("--together", action="store_true", help="start each server once and load them in turns")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start each server once, load them in turns, cell by cell, and stop the others meanwhile",
+    )
     parser.add_argument("--compile", action="store_true", help="let vLLM compile; eager otherwise")
     parser.add_argument("--no-offline", dest="offline", action="store_false", help="leave the engine alone out")
     parser.add_argument("--engine-arguments", nargs=argparse.REMAINDER, default=[], help="further engine flags; last")

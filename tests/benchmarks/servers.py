@@ -5,8 +5,10 @@ In one session, since the engine's processes busy-wait, and a client of another 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,7 +95,9 @@ class Running:
         flags = ["--model", str(demo.folder("model")), "--served-model-name", MODEL, "--host", "127.0.0.1", *engine]
         if configuration.ours:
             command = ["-m", "kserve_vllm", "serve", *flags, "--http-port", str(self.http_port),
-                       "--grpc-port", str(self.grpc_port)]  # fmt: skip
+                       "--grpc-port", str(self.grpc_port),
+                       # Paused in the middle of a probe, the engine would count as hanging.
+                       "--engine-stall-timeout", "3600"]  # fmt: skip
         else:
             model = flags.pop(1)
             flags.remove("--model")
@@ -158,8 +162,23 @@ class Running:
         figures["cpu_us_per_token"] = 1e6 * (self.cpu_s() - before) / figures["tokens"]
         return figures
 
+    def pause(self) -> None:
+        """Stop the server's processes where they are. An engine without requests takes processor time too."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            for each in (process, *process.children(recursive=True)):
+                each.send_signal(number)
+
     def stop(self) -> None:
         """End the server and whatever it started."""
+        self.resume()
         end(self.process, 20)
         self._log.close()
 
