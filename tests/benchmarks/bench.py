@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench --out FOLDER [--rounds 5] [--quick] [--servers ours vllm] [--modes chat-stream]
 
 Each round starts every server once and runs all its loads; ratios are taken within a round, and their median is what
-counts, since the machine drifts. With --together they are started once, and the one that is not loaded is paused. Chat streams are loaded by `vllm bench serve`, and again, as everything else, by a
-client that only counts frames. Writes results.json, results.md and results.png (.svg without matplotlib) to FOLDER.
+counts, since the machine drifts. With --together they are started once, and those that are not loaded are paused. Chat
+streams are loaded by `vllm bench serve`, and again, as everything else, by a client that only counts frames. Writes
+results.json, results.md and results.png (.svg without matplotlib) to FOLDER.
 """
 
 from __future__ import annotations
