@@ -505,5 +505,9 @@ def test_the_fast_path_can_be_switched_off() -> None:
         answer = post(running, COMPLETIONS, {"model": "demo", "prompt": "Hi", "stream": True, "max_tokens": 4})
         assert frames(answer)[-1] == "[DONE]"
         assert by_path(running, "fast") == 0
+        # gRPC is then served by the grpcio package.
+        text, kinds = joined(grpc_answers(running, "17 + 25 =", False, max_tokens=8, temperature=0))
+        assert text
+        assert [kind.error_message for kind in kinds] == [""] * len(kinds)
     finally:
         running.stop()

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from kserve_vllm import cli
+from kserve_vllm.engine import vllm
 from kserve_vllm.engine.profiles import PROFILES
 from kserve_vllm.engine.vllm import parse_engine_args
 from kserve_vllm.errors import ConfigError
@@ -60,6 +61,19 @@ def test_the_merged_flags_reach_vllms_parser(tmp_path: Path) -> None:
     assert args.enforce_eager is True
     assert args.enable_prefix_caching is False
     assert args.max_num_seqs == PROFILES["balanced"].flags["max-num-seqs"]
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_the_demo_model_is_in_float32_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    def dtype(*arguments: str) -> str:
+        args = parse_engine_args(cli.resolve([*arguments], {}).engine_argv())
+        vllm._look_at_bfloat16(args)
+        return str(args.dtype)
+
+    monkeypatch.setattr(vllm, "_has_bfloat16", lambda: able)
+    assert dtype("--demo") == ("auto" if able else "float32")
+    assert dtype("--demo", "--dtype", "bfloat16") == "bfloat16"
+    assert dtype("some/model") == "auto"
 
 
 @pytest.mark.parametrize("name", PROFILES)

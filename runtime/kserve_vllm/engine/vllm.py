@@ -17,12 +17,13 @@ import os
 import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
 import psutil
 
-from kserve_vllm.engine import guards
+from kserve_vllm.engine import demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
 from kserve_vllm.engine.faults import is_template_error
@@ -191,6 +192,7 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
         _default_to_eager_without_compiler(args)
+        _look_at_bfloat16(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
         if count > 1:
@@ -208,6 +210,33 @@ def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
     if current_platform.is_cpu() and not args.enforce_eager and not any(map(shutil.which, compilers)):
         log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
         args.enforce_eager = True
+
+
+def _look_at_bfloat16(args: argparse.Namespace) -> None:
+    """On a processor without bfloat16 instructions, where a step takes about twice as long as in float32.
+
+    The demo model is served in float32 there. Others would need twice the memory, so that is left to the operator.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or args.dtype not in ("auto", "bfloat16") or _has_bfloat16():
+        return
+    if args.dtype == "auto" and args.model == str(demo.folder()):
+        log.info("this processor has no bfloat16 instructions: serving the demo model with --dtype float32")
+        args.dtype = "float32"
+    else:
+        log.warning(
+            "this processor has no bfloat16 instructions: if the model is in bfloat16, --dtype float32 is faster, "
+            "for twice the memory"
+        )
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16 (x86: AVX-512 BF16 or AMX; Arm: bf16), or can't be asked."""
+    with contextlib.suppress(OSError):
+        words = Path("/proc/cpuinfo").read_text().split()
+        return not {"flags", "Features"} & set(words) or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
+    return True
 
 
 def version() -> str:
