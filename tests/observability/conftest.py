@@ -1,4 +1,7 @@
-"""One server with everything switched on: keys, JSON logs, model control, and traces to a real OTLP receiver."""
+"""One server with everything switched on: keys, JSON logs, model control, and traces to a real OTLP receiver.
+
+For this folder alone: an engine that idles takes processor time from the tests after it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tests.tools import install_prometheus
 KEY = "key-that-no-log-may-hold-4711"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def receiver() -> Iterator[Receiver]:
     """An OTLP receiver."""
     running = Receiver()
@@ -21,7 +24,7 @@ def receiver() -> Iterator[Receiver]:
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def observed(receiver: Receiver) -> Iterator[Server]:
     """The demo model, observed."""
     arguments = [
@@ -35,7 +38,7 @@ def observed(receiver: Receiver) -> Iterator[Server]:
         running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def talkative(receiver: Receiver) -> Iterator[Server]:
     """The demo model with prompts in the log, and vLLM's own traces beside ours."""
     arguments = [*DEMO, "--max-model-len", "1024", "--enable-log-requests", "--otlp-endpoint", receiver.endpoint,
@@ -47,7 +50,7 @@ def talkative(receiver: Receiver) -> Iterator[Server]:
         running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def promtool() -> str:
     """Path of promtool; the test is skipped, loudly, where there is none."""
     path = install_prometheus.find("promtool")

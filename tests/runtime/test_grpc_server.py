@@ -231,6 +231,14 @@ def test_metadata_goes_both_ways(channel: grpc.Channel) -> None:
     assert (first["first"], first["first-bin"]) == ("1", b"\x00\xff")
 
 
+def test_too_much_metadata_is_refused_and_the_connection_goes_on(channel: grpc.Channel) -> None:
+    echo = channel.unary_unary("/test.Test/echo")
+    assert echo(b"some", timeout=20, metadata=(("my-text", "x" * 7_000),)) == b"some"
+    error = refused(lambda: echo(b"", timeout=20, metadata=(("my-text", "x" * 100_000),)))
+    assert error.code() is Code.RESOURCE_EXHAUSTED
+    assert echo(b"again", timeout=20) == b"again"
+
+
 @pytest.mark.parametrize("details", ["too many", "50 % of ümläuts\nand lines", ""])
 def test_an_error_has_its_code_sentence_and_metadata(channel: grpc.Channel, details: str) -> None:
     error: Any = refused(lambda: channel.unary_unary("/test.Test/refuse")(details.encode(), timeout=20))

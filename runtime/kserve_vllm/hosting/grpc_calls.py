@@ -23,7 +23,7 @@ from urllib.parse import quote
 import grpc
 from h2.errors import ErrorCodes
 
-from kserve_vllm.hosting.http2 import Connection, Headers, Stream
+from kserve_vllm.hosting.http2 import MAX_HEADERS, Connection, Headers, Stream
 
 log = logging.getLogger(__name__)
 
@@ -347,6 +347,10 @@ class Call:
             status = b"405" if named.get(b":method") != b"POST" else b"415"
             return self._stream.headers([(b":status", status), (b"content-length", b"0")], end=True)
         self._services.open_calls.add(self)
+        size = sum(len(name) + len(value) + 32 for name, value in headers)
+        if size > MAX_HEADERS:
+            sentence = f"the metadata has {size} bytes; at most {MAX_HEADERS} are taken"
+            return self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, ())
         try:
             self._metadata = _decoded(headers)
             timeout_s = _timeout_s(named.get(b"grpc-timeout"))

@@ -40,6 +40,9 @@ _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 8 << 20
 _DEFAULT_WINDOW = 65_535
 _MAX_STREAMS = 10_000
+MAX_HEADERS = 16 << 10
+"""Bytes that the headers of a request may have, counted as HTTP/2 does (RFC 9113, 6.5.2)."""
+_MAX_HEADERS_READ = 1 << 20
 _WRITE_BUFFER = 256 << 10
 _PREFACE_TIMEOUT_S = 20.0
 # Streams that a client may open and take back at once: so many together, and so many a second after that.
@@ -165,9 +168,11 @@ class Connection(asyncio.Protocol):
             initial_values={
                 SettingCodes.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
                 SettingCodes.MAX_CONCURRENT_STREAMS: _MAX_STREAMS,
-                SettingCodes.MAX_HEADER_LIST_SIZE: H2Connection.DEFAULT_MAX_HEADER_LIST_SIZE,
+                SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADERS,
             },
         )
+        # Over its limit h2 closes the connection, with the calls of others on it.
+        self.state.decoder.max_header_list_size = _MAX_HEADERS_READ
         # After a client's farewell h2 reads nothing more, though its open streams go on (RFC 9113, 6.8).
         self.state._frame_dispatch_table[GoAwayFrame] = _farewell
         self.transport: asyncio.Transport
