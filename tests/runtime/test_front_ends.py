@@ -237,6 +237,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             running.stop()
 
 
+def test_one_of_them_says_that_the_server_is_ready(pair: Pair) -> None:
+    assert pair.log.count(f"ready: demo on port {pair.http_port}, gRPC on port {pair.grpc_port}") == 1
+
+
 def test_both_front_ends_take_connections_over_http_and_grpc(pair: Pair) -> None:
     assert len(front_ends(pair)) == 2
     with contextlib.ExitStack() as stack:
