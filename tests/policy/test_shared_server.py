@@ -20,6 +20,7 @@ from tests.support import DEMO, Server, free_port, wait_until
 from tests.triton import service_pb2, service_pb2_grpc
 
 ADMIN, GOLD, BATCH, UPPER = "kv-admin", "kv-gold", "kv-batch", "kv-upper"
+ALL_MODELS = {"demo", "upper", "french"}
 MANY = 100
 
 
@@ -29,6 +30,7 @@ def key_file(**more: Any) -> dict[str, Any]:
         "gold": {"priority": "high", "may_choose_priority": True},
         "batch": {"priority": "batch"},
         "upper": {"models": ["upper"]},
+        "base": {"models": ["demo"]},
         "tokens": {"limits": {"tokens_per_minute": 300}},
         "many": {"limits": {"requests_per_minute": MANY}},
         "one-at-a-time": {"limits": {"concurrent": 1}},
@@ -125,6 +127,71 @@ def test_a_tenant_gets_only_its_models(shared: Shared, protocol: str) -> None:
     assert refused.status == (0 if protocol == "grpc-stream" else 403), refused.body
     assert "may not use the model 'demo'" in refused.body
     assert call(shared, protocol, UPPER, model="upper").status == 200
+
+
+def shown(shared: Shared, key: str) -> dict[str, set[str]]:
+    """The names in each list of models that a key gets."""
+
+    def ask(path: str, method: str = "GET") -> Any:
+        answer = httpx.request(method, shared.url + path, headers={"authorization": f"Bearer {key}"})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    with grpc.insecure_channel(shared.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        metadata = (("authorization", f"Bearer {key}"),)
+        index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), metadata=metadata)
+    models = ask("/v1/models")
+    return {
+        "openai": {card["id"] for card in models["data"]},
+        "openai alias": {card["id"] for card in ask("/openai/v1/models")["data"]},
+        "v1": set(models["models"]),
+        "v2": set(ask("/v2/models")["models"]),
+        "index": {row["name"] for row in ask("/v2/repository/index", "POST")},
+        "grpc": {row.name for row in index.models},
+        "adapters": {row["name"] for row in ask("/v1/adapters")["data"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "names"), [(UPPER, {"upper"}), ("kv-base", {"demo"}), (GOLD, ALL_MODELS), (ADMIN, ALL_MODELS)]
+)
+def test_a_tenant_is_shown_only_its_models(shared: Shared, key: str, names: set[str]) -> None:
+    lists = shown(shared, key)
+    assert lists.pop("adapters") == names - {"demo"}
+    assert lists == dict.fromkeys(lists, names)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/models/{}", "/openai/v1/models/{}", "/v1/models/demo:{}", "/v2/models/{}", "/v2/models/{}/ready",
+     "/v2/models/{}/versions/1", "/v1/adapters/{}"],
+)  # fmt: skip
+def test_a_model_of_others_is_answered_as_one_that_does_not_exist(shared: Shared, path: str) -> None:
+    def ask(name: str, key: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}", "x-request-id": "r"}
+        return httpx.get(shared.url + path.format(name), headers=headers)
+
+    others, unknown = ask("french", UPPER), ask("nope", UPPER)
+    assert (others.status_code, others.headers["content-type"]) == (404, unknown.headers["content-type"])
+    assert others.text == unknown.text.replace("nope", "french")
+    assert ask("upper", UPPER).status_code == 200
+    assert ask("french", ADMIN).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelReady"])
+def test_a_model_of_others_is_not_found_over_grpc(shared: Shared, method: str) -> None:
+    def ask(name: str) -> Any:
+        request = getattr(service_pb2, f"{method}Request")(name=name)
+        return getattr(stub, method)(request, metadata=(("authorization", f"Bearer {UPPER}"),))
+
+    with grpc.insecure_channel(shared.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for name in ("demo", "french"):
+            with pytest.raises(grpc.RpcError, match=f"no model named '{name}'") as caught:
+                ask(name)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        ask("upper")
 
 
 # Limits
