@@ -99,6 +99,7 @@ class _Process:
             self._versions,
             self._requests,
             split=bool(server.admin_port),
+            body_timeout_s=server.body_timeout,
         )
         self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
         shared = seat is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ class Shared(Server):
             *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
             "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
             "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "5",
+            "--body-timeout", "2",
         ], {"VLLM_SERVER_DEV_MODE": "1"})  # fmt: skip
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
@@ -381,6 +383,43 @@ def test_who_waits_too_long_in_the_queue_is_told_so(shared: Shared) -> None:
         for thread in threads:
             thread.join()
     wait_until(lambda: stats()["in_use"] == 0, 10, "slots did not come back")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/messages", "application/json"),
+        ("/v1/completions", "text/plain"),  # read by vLLM's own handler
+        ("/v2/models/demo/infer", "application/json"),
+        ("/v1/models/demo:predict", "application/json"),
+    ],
+)
+def test_bodies_that_do_not_come_give_their_slots_back(shared: Shared, path: str, kind: str) -> None:
+    request_id = f"slow-{time.time_ns()}"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {GOLD}\r\nx-request-id: {request_id}\r\n"
+        f'content-type: {kind}\r\ncontent-length: 100\r\n\r\n{{"model": '
+    )
+
+    def send(_: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", shared.http_port), timeout=20) as sock:
+            sock.sendall(head.encode())
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    with ThreadPoolExecutor(12) as pool:  # more than there are slots
+        slow = pool.map(send, range(12))
+        time.sleep(1)
+        assert call(shared, "chat", GOLD).status == 200
+        for answer in slow:
+            assert answer.startswith(b"HTTP/1.1 408 "), answer
+            assert b"--body-timeout" in answer
+            assert b"connection: close" in answer.lower()
+    stats = httpx.get(shared.url + "/v1/queue/stats", headers={"authorization": f"Bearer {ADMIN}"}).json()
+    assert (stats["in_use"], stats["waiting"]) == (0, 0)
+    wait_until(lambda: len(shared.records(request_id=request_id)) == 12, 5, "records are missing")
+    for record in shared.records(request_id=request_id):
+        assert (record["outcome"], record["status"], record["output_tokens"]) == ("refused", 408, 0)
 
 
 # Usage
