@@ -99,6 +99,7 @@ class _Process:
             self._versions,
             self._requests,
             split=bool(server.admin_port),
+            body_timeout_s=server.body_timeout,
         )
         self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
         shared = seat is not None
@@ -218,13 +219,8 @@ class _Process:
             engine.watch(life.engine_probe_interval, life.engine_stall_timeout, self._on_engine_gone)
         )
         self._lifecycle.to(State.READY)
-        if not self._first:
-            pass
-        elif self._log_form == "json":
-            log.info("ready: %s on port %d%s", engine.names[0], self._http.port,
-                     f", gRPC on port {self._grpc.port}" if self._grpc else "")  # fmt: skip
-        else:
-            _announce(self._settings, self._http.port, self._grpc.port if self._grpc else 0, engine.names[0])
+        if self._first:
+            self._say_ready(engine.names[0])
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
             if not self._failed.is_set():
@@ -232,6 +228,13 @@ class _Process:
             return await self._fail() if self._failed.is_set() else 0
         finally:
             watching.cancel()
+
+    def _say_ready(self, model: str) -> None:
+        http, grpc = self._http.port, self._grpc.port if self._grpc else 0
+        if self._log_form == "json":
+            log.info("ready: %s on port %d%s", model, http, f", gRPC on port {grpc}" if grpc else "")
+        else:
+            _announce(self._settings, http, grpc, model)
 
     async def _drain(self, failing: asyncio.Task[bool]) -> None:
         life = self._settings.lifecycle

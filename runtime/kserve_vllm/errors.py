@@ -9,6 +9,7 @@
         ├── Forbidden          403  PERMISSION_DENIED
         ├── NotFound           404  NOT_FOUND
         ├── MethodNotAllowed   405  UNIMPLEMENTED
+        ├── BodyTimeout        408  DEADLINE_EXCEEDED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
         ├── RateLimited        429  RESOURCE_EXHAUSTED  over a limit, or no room in the queue
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
@@ -113,6 +114,14 @@ class MethodNotAllowed(RequestError):
     http_status = 405
     grpc_status = "UNIMPLEMENTED"
     openai_type = "MethodNotAllowedError"
+
+
+class BodyTimeout(RequestError):
+    """The request body took too long to come."""
+
+    http_status = 408
+    grpc_status = "DEADLINE_EXCEEDED"
+    openai_type = "RequestTimeoutError"
 
 
 class BodyTooLarge(RequestError):

@@ -18,7 +18,7 @@ from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.policy.admission import Admission
 from kserve_vllm.policy.limits import Limits, Quota
 from kserve_vllm.policy.tenants import Caller, Tenants
-from kserve_vllm.ticket import Ticket
+from kserve_vllm.ticket import Ticket, current
 from kserve_vllm.types import Priority, Work
 
 if TYPE_CHECKING:
@@ -311,6 +311,22 @@ class Door:
         if use is Use.NONE:
             return None
         return Asking(ticket, request_id, ticket.priority or 0, use is Use.FRESH)
+
+
+def may_see(engine: Names, name: str) -> bool:
+    """Whether the caller of the running request gets to know of a model or adapter.
+
+    That is who may use it, and an administrator, who may change the server's state.
+
+    Args:
+        engine: for the names of the base model, which is allowed under any of them.
+        name: of the model or adapter, as lists have it.
+    """
+    ticket = current.get()
+    caller: Caller | None = ticket.caller if ticket is not None else None
+    if caller is None or not caller.models or caller.admin:
+        return True
+    return caller.may_use(engine.names if name in engine.names else [name])
 
 
 def headers_of(values: Mapping[str, str]) -> tuple[str | None, str | None]:

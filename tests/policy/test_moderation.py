@@ -409,6 +409,19 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             async def leaves_the_loop(text, where, tenant):
                 sys.exit(3)
 
+            async def waits_long(text, where, tenant):
+                await asyncio.sleep(60)
+
+            def cancels(text, where, tenant):
+                raise asyncio.CancelledError
+
+            async def cancels_in_the_loop(text, where, tenant):
+                raise asyncio.CancelledError
+
+            async def cancels_itself(text, where, tenant):
+                asyncio.current_task().cancel()
+                await asyncio.sleep(60)
+
             def sleeps(text, where, tenant):
                 time.sleep(0.5)
 
@@ -452,7 +465,8 @@ def test_an_entry_point_may_refuse(make: Make, module: str, function: str) -> No
     assert "".join(passed) == "this is good, but that is "
 
 
-@pytest.mark.parametrize("function", ["breaks", "odd", "sleeps", "leaves", "leaves_the_loop"])
+@pytest.mark.parametrize("function", ["breaks", "odd", "sleeps", "leaves", "leaves_the_loop", "cancels",
+                                      "cancels_in_the_loop", "cancels_itself"])  # fmt: skip
 def test_an_entry_point_that_fails_answers_503_or_lets_pass_as_it_was_told(
     make: Make, module: str, function: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -464,6 +478,21 @@ def test_an_entry_point_that_fails_answers_503_or_lets_pass_as_it_was_told(
     assert time.monotonic() - started < 2
     assert "ours" in caplog.text
     assert "a private text" not in caplog.text
+
+
+def test_a_client_that_leaves_while_an_entry_point_looks_is_no_failure_of_the_hook(make: Make, module: str) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    async def leave() -> None:
+        hook = {"name": "ours", "entry_point": f"{module}:waits_long"}
+        asking = asyncio.ensure_future(make(hook, on_verdict=lambda *v: seen.append(v)).prompt(["x"], "t"))
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    run(leave())
+    assert seen == []
 
 
 def test_a_call_that_never_comes_back_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:

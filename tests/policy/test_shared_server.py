@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.support import DEMO, Server, free_port, wait_until
 from tests.triton import service_pb2, service_pb2_grpc
 
 ADMIN, GOLD, BATCH, UPPER = "kv-admin", "kv-gold", "kv-batch", "kv-upper"
+ALL_MODELS = {"demo", "upper", "french"}
 MANY = 100
 
 
@@ -29,6 +31,7 @@ def key_file(**more: Any) -> dict[str, Any]:
         "gold": {"priority": "high", "may_choose_priority": True},
         "batch": {"priority": "batch"},
         "upper": {"models": ["upper"]},
+        "base": {"models": ["demo"]},
         "tokens": {"limits": {"tokens_per_minute": 300}},
         "many": {"limits": {"requests_per_minute": MANY}},
         "one-at-a-time": {"limits": {"concurrent": 1}},
@@ -52,6 +55,7 @@ class Shared(Server):
             *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
             "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
             "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "5",
+            "--body-timeout", "2",
         ], {"VLLM_SERVER_DEV_MODE": "1"})  # fmt: skip
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
@@ -125,6 +129,71 @@ def test_a_tenant_gets_only_its_models(shared: Shared, protocol: str) -> None:
     assert refused.status == (0 if protocol == "grpc-stream" else 403), refused.body
     assert "may not use the model 'demo'" in refused.body
     assert call(shared, protocol, UPPER, model="upper").status == 200
+
+
+def shown(shared: Shared, key: str) -> dict[str, set[str]]:
+    """The names in each list of models that a key gets."""
+
+    def ask(path: str, method: str = "GET") -> Any:
+        answer = httpx.request(method, shared.url + path, headers={"authorization": f"Bearer {key}"})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    with grpc.insecure_channel(shared.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        metadata = (("authorization", f"Bearer {key}"),)
+        index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), metadata=metadata)
+    models = ask("/v1/models")
+    return {
+        "openai": {card["id"] for card in models["data"]},
+        "openai alias": {card["id"] for card in ask("/openai/v1/models")["data"]},
+        "v1": set(models["models"]),
+        "v2": set(ask("/v2/models")["models"]),
+        "index": {row["name"] for row in ask("/v2/repository/index", "POST")},
+        "grpc": {row.name for row in index.models},
+        "adapters": {row["name"] for row in ask("/v1/adapters")["data"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "names"), [(UPPER, {"upper"}), ("kv-base", {"demo"}), (GOLD, ALL_MODELS), (ADMIN, ALL_MODELS)]
+)
+def test_a_tenant_is_shown_only_its_models(shared: Shared, key: str, names: set[str]) -> None:
+    lists = shown(shared, key)
+    assert lists.pop("adapters") == names - {"demo"}
+    assert lists == dict.fromkeys(lists, names)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/models/{}", "/openai/v1/models/{}", "/v1/models/demo:{}", "/v2/models/{}", "/v2/models/{}/ready",
+     "/v2/models/{}/versions/1", "/v1/adapters/{}"],
+)  # fmt: skip
+def test_a_model_of_others_is_answered_as_one_that_does_not_exist(shared: Shared, path: str) -> None:
+    def ask(name: str, key: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}", "x-request-id": "r"}
+        return httpx.get(shared.url + path.format(name), headers=headers)
+
+    others, unknown = ask("french", UPPER), ask("nope", UPPER)
+    assert (others.status_code, others.headers["content-type"]) == (404, unknown.headers["content-type"])
+    assert others.text == unknown.text.replace("nope", "french")
+    assert ask("upper", UPPER).status_code == 200
+    assert ask("french", ADMIN).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelReady"])
+def test_a_model_of_others_is_not_found_over_grpc(shared: Shared, method: str) -> None:
+    def ask(name: str) -> Any:
+        request = getattr(service_pb2, f"{method}Request")(name=name)
+        return getattr(stub, method)(request, metadata=(("authorization", f"Bearer {UPPER}"),))
+
+    with grpc.insecure_channel(shared.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for name in ("demo", "french"):
+            with pytest.raises(grpc.RpcError, match=f"no model named '{name}'") as caught:
+                ask(name)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        ask("upper")
 
 
 # Limits
@@ -314,6 +383,43 @@ def test_who_waits_too_long_in_the_queue_is_told_so(shared: Shared) -> None:
         for thread in threads:
             thread.join()
     wait_until(lambda: stats()["in_use"] == 0, 10, "slots did not come back")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/messages", "application/json"),
+        ("/v1/completions", "text/plain"),  # read by vLLM's own handler
+        ("/v2/models/demo/infer", "application/json"),
+        ("/v1/models/demo:predict", "application/json"),
+    ],
+)
+def test_bodies_that_do_not_come_give_their_slots_back(shared: Shared, path: str, kind: str) -> None:
+    request_id = f"slow-{time.time_ns()}"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {GOLD}\r\nx-request-id: {request_id}\r\n"
+        f'content-type: {kind}\r\ncontent-length: 100\r\n\r\n{{"model": '
+    )
+
+    def send(_: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", shared.http_port), timeout=20) as sock:
+            sock.sendall(head.encode())
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    with ThreadPoolExecutor(12) as pool:  # more than there are slots
+        slow = pool.map(send, range(12))
+        time.sleep(1)
+        assert call(shared, "chat", GOLD).status == 200
+        for answer in slow:
+            assert answer.startswith(b"HTTP/1.1 408 "), answer
+            assert b"--body-timeout" in answer
+            assert b"connection: close" in answer.lower()
+    stats = httpx.get(shared.url + "/v1/queue/stats", headers={"authorization": f"Bearer {ADMIN}"}).json()
+    assert (stats["in_use"], stats["waiting"]) == (0, 0)
+    wait_until(lambda: len(shared.records(request_id=request_id)) == 12, 5, "records are missing")
+    for record in shared.records(request_id=request_id):
+        assert (record["outcome"], record["status"], record["output_tokens"]) == ("refused", 408, 0)
 
 
 # Usage

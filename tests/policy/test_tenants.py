@@ -6,11 +6,15 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kserve_vllm.errors import ConfigError, Unauthenticated
-from kserve_vllm.policy.tenants import ANYONE, Limits, Tenants, digest, new_key, parse
+from kserve_vllm.gate import may_see
+from kserve_vllm.policy.tenants import ANYONE, Caller, Limits, Tenants, digest, new_key, parse
+from kserve_vllm.ticket import Ticket, current
 from kserve_vllm.types import Priority
 
 KEY, OTHER, ADMIN = new_key(), new_key(), new_key()
@@ -51,6 +55,28 @@ def test_two_keys_of_a_tenant_are_valid_at_once_and_differ_in_their_own_part(tmp
     assert not first.may_use(["demo-large"])
     assert first.may_use(["demo"])
     assert not second.may_use(["french"])
+
+
+def test_who_may_use_a_model_or_is_an_administrator_gets_to_know_of_it(tmp_path: Path) -> None:
+    file = tenants(tmp_path, FILE.replace("keys:", "  ops: {models: []}\nkeys:"))
+    engine: Any = SimpleNamespace(names=["org/base", "demo"])
+
+    def seen(caller: Caller | None) -> list[str]:
+        ticket = Ticket("r", "openai", "/v1/models", caller=caller)
+        token = current.set(ticket)
+        try:
+            return [name for name in ("org/base", "demo", "upper", "french") if may_see(engine, name)]
+        finally:
+            current.reset(token)
+
+    everything = ["org/base", "demo", "upper", "french"]
+    assert seen(file.identify(KEY)) == ["org/base", "demo"]
+    assert seen(file.identify(OTHER)) == ["org/base", "demo", "upper"]
+    assert file.identify(ADMIN).models == ((),)
+    assert seen(file.identify(ADMIN)) == everything
+    assert seen(ANYONE) == everything
+    assert seen(None) == everything
+    assert may_see(engine, "french")  # in no request
 
 
 def test_a_model_is_allowed_under_any_of_its_names(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ import psutil
 import pytest
 
 from kserve_vllm import cli
+from kserve_vllm.engine import cores
 from kserve_vllm.engine.adapters import Adapters
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.errors import ConfigError, InvalidRequest
@@ -85,6 +87,33 @@ def test_what_would_hold_for_one_process_only_is_refused(
 def test_what_holds_for_all_of_them_is_not_refused(arguments: list[str]) -> None:
     settings = cli.resolve(["m", *TWO, *arguments], {"VLLM_ENABLE_RESPONSES_API_STORE": "0"})
     assert settings.server.api_server_count == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "flag"),
+    [
+        ("parallel", "enable_elastic_ep", True, "--enable-elastic-ep"),
+        ("parallel", "data_parallel_backend", "ray", "--data-parallel-backend ray"),
+        ("multimodal", "mm_tensor_ipc", "torch_shm", "--mm-tensor-ipc torch_shm"),
+    ],
+)
+def test_what_vllm_can_not_share_is_refused_before_an_engine_is_started(
+    monkeypatch: pytest.MonkeyPatch, part: str, field: str, value: Any, flag: str
+) -> None:
+    from vllm.config import MultiModalConfig, ParallelConfig
+
+    # vLLM's own objects, with a value that vLLM takes only beside others (more GPUs, more packages).
+    parts = {"parallel": ParallelConfig(), "multimodal": MultiModalConfig()}
+    assert hasattr(parts[part], field)
+    object.__setattr__(parts[part], field, value)
+    config = SimpleNamespace(
+        parallel_config=parts["parallel"], model_config=SimpleNamespace(multimodal_config=parts["multimodal"])
+    )
+    monkeypatch.setattr(cores, "configure", lambda *_: (config, SimpleNamespace(disable_log_stats=True)))
+    started = cores.Cores(Namespace(), 2)
+    with pytest.raises(ConfigError, match=f"^{flag} wants one front end: leave it out, or use --api-server-count 1$"):
+        started.start(lambda *_: pytest.fail("an engine was started"))
+    assert not started.started
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "65", "two"])
@@ -235,6 +264,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             yield running.wait_ready()  # type: ignore[misc]
         finally:
             running.stop()
+
+
+def test_one_of_them_says_that_the_server_is_ready(pair: Pair) -> None:
+    assert pair.log.count(f"ready: demo on port {pair.http_port}, gRPC on port {pair.grpc_port}") == 1
 
 
 def test_both_front_ends_take_connections_over_http_and_grpc(pair: Pair) -> None:

@@ -13,6 +13,7 @@ from kserve.protocol.infer_type import InferRequest, InferResponse
 
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import NotFound, Unavailable
+from kserve_vllm.gate import may_see
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import v2
 from kserve_vllm.protocol.http import trace_headers
@@ -101,7 +102,8 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
         return {info.name: model for info in self._engine.models() if (model := self.get_model(info.name))}
 
     def index(self) -> list[dict[str, str]]:
-        """Name, version, state and reason of every model, as Triton's repository index gives them."""
+        """Name, version, state and reason of every model that the caller may use, as Triton's repository index gives
+        them."""
         return [
             {
                 "name": info.name,
@@ -110,7 +112,18 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
                 "reason": info.error or ("" if info.loaded else "unloaded"),
             }
             for info in self._engine.models()
+            if may_see(self._engine, info.name)
         ]
+
+    def check_known(self, name: str) -> None:
+        """Let a caller know only of the models that it may use.
+
+        Raises:
+            NotFound: no such model, or not for this caller.
+        """
+        info = self._engine.find(name)
+        if info is None or not may_see(self._engine, info.name):
+            raise NotFound(f"no model named {name!r}", field="model_name")
 
     async def load_model_by_name(self, name: str) -> None:
         """Serve a model or adapter again.
@@ -119,7 +132,7 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
             NotFound: no such model.
             InvalidRequest: there are several front ends.
         """
-        self._known(name)
+        self.check_known(name)
         self._engine.adapters.check_alone()
         if name in self._engine.names:
             self._set_served(True)
@@ -133,7 +146,7 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
             NotFound: no such model.
             InvalidRequest: there are several front ends.
         """
-        self._known(name)
+        self.check_known(name)
         self._engine.adapters.check_alone()
         if name in self._engine.names:
             self._set_served(False)
@@ -143,12 +156,6 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
     def _set_served(self, served: bool) -> None:
         self._engine.served = served
         self._lifecycle.set_loaded(served)
-
-    def _known(self, name: str) -> Any:
-        info = self._engine.find(name)
-        if info is None:
-            raise NotFound(f"no model named {name!r}", field="model_name")
-        return info
 
 
 class EngineDataPlane(DataPlane):  # type: ignore[misc]

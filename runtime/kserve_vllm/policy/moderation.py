@@ -417,13 +417,16 @@ class _EntryPointHook(_WindowHook):
         gate = asyncio.Semaphore(_AT_ONCE)
         tasks = [asyncio.ensure_future(self._one(gate, text, where, tenant)) for text in texts]
         try:
-            _, late = await asyncio.wait(tasks, timeout=self._timeout_s)
+            done, late = await asyncio.wait(tasks, timeout=self._timeout_s)
         finally:
             for task in tasks:
                 task.cancel()
-        failure = self.failed(where, f"no answer within {self._timeout_s:g} s") if late else None
+        # Not by us, nor by a client that left, which ends the wait itself: the hook raised it.
+        cancelled = {task for task in done if task.cancelled()}
+        why = f"no answer within {self._timeout_s:g} s" if late else "CancelledError"
+        failure = self.failed(where, why) if late or cancelled else None
         return [
-            (text if failure is None else failure) if task in late else task.result()
+            (text if failure is None else failure) if task in late or task in cancelled else task.result()
             for task, text in zip(tasks, texts, strict=True)
         ]
 

@@ -19,20 +19,23 @@ class AdapterRoutes:
     Args:
         adapters: of the engine.
         operators_only: raises where the running request's caller may not see what all tenants did.
+        may_see: whether that caller gets to know of an adapter.
     """
 
-    def __init__(self, adapters: Adapters, operators_only: Callable[[], None]) -> None:
+    def __init__(self, adapters: Adapters, operators_only: Callable[[], None], may_see: Callable[[str], bool]) -> None:
         self._adapters = adapters
         self._operators_only = operators_only
+        self._may_see = may_see
 
     async def list_adapters(self) -> Response:
-        """All adapters: state, source, version and what is wrong."""
-        return _json({"object": "list", "data": [self._row(each) for each in self._adapters.all()]})
+        """All adapters that the caller may use: state, source, version and what is wrong."""
+        rows = [self._row(each) for each in self._adapters.all() if self._may_see(each.declared.name)]
+        return _json({"object": "list", "data": rows})
 
     async def adapter(self, name: str) -> Response:
         """One adapter."""
         found = self._adapters.find(name)
-        if found is None:
+        if found is None or not self._may_see(found.declared.name):
             raise NotFound(f"no adapter named {name!r} is declared", field="name")
         return _json(self._row(found))
 

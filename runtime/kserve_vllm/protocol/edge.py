@@ -22,6 +22,7 @@ from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotF
 from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import moderated, wire
+from kserve_vllm.protocol.body import TimedBody
 from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
 from kserve_vllm.protocol.openai_stream import FastPath
 from kserve_vllm.telemetry.requests import Requests
@@ -59,6 +60,7 @@ class Edge:
         version: the body of `/version`.
         requests: the books of all requests.
         split: whether metrics and control calls are answered on a port of their own; see `admin`.
+        body_timeout_s: seconds that a client may take to send a body; 0: no limit.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Edge:
         version: Callable[[], dict[str, str]],
         requests: Requests,
         split: bool = False,
+        body_timeout_s: float = 0.0,
     ) -> None:
         self._lifecycle = lifecycle
         self._gate = gate
         self._split = split
         self._max_body = max_body
+        self._body_timeout_s = body_timeout_s
         self._metrics = metrics
         self._version = version
         self._requests = requests
@@ -130,7 +134,7 @@ class Edge:
                     raise NotFound("this is answered on the admin port (--admin-port)")
                 self._gate.check_control(caller)
             with self._gate.enter(needs_model=kind is Kind.WORK):
-                receive = await self._limited(headers, receive)
+                receive = await self._limited(headers, receive, ticket)
                 if kind is Kind.WORK:
                     ticket.cache_control = named.get("cache-control", "").lower()
                     patient = _Patient(receive)
@@ -229,11 +233,13 @@ class Edge:
             return False
         return True
 
-    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Refuse a body over the limit. A body without a length is read up to the limit first.
+    async def _limited(self, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket) -> Receive:
+        """Refuse a body over the limit of size, and have one over the limit of time refused where it is read. A body
+        without a length is read up to the limit first.
 
         Raises:
-            BodyTooLarge: it is over the limit.
+            BodyTooLarge: it is over the limit of size.
+            BodyTimeout: it has no length and is over the limit of time.
         """
         too_large = BodyTooLarge(
             f"the body is larger than {self._max_body >> 20} MiB (--max-body-mib)", field="body", close=True
@@ -242,8 +248,11 @@ class Edge:
         if length is not None:
             if int(length) > self._max_body:
                 raise too_large
+        elif b"transfer-encoding" not in headers:
             return receive
-        if b"transfer-encoding" not in headers:
+        if self._body_timeout_s:
+            receive = TimedBody(receive, self._body_timeout_s, ticket)
+        if length is not None:
             return receive
         messages: list[Message] = []
         size = 0
@@ -278,6 +287,7 @@ class _Patient:
 
         Raises:
             _ClientGone: it did.
+            BodyTimeout: its body, which comes meanwhile, takes too long.
         """
         task = asyncio.ensure_future(work)
         watcher = asyncio.ensure_future(self._watch())
@@ -285,6 +295,7 @@ class _Patient:
             await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
+            watcher.result()
             raise _ClientGone
         finally:
             watcher.cancel()

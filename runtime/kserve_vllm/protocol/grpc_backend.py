@@ -42,18 +42,20 @@ class Backend:
         """Fields of `ModelMetadataResponse`.
 
         Raises:
-            NotFound: no such model or version.
+            NotFound: no such model or version, or not for this caller.
         """
         check_version(name, version)
+        self._repository.check_known(name)
         return await self._plane.model_metadata(name)
 
     async def model_ready(self, name: str, version: str) -> bool:
         """Whether a model answers requests.
 
         Raises:
-            NotFound: no such model or version.
+            NotFound: no such model or version, or not for this caller.
         """
         check_version(name, version)
+        self._repository.check_known(name)
         return await self._plane.model_ready(name)
 
     async def infer(self, request: Any, metadata: dict[str, str], message: Any) -> Any:
@@ -132,7 +134,7 @@ class Backend:
         await self._repository.unload_model_by_name(name)
 
     def index(self) -> list[dict[str, str]]:
-        """State of every model."""
+        """State of every model that the caller may use."""
         return self._repository.index()
 
     async def _require(self, request: Any) -> None:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
-from kserve_vllm.gate import Gate
+from kserve_vllm.gate import Gate, may_see
 from kserve_vllm.protocol import generate, schemas, tensors, wire
 from kserve_vllm.protocol.adapters import AdapterRoutes
 from kserve_vllm.protocol.v2 import VERSION, V2Text
@@ -48,7 +48,10 @@ class Repository(Protocol):
     """What the routes need of the model repository."""
 
     def index(self) -> list[dict[str, str]]:
-        """Name, version, state and reason of every model."""
+        """Name, version, state and reason of every model that the caller may use."""
+
+    def check_known(self, name: str) -> None:
+        """Raises where there is no model of that name, or not for the caller."""
 
     async def load_model_by_name(self, name: str) -> None:
         """Serve the model again."""
@@ -138,17 +141,19 @@ class Routes:
         return _json(self._plane.metadata())
 
     async def list_models(self) -> Response:
-        """Names of all models."""
-        return _json({"models": [model.name for model in self._engine.models()]})
+        """Names of all models that the caller may use."""
+        return _json({"models": [model.name for model in self._engine.models() if may_see(self._engine, model.name)]})
 
     async def model_metadata(self, model_name: str, model_version: str | None = None) -> Response:
         """Platform, versions, inputs and outputs of a model."""
         check_version(model_name, model_version)
+        self._repository.check_known(model_name)
         return _json(await self._plane.model_metadata(model_name))
 
     async def model_ready(self, model_name: str, model_version: str | None = None) -> Response:
         """Whether a model answers requests."""
         check_version(model_name, model_version)
+        self._repository.check_known(model_name)
         await self._require(model_name)
         return _json({"name": model_name, "ready": True})
 
@@ -194,7 +199,7 @@ class Routes:
     # Repository
 
     async def repository_index(self, request: Request) -> Response:
-        """State of every model; `{"ready": true}` leaves out those that are not loaded."""
+        """State of every model that the caller may use; `{"ready": true}` leaves out those that are not loaded."""
         body = await request.body()
         only_ready = tensors.parse_json_object(body).get("ready") is True if body else False
         return _json([row for row in self._repository.index() if not only_ready or row["state"] == "READY"])
@@ -229,12 +234,16 @@ class Routes:
     # V1
 
     async def v1_and_openai_models(self) -> Response:
-        """All models, for OpenAI's clients (`data`) and V1's (`models`) in one body."""
-        body = await self._engine.openai_models()
-        return _json({**body, "models": [model.name for model in self._engine.models() if model.loaded]})
+        """All models that the caller may use, for OpenAI's clients (`data`) and V1's (`models`) in one body."""
+        engine = self._engine
+        body = await engine.openai_models()
+        cards = [card for card in body["data"] if may_see(engine, card["id"])]
+        names = [model.name for model in engine.models() if model.loaded and may_see(engine, model.name)]
+        return _json({**body, "data": cards, "models": names})
 
     async def v1_and_openai_model(self, model_name: str) -> Response:
         """One model, for OpenAI's clients (`id`) and V1's (`name`, `ready`) in one body."""
+        self._repository.check_known(model_name)
         await self._require(model_name)
         cards = (await self._engine.openai_models())["data"]
         card: dict[str, Any] = next((card for card in cards if card["id"] == model_name), {})
@@ -262,7 +271,8 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
     app = FastAPI(title="kserve-vllm", version=version, redoc_url=None, description=schemas.DESCRIPTION)
     app.include_router(_v2_router(routes))
     app.include_router(_v1_router(routes))
-    app.include_router(AdapterRoutes(engine.adapters, routes.operators_only).router())
+    adapters = AdapterRoutes(engine.adapters, routes.operators_only, lambda name: may_see(engine, name))
+    app.include_router(adapters.router())
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):

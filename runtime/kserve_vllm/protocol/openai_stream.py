@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import types
 from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import orjson
 from kserve_vllm.engine.openai_stream import Kind, OpenAIStream, Streams
 from kserve_vllm.errors import RequestError
 from kserve_vllm.protocol import wire
+from kserve_vllm.protocol.steps import resume
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ class _Response:
 
     async def _go_on(self, sending: Generator[Any, Any, Any], waits_for: Any) -> None:
         """Finish a message that could not be sent at once; then send what came meanwhile."""
-        await _resume(sending, waits_for)
+        await resume(sending, waits_for)
         self._blocked = False
         if self._stream.waiting:
             self._write()
@@ -281,17 +281,3 @@ class _Response:
         if isinstance(error, RequestError):
             return b"data: " + wire.error_body(self._path, error) + b"\n\n"
         return self._stream.failure()
-
-
-@types.coroutine
-def _resume(sending: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, None]:
-    """Go on, in a task, with an awaitable that was begun outside of one and waits for a future."""
-    while True:
-        try:
-            given, thrown = (yield waits_for), None
-        except BaseException as error:
-            given, thrown = None, error
-        try:
-            waits_for = sending.send(given) if thrown is None else sending.throw(thrown)
-        except StopIteration:
-            return

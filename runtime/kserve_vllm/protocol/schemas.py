@@ -118,6 +118,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     403: _error("Not allowed"),
     404: _error("No such model or version"),
     401: _error("The API key is missing or wrong"),
+    408: _error("The body did not come in time"),
     413: _error("The body is too large"),
     429: _error("Over a limit, or no room in the queue; `Retry-After` says when to try again"),
     503: _error("Loading, draining, unloaded, or the engine is gone"),

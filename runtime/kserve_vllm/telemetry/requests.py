@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from kserve_vllm.errors import (
+    BodyTimeout,
     BodyTooLarge,
     EngineGone,
     Forbidden,
@@ -34,6 +35,7 @@ _LATE_S = 0.25
 _REFUSED = {
     Unauthenticated: "unauthenticated",
     Forbidden: "forbidden",
+    BodyTimeout: "body_timeout",
     BodyTooLarge: "body_too_large",
     EngineGone: "engine_dead",
     QueueTimeout: "queue_timeout",

@@ -1,0 +1,298 @@
+"""A body that does not come holds no place: over real sockets, with apps that read it in their own ways."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvloop
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
+
+from kserve_vllm import cli
+from kserve_vllm.gate import Gate, Policies
+from kserve_vllm.hosting.server import HTTPServer
+from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.policy.admission import Admission
+from kserve_vllm.protocol.body import TimedBody
+from kserve_vllm.protocol.edge import Edge
+from kserve_vllm.settings import ServerSettings
+from kserve_vllm.telemetry.metrics import Metrics
+from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.tracing import Tracing
+from kserve_vllm.ticket import Ticket
+from kserve_vllm.types import Priority
+
+CHAT, MESSAGES, EMBEDDINGS, PREDICT = "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/models/m:predict"
+FORM = "/v1/audio/transcriptions"
+LIMIT_S, LONGER_S = 0.3, 0.7
+BODY = b'{"text": "0123456789"}'
+LENGTH = f"content-length: {len(BODY)}\r\n".encode()
+CHUNKED = b"transfer-encoding: chunked\r\n"
+
+
+class Body(BaseModel):
+    text: str
+
+
+async def plain(scope: Any, receive: Any, send: Any) -> None:
+    """Reads as a plain ASGI app does, and answers with what it read after a while, looking out for the client."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+        if message["type"] == "http.disconnect":
+            return
+    leaving = asyncio.ensure_future(receive())
+    await asyncio.wait([leaving], timeout=LONGER_S if b"slowly" in body else 0)
+    leaving.cancel()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Fast:
+    """Stands before vLLM's app, as `FastPath`."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any, body_send: Any) -> None:
+        await plain(scope, receive, send)
+
+
+def frameworks() -> FastAPI:
+    """Reads as FastAPI does, which makes 400 of whatever is raised meanwhile, and as Starlette does."""
+    app = FastAPI()
+
+    @app.post(CHAT)
+    @app.post(EMBEDDINGS)
+    @app.post(FORM)
+    @app.post(MESSAGES)
+    async def typed(body: Body) -> str:
+        return body.text
+
+    @app.post(PREDICT)
+    async def raw(request: Request) -> str:
+        return (await request.body()).decode()
+
+    return app
+
+
+class Served:
+    """An edge on a port of its own."""
+
+    def __init__(self, limit_s: float) -> None:
+        lifecycle = Lifecycle()
+        lifecycle.to(State.READY)
+        self.admission = Admission(1, 8, {}, 60, {})
+        self.gate = Gate(lifecycle, Policies(admission=self.admission))
+        self.metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
+        self.closed: list[Ticket] = []
+        books = Requests(self.metrics, Tracing(), lifecycle, self.closed.append)
+        edge = Edge(lifecycle, self.gate, 1 << 20, self.metrics.render, dict, books, body_timeout_s=limit_s)
+        app = frameworks()
+
+        async def vllm(scope: Any, receive: Any, send: Any) -> None:
+            await (plain if scope["path"] == EMBEDDINGS else app)(scope, receive, send)
+
+        edge.attach(app, vllm, {CHAT: Fast()})  # type: ignore[dict-item]
+        self.server = HTTPServer(edge, ServerSettings(host="127.0.0.1"), 0)
+
+    async def ask(self, head: bytes, *parts: bytes, path: str = CHAT, every_s: float = 0.0) -> tuple[int, bytes]:
+        """Send a request's parts and read to the connection's end; the status and the whole answer."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+        kind = "text/plain" if path == FORM else "application/json"  # JSON is read by the edge first
+        writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n".encode() + head + b"\r\n")
+        reading = asyncio.ensure_future(reader.read())
+        for part in parts:
+            await asyncio.sleep(every_s)
+            if reading.done():
+                break
+            writer.write(part)
+        answer = await asyncio.wait_for(reading, 20)
+        writer.close()
+        return int(answer.split(b" ", 2)[1]), answer
+
+    def nothing_is_held(self) -> bool:
+        stats = self.admission.stats()
+        return (self.gate.in_flight, stats["in_use"], stats["waiting"]) == (0, 0, 0)
+
+
+@asynccontextmanager
+async def serving(limit_s: float = LIMIT_S) -> AsyncIterator[Served]:
+    served = Served(limit_s)
+    served.server.start()
+    while not served.server._server.started:  # the port is bound, and nobody listens yet
+        await asyncio.sleep(0.01)
+    try:
+        yield served
+        assert served.nothing_is_held()
+    finally:
+        await served.server.stop(1)
+
+
+def run(work: Callable[[Served], Awaitable[None]], limit_s: float = LIMIT_S) -> None:
+    async def go() -> None:
+        async with serving(limit_s) as served:
+            await work(served)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the server
+        runner.run(go())
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+NEVER = {
+    "nothing": (LENGTH, ()),
+    "half": (LENGTH, (BODY[:9],)),
+    "in drips": (LENGTH, tuple(BODY[i : i + 1] for i in range(len(BODY)))),
+    "chunks without an end": (CHUNKED, (chunk(BODY),)),
+    "chunks in drips": (CHUNKED, tuple(chunk(BODY[i : i + 1]) for i in range(len(BODY)))),
+    "nothing after 100": (LENGTH + b"expect: 100-continue\r\n", ()),
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, EMBEDDINGS, FORM, PREDICT])
+@pytest.mark.parametrize("how", NEVER)
+def test_a_body_that_does_not_come_is_answered_408_and_holds_nothing(path: str, how: str) -> None:
+    head, parts = NEVER[how]
+
+    async def ask(served: Served) -> None:
+        began = time.monotonic()
+        # Not just when the connection is closed: what comes after that takes the answer away.
+        status, answer = await served.ask(head, *parts, path=path, every_s=0.11)
+        assert LIMIT_S <= time.monotonic() - began < LIMIT_S + 1
+        answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+        status, headers, body = int(answer[9:12]), *answer.split(b"\r\n\r\n", 1)
+        assert status == 408
+        assert b"connection: close" in headers
+        sentence = "the body did not come within 0.3 s (--body-timeout)"
+        assert json.loads(body) == {
+            PREDICT: {"error": sentence},
+            MESSAGES: {"type": "error", "error": {"type": "timeout_error", "message": sentence}},
+        }.get(path, {"error": {"message": sentence, "type": "RequestTimeoutError", "param": "body", "code": 408}})
+        assert served.nothing_is_held()
+        (ticket,) = served.closed
+        assert (ticket.status, ticket.outcome) == (408, "refused")
+        assert b'reason="body_timeout"} 1.0' in served.metrics.render("")[0]
+
+    run(ask)
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, EMBEDDINGS, PREDICT])
+@pytest.mark.parametrize("head", [LENGTH, CHUNKED])
+def test_a_body_in_pieces_that_comes_in_time_is_read(path: str, head: bytes) -> None:
+    pieces = [BODY[:5], BODY[5:12], BODY[12:]]
+    parts = [*map(chunk, pieces), b"0\r\n\r\n"] if head is CHUNKED else pieces
+
+    async def ask(served: Served) -> None:
+        status, answer = await served.ask(b"connection: close\r\n" + head, *parts, path=path, every_s=0.05)
+        assert status == 200
+        assert b"0123456789" in answer
+
+    run(ask)
+
+
+@pytest.mark.parametrize("parts", [(b"slowly",), (b"slow", b"ly")])
+def test_only_the_body_is_timed_and_never_the_answer(parts: tuple[bytes, ...]) -> None:
+    async def ask(served: Served) -> None:
+        began = time.monotonic()
+        status, answer = await served.ask(b"connection: close\r\ncontent-length: 6\r\n", *parts, every_s=0.05)
+        assert status == 200
+        assert b"slowly" in answer
+        assert time.monotonic() - began > LIMIT_S + 0.2
+
+    run(ask)
+
+
+def test_zero_switches_the_limit_off() -> None:
+    async def ask(served: Served) -> None:
+        status, _ = await served.ask(b"connection: close\r\n" + LENGTH, BODY[:5], BODY[5:], every_s=0.4)
+        assert status == 200
+
+    run(ask, limit_s=0)
+
+
+def test_a_body_that_does_not_come_while_its_request_waits_leaves_the_queue() -> None:
+    async def ask(served: Served) -> None:
+        with await served.admission.acquire(Priority.NORMAL):
+            status, _ = await served.ask(LENGTH, BODY[:5])
+            assert status == 408
+            assert served.admission.stats()["waiting"] == 0
+            assert served.gate.in_flight == 0
+
+    run(ask)
+
+
+def test_a_client_that_leaves_before_its_body_is_complete_is_gone_and_not_late() -> None:
+    async def ask(served: Served) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
+        writer.write(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: x\r\n" + LENGTH + b"\r\n" + BODY[:5])
+        await asyncio.sleep(0.1)
+        assert not served.nothing_is_held()
+        writer.close()
+        await asyncio.sleep(0.1)
+        assert [ticket.outcome for ticket in served.closed] == ["cancelled"]
+        del reader
+
+    run(ask)
+
+
+def test_a_drain_waits_for_no_body_longer_than_that() -> None:
+    async def ask(served: Served) -> None:
+        asking = asyncio.ensure_future(served.ask(LENGTH, BODY[:5]))
+        await asyncio.sleep(0.1)
+        served.gate.close()
+        assert await served.gate.wait_idle(LIMIT_S + 1)
+        assert (await asking)[0] == 408
+
+    run(ask)
+
+
+def test_a_body_that_is_there_sets_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timer(*_: Any) -> Any:
+        raise AssertionError("a timer was set")
+
+    async def ask() -> None:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        messages = [{"type": "http.request", "body": b"a", "more_body": more} for more in (True, False)]
+        for message in messages:
+            queue.put_nowait(message)
+        monkeypatch.setattr(asyncio, "timeout_at", timer)
+        receive = TimedBody(queue.get, 60, Ticket("r", "openai", CHAT))
+        assert [await receive(), await receive()] == messages
+        asyncio.get_running_loop().call_soon(queue.put_nowait, {"type": "http.disconnect"})
+        assert (await receive())["type"] == "http.disconnect"  # not the body's time any more
+
+    asyncio.run(ask())
+
+
+def test_what_came_too_late_does_not_bring_a_request_back() -> None:
+    async def ask() -> None:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        receive = TimedBody(queue.get, 0.05, ticket := Ticket("r", "openai", CHAT))
+        for _ in range(2):
+            with pytest.raises(type(ticket.refusal) if ticket.refusal else Exception, match="did not come"):
+                await receive()
+            queue.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+
+    asyncio.run(ask())
+
+
+def test_the_limit_is_a_setting_of_the_server() -> None:
+    assert cli.resolve(["m"], {}).server.body_timeout == 60
+    assert cli.resolve(["m", "--body-timeout", "0"], {}).server.body_timeout == 0
+    assert cli.resolve(["m"], {"KSERVE_VLLM_BODY_TIMEOUT": "2.5"}).server.body_timeout == 2.5
+
+
+@pytest.fixture(autouse=True)
+def _no_noise(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing of this is an error of ours."""
+    yield
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
