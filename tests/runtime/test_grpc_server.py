@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import logging
 import random
@@ -392,6 +393,14 @@ class Raw:
         return {str(name): str(value) for name, value in heads[-1].headers or []}
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait a little for something that must become true."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def framed(message: bytes, flag: int = 0) -> bytes:
     return bytes([flag]) + len(message).to_bytes(4, "big") + message
 
@@ -539,6 +548,27 @@ def test_streams_taken_back_without_end_close_the_connection(ours: Running, monk
         assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
 
 
+def test_a_client_that_asks_and_never_reads_is_not_read_any_more(ours: Running) -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", ours.port))
+        client = H2Connection(H2Configuration(client_side=True))
+        client.initiate_connection()
+        sock.sendall(client.data_to_send())
+        until(lambda: bool(ours.services.connections))
+        (connection,) = ours.services.connections
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sock.settimeout(0.5)
+        pings = (b"\0\0\x08\6" + bytes(5) + bytes(8)) * 10_000
+        while connection.writable:
+            with contextlib.suppress(TimeoutError):
+                sock.send(pings)
+        until(lambda: not connection.transport.is_reading())
+        assert connection.transport.get_write_buffer_size() < 1 << 20
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
+        assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
+
+
 @pytest.mark.parametrize(
     "junk",
     [
@@ -555,10 +585,7 @@ def test_what_is_no_http2_closes_its_connection_alone(ours: Running, junk: bytes
             pass
     with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
         assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
-    deadline = time.monotonic() + 5
-    while ours.services.connections and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not ours.services.connections
+    until(lambda: not ours.services.connections)
     assert not ours.services.open_calls
 
 

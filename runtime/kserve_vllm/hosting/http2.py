@@ -223,12 +223,14 @@ class Connection(asyncio.Protocol):
         self._break()
 
     def pause_writing(self) -> None:
-        """asyncio's: the socket takes no more."""
+        """asyncio's: the socket takes no more. Nothing is read meanwhile, or a client that only asks would fill us."""
         self.writable = False
+        self.transport.pause_reading()
 
     def resume_writing(self) -> None:
         """asyncio's: the socket takes more again."""
         self.writable = True
+        self.transport.resume_reading()
         self._pump_all()
 
     def flush(self) -> None:
