@@ -8,14 +8,17 @@ import gzip
 import logging
 import random
 import socket
+import subprocess
 import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
@@ -30,8 +33,14 @@ from h2.events import (
 )
 from h2.settings import SettingCodes, Settings
 
+from kserve_vllm.gate import Gate
 from kserve_vllm.hosting import http2
 from kserve_vllm.hosting.grpc_calls import Services
+from kserve_vllm.hosting.server import GRPCServer
+from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.settings import ServerSettings
+from tests.runtime.test_errors import books
 
 LIMIT = 1 << 20
 Code = grpc.StatusCode
@@ -514,6 +523,19 @@ def test_a_goodbye_lets_open_calls_end(raw: Raw) -> None:
     assert raw.sock.recv(1) == b""
 
 
+@pytest.mark.parametrize("method", ["echo", "none", "wait"])
+def test_calls_taken_back_before_they_are_read_leave_others_alone(raw: Raw, method: str) -> None:
+    """All in one piece: a call, its end, and another call."""
+    headers = [(":method", "POST"), (":scheme", "http"), (":path", f"/test.Test/{method}"), (":authority", "x"),
+               ("content-type", "application/grpc"), ("te", "trailers")]  # fmt: skip
+    for _ in range(3):
+        stream = raw.h2.get_next_available_stream_id()
+        raw.h2.send_headers(stream, headers)
+        raw.h2.send_data(stream, framed(b"x"))
+        raw.h2.reset_stream(stream, ErrorCodes.CANCEL)
+    assert raw.status(raw.ask("echo", framed(b"well")))["grpc-status"] == "0"
+
+
 def test_a_server_that_leaves_says_so_and_ends_what_is_open(ours: Running, raw: Raw) -> None:
     stream = raw.ask("both", framed(b"1"), end=False)
     raw.events(lambda e: isinstance(e, DataReceived))
@@ -587,6 +609,29 @@ def test_what_is_no_http2_closes_its_connection_alone(ours: Running, junk: bytes
         assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
     until(lambda: not ours.services.connections)
     assert not ours.services.open_calls
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_calls_over_tls_are_answered(tmp_path: Path, fast: bool) -> None:
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+
+    async def ask() -> None:
+        lifecycle = Lifecycle()
+        files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
+        settings = ServerSettings(host="127.0.0.1", grpc_port=0, fast_path=fast, **files)
+        server = GRPCServer(Servicer(lifecycle, Gate(lifecycle), books(lifecycle)), settings, lifecycle)
+        await server.start()
+        credentials = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await server.stop(0)
+
+    asyncio.run(ask())
 
 
 def test_random_frames_do_no_harm(ours: Running) -> None:

@@ -115,6 +115,10 @@ class Stream:
     def headers(self, headers: Headers, end: bool = False) -> None:
         """Write headers or trailers. With `end` the stream is over, and what the client still sends is not read."""
         connection = self._connection
+        if self._stream.closed:
+            # The client took it back in the frames that are being read, which is yet to be told.
+            self._close()
+            return
         connection.state.send_headers(self.number, headers, end_stream=end)
         if end:
             if not self._stream.closed:
@@ -124,10 +128,10 @@ class Stream:
 
     def reset(self, code: ErrorCodes) -> None:
         """End the stream without an answer."""
-        if self.open:
+        if not self._stream.closed:
             self._connection.state.reset_stream(self.number, code)
-            self._close()
             self._connection.flush()
+        self._close()
 
     def acknowledge(self, size: int) -> None:
         """Let the client send `size` bytes more."""
@@ -295,21 +299,24 @@ class Connection(asyncio.Protocol):
             self._on_goodbye()
 
     def _on_request(self, number: int, headers: Headers, receives: bool) -> None:
+        found = self.state.streams.get(number)
+        if found is None:
+            # The client took it back, and opened another one, in the frames that are being read.
+            return
+        stream = Stream(self, number, found, receives)
         if self._leaving:
             # gRPC's clients ask another server then.
-            self.state.reset_stream(number, ErrorCodes.REFUSED_STREAM)
+            stream.reset(ErrorCodes.REFUSED_STREAM)
             return
-        stream = Stream(self, number, self.state.streams[number], receives)
         exchange = self._accept(stream, headers)
         if stream.open:
             self._exchanges[number] = (stream, exchange)
 
     def _on_reset(self, number: int) -> None:
         found = self._exchanges.pop(number, None)
-        if found is None:
-            return
-        found[0].open = False
-        found[1].lose()
+        if found is not None:
+            found[0].open = False
+            found[1].lose()
         now = self._loop.time()
         self._resets = min(_RESETS, self._resets + (now - self._reset_at) * _RESETS_PER_S) - 1
         self._reset_at = now
