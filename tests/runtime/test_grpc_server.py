@@ -77,6 +77,9 @@ class Handlers:
             raise
         return b""
 
+    async def give_up(self, request: bytes, context: Any) -> bytes:
+        raise asyncio.CancelledError
+
     async def count(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         number, size = map(int, request.split())
         for i in range(number):
@@ -116,7 +119,9 @@ class Handlers:
 
     def generic(self) -> grpc.GenericRpcHandler[Any, Any]:
         kinds: dict[str, Callable[..., Any]] = {
-            **dict.fromkeys(("echo", "metadata", "refuse", "fail", "wait"), grpc.unary_unary_rpc_method_handler),
+            **dict.fromkeys(
+                ("echo", "metadata", "refuse", "fail", "wait", "give_up"), grpc.unary_unary_rpc_method_handler
+            ),
             **dict.fromkeys(("count", "watch"), grpc.unary_stream_rpc_method_handler),
             "add": grpc.stream_unary_rpc_method_handler,
             **dict.fromkeys(("both", "boxed"), grpc.stream_stream_rpc_method_handler),
@@ -353,6 +358,11 @@ def test_a_message_that_can_not_be_decoded_is_told_without_its_words(ours: Runni
     assert (error.code(), error.details()) == (Code.INTERNAL, "the message can't be decoded")
 
 
+def test_a_handler_that_cancels_itself_ends_its_call(ours: Running) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{ours.port}") as channel:
+        assert refused(lambda: channel.unary_unary("/test.Test/give_up")(b"", timeout=20)).code() is Code.CANCELLED
+
+
 class Raw:
     """A client that sends what it likes."""
 
@@ -508,6 +518,14 @@ def test_a_deadline_frees_a_call_whose_client_takes_nothing(ours: Running) -> No
     stream = client.ask("echo", framed(b"nobody reads this"), grpc_timeout="300m")
     events = client.events(lambda e: isinstance(e, StreamReset))
     assert next(e for e in events if isinstance(e, StreamReset)).stream_id == stream
+    assert not ours.services.open_calls
+    client.sock.close()
+
+
+def test_a_deadline_is_told_to_a_client_that_takes_nothing(ours: Running) -> None:
+    client = Raw(ours.port, window=0)
+    stream = client.ask("count", framed(b"3 10"), grpc_timeout="300m")
+    assert client.status(stream)["grpc-status"] == str(Code.DEADLINE_EXCEEDED.value[0])
     assert not ours.services.open_calls
     client.sock.close()
 

@@ -373,14 +373,17 @@ class Call:
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         """The handler is done, one way or the other."""
-        error = None if task.cancelled() else task.exception()
-        if self._status is None and not task.cancelled():
-            self._status = (grpc.StatusCode.OK, "", ())
-            if error is not None:
+        if self._status is None:
+            if task.cancelled():
+                self._status = (grpc.StatusCode.CANCELLED, "the call was cancelled", ())
+            elif (error := task.exception()) is not None:
                 log.error("a gRPC call failed", exc_info=error)
                 self._status = (grpc.StatusCode.INTERNAL, "internal server error", ())
-        if self._status is not None:
-            self._end(*self._status)
+            else:
+                self._status = (grpc.StatusCode.OK, "", ())
+        elif not task.cancelled():
+            task.exception()  # is the one that ended it
+        self._end(*self._status)
 
     async def _handle(self) -> None:
         handler = self._handler
@@ -414,6 +417,10 @@ class Call:
     def _too_late(self) -> None:
         """The caller's deadline has passed."""
         if self._task is not None and not self._task.done():
+            # A client that does not take what waits for it is told all the same.
+            self._pending.clear()
+            if self._outbox is not None:
+                self._outbox.drop()
             self._cut(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
         else:
             # All is said, but the client does not take it.
