@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time, with what was done by then")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args()
-    flags = ["--max-model-len", "1024", "--max-num-seqs", "128", "--enforce-eager"]
+    flags = ["--max-model-len", "1024", "--max-num-seqs", "128", "--enforce-eager", "--dtype", "float32"]
     server = Running(CONFIGURATIONS[args.server], flags)
     began = time.monotonic()
     samples: list[tuple[int, float]] = []
