@@ -1,4 +1,4 @@
-"""Fixtures for every test: one server with the demo model for the whole session."""
+"""For every test: one server with the demo model for the whole session, and who runs beside whom."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import support
 from tests.support import Server
 
 _ARGUMENTS = [
@@ -18,6 +19,18 @@ _ARGUMENTS = [
     # A model this small would fill its JSON with blanks.
     *("--structured-outputs-config.backend=xgrammar", "--structured-outputs-config.disable_any_whitespace=true"),
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `-n 2 --dist loadgroup` run one engine at a time: whatever starts servers in one process, files in the other.
+
+    A file starts servers where it takes `Server` or `free_port` from `tests.support`.
+    """
+    for item in items:
+        module = vars(item.getparent(pytest.Module).obj)
+        starts = any(module.get(name) is getattr(support, name) for name in ("Server", "free_port"))
+        item.add_marker(pytest.mark.xdist_group("servers" if starts else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -278,8 +278,12 @@ def test_a_changed_folder_is_seen_by_itself_and_no_request_fails_meanwhile(site:
         thread.start()
     try:
         before = site.status("alone")["digest"]
+        wait_until(lambda: bool(answers), WITHIN_S, "nothing was answered before the change")
         turn_french(folder)
         site.until("alone", lambda row: row["digest"] != before)
+        # What was in flight at the change ends with the old weights; the next ones have the new ones.
+        count = len(answers)
+        wait_until(lambda: len(answers) > count + 2 * len(threads), WITHIN_S, "no more answers after the change")
     finally:
         over.set()
         for thread in threads:

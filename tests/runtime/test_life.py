@@ -132,6 +132,19 @@ def fresh() -> Iterator[Callable[..., Server]]:
         server.stop(timeout_s=20)
 
 
+@pytest.fixture(scope="module")
+def doomed() -> Iterator[tuple[Server, Server]]:
+    """Two servers whose engines the tests end, started side by side since one start leaves half of two cores idle."""
+    probes = ["--engine-probe-interval", "1", "--engine-stall-timeout", "3"]
+    servers = [Server([*DEMO, "--max-model-len", "1024", *arguments]) for arguments in ([], probes)]
+    try:
+        first, second = [server.wait_ready() for server in servers]
+        yield first, second
+    finally:
+        for server in servers:
+            server.stop(timeout_s=20)
+
+
 def grpc_health(server: Server) -> int:
     """The standard health service's answer."""
     with grpc.insecure_channel(server.grpc_address) as channel:
@@ -246,9 +259,9 @@ def assert_gone(server: Server, futures: list[Future[Any]], since: float, live_w
 
 
 def test_a_killed_engine_is_not_live_within_5_s_and_every_request_gets_an_error_of_its_protocol(
-    fresh: Callable[..., Server],
+    doomed: tuple[Server, Server],
 ) -> None:
-    server = fresh().wait_ready()
+    server, _ = doomed
     pool, futures = in_flight(server, 0)
     left = server.children()
     (engine,) = server.children("EngineCore")
@@ -260,9 +273,9 @@ def test_a_killed_engine_is_not_live_within_5_s_and_every_request_gets_an_error_
 
 
 def test_a_stopped_engine_is_noticed_within_the_probe_interval_and_the_stall_timeout(
-    fresh: Callable[..., Server],
+    doomed: tuple[Server, Server],
 ) -> None:
-    server = fresh("--engine-probe-interval", "1", "--engine-stall-timeout", "3").wait_ready()
+    _, server = doomed
     pool, futures = in_flight(server, 0)
     (engine,) = server.children("EngineCore")
     since = time.monotonic()
