@@ -61,20 +61,23 @@ def http_body(mode: str, model: str, text: str, tokens: int) -> tuple[str, dict[
     return "/v1/completions", {**body, "prompt": text}
 
 
-async def http_worker(
-    port: int, mode: str, jobs: Callable[[], str | None], args: argparse.Namespace, to: Times
-) -> None:
-    """Ask one request after the other over one connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    streamed = mode.endswith("-stream")
+def http_request(args: argparse.Namespace, text: str) -> bytes:
+    """A request as it goes over the wire."""
+    path, body = http_body(args.mode, args.model, text, args.tokens)
+    raw = json.dumps(body).encode()
     authorization = f"authorization: Bearer {args.key}\r\n" if args.key else ""
-    while (text := jobs()) is not None:
-        path, body = http_body(mode, args.model, text, args.tokens)
-        raw = json.dumps(body).encode()
-        head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{authorization}"
-                f"content-length: {len(raw)}\r\n\r\n")  # fmt: skip
+    head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{authorization}"
+            f"content-length: {len(raw)}\r\n\r\n")  # fmt: skip
+    return head.encode() + raw
+
+
+async def http_worker(jobs: Callable[[], bytes | None], args: argparse.Namespace, to: Times) -> None:
+    """Ask one request after the other over one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", args.http_port, limit=1 << 20)
+    streamed = args.mode.endswith("-stream")
+    while (request := jobs()) is not None:
         began = time.perf_counter()
-        writer.write(head.encode() + raw)
+        writer.write(request)
         headers = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in headers[:20]:
             raise RuntimeError(f"{headers!r}")
@@ -97,14 +100,14 @@ async def http_worker(
     writer.close()
 
 
-def grpc_request(model: str, text: str, tokens: int, request_id: str) -> bytes:
+def grpc_request(args: argparse.Namespace, text: str, request_id: str) -> bytes:
     """A serialized `ModelInferRequest`."""
     from tests.triton import service_pb2
 
-    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    request = service_pb2.ModelInferRequest(model_name=args.model, id=request_id)
     tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(text.encode())
-    request.parameters["max_tokens"].int64_param = tokens
+    request.parameters["max_tokens"].int64_param = args.tokens
     request.parameters["ignore_eos"].bool_param = True
     request.parameters["stream"].bool_param = True
     # Temperature 0 as a tensor-less parameter needs a double, which older messages lack.
@@ -185,18 +188,16 @@ class H2Call:
         return part
 
 
-async def grpc_worker(port: int, jobs: Callable[[], str | None], args: argparse.Namespace, to: Times) -> None:
+async def grpc_worker(jobs: Callable[[], bytes | None], args: argparse.Namespace, to: Times) -> None:
     """Ask one request after the other over one `ModelStreamInfer` call; messages are not parsed."""
     # `triton_final_response` and `bool_param: true` in a map entry of the response's parameters.
     final = b"triton_final_response\x12\x02\x08\x01"
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    reader, writer = await asyncio.open_connection("127.0.0.1", args.grpc_port, limit=1 << 20)
     headers = {"authorization": f"Bearer {args.key}"} if args.key else {}
     call = H2Call(reader, writer, "/inference.GRPCInferenceService/ModelStreamInfer", headers)
-    number = 0
-    while (text := jobs()) is not None:
-        number += 1
+    while (request := jobs()) is not None:
         began = time.perf_counter()
-        call.send(grpc_request(args.model, text, args.tokens, str(number)))
+        call.send(request)
         arrivals: list[float] = []
         tail = b""
         while final not in tail:
@@ -224,18 +225,20 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Ask `requests` requests, `concurrency` at a time. Times in milliseconds."""
     rng = random.Random(args.seed)
     texts = [prompt(rng, args.prompt_tokens) for _ in range(args.requests)]
+    # Made before the clock runs: what making them takes is not the server's.
+    if args.mode == "grpc-stream":
+        worker, requests = grpc_worker, [grpc_request(args, text, str(n)) for n, text in enumerate(texts)]
+    else:
+        worker, requests = http_worker, [http_request(args, text) for text in texts]
 
-    def next_job() -> str | None:
-        return texts.pop() if texts else None
+    def next_job() -> bytes | None:
+        return requests.pop() if requests else None
 
     times = Times()
     began, cpu_s = time.perf_counter(), time.process_time()
     async with asyncio.timeout(_DEADLINE_S), asyncio.TaskGroup() as group:
         for _ in range(args.concurrency):
-            if args.mode == "grpc-stream":
-                group.create_task(grpc_worker(args.grpc_port, next_job, args, times))
-            else:
-                group.create_task(http_worker(args.http_port, args.mode, next_job, args, times))
+            group.create_task(worker(next_job, args, times))
     took, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
     return {
         "tokens": args.requests * args.tokens,
