@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from importlib.metadata import version
 from typing import Any
 
@@ -244,10 +245,18 @@ class _Process:
         if life.drain_delay:
             await asyncio.wait({failing}, timeout=life.drain_delay)
         self._gate.close()
+        if self._grpc is not None:
+            self._grpc.leave()
+        until = time.monotonic() + life.drain_timeout
         idle = asyncio.create_task(self._gate.wait_idle(life.drain_timeout))
         await asyncio.wait({idle, failing}, return_when=asyncio.FIRST_COMPLETED)
         if idle.done() and not idle.result():
             log.warning("drain timeout: %d requests are cut off", self._gate.in_flight)
+        elif idle.done() and self._grpc is not None:
+            # Over HTTP a request is in flight until its client has the answer; a gRPC call's handler ends before that.
+            settled = asyncio.create_task(self._grpc.settle(until - time.monotonic()))
+            await asyncio.wait({settled, failing}, return_when=asyncio.FIRST_COMPLETED)
+            settled.cancel()
         idle.cancel()
 
     async def _fail(self) -> int:

@@ -32,12 +32,14 @@ from h2.events import (
     TrailersReceived,
 )
 from h2.settings import SettingCodes, Settings
+from hyperframe.frame import GoAwayFrame
 
+from kserve_vllm.errors import InvalidRequest
 from kserve_vllm.gate import Gate
 from kserve_vllm.hosting import http2
 from kserve_vllm.hosting.grpc_calls import Services
 from kserve_vllm.hosting.server import GRPCServer
-from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.protocol.grpc import Servicer
 from kserve_vllm.settings import ServerSettings
 from tests.runtime.test_errors import books
@@ -117,6 +119,15 @@ class Handlers:
                 outbox.put_nowait(None)
         await outbox.join()
 
+    async def deaf(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """Reads nothing."""
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        yield b""
+
     def generic(self) -> grpc.GenericRpcHandler[Any, Any]:
         kinds: dict[str, Callable[..., Any]] = {
             **dict.fromkeys(
@@ -124,7 +135,7 @@ class Handlers:
             ),
             **dict.fromkeys(("count", "watch"), grpc.unary_stream_rpc_method_handler),
             "add": grpc.stream_unary_rpc_method_handler,
-            **dict.fromkeys(("both", "boxed"), grpc.stream_stream_rpc_method_handler),
+            **dict.fromkeys(("both", "boxed", "deaf"), grpc.stream_stream_rpc_method_handler),
         }
         return grpc.method_handlers_generic_handler(
             "test.Test", {name: kind(getattr(self, name), _strict, lambda m: m) for name, kind in kinds.items()}
@@ -389,6 +400,22 @@ class Raw:
         self.flush()
         return stream
 
+    def go_on_after_goodbye(self) -> None:
+        """Read frames after a GOAWAY too, as h2 does not by itself."""
+        self.h2._frame_dispatch_table[GoAwayFrame] = http2._farewell
+
+    def greet(self) -> None:
+        """Read the server's settings, to send as much as they allow."""
+        while self.h2.outbound_flow_control_window <= 65_535 or self.h2.remote_settings.initial_window_size <= 65_535:
+            self.h2.receive_data(self.sock.recv(65536))
+        self.flush()
+
+    def send(self, stream: int, data: bytes, end: bool = False) -> None:
+        """Send data of any size, as far as the windows go."""
+        for at in range(0, len(data), 16_384):
+            self.h2.send_data(stream, data[at : at + 16_384], end_stream=end and at + 16_384 >= len(data))
+        self.flush()
+
     def events(self, until: Callable[[Event], bool], timeout_s: float = 10) -> list[Event]:
         """Everything that comes until `until` holds for something, or the server closes."""
         found: list[Event] = []
@@ -445,7 +472,10 @@ def test_what_is_no_grpc_is_told_so(raw: Raw) -> None:
         (framed(b"x", flag=1), {}, Code.INTERNAL),
         (framed(b"not zipped", flag=1), {"grpc_encoding": "gzip"}, Code.INTERNAL),
         (framed(gzip.compress(bytes(LIMIT + 1)), flag=1), {"grpc_encoding": "gzip"}, Code.RESOURCE_EXHAUSTED),
-        (framed(b"x", flag=7), {"grpc_encoding": "gzip"}, Code.INTERNAL),
+        (framed(gzip.compress(b"x"), flag=7), {"grpc_encoding": "gzip"}, Code.INTERNAL),
+        (framed(gzip.compress(b"whole")[:-9], flag=1), {"grpc_encoding": "gzip"}, Code.INTERNAL),
+        (framed(gzip.compress(b"one") + gzip.compress(b"two"), flag=1), {"grpc_encoding": "gzip"}, Code.INTERNAL),
+        (framed(b"one") + framed(b"two"), {}, Code.INTERNAL),
         (framed(b"x"), {"grpc_encoding": "snappy"}, Code.UNIMPLEMENTED),
         (framed(b"x"), {"grpc_timeout": "soon"}, Code.INTERNAL),
         (framed(b"x"), {"grpc_timeout": "123456789S"}, Code.INTERNAL),
@@ -627,6 +657,337 @@ def test_what_is_no_http2_closes_its_connection_alone(ours: Running, junk: bytes
         assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
     until(lambda: not ours.services.connections)
     assert not ours.services.open_calls
+
+
+# What a client may make the server hold or do
+
+
+def frame(kind: int, payload: bytes, stream: int = 0) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, 0]) + stream.to_bytes(4, "big") + payload
+
+
+def inbox(server: Running) -> Any:
+    """That of the one call that is open."""
+    until(lambda: len(server.services.open_calls) == 1)
+    (call,) = server.services.open_calls
+    return call._inbox
+
+
+def others_are_answered(port: int) -> None:
+    """A client with a connection of its own has what it asked for."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
+
+
+def test_what_is_compressed_is_inflated_when_it_is_read(ours: Running, raw: Raw) -> None:
+    bomb = framed(gzip.compress(bytes(LIMIT - 10)), flag=1)
+    raw.greet()
+    raw.send(raw.ask("deaf", None, end=False, grpc_encoding="gzip"), bomb * 50)
+    box = inbox(ours)
+    until(lambda: len(box._messages) == 50)
+    assert box._unread == 50 * len(bomb)
+    assert sum(len(message) for _, message in box._messages) < 50 * len(bomb)
+
+
+def test_empty_messages_that_nobody_reads_use_up_the_window(ours: Running, raw: Raw) -> None:
+    stream = raw.ask("deaf", framed(b"") * 3000, end=False)
+    until(lambda: len(inbox(ours)._messages) == 3000)
+    time.sleep(0.2)
+    raw.sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        raw.h2.receive_data(raw.sock.recv(65536))
+    assert raw.h2.local_flow_control_window(stream) == http2._STREAM_WINDOW - 3000 * 5
+
+
+@pytest.mark.parametrize("junk", [b"\0\xff\xff\xff\xff", b"\0\0\x0f\0\0"])
+def test_what_comes_after_the_answer_is_not_kept(ours: Running, junk: bytes) -> None:
+    client = Raw(ours.port, window=0)
+    stream = client.ask("echo", framed(b"answered"), end=False)
+    until(lambda: any(call.owes for call in ours.services.open_calls))
+    client.h2.send_data(stream, junk)
+    client.flush()
+    sent = 0
+    client.sock.settimeout(0.3)
+    while sent < 5 << 20:
+        size = min(client.h2.local_flow_control_window(stream), 16_000)
+        if size:
+            client.h2.send_data(stream, bytes(size))
+            client.flush()
+            sent += size
+        else:
+            client.h2.receive_data(client.sock.recv(65536))
+    assert not inbox(ours)._partial
+    assert not ours.services.budget.held
+    client.sock.close()
+
+
+def test_a_part_of_a_message_is_waited_for_no_longer_than_allowed(ours: Running) -> None:
+    ours.services.message_timeout_s = 0.3
+    client = Raw(ours.port)
+    for method, message in (("echo", None), ("echo", framed(b"cut")[:-1]), ("both", framed(b"cut")[:-1])):
+        trailers = client.status(client.ask(method, message, end=False))
+        assert trailers["grpc-status"] == str(Code.DEADLINE_EXCEEDED.value[0])
+        assert "--body-timeout" in trailers["grpc-message"]
+    idle = client.ask("both", framed(b"1"), end=False)
+    time.sleep(0.6)
+    client.h2.send_data(idle, framed(b"2"), end_stream=True)
+    client.flush()
+    assert client.status(idle)["grpc-status"] == "0"
+    client.sock.close()
+
+
+def test_who_sends_parts_waits_while_others_hold_too_much(ours: Running) -> None:
+    ours.services.budget.limit = 500_000
+    clients = [Raw(ours.port), Raw(ours.port)]
+    size = LIMIT - 100
+    message = framed(bytes(size))
+    for client in clients:
+        client.greet()
+    streams = [client.ask("both", None, end=False) for client in clients]
+    clients[0].send(streams[0], message[:600_000])
+    until(lambda: ours.services.budget.held == 600_000)
+    clients[1].send(streams[1], message[:300_000])
+    until(lambda: ours.services.budget.held == 900_000)
+    until(lambda: len(ours.services.budget.waiting) == 2)
+    clients[0].send(streams[0], message[600_000:])
+    until(lambda: ours.services.budget.held == 300_000)
+    assert not ours.services.budget.waiting
+    clients[1].sock.close()
+    until(lambda: ours.services.budget.held == 0)
+    clients[0].sock.close()
+
+
+def test_frames_that_concern_all_streams_visit_them_once_a_read(ours: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = 0
+    pump = http2.Connection._pump_all
+
+    def counted(self: http2.Connection) -> None:
+        nonlocal visits
+        visits += 1
+        pump(self)
+
+    monkeypatch.setattr(http2.Connection, "_pump_all", counted)
+    client = Raw(ours.port)
+    for _ in range(500):
+        client.ask("deaf", None, end=False)
+    client.sock.sendall(frame(8, b"\0\0\0\1") * 5000)
+    assert client.status(client.ask("echo", framed(b"well")))["grpc-status"] == "0"
+    assert visits < 600, "about one for each write of the client"
+    client.sock.close()
+
+
+def test_settings_without_end_close_the_connection(ours: Running, caplog: pytest.LogCaptureFixture) -> None:
+    client = Raw(ours.port)
+    client.sock.sendall(frame(4, b"\0\4\0\1\0\0") * 300)
+    with contextlib.suppress(ConnectionError):
+        while client.sock.recv(65536):
+            pass
+    assert "changes its settings without end" in caplog.text
+    client.sock.close()
+    others_are_answered(ours.port)
+
+
+@pytest.mark.parametrize("size", [0, 100, 2**32 - 1])
+def test_the_table_of_headers_is_no_larger_than_ours(ours: Running, size: int) -> None:
+    client = Raw(ours.port)
+    client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: size})
+    client.flush()
+    for number in range(60):
+        trailers = client.status(client.ask(f"none-{number}-{'ü' * 50}", framed(b"")))
+        assert trailers["grpc-status"] == str(Code.UNIMPLEMENTED.value[0])
+    (connection,) = ours.services.connections
+    table = connection.state.encoder.header_table
+    assert table.maxsize == min(size, 4096)
+    assert table._current_size <= 4096
+    for other in (100, 5000, 5000, 200, 300):
+        connection.state.encoder.header_table_size = other
+    assert connection.state.encoder.table_size_changes == [100, 300] if size != 100 else [200, 300]
+    client.sock.close()
+
+
+def test_a_call_taken_back_as_it_is_given_room_ends(ours: Running) -> None:
+    client = Raw(ours.port, window=0)
+    stream = client.ask("boxed", framed(b"5"), end=False)
+    until(lambda: any(call.owes for call in ours.services.open_calls))
+    client.h2.increment_flow_control_window(1000, stream)
+    client.h2.reset_stream(stream, ErrorCodes.CANCEL)
+    client.flush()
+    until(lambda: not ours.services.open_calls)
+    client.sock.close()
+
+
+def test_a_stop_waits_until_the_client_has_the_answer(ours: Running) -> None:
+    client = Raw(ours.port, window=1000)
+    client.go_on_after_goodbye()
+    stream = client.ask("echo", None, end=False)
+    client.send(stream, framed(bytes(50_000)), end=True)
+    until(lambda: any(call.owes for call in ours.services.open_calls))
+    settling = threading.Thread(target=ours.do, args=(ours.services.settle(10),))
+    stopping = threading.Thread(target=ours.stop, args=(10,))
+    settling.start()
+    stopping.start()
+    time.sleep(0.3)
+    assert settling.is_alive()
+    assert stopping.is_alive()
+    client.h2.increment_flow_control_window(100_000, stream)
+    client.h2.increment_flow_control_window(100_000)
+    client.flush()
+    events = client.events(lambda e: isinstance(e, StreamEnded))
+    assert sum(len(e.data or b"") for e in events if isinstance(e, DataReceived)) == 50_005
+    settling.join(5)
+    stopping.join(5)
+    assert not settling.is_alive()
+    assert not stopping.is_alive()
+    client.sock.close()
+
+
+def test_who_is_told_to_leave_ends_its_calls_and_others_are_answered(ours: Running, raw: Raw) -> None:
+    stream = raw.ask("both", framed(b"1"), end=False)
+    raw.events(lambda e: isinstance(e, DataReceived))
+    idle = Raw(ours.port)
+    idle.go_on_after_goodbye()
+    until(lambda: len(ours.services.connections) == 2)
+    ours.loop.call_soon_threadsafe(ours.services.leave)
+    assert any(isinstance(e, ConnectionTerminated) for e in idle.events(lambda e: isinstance(e, ConnectionTerminated)))
+    while idle.sock.recv(65536):
+        pass
+    others_are_answered(ours.port)
+    raw.sock.sendall(b"\0\0\x06\0\x01" + stream.to_bytes(4, "big") + framed(b"2"))
+    data = b""
+    while chunk := raw.sock.recv(65536):
+        data += chunk
+    assert framed(b"22") in data
+    idle.sock.close()
+
+
+def test_connections_that_say_nothing_are_closed(ours: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "_PREFACE_TIMEOUT_S", 0.3)
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    for beginning in (b"P", preface, preface + b"\0\0"):
+        with socket.create_connection(("127.0.0.1", ours.port), timeout=5) as sock:
+            sock.sendall(beginning)
+            while sock.recv(65536):
+                pass
+    client = Raw(ours.port)
+    assert client.status(client.ask("echo", framed(b"well")))["grpc-status"] == "0"
+    time.sleep(0.6)
+    assert client.status(client.ask("echo", framed(b"still")))["grpc-status"] == "0"
+    client.sock.close()
+
+
+def test_a_frame_that_announces_too_much_is_not_waited_for(raw: Raw) -> None:
+    raw.sock.sendall(b"\xff\xff\xff")
+    with contextlib.suppress(ConnectionError):
+        while raw.sock.recv(65536):
+            pass
+
+
+def test_a_connection_whose_client_reads_nothing_ends_all_the_same(
+    ours: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2, "_ABORT_S", 0.3)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", ours.port))
+        client = H2Connection(H2Configuration(client_side=True))
+        client.initiate_connection()
+        client.increment_flow_control_window(1 << 30)
+        client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 30})
+        headers = {":method": "POST", ":scheme": "http", ":path": "/test.Test/count", ":authority": "x",
+                   "content-type": "application/grpc", "te": "trailers"}  # fmt: skip
+        client.send_headers(1, headers.items())
+        client.send_data(1, framed(b"100 500000"), end_stream=True)
+        sock.sendall(client.data_to_send())
+        until(lambda: any(not connection.writable for connection in ours.services.connections))
+        (connection,) = ours.services.connections
+        ours.loop.call_soon_threadsafe(connection.close)
+        until(lambda: not ours.services.connections)
+
+
+class Refusing:
+    """A backend that refuses every request, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def pieces(self, *_: Any) -> None:
+        self.count += 1
+        raise InvalidRequest("refused")
+
+
+@contextlib.asynccontextmanager
+async def served(lifecycle: Lifecycle, backend: Any = None, fast: bool = True) -> AsyncIterator[GRPCServer]:
+    """The service of the product over `backend`."""
+    servicer = Servicer(lifecycle, Gate(lifecycle), books(lifecycle))
+    servicer.attach(backend)
+    server = GRPCServer(servicer, ServerSettings(host="127.0.0.1", grpc_port=0, fast_path=fast), lifecycle)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop(0)
+
+
+def test_requests_of_a_stream_wait_while_their_answers_are_not_taken() -> None:
+    async def ask() -> None:
+        lifecycle, backend = Lifecycle(), Refusing()
+        for state in (State.LOADING, State.WARMING, State.READY):
+            lifecycle.to(state)
+        async with served(lifecycle, backend) as server:
+
+            def send() -> Raw:
+                client = Raw(server.port, window=0)
+                path = {":path": "/inference.GRPCInferenceService/ModelStreamInfer"}
+                stream = client.ask("", framed(b"") * 3000, end=False, **path)
+                client.h2.send_data(stream, framed(b"") * 3000, end_stream=True)
+                client.flush()
+                time.sleep(1)
+                return client
+
+            client = await asyncio.to_thread(send)
+            assert 256 <= backend.count <= 1024 + 256
+            client.h2.increment_flow_control_window(1 << 24, 1)
+            client.h2.increment_flow_control_window(1 << 24)
+            client.flush()
+            await asyncio.to_thread(client.events, lambda e: isinstance(e, StreamEnded))
+            assert backend.count == 6000
+            client.sock.close()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_health_is_told_to_all_though_one_watcher_reads_nothing(fast: bool) -> None:
+    async def ask() -> None:
+        lifecycle = Lifecycle()
+        serving = health_pb2.HealthCheckResponse
+        async with served(lifecycle, fast=fast) as server:
+            path = {":path": "/grpc.health.v1.Health/Watch"}
+            deaf = await asyncio.to_thread(Raw, server.port, 0)
+            await asyncio.to_thread(deaf.ask, "", framed(b""), **path)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                leaving = stub.Watch(health_pb2.HealthCheckRequest())
+                watching = stub.Watch(health_pb2.HealthCheckRequest())
+                for each in (leaving, watching):
+                    assert (await each.read()).status == serving.NOT_SERVING
+                leaving.cancel()
+                unknown = stub.Watch(health_pb2.HealthCheckRequest(service="none"))
+                assert (await unknown.read()).status == serving.SERVICE_UNKNOWN
+                for state in (State.LOADING, State.WARMING, State.READY):
+                    lifecycle.to(state)
+                assert (await asyncio.wait_for(watching.read(), 5)).status == serving.SERVING
+                for name in ("", "inference.GRPCInferenceService"):
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    assert (await stub.Check(request, timeout=5)).status == serving.SERVING
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Check(health_pb2.HealthCheckRequest(service="none"), timeout=5)
+                assert caught.value.code() == Code.NOT_FOUND
+                lifecycle.to(State.DRAINING)
+                assert (await asyncio.wait_for(watching.read(), 5)).status == serving.NOT_SERVING
+            deaf.sock.close()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("fast", [True, False])

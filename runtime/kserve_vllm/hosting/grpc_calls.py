@@ -13,7 +13,7 @@ import binascii
 import inspect
 import logging
 import re
-import zlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from urllib.parse import quote
 import grpc
 from h2.errors import ErrorCodes
 
+from kserve_vllm.hosting.grpc_inbox import PREFIX, WINDOW_BITS, Budget, Inbox, Unreadable
 from kserve_vllm.hosting.http2 import MAX_HEADERS, Connection, Headers, Stream
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,9 @@ _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1
 # Headers that are the protocol's, not the caller's metadata.
 _RESERVED = frozenset({b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding",
                        b"grpc-accept-encoding"})  # fmt: skip
-_PREFIX = 5
 _LAST_WORD_S = 1.0
-_COMPRESSED = 1
-_WINDOW_BITS = {"deflate": zlib.MAX_WBITS, "gzip": 16 + zlib.MAX_WBITS}
+_SETTLE_EVERY_S = 0.05
+_MAX_PATH = 200
 _ENCODINGS = b"identity, deflate, gzip"
 _HEAD: Headers = [
     (b":status", b"200"),
@@ -54,27 +54,47 @@ class Services:
 
     Attributes:
         max_message: largest message from a client, in bytes, before and after it is decompressed.
+        message_timeout_s: that a message may take to come in; 0: as long as it likes.
         handlers: generic handlers, asked in turn.
         connections: those that are open.
         open_calls: those that are not at their end.
     """
 
     max_message: int
+    message_timeout_s: float = 60.0
     handlers: list[grpc.GenericRpcHandler[Any, Any]] = field(default_factory=list)
     connections: set[Connection] = field(default_factory=set)
     open_calls: set[Call] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(4 * self.max_message)
+        """For what calls hold of messages that are not complete."""
 
     def connect(self) -> Connection:
         """The protocol of a new connection."""
         return Connection(lambda stream, headers: Call(self, stream, headers), self.connections)
 
-    async def stop(self, grace_s: float) -> None:
-        """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections."""
+    def leave(self) -> None:
+        """Let clients that are connected now open no new calls here; they go to another server."""
         for connection in list(self.connections):
             connection.leave()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
+        until = time.monotonic() + timeout_s
+        while any(call.owes for call in self.open_calls) and time.monotonic() < until:
+            await asyncio.sleep(_SETTLE_EVERY_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections."""
+        self.leave()
         await asyncio.gather(*(call.finish(grace_s) for call in list(self.open_calls)))
         for connection in list(self.connections):
             connection.close()
+        # What is written last goes out after that.
+        until = time.monotonic() + _LAST_WORD_S
+        while self.connections and time.monotonic() < until:
+            await asyncio.sleep(_SETTLE_EVERY_S)
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """As `grpc.aio.Server` has it."""
@@ -112,11 +132,7 @@ class Call:
         self._services = services
         self._stream = stream
         self._loop = asyncio.get_running_loop()
-        self._buffer = bytearray()
-        self._owed = 0
-        self._unread = 0
-        self._inbox: deque[bytes] = deque()
-        self._arrival: asyncio.Future[None] | None = None
+        self._inbox = Inbox(stream, services.budget, services.max_message, services.message_timeout_s, self._cut)
         self._begun = False
         self._pending: deque[bytes | memoryview] = deque()
         self._room: asyncio.Future[None] | None = None
@@ -125,7 +141,7 @@ class Call:
         self._status: tuple[grpc.StatusCode, str, Metadata] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._encoding: str | None = None
+        self._ended: asyncio.Future[None] | None = None
         self._metadata: Metadata = ()
         self._handler: Any = None
         self._open(headers)
@@ -163,80 +179,26 @@ class Call:
 
     def feed(self, data: bytes, size: int) -> None:
         """Take bytes that the client sent."""
-        self._owed += size
-        self._buffer += data
-        while self._task is not None and len(self._buffer) >= _PREFIX:
-            length = int.from_bytes(self._buffer[1:_PREFIX], "big")
-            if length > self._services.max_message:
-                self._cut(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"the message has {length} bytes; at most {self._services.max_message} are taken (--max-body-mib)",
-                )
-                break
-            if len(self._buffer) < _PREFIX + length:
-                break
-            flag, message = self._buffer[0], bytes(self._buffer[_PREFIX : _PREFIX + length])
-            del self._buffer[: _PREFIX + length]
-            if flag:
-                plain = self._decompress(flag, message)
-                if plain is None:
-                    break
-                message = plain
-            self._unread += len(message)
-            self._inbox.append(message)
-        self._arrived()
-        self._credit()
+        self._inbox.feed(data, size)
 
     def feed_end(self) -> None:
         """The client has sent all."""
-        if self._buffer and self._task is not None and not self._task.done():
-            self._cut(grpc.StatusCode.INTERNAL, "the last message is cut off")
-        self._arrived()
+        self._inbox.feed_end()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
 
     async def __anext__(self) -> Any:
-        while not self._inbox:
-            if not self._stream.receives:
-                raise StopAsyncIteration
-            self._arrival = self._loop.create_future()
-            await self._arrival
-        message = self._inbox.popleft()
-        self._unread -= len(message)
-        self._credit()
+        try:
+            message = await self._inbox.get()
+        except Unreadable as error:
+            await self.abort(error.code, error.details)
+        if message is None:
+            raise StopAsyncIteration
         try:
             return self._handler.request_deserializer(message)
         except Exception:
             await self.abort(grpc.StatusCode.INTERNAL, "the message can't be decoded")
-
-    def _arrived(self) -> None:
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
-
-    def _credit(self) -> None:
-        """Let the client send more, but for what waits here to be read."""
-        free = self._owed - self._unread
-        if free > 0:
-            self._owed -= free
-            self._stream.acknowledge(free)
-
-    def _decompress(self, flag: int, message: bytes) -> bytes | None:
-        if flag != _COMPRESSED or self._encoding is None:
-            self._cut(grpc.StatusCode.INTERNAL, "a message is marked as compressed, but grpc-encoding is not set")
-            return None
-        limit = self._services.max_message
-        inflater = zlib.decompressobj(_WINDOW_BITS[self._encoding])
-        try:
-            plain = inflater.decompress(message, limit + 1)
-        except zlib.error:
-            self._cut(grpc.StatusCode.INTERNAL, "a message can't be decompressed")
-            return None
-        if len(plain) > limit:
-            self._cut(grpc.StatusCode.RESOURCE_EXHAUSTED,
-                      f"the message is larger than {limit} bytes when decompressed (--max-body-mib)")  # fmt: skip
-            return None
-        return plain
 
     # Writing
 
@@ -244,6 +206,11 @@ class Call:
     def blocked(self) -> bool:
         """Whether something that was sent still waits for the client to take it."""
         return bool(self._pending) or not self._stream.room
+
+    @property
+    def owes(self) -> bool:
+        """Whether something is left that was answered and not sent."""
+        return bool(self._pending or self._trailers or (self._outbox is not None and self._outbox.waiting))
 
     @property
     def open(self) -> bool:
@@ -258,7 +225,7 @@ class Call:
             self._begin(())
         size = len(message)
         prefix = b"\0" + size.to_bytes(4, "big")
-        if not self._pending and size + _PREFIX <= self._stream.room:
+        if not self._pending and size + PREFIX <= self._stream.room:
             self._stream.write(prefix, message)
         else:
             self._pending.append(prefix + message)
@@ -291,11 +258,13 @@ class Call:
             self._task.cancel()
 
     async def finish(self, timeout_s: float) -> None:
-        """Wait until the handler is done; end it after `timeout_s` seconds, since the server ends."""
-        if self._task is not None:
-            await asyncio.wait({self._task}, timeout=timeout_s)
-            self._cut(grpc.StatusCode.UNAVAILABLE, "the server is closing")
-            await asyncio.wait({self._task}, timeout=_LAST_WORD_S)
+        """Wait until the client has the whole answer; end the call after `timeout_s` seconds, since the server ends."""
+        if self not in self._services.open_calls:
+            return
+        self._ended = self._loop.create_future()
+        await asyncio.wait({self._ended}, timeout=timeout_s)
+        self._cut(grpc.StatusCode.UNAVAILABLE, "the server is closing")
+        await asyncio.wait({self._ended}, timeout=_LAST_WORD_S)
 
     async def _wait_for_room(self) -> None:
         while self.blocked and self._stream.open:
@@ -309,6 +278,7 @@ class Call:
 
     def _end(self, code: grpc.StatusCode, details: str, trailing: Metadata) -> None:
         """Send the status, after what waits."""
+        self._inbox.close()
         if self._trailers is not None or not self._stream.open:
             return
         head = [] if self._begun else _HEAD
@@ -330,12 +300,11 @@ class Call:
             self._timer.cancel()
         self._services.open_calls.discard(self)
         self._pending.clear()
-        self._inbox.clear()
-        self._buffer.clear()
-        self._unread = 0
-        self._credit()
+        self._inbox.close()
         if self._outbox is not None:
             self._outbox.drop()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
     # The call itself
 
@@ -357,14 +326,16 @@ class Call:
         except ValueError as error:
             return self._end(grpc.StatusCode.INTERNAL, str(error), ())
         encoding = named.get(b"grpc-encoding", b"identity").decode("latin-1")
-        if encoding in _WINDOW_BITS:
-            self._encoding = encoding
+        if encoding in WINDOW_BITS:
+            self._inbox.encoding = encoding
         elif encoding != "identity":
             return self._end(grpc.StatusCode.UNIMPLEMENTED, f"grpc-encoding {encoding} is not taken", ())
         path = named.get(b":path", b"").decode("latin-1")
         self._handler = self._services.find(path, self._metadata)
         if self._handler is None:
-            return self._end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path}", ())
+            return self._end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:_MAX_PATH]}", ())
+        if not self._handler.request_streaming:
+            self._inbox.expect_one()
         if timeout_s is not None:
             self._timer = self._loop.call_later(timeout_s, self._too_late)
         self._task = self._loop.create_task(self._handle())
@@ -412,6 +383,7 @@ class Call:
         if self._task is None or self._task.done() or self._status is not None:
             return
         self._status = (code, details, ())
+        self._inbox.close()
         self._task.cancel()
 
     def _too_late(self) -> None:
@@ -442,6 +414,11 @@ class Outbox:
         self._items: deque[Any] = deque()
         self._draining = False
         self._empty: asyncio.Future[None] | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._items)
 
     def put_nowait(self, item: Any) -> None:
         """Send what `item` holds, now or when the client takes it."""

@@ -27,9 +27,10 @@ from h2.events import (
     StreamReset,
     WindowUpdated,
 )
-from h2.exceptions import ProtocolError
+from h2.exceptions import FrameTooLargeError, ProtocolError
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream
+from hpack import Encoder
 from hyperframe.frame import Frame, GoAwayFrame
 
 log = logging.getLogger(__name__)
@@ -39,14 +40,23 @@ Headers = list[tuple[bytes, bytes]]
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 8 << 20
 _DEFAULT_WINDOW = 65_535
-_MAX_STREAMS = 10_000
+_MAX_STREAMS = 1000
 MAX_HEADERS = 16 << 10
 """Bytes that the headers of a request may have, counted as HTTP/2 does (RFC 9113, 6.5.2)."""
 _MAX_HEADERS_READ = 1 << 20
 _WRITE_BUFFER = 256 << 10
+_READ = 16 << 10
 _PREFACE_TIMEOUT_S = 20.0
-# Streams that a client may open and take back at once: so many together, and so many a second after that.
+# What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
+# streams of the connection.
 _RESETS, _RESETS_PER_S = 2000.0, 500.0
+_SETTINGS, _SETTINGS_PER_S = 100.0, 10.0
+# The table of headers that a client lets us refer back to; it names a size, and we fill it with what it asked for.
+_MAX_TABLE = 4096
+# Between the word that no new streams are taken and the end: closed at once, the word may not arrive.
+_FAREWELL_S = 1.0
+# For a client that does not take what was written before the end.
+_ABORT_S = 5.0
 _DATA, _GOAWAY = b"\0", b"\7"
 
 
@@ -116,8 +126,8 @@ class Stream:
         """Write headers or trailers. With `end` the stream is over, and what the client still sends is not read."""
         connection = self._connection
         if self._stream.closed:
-            # The client took it back in the frames that are being read, which is yet to be told.
-            self._close()
+            # The client took it back in the frames that are being read; the exchange is told when that event comes.
+            self.open = False
             return
         connection.state.send_headers(self.number, headers, end_stream=end)
         if end:
@@ -144,6 +154,40 @@ class Stream:
         self._connection.forget(self.number)
 
 
+class _Encoder(Encoder):
+    """hpack's, with a table that the client can't make larger than `_MAX_TABLE`."""
+
+    @property
+    def header_table_size(self) -> int:
+        return int(self.header_table.maxsize)
+
+    @header_table_size.setter
+    def header_table_size(self, value: int) -> None:
+        table, size = self.header_table, min(value, _MAX_TABLE)
+        untold = table.resized
+        table.maxsize = size
+        if table.resized:
+            # Told with the next headers: the least size in between, and the last one (RFC 7541, 4.2).
+            least = min([*self.table_size_changes, size])
+            self.table_size_changes = [size] if least == size else [least, size]
+        else:
+            table.resized = untold
+
+
+class _Allowance:
+    """How often something may happen: `burst` times at once, and `per_s` times a second after that."""
+
+    def __init__(self, burst: float, per_s: float, now: float) -> None:
+        self._burst, self._per_s = burst, per_s
+        self._left, self._at = burst, now
+
+    def use(self, now: float) -> bool:
+        """Count one; False where that is too much."""
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_s) - 1
+        self._at = now
+        return self._left >= 0
+
+
 class Connection(asyncio.Protocol):
     """One client's connection.
 
@@ -158,7 +202,13 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._exchanges: dict[int, tuple[Stream, Exchange]] = {}
         self._leaving = False
-        self._resets, self._reset_at = _RESETS, self._loop.time()
+        self._pump_due = False
+        self._aborting: asyncio.TimerHandle | None = None
+        now = self._loop.time()
+        self._resets, self._settings = (
+            _Allowance(_RESETS, _RESETS_PER_S, now),
+            _Allowance(_SETTINGS, _SETTINGS_PER_S, now),
+        )
         self.state = H2Connection(
             H2Configuration(
                 client_side=False,
@@ -175,6 +225,7 @@ class Connection(asyncio.Protocol):
                 SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADERS,
             },
         )
+        self.state.encoder = _Encoder()
         # Over its limit h2 closes the connection, with the calls of others on it.
         self.state.decoder.max_header_list_size = _MAX_HEADERS_READ
         # After a client's farewell h2 reads nothing more, though its open streams go on (RFC 9113, 6.8).
@@ -201,17 +252,25 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: what the client sent."""
-        self._opening.cancel()
-        if self.broken:
-            return
+        # In parts, for h2 reads all of one before we see what is in it.
+        for at in range(0, len(data), _READ):
+            if not self.broken:
+                self._read(data[at : at + _READ] if len(data) > _READ else data)
+
+    def _read(self, data: bytes) -> None:
         try:
             events = self.state.receive_data(data)
+            self._check_frame()
             # First of all the acknowledgement of settings: without it, a larger window is not yet ours to use.
             self.flush()
             for event in events:
                 if self.broken:
                     return
                 self._on_event(event)
+            if self._pump_due:
+                # Once for all frames that were read, since it visits every stream.
+                self._pump_due = False
+                self._pump_all()
             self.flush()
         except ProtocolError as error:
             log.debug("a client breaks HTTP/2: %r", error)
@@ -223,6 +282,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio's: the client is gone."""
         self._opening.cancel()
+        if self._aborting is not None:
+            self._aborting.cancel()
         self._connections.discard(self)
         self._break()
 
@@ -246,7 +307,7 @@ class Connection(asyncio.Protocol):
         """An exchange is over."""
         self._exchanges.pop(stream_id, None)
         if self._leaving and not self._exchanges:
-            self._loop.call_soon(self.close)
+            self._loop.call_later(_FAREWELL_S, self.close)
 
     def leave(self) -> None:
         """Take no new streams; close when the open ones are over."""
@@ -257,13 +318,14 @@ class Connection(asyncio.Protocol):
         last = self.state.highest_inbound_stream_id.to_bytes(4, "big")
         self.transport.write(b"\0\0\x08" + _GOAWAY + b"\0" * 5 + last + b"\0" * 4)
         if not self._exchanges:
-            self.close()
+            self._loop.call_later(_FAREWELL_S, self.close)
 
     def close(self) -> None:
         """Close at once; exchanges that are open are lost."""
         if not self.broken:
             self.flush()
             self._break()
+            self._aborting = self._loop.call_later(_ABORT_S, self.transport.abort)
             self.transport.close()
 
     def _break(self) -> None:
@@ -290,11 +352,14 @@ class Connection(asyncio.Protocol):
             self._on_reset(_number(event))
         elif isinstance(event, WindowUpdated):
             if event.stream_id == 0:
-                self._pump_all()
+                self._pump_due = True
             elif (found := self._exchanges.get(_number(event))) is not None:
                 found[1].pump()
         elif isinstance(event, RemoteSettingsChanged):
-            self._pump_all()
+            self._opening.cancel()
+            self._pump_due = True
+            if not self._settings.use(self._loop.time()):
+                self._calm("changes its settings")
         elif isinstance(event, ConnectionTerminated):
             self._on_goodbye()
 
@@ -317,13 +382,20 @@ class Connection(asyncio.Protocol):
         if found is not None:
             found[0].open = False
             found[1].lose()
-        now = self._loop.time()
-        self._resets = min(_RESETS, self._resets + (now - self._reset_at) * _RESETS_PER_S) - 1
-        self._reset_at = now
-        if self._resets < 0:
-            log.warning("a client opens streams and takes them back without end; its connection is closed")
-            self.state.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-            self.close()
+        if not self._resets.use(self._loop.time()):
+            self._calm("opens streams and takes them back")
+
+    def _calm(self, what: str) -> None:
+        """Close, since the client does something without end."""
+        log.warning("a client %s without end; its connection is closed", what)
+        self.state.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+        self.close()
+
+    def _check_frame(self) -> None:
+        """Look at the length of a frame that has begun; h2 does when all of it is there, up to 16 MiB."""
+        begun = self.state.incoming_buffer._data
+        if len(begun) >= 3 and int.from_bytes(begun[:3], "big") > self.state.max_inbound_frame_size:
+            raise FrameTooLargeError("a frame is too long")
 
     def _on_goodbye(self) -> None:
         """The client will open no more streams."""

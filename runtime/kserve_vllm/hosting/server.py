@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.hosting.grpc_calls import Services
+from kserve_vllm.hosting.health import Health
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.grpc import SERVICE, Servicer
 from kserve_vllm.settings import ServerSettings
@@ -110,7 +111,7 @@ class GRPCServer:
         self._shared = shared
         self._lifecycle = lifecycle
         self._listener: _OwnListener | _UpstreamListener | None = None
-        self._health: Any = None
+        self._health = Health()
         self.port = 0
 
     async def start(self) -> None:
@@ -123,7 +124,6 @@ class GRPCServer:
         listener = kind(self._settings, self._shared)
         target = listener.target
         target.add_generic_rpc_handlers((self._servicer.handler(),))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, target)
         pool = self._servicer.messages.pool
         pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
@@ -133,18 +133,21 @@ class GRPCServer:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, target)
         self.port = await listener.open()
         self._listener = listener
-        await self._publish()
-        self._lifecycle.on_change(self._on_change)
+        self._publish(self._lifecycle)
+        self._lifecycle.on_change(self._publish)
 
-    def _on_change(self, _: Lifecycle) -> None:
-        self._publishing = asyncio.ensure_future(self._publish())
+    def _publish(self, lifecycle: Lifecycle) -> None:
+        self._health.set(("", SERVICE), lifecycle.ready)
 
-    async def _publish(self) -> None:
-        assert self._health is not None
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if self._lifecycle.ready else statuses.NOT_SERVING
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+    def leave(self) -> None:
+        """Send clients that are connected to another server with their next call; open calls go on."""
+        if self._listener is not None:
+            self._listener.leave()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
+        if self._listener is not None:
+            await self._listener.settle(timeout_s)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, give open ones `grace_s` seconds, then cancel what is left."""
@@ -156,7 +159,7 @@ class _OwnListener:
     """Our own gRPC server, which costs a tenth of gRPC's for a token."""
 
     def __init__(self, settings: ServerSettings, shared: bool) -> None:
-        self.target = Services(max_message=settings.max_body_mib << 20)
+        self.target = Services(settings.max_body_mib << 20, settings.body_timeout)
         self._settings = settings
         self._shared = shared
         self._server: asyncio.Server | None = None
@@ -176,6 +179,12 @@ class _OwnListener:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self.target.connect, sock=sock, ssl=tls, backlog=_BACKLOG)
         return int(sock.getsockname()[1])
+
+    def leave(self) -> None:
+        self.target.leave()
+
+    async def settle(self, timeout_s: float) -> None:
+        await self.target.settle(timeout_s)
 
     async def close(self, grace_s: float) -> None:
         if self._server is not None:
@@ -211,6 +220,12 @@ class _UpstreamListener:
             raise ConfigError(f"--grpc-port {settings.grpc_port} can't be opened: {error}") from error
         await self.target.start()
         return port
+
+    def leave(self) -> None:
+        """gRPC's server says so when it is stopped, and not before."""
+
+    async def settle(self, timeout_s: float) -> None:
+        """gRPC's server does not tell what it still has to send."""
 
     async def close(self, grace_s: float) -> None:
         await self.target.stop(grace_s)

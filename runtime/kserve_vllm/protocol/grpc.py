@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 SERVICE = "inference.GRPCInferenceService"
 # Characters of an error's sentence that fit into the trailers (8 KiB by default), percent-encoded.
 _MAX_DETAILS = 500
+# Requests of one stream that are answered at once, and messages that wait for its client; no more are read then.
+_MAX_OPEN, _MAX_WAITING = 256, 1024
 _CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
@@ -110,9 +112,45 @@ class _WritesAtOnce(Protocol):
         """A queue that sends the messages which `take` makes of what is put in."""
 
 
-def _taken(item: Any) -> list[bytes]:
-    """Serialized messages of what a stream's answer is made of."""
-    return item.take() if isinstance(item, Pieces) else [_serialized(item)]
+class _Turns:
+    """Bounds what one stream holds: requests that are being answered, and answers that its client does not take.
+
+    Attributes:
+        send: takes what is put.
+    """
+
+    def __init__(self) -> None:
+        self.send: Callable[[Any], None]
+        self._open = 0
+        self._waiting = 0
+        self._room: asyncio.Future[None] | None = None
+
+    def put(self, item: Any) -> None:
+        """Send a message, or `Pieces` that have some."""
+        self._waiting += 1
+        self.send(item)
+
+    def take(self, item: Any) -> list[bytes]:
+        """Serialized messages of what was put, now that they can be sent."""
+        self._waiting -= 1
+        self._tell()
+        return item.take() if isinstance(item, Pieces) else [_serialized(item)]
+
+    async def begin(self) -> None:
+        """Wait until one request more may be answered."""
+        while self._open >= _MAX_OPEN or self._waiting >= _MAX_WAITING:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        self._open += 1
+
+    def end(self, _: asyncio.Task[None]) -> None:
+        """A request was answered."""
+        self._open -= 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
 
 def _serialized(message: Any) -> bytes:
@@ -275,17 +313,20 @@ class Servicer:
             with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata) as ticket:
                 ticket.status, ticket.error = refusal.grpc_status, refusal
             await _abort(context, refusal)
+        turns = _Turns()
         if isinstance(context, _WritesAtOnce):
-            outbox = context.outbox(_taken)
-            await self._read_stream(requests, outbox.put_nowait, request_id, metadata)
+            outbox = context.outbox(turns.take)
+            turns.send = outbox.put_nowait
+            await self._read_stream(requests, turns, request_id, metadata)
             await outbox.join()
             return
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        reader = asyncio.create_task(self._read_stream(requests, queue.put_nowait, request_id, metadata))
+        turns.send = queue.put_nowait
+        reader = asyncio.create_task(self._read_stream(requests, turns, request_id, metadata))
         reader.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (item := await queue.get()) is not None:
-                for message in _taken(item):
+                for message in turns.take(item):
                     yield message
             await reader
         finally:
@@ -293,14 +334,16 @@ class Servicer:
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _read_stream(
-        self, requests: AsyncIterator[Any], put: Callable[[Any], None], request_id: str, metadata: Mapping[str, str]
+        self, requests: AsyncIterator[Any], turns: _Turns, request_id: str, metadata: Mapping[str, str]
     ) -> None:
         count = 0
         async with asyncio.TaskGroup() as group:
             async for request in requests:
                 count += 1
                 headers = {**metadata, "x-request-id": f"{request_id}-{count}"}
-                group.create_task(self._answer_one(request, put, headers))
+                await turns.begin()
+                task = group.create_task(self._answer_one(request, turns.put, headers))
+                task.add_done_callback(turns.end)
 
     async def _answer_one(self, request: Any, put: Callable[[Any], None], metadata: dict[str, str]) -> None:
         model = getattr(request, "model_name", None) or None
