@@ -83,7 +83,9 @@ class ServerSettings(_Group):
     grpc_port: Port = _setting(8081, "Port for V2 gRPC; 0 switches gRPC off.")
     max_body_mib: int = _setting(64, "Largest request body in MiB; a larger one is answered 413.", ge=1, le=2047)
     body_timeout: Seconds = _setting(
-        60.0, "How long a client may take to send a request's body, in seconds; then 408. 0: as long as it likes."
+        60.0,
+        "How long a client may take to send a request's body, or one message over gRPC, in seconds; then 408 or "
+        "DEADLINE_EXCEEDED. 0: as long as it likes.",
     )
     max_batch: int = _setting(512, "Most texts in one V1 or V2 request; more is answered 400.", ge=1, le=65_536)
     admin_port: Port = _setting(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.load import MODES
-from tests.benchmarks.servers import CONFIGURATIONS, MODEL, Configuration, Running, with_policies
+from tests.benchmarks.servers import CONFIGURATIONS, ENGINE_ENV, MODEL, Configuration, Running, with_policies
 from tests.observability.otlp import Receiver
 
 # What our profile and vLLM set differently is set for both.
@@ -80,7 +81,9 @@ def vllm_bench(server: Running, concurrency: int, requests: int, args: argparse.
 
 def measure(server: Running, mode: str, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
     """One cell: a warm-up, then the load."""
-    requests = max(4, round(args.tokens_per_cell * min(1.0, 0.1 + concurrency / 32) / args.tokens))
+    # Few streams take longer for a token. Whole waves, since all requests are of one length.
+    tokens = args.tokens_per_cell * min(1.0, (concurrency + 2) / 32)
+    requests = max(4 if concurrency == 1 else 1, round(tokens / args.tokens / concurrency)) * concurrency
     options = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens}
     own = "chat-stream" if mode == "chat-stream-vllm-bench" else mode
     server.load(own, concurrency, max(2, min(requests // 4, concurrency)), seed=1, **options)
@@ -102,7 +105,9 @@ def offline(args: argparse.Namespace) -> dict[str, Any]:
             "--num-prompts", str(max(64, args.tokens_per_cell // args.tokens)), *engine_flags(args),
             "--max-num-seqs", "64", "--output-json", str(path),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **ENGINE_ENV}
+        )
         if done.returncode:
             raise RuntimeError(f"vllm bench throughput ended with {done.returncode}:\n{done.stderr[-3000:]}")
         found = json.loads(path.read_text())
@@ -171,6 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 say("out of time: stopping here")
                 break
             if args.offline:
+                say(f"round {number + 1}/{args.rounds}: the engine alone, with vllm bench throughput")
                 report["offline"].append({"round": number, **offline(args)})
                 say(f"  the engine alone: {report['offline'][-1]['tokens_per_s']:.0f} tokens/s")
             write(report, args.out)
@@ -194,7 +200,6 @@ def configured(name: str) -> Iterator[Configuration]:
 
 def machine() -> dict[str, Any]:
     """What was measured on, and with which versions."""
-    import os
     from importlib.metadata import version
 
     from vllm.version import __version__ as vllm_version
@@ -339,7 +344,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--tokens-per-cell", type=int, default=65_536, help="output tokens of a cell with 32 streams")
+    parser.add_argument(
+        "--tokens-per-cell", type=int, default=24_576, help="output tokens of a cell with 30 streams or more"
+    )
     parser.add_argument("--minutes", type=float, default=120, help="start no further server after this time")
     parser.add_argument(
         "--together",

@@ -27,6 +27,8 @@ from tests.support import end, free_port
 
 MODEL = "demo"
 _READY_WITHIN_S = 300.0
+ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""For every engine; the default cache takes half of the machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Running:
             [sys.executable, *command, *configuration.arguments],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **configuration.env},
+            env={**os.environ, **ENGINE_ENV, **configuration.env},
         )
         try:
             self._wait_ready()
