@@ -83,7 +83,11 @@ def test_a_model_is_allowed_under_any_of_its_names(tmp_path: Path) -> None:
     assert tenants(tmp_path).identify(OTHER).may_use(["org/demo", "demo"])
 
 
-@pytest.mark.parametrize("key", [None, "", "kv-wrong", KEY[:-1], KEY + "x", digest(KEY), "\udcff"])
+@pytest.mark.parametrize(
+    "key",
+    [None, "", "kv-wrong", KEY[:-1], KEY + "x", digest(KEY), "\udcff"],
+    ids=["none", "empty", "wrong", "cut", "longer", "digest", "no text"],
+)
 def test_a_missing_or_wrong_key_is_refused(tmp_path: Path, key: str | None) -> None:
     with pytest.raises(Unauthenticated):
         tenants(tmp_path).identify(key)
