@@ -179,6 +179,12 @@ class _Process:
         from kserve_vllm.protocol.v1 import V1Text
         from kserve_vllm.protocol.v2 import V2Text
 
+        moderation = self._assembly.policies.moderation
+        if engine.answers_from_token_ids and moderation is not None and moderation.reads("answer"):
+            raise ConfigError(
+                "--moderation-file has a hook that looks at answers, but vLLM makes those of this model (gpt-oss) from "
+                "token ids, past every hook. Take `answer` out of the hooks' `on`, or serve another model"
+            )
         self._engine_version = vllm.version()
         self._metrics.attach(self._engine_version, engine.serves, engine.adapters_by_state)
         self._lifecycle.to(State.WARMING)

@@ -230,6 +230,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         engine=engine,
         sources=sources,
     )
+    tree.check_variables(settings, environ)
     if settings.server.api_server_count > 1:
         tree.check_front_ends(settings, environ)
     return settings

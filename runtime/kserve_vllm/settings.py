@@ -302,6 +302,34 @@ def check_front_ends(settings: Settings, environ: Mapping[str, str]) -> None:
             raise ConfigError(f"{given} and the variable {name}, which {why}. Leave one of them out")
 
 
+_POLICED = {
+    "VLLM_ENABLE_RESPONSES_API_STORE": (
+        ("keys_file", "requests_per_minute", "tokens_per_minute", "max_concurrent"),
+        "vLLM's store gives a response to whoever names its id, and works in the background under no limit",
+    ),
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": (
+        ("response_cache",),
+        "answers of weights that were replaced in place would stay in the cache; use --adapters-file",
+    ),
+    "VLLM_SERVER_DEV_MODE": (
+        ("response_cache",),
+        "answers of weights that were replaced in place (/update_weights) would stay in the cache",
+    ),
+}
+
+
+def check_variables(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Refuse vLLM's switches that get around a policy that is on.
+
+    Raises:
+        ConfigError: there is such a variable.
+    """
+    for variable, (names, why) in _POLICED.items():
+        on = [flag_name(name) for name in names if getattr(settings.policy, name) not in (None, 0, "off", [])]
+        if on and environ.get(variable, "0").lower() not in ("", "0", "false"):
+            raise ConfigError(f"--{on[0]} and the variable {variable}: {why}. Leave one of them out")
+
+
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:
     """Every declared setting as (group, field name, field)."""
     for group, cls in GROUPS.items():

@@ -233,6 +233,61 @@ def test_a_rewritten_body_keeps_everything_else(redact: Moderation) -> None:
     assert passed(redact, body) == {**body, "prompt": "a bird: ü \ud800"}
 
 
+@pytest.mark.parametrize("body", [{"messages": [{}] * 60_000}, {"prompt": [["x"] * 300] * 200}])
+def test_a_body_of_very_many_values_is_refused(redact: Moderation, body: Any) -> None:
+    with pytest.raises(InvalidRequest, match="more than 50000 values"):
+        passed(redact, body)
+
+
+def test_a_body_that_is_nested_deeply_is_refused(redact: Moderation) -> None:
+    tree: Any = "x"
+    for _ in range(800):
+        tree = [tree]
+    for body in ({"messages": tree}, {"other": tree}):
+        with pytest.raises(InvalidRequest, match="nested too deeply"):
+            passed(redact, body)
+
+
+def test_parts_of_many_messages_are_looked_at_together(redact: Moderation, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    prompt = Moderation.prompt
+
+    async def counted(self: Moderation, texts: list[str], tenant: str) -> list[str]:
+        asked.append(len(texts))
+        return await prompt(self, texts, tenant)
+
+    monkeypatch.setattr(Moderation, "prompt", counted)
+    parts = [{"type": "text", "text": "a bird"}, {"type": "text", "text": "flies"}]
+    body = {"messages": [{"role": "user", "content": parts}] * 300}
+    assert passed(redact, body) == body
+    assert asked == [600, 300 * 4]
+    body["messages"][150] = {"role": "user", "content": [{"type": "text", "text": each} for each in ("fal", "con")]}
+    with pytest.raises(Refused, match="across several parts"):
+        passed(redact, body)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"return_token_ids": true}',
+        rb'{"return_token\u005fids": true}',
+        '{"return_token_ids": true}'.encode("utf-16"),
+        '{"return_token_ids": true}'.encode("utf-32-le"),
+        b'{"enable_response_messages": true}',
+        rb'{"use_be\u0061m_search": true}',
+    ],
+    ids=["plain", "escaped", "utf-16", "utf-32", "messages", "beam"],
+)
+def test_answers_in_another_form_are_refused_however_they_are_asked_for(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "answers.yaml"
+    hook = {"name": "h", "action": "redact", "on": "answer", "patterns": [{"literal": "falcon"}]}
+    path.write_text(yaml.safe_dump({"hooks": [hook]}))
+    with pytest.raises(InvalidRequest, match="would show them unmoderated"):
+        moderated.check_answer_form("/v1/responses", raw, Moderation(path), "t")
+    if b"true" in raw:
+        moderated.check_answer_form("/v1/responses", raw.replace(b"true", b"false"), Moderation(path), "t")
+
+
 def test_tokenizing_is_not_moderated(refuse: Moderation) -> None:
     for path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
         assert passed(refuse, {"prompt": BAD, "tokens": [1]}, path) == {"prompt": BAD, "tokens": [1]}

@@ -96,6 +96,15 @@ def test_a_valid_key_is_answered(shared: Shared, protocol: str) -> None:
         assert "42" in answer.body
 
 
+def test_a_browser_may_ask_without_a_key_what_it_may_send(shared: Shared) -> None:
+    asking = {"origin": "https://page", "access-control-request-method": "POST"}
+    answer = httpx.options(f"{shared.url}/v1/chat/completions", headers=asking)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"]
+    for headers in ({}, {"origin": "https://page"}):
+        assert httpx.options(f"{shared.url}/v1/chat/completions", headers=headers).status_code == 401
+
+
 def test_a_key_may_come_as_x_api_key(shared: Shared) -> None:
     assert call(shared, "messages", x_api_key=GOLD).status == 200
     assert call(shared, "grpc", x_api_key=GOLD).status == 200

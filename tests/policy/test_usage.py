@@ -82,7 +82,7 @@ def test_a_wrong_spelling_is_answered_with_the_three_right_ones(spelling: str) -
 
 
 def test_a_wrong_spelling_does_not_put_a_password_into_the_log() -> None:
-    for spelling in ("htps://me:secret@host/", "http://me:secret@host:port/"):
+    for spelling in ("htps://me:secret@host/", "http://me:secret@host:port/", "http://me:secret/x@host/"):
         with pytest.raises(ConfigError) as error:
             Usage(spelling)
         assert "secret" not in str(error.value)

@@ -203,6 +203,9 @@ def test_the_port_is_open_while_the_model_loads_and_sigterm_then_drains_32_strea
     client.close()
 
     pool, futures = in_flight(server, 32)
+    # Ctrl-C in a terminal reaches the engine too.
+    for child in server.children("VLLM::"):
+        child.send_signal(signal.SIGINT)
     server.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 1
     while server.status("/v2/health/ready") != 503:

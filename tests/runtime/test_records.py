@@ -390,6 +390,32 @@ class NoLoRAs:
         """Nobody asks."""
 
 
+def test_a_realtime_session_whose_last_input_comes_late_is_booked() -> None:
+    processor = Processor()
+    accounts = Accounts(processor.vllm, lambda: "base", NoLoRAs())
+    ticket = Ticket("r", "openai", "realtime")
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "inner")
+
+    def add(resumable: bool) -> None:
+        request = EngineCoreRequest(
+            "inner", PROMPT, None, greedy(), None, 0.0, None, None, None, external_req_id="outer", resumable=resumable
+        )
+        processor.vllm.add_request(request, "text", None, 0, queue)
+
+    token = current.set(ticket)
+    add(resumable=True)
+    for each in tokens_of(ANSWER)[:3]:
+        processor.vllm.process_outputs([EngineCoreOutput("inner", [each])])
+        assert queue.get_nowait()
+    processor.vllm.process_outputs([EngineCoreOutput("inner", [], finish_reason=FinishReason.STOP)])
+    assert not ticket.finished
+    add(resumable=False)
+    current.reset(token)
+    assert not accounts._open
+    assert (ticket.finished, ticket.finish_reasons, ticket.output_tokens) == (1, ["stop"], 3)
+    assert ticket.prompt_tokens == len(PROMPT)
+
+
 def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None:
     processor = Processor()
     accounts = Accounts(processor.vllm, lambda: "base", NoLoRAs())

@@ -172,6 +172,23 @@ def test_an_unknown_variable_is_refused_and_what_kubernetes_injects_is_passed_ov
         cli.check_serve_args(["m"], {"KSERVE_VLLM_MAX_MODEL_LENGHT": "5"})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [
+        (["--keys-file", "k.yaml"], "VLLM_ENABLE_RESPONSES_API_STORE"),
+        (["--tokens-per-minute", "9"], "VLLM_ENABLE_RESPONSES_API_STORE"),
+        (["--max-concurrent", "9"], "VLLM_ENABLE_RESPONSES_API_STORE"),
+        (["--response-cache", "memory"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        (["--response-cache", "memory"], "VLLM_SERVER_DEV_MODE"),
+    ],
+)
+def test_a_switch_of_vllms_that_gets_around_a_policy_is_refused(arguments: list[str], variable: str) -> None:
+    with pytest.raises(ConfigError, match=f"{arguments[0]} and the variable {variable}"):
+        cli.resolve(["m", *arguments], {variable: "1"})
+    cli.resolve(["m", *arguments], {variable: "0"})
+    cli.resolve(["m"], {variable: "1"})
+
+
 def test_trust_remote_code_is_off_unless_asked_for() -> None:
     assert parse_engine_args(cli.resolve(["m"], {}).engine_argv()).trust_remote_code is False
     assert parse_engine_args(cli.resolve(["m", "--trust-remote-code"], {}).engine_argv()).trust_remote_code is True

@@ -57,6 +57,7 @@ class Accounts:
         self._add(request, *args, **kwargs)
         ticket = current.get()
         if ticket is None or request.request_id in self._open:
+            self._finish_session(request.request_id)
             return
         self._open[request.request_id] = ticket, self._processor.request_states[request.request_id]
         if getattr(request.sampling_params, "structured_outputs", None) is not None:
@@ -109,6 +110,16 @@ class Accounts:
             ticket.finished += 1
         ticket.finish_reasons.append(reason)
         _book(ticket, state)
+
+    def _finish_session(self, request_id: str) -> None:
+        """Book a realtime session that was told its last input when all before was answered: vLLM just drops it."""
+        if request_id in self._open and request_id not in self._processor.request_states:
+            ticket, state = self._open.pop(request_id)
+            self._with_grammar.discard(request_id)
+            self._book_adapter(state)
+            ticket.finished += 1
+            ticket.finish_reasons.append("stop")
+            _book(ticket, state)
 
     def _book_adapter(self, state: Any) -> None:
         if state.lora_name is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kserve_vllm.engine.vllm import configure
+from kserve_vllm.engine.vllm import configure, spared_interrupts
 from kserve_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Cores:
         _check(config)
         self._listeners = listeners = bind_engine_zmq_listeners(config, self._count)
         log_stats = not engine_args.disable_log_stats
-        with launch_core_engines(config, Executor.get_class(config), log_stats, listeners.addresses) as launch:
+        executor = Executor.get_class(config)
+        with spared_interrupts(), launch_core_engines(config, executor, log_stats, listeners.addresses) as launch:
             self._manager, self._coordinator = launch.engine_manager, launch.coordinator
             pids = [process.pid for process in self._own()]
             for index, (inputs, outputs) in enumerate(zip(listeners.inputs, listeners.outputs, strict=True)):

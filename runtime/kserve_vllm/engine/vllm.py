@@ -15,8 +15,10 @@ import difflib
 import logging
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import signal
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -246,6 +248,22 @@ def version() -> str:
     return str(__version__)
 
 
+@contextlib.contextmanager
+def spared_interrupts() -> Iterator[None]:
+    """Start processes that a terminal's Ctrl-C does not reach, so that they finish what is drained.
+
+    To be used outside of the main thread, which wants its own interrupts. vLLM sets a handler in each of its processes,
+    so that ignoring the signal would not be handed on; a blocked one is.
+    """
+    # It is started with the first process otherwise, and leaves the signal unblocked behind itself.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class VLLMEngine:
     """vLLM's engine in its own process, its HTTP app, and the few calls that our protocols need.
 
@@ -319,6 +337,11 @@ class VLLMEngine:
             name = os.path.dirname(found) if isinstance(found, str) else f"{name}@{config.revision}"
         return fingerprint(name)
 
+    @property
+    def answers_from_token_ids(self) -> bool:
+        """Whether vLLM makes the text of chat answers from token ids again, as it does for gpt-oss (Harmony)."""
+        return bool(self.client.model_config.hf_config.model_type == "gpt_oss")
+
     def _start_client(self, addresses: dict[str, Any] | None) -> AsyncLLM:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -331,16 +354,17 @@ class VLLMEngine:
                 addresses["mp_admission_counters"] = self._seat.counters
         # The constructor blocks until the model is loaded; outside the event loop's thread it starts no tasks, they
         # begin with the first request.
-        return AsyncLLM.from_vllm_config(
-            vllm_config=config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=engine_args.enable_log_requests,
-            aggregate_engine_logging=engine_args.aggregate_engine_logging,
-            disable_log_stats=engine_args.disable_log_stats,
-            client_addresses=addresses,
-            client_count=count,
-            client_index=index,
-        )
+        with spared_interrupts():
+            return AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=engine_args.enable_log_requests,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
+                client_addresses=addresses,
+                client_count=count,
+                client_index=index,
+            )
 
     async def warm_up(self) -> None:
         """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""
@@ -364,14 +388,18 @@ class VLLMEngine:
 
         A dead engine process is seen within half a second. Every `interval_s` seconds all workers are asked for a
         sign of life through the engine's step loop; when it is owed for `stall_timeout_s` seconds, the engine counts
-        as hanging and is killed, so that every request in flight gets its error. Bound: the sum of the two.
+        as hanging and is killed, so that every request in flight gets its error. Bound: the sum of the two, but for
+        time in which this process itself stood still.
         """
         loop = asyncio.get_running_loop()
         probe: asyncio.Task[Any] | None = None
         next_probe = loop.time() + interval_s
         deadline = 0.0
         while True:
-            await asyncio.sleep(min(0.25, interval_s))
+            before, pause_s = loop.time(), min(0.25, interval_s)
+            await asyncio.sleep(pause_s)
+            # An answer may wait unread since the event loop was held up.
+            deadline += max(0.0, loop.time() - before - pause_s)
             if self.client.errored:
                 on_gone("the engine process died")
                 return

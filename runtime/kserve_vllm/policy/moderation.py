@@ -224,7 +224,8 @@ class _PatternHook(_Hook):
         self._stop = spec.action == "refuse"
 
     async def look(self, texts: list[str], where: Where, tenant: str) -> Sequence[Verdict]:
-        large = sum(map(len, texts)) >= _LARGE
+        # Each text costs a call for each pattern, however short it is.
+        large = sum(map(len, texts)) + 200 * len(texts) >= _LARGE
         reading = self._reading(concurrent=large)
         try:
             changed = await asyncio.to_thread(reading.whole, texts) if large else reading.whole(texts)
@@ -602,6 +603,10 @@ class Moderation:
     def looks_at(self, where: Where, tenant: str) -> bool:
         """Whether any hook looks at prompts, or answers, of a tenant."""
         return bool(self._of(where, tenant))
+
+    def reads(self, where: Where) -> bool:
+        """Whether any hook looks at prompts, or answers, of anyone."""
+        return any(where in hook.on for hook in self._hooks)
 
     async def prompt(self, texts: list[str], tenant: str) -> list[str]:
         """The texts as the model may see them; the same list where nothing was changed.

@@ -83,9 +83,12 @@ class Remote:
                 maint_notifications_config=MaintNotificationsConfig(enabled=False),
                 max_connections=2 * _AT_ONCE,
             )
-        except ValueError as error:
-            # The message of the client has no part of the URL in it, which may hold a password.
-            raise ConfigError(f"--redis-url can't be used: {error}") from None
+        except ValueError:
+            # The client's own words may have a part of a password in them that was taken for a port.
+            raise ConfigError(
+                "--redis-url can't be read: write redis://user:password@host:6379/0 or rediss://..., "
+                "with %-escapes for / # ? : @ in the name and the password"
+            ) from None
         self._on_state = on_state
         self._timeout_s = timeout_s
         self._turns = asyncio.Semaphore(_AT_ONCE)

@@ -167,8 +167,11 @@ class _Http:
 
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"--usage-sink: the URL can't be read: {error}. {_FORMS}") from None
+        except httpx.InvalidURL:
+            # Its words may have a part of a password in them that was taken for a port.
+            raise ConfigError(
+                f"--usage-sink: the URL can't be read; a name or password needs %-escapes for / # ? : @. {_FORMS}"
+            ) from None
         if not parsed.host:
             raise ConfigError(f"--usage-sink: the URL names no host. {_FORMS}")
         self.name = f"{parsed.scheme}://{parsed.netloc.decode()}"

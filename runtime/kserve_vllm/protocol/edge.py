@@ -125,6 +125,10 @@ class Edge:
     ) -> None:
         path, request_id, ticket = scope["path"], guard.request_id, guard.ticket
         try:
+            if _is_preflight(scope["method"], headers):
+                # Browsers ask without the key; vLLM's own answer (--allowed-origins) says what they may send.
+                await self._app_for(path)(scope, receive, guard.send)
+                return
             named = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
             key, wanted = headers_of(named)
             caller = self._gate.identify(ticket, key)
@@ -445,6 +449,11 @@ async def _nothing() -> None:
 
 def _alive(life: Lifecycle) -> str:
     return "alive" if life.live else "dead"
+
+
+def _is_preflight(method: str, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a browser asks what a page of another origin may send."""
+    return method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
 
 
 def _request_id(scope: Scope) -> tuple[str, dict[bytes, bytes]]:

@@ -76,6 +76,7 @@ _MEDIA = frozenset(
 _TOKENS = ("prompt", "input", "token_ids", "prompt_token_ids")
 _EXEMPT = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_")
+_MAX_VALUES = 50_000
 _PART_TEXTS = ("text", "thinking", "refusal")
 
 
@@ -101,14 +102,15 @@ def texts_of(path: str, body: Any) -> list[tuple[Location, str]]:
     """
     if path.rstrip("/") in _EXEMPT:
         return []
-    _check_readable(body)
     found: list[tuple[Location, str]] = []
 
     def note(location: Location, text: str) -> str:
         found.append((location, text))
         return text
 
+    _check_size(body)
     try:
+        _check_readable(body)
         _rebuild(body, (), note)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", field="body") from None
@@ -209,7 +211,9 @@ def check_content_type(content_type: str | None) -> None:
         raise InvalidRequest("prompts are moderated here, and forms can't be read", field="body")
 
 
-_SPELLED_OUT = ("return_token_ids", "return_tokens_as_token_ids", "use_beam_search")
+_SPELLED_OUT = ("return_token_ids", "return_tokens_as_token_ids", "use_beam_search", "enable_response_messages")
+# Where these bytes are, a name may be spelled in another way: escaped, or in UTF-16 or 32.
+_OTHER_SPELLING = (b"\\", b"\0")
 
 
 def check_answer_form(path: str, raw: bytes, moderation: Hooks, tenant: str) -> None:
@@ -223,7 +227,7 @@ def check_answer_form(path: str, raw: bytes, moderation: Hooks, tenant: str) -> 
     sentence = "answers are moderated here, and {} would show them unmoderated"
     if path == "/inference/v1/generate":
         raise InvalidRequest(sentence.format("token ids"))
-    if not any(name.encode() in raw for name in _SPELLED_OUT):
+    if not any(name in raw for name in (*_OTHER_SPELLING, *(name.encode() for name in _SPELLED_OUT))):
         return
     try:
         body = json.loads(raw)
@@ -354,6 +358,20 @@ def _is_media(at: Location, text: str) -> bool:
     return _BASE64.issuperset(text)
 
 
+def _check_size(body: Any) -> None:
+    """Refuse a body of so many values that a walk over it would hold up all other requests."""
+    trees, count = [body], 0
+    while trees:
+        tree = trees.pop()
+        if isinstance(tree, Mapping | list | tuple):
+            count += len(tree)
+            if count > _MAX_VALUES:
+                raise InvalidRequest(
+                    f"prompts are moderated here, and the body has more than {_MAX_VALUES} values", field="body"
+                )
+            trees.extend(tree.values() if isinstance(tree, Mapping) else tree)
+
+
 def _check_readable(body: Any) -> None:
     if not isinstance(body, Mapping):
         return
@@ -400,10 +418,17 @@ async def _check_joined(locations: Sequence[Location], texts: Sequence[str], mod
     Raises:
         Refused: there is such a match.
     """
+    asked: list[str] = []
+    spans = []
     for group in _joinable(locations):
         parts = [texts[index] for index in group]
-        joined = ["\n".join(parts), "".join(parts)]
-        again = await moderation.prompt([*joined, *parts], tenant)
+        begin = len(asked)
+        asked += ["\n".join(parts), "".join(parts), *parts]
+        spans.append(slice(begin, len(asked)))
+    if not asked:
+        return
+    answered = await moderation.prompt(asked, tenant)
+    for again in (answered[span] for span in spans):
         if again[0] != "\n".join(again[2:]) or again[1] != "".join(again[2:]):
             raise Refused("the moderation does not let this prompt pass: what it would take out stands across several "
                           "parts of a message", reason="moderation")  # fmt: skip
