@@ -82,7 +82,9 @@ class Services:
     async def settle(self, timeout_s: float) -> None:
         """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
         until = time.monotonic() + timeout_s
-        while any(call.owes for call in self.open_calls) and time.monotonic() < until:
+        while time.monotonic() < until and (
+            any(call.owes for call in self.open_calls) or not all(each.flushed for each in self.connections)
+        ):
             await asyncio.sleep(_SETTLE_EVERY_S)
 
     async def stop(self, grace_s: float) -> None:

@@ -1,7 +1,7 @@
 """The messages of a gRPC call on their way in: cut out of the stream, counted, and inflated when they are read.
 
-What a client may make the server hold is bounded three times: HTTP/2's windows bound what is complete and not yet read,
-a `Budget` what is not complete, of all calls together, and a time limit how long a message may take.
+What clients may make the server hold is bounded three times: HTTP/2's windows for each stream, a `Budget` for all calls
+together, and a time limit for each message.
 Source of the frame, a flag and a length before each message: grpc/grpc, `doc/PROTOCOL-HTTP2.md`.
 """
 
@@ -39,32 +39,51 @@ class Unreadable(Exception):
 
 @dataclass
 class Budget:
-    """What all calls may hold together of messages that are not complete yet.
+    """What all calls may hold together of messages that are not complete, or not read yet.
 
-    Over it, clients may send what their windows let them, and no more until others are done.
+    Over the limit, the parts of messages wait for each other: their clients may send what their windows let them, and
+    only the one that waits longest may send more. At twice the limit the others are refused.
 
     Attributes:
         limit: in bytes.
         held: bytes now.
-        waiting: calls that may not send more for now.
+        waiting: calls with a part of a message, the one that may go on first.
     """
 
     limit: int
     held: int = 0
     waiting: dict[Inbox, None] = field(default_factory=dict)
 
-    @property
-    def spent(self) -> bool:
-        """Whether as much is held as may be."""
-        return self.held > self.limit
-
     def change(self, by: int) -> None:
         """So many bytes more, or fewer, are held."""
         self.held += by
-        while by < 0 and self.waiting and not self.spent:
+        while by < 0 and self.waiting and self.held <= self.limit:
             inbox = next(iter(self.waiting))
             del self.waiting[inbox]
             inbox.credit()
+
+    def lets(self, inbox: Inbox) -> bool:
+        """Whether the client of a call that has a part of a message may send more of it now."""
+        if self.held <= self.limit:
+            return True
+        self.waiting.setdefault(inbox)
+        return self.is_first(inbox)
+
+    def is_first(self, inbox: Inbox) -> bool:
+        """Whether it is this one's turn among those that wait."""
+        return next(iter(self.waiting), None) is inbox
+
+    def refuses(self, inbox: Inbox) -> bool:
+        """Whether there is no place any more for a part of a message."""
+        return self.held > 2 * self.limit and not self.is_first(inbox)
+
+    def leave(self, inbox: Inbox) -> None:
+        """A call has its message, or is over."""
+        if inbox in self.waiting:
+            first = self.is_first(inbox)
+            del self.waiting[inbox]
+            if first and self.waiting:
+                next(iter(self.waiting)).credit()
 
 
 class Inbox:
@@ -117,6 +136,8 @@ class Inbox:
             self._partial += data
             self._split()
             self._settle()
+            if self._partial and self._budget.refuses(self):
+                self._fail(grpc.StatusCode.UNAVAILABLE, "too much is sent to this server at once; try again")
         self.credit()
 
     def feed_end(self) -> None:
@@ -138,6 +159,7 @@ class Inbox:
             await self._arrival
         flag, message = self._messages.popleft()
         self._unread -= PREFIX + len(message)
+        self._settle()
         self.credit()
         return self._inflated(flag, message) if flag else message
 
@@ -149,14 +171,13 @@ class Inbox:
         self._partial.clear()
         self._messages.clear()
         self._unread = 0
-        self._budget.waiting.pop(self, None)
         self._settle()
+        self._budget.leave(self)
         self.credit()
 
     def credit(self) -> None:
-        """Let the client send more: not for what waits to be read, nor for a part where others hold too much."""
-        if self._partial and self._budget.spent:
-            self._budget.waiting[self] = None
+        """Let the client send more: not for what waits to be read, nor for a part where it is not its turn."""
+        if self._partial and not self._budget.lets(self):
             return
         free = self._owed - self._unread
         if free > 0:
@@ -178,15 +199,16 @@ class Inbox:
             self._unread += PREFIX + length
             self._count += 1
             self._unclock()
+            self._budget.leave(self)
         if self._single and self._count and (partial or self._count > 1):
             return self._fail(grpc.StatusCode.INTERNAL, "there is more than one message in the request")
         return None
 
     def _settle(self) -> None:
         """Book what is held, watch the clock over it, and wake the reader."""
-        held = len(self._partial)
+        held = len(self._partial) + self._unread
         by, self._held = held - self._held, held
-        if held:
+        if self._partial:
             self._clock()
         elif self._closed:
             self._unclock()
@@ -209,7 +231,12 @@ class Inbox:
             self._timer = None
 
     def _too_late(self) -> None:
-        self._fail(
+        self._timer = None
+        waits = self in self._budget.waiting and not self._budget.is_first(self)
+        if self._unread or waits or not self._stream.reads:
+            # It is us who did not let the client send.
+            return self._clock()
+        return self._fail(
             grpc.StatusCode.DEADLINE_EXCEEDED,
             f"the message was not complete within {self._timeout_s:g} s (--body-timeout)",
         )

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 
-_STREAM_WINDOW = 1 << 20
+_STREAM_WINDOW = 256 << 10
 _CONNECTION_WINDOW = 8 << 20
 _DEFAULT_WINDOW = 65_535
 _MAX_STREAMS = 1000
@@ -58,6 +58,7 @@ _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
 _ABORT_S = 5.0
 _DATA, _GOAWAY = b"\0", b"\7"
+_WINDOW_UPDATE = b"\0\0\4\x08\0\0\0\0\0"
 
 
 class Exchange(Protocol):
@@ -143,11 +144,16 @@ class Stream:
             self._connection.flush()
         self._close()
 
+    @property
+    def reads(self) -> bool:
+        """Whether the connection is read now."""
+        return self._connection.writable
+
     def acknowledge(self, size: int) -> None:
-        """Let the client send `size` bytes more."""
-        if size and not self._connection.broken:
-            self._connection.state.acknowledge_received_data(size, self.number)
-            self._connection.flush()
+        """Let the client send `size` bytes more on this stream. What the connection may send is not held back."""
+        if size and not self._connection.broken and self._stream.open:
+            for update in self._stream.acknowledge_received_data(size):
+                self._connection.transport.write(update.serialize())
 
     def _close(self) -> None:
         self.open = False
@@ -172,6 +178,14 @@ class _Encoder(Encoder):
             self.table_size_changes = [size] if least == size else [least, size]
         else:
             table.resized = untold
+
+
+class _State(H2Connection):
+    """h2's, which leaves it to us to refuse a stream that is one too many: it would close the connection."""
+
+    @property
+    def open_inbound_streams(self) -> int:
+        return min(super().open_inbound_streams, _MAX_STREAMS - 1)
 
 
 class _Allowance:
@@ -209,7 +223,7 @@ class Connection(asyncio.Protocol):
             _Allowance(_RESETS, _RESETS_PER_S, now),
             _Allowance(_SETTINGS, _SETTINGS_PER_S, now),
         )
-        self.state = H2Connection(
+        self.state = _State(
             H2Configuration(
                 client_side=False,
                 header_encoding=None,
@@ -307,7 +321,7 @@ class Connection(asyncio.Protocol):
         """An exchange is over."""
         self._exchanges.pop(stream_id, None)
         if self._leaving and not self._exchanges:
-            self._loop.call_later(_FAREWELL_S, self.close)
+            self._part()
 
     def leave(self) -> None:
         """Take no new streams; close when the open ones are over."""
@@ -318,7 +332,16 @@ class Connection(asyncio.Protocol):
         last = self.state.highest_inbound_stream_id.to_bytes(4, "big")
         self.transport.write(b"\0\0\x08" + _GOAWAY + b"\0" * 5 + last + b"\0" * 4)
         if not self._exchanges:
-            self._loop.call_later(_FAREWELL_S, self.close)
+            self._part()
+
+    def _part(self) -> None:
+        """Close in a while, when the client has taken what was written."""
+        self._loop.call_later(_FAREWELL_S, lambda: self.close() if self.flushed else self._part())
+
+    @property
+    def flushed(self) -> bool:
+        """Whether the socket has all that was written."""
+        return self.broken or not self.transport.get_write_buffer_size()
 
     def close(self) -> None:
         """Close at once; exchanges that are open are lost."""
@@ -337,11 +360,12 @@ class Connection(asyncio.Protocol):
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, DataReceived):
-            number, size = _number(event), int(event.flow_controlled_length or 0)
-            if (found := self._exchanges.get(number)) is not None:
+            size = int(event.flow_controlled_length or 0)
+            # One caller who has to wait does not hold up others on the connection.
+            if size and (more := self.state._inbound_flow_control_window_manager.process_bytes(size)):
+                self.transport.write(_WINDOW_UPDATE + more.to_bytes(4, "big"))
+            if (found := self._exchanges.get(_number(event))) is not None:
                 found[1].feed(event.data or b"", size)
-            elif size:
-                self.state.acknowledge_received_data(size, number)
         elif isinstance(event, RequestReceived):
             self._on_request(_number(event), event.headers, event.stream_ended is None)
         elif isinstance(event, StreamEnded):
@@ -369,9 +393,11 @@ class Connection(asyncio.Protocol):
             # The client took it back, and opened another one, in the frames that are being read.
             return
         stream = Stream(self, number, found, receives)
-        if self._leaving:
-            # gRPC's clients ask another server then.
+        if self._leaving or len(self._exchanges) >= _MAX_STREAMS:
+            # gRPC's clients ask again then, another server where this one leaves.
             stream.reset(ErrorCodes.REFUSED_STREAM)
+            if not self._resets.use(self._loop.time()):
+                self._calm("opens streams that are refused")
             return
         exchange = self._accept(stream, headers)
         if stream.open:

@@ -37,7 +37,7 @@ SERVICE = "inference.GRPCInferenceService"
 # Characters of an error's sentence that fit into the trailers (8 KiB by default), percent-encoded.
 _MAX_DETAILS = 500
 # Requests of one stream that are answered at once, and messages that wait for its client; no more are read then.
-_MAX_OPEN, _MAX_WAITING = 256, 1024
+_MAX_OPEN, _MAX_WAITING = 1024, 1024
 _CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
