@@ -123,9 +123,9 @@ def load(server: Running, number: int, mode: str, concurrency: int, args: argpar
     return {"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures}
 
 
-def loads(names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+def loads(number: int, names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
     """Mode, streams and server of each cell of a round, the servers next to each other."""
-    for mode in args.modes:
+    for mode in args.modes if number % 2 == 0 else args.modes[::-1]:
         for concurrency in args.concurrency:
             for name in names:
                 if CONFIGURATIONS[name].answers(mode):
@@ -160,14 +160,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 running[name] = together.enter_context(started(name, 0, args, report))
                 running[name].pause()
         for number in range(args.rounds):
-            # Every other round in the opposite order, so that no server always follows the same one.
+            # Every other round in the opposite order, so that no server or mode always follows the same one.
             names = args.servers if number % 2 == 0 else args.servers[::-1]
             for name in [] if args.together else names:
                 if time.monotonic() < deadline:
                     with started(name, number, args, report) as server:
-                        for mode, concurrency, _ in loads([name], args):
+                        for mode, concurrency, _ in loads(number, [name], args):
                             report["cells"].append(load(server, number, mode, concurrency, args))
-            for mode, concurrency, name in loads(names, args) if args.together else []:
+            for mode, concurrency, name in loads(number, names, args) if args.together else []:
                 if time.monotonic() < deadline:
                     running[name].resume()
                     report["cells"].append(load(running[name], number, mode, concurrency, args))
