@@ -41,7 +41,7 @@ check: setup-dev
 
 .PHONY: test
 test: check
-	$(BIN)/python -m pytest $(or $(TESTS),-n 2 --dist loadgroup)
+	$(BIN)/python -m pytest $(or $(TESTS),-n 2)
 
 .PHONY: bench
 bench: setup-dev

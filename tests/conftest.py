@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import support
 from tests.support import Server
 
 _ARGUMENTS = [
@@ -21,16 +24,25 @@ _ARGUMENTS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `-n 2 --dist loadgroup` run one engine at a time: whatever starts servers in one process, files in the other.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`, one engine at a time: all files that start servers in one process, the others file by file."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    A file starts servers where it takes `Server` or `free_port` from `tests.support`.
-    """
-    for item in items:
-        module = vars(item.getparent(pytest.Module).obj)
-        starts = any(module.get(name) is getattr(support, name) for name in ("Server", "free_port"))
-        item.add_marker(pytest.mark.xdist_group("servers" if starts else item.path.stem))
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        """Tests of one file stay together."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(config.rootpath / nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _group(path: Path) -> str:
+    """Who runs with whom. A file starts servers where it takes `Server` or `free_port` from `tests.support`."""
+    starts = re.search(r"^from tests\.support import .*\b(Server|free_port)\b", path.read_text(), re.MULTILINE)
+    return "servers" if starts else path.stem
 
 
 @pytest.fixture(scope="session")
