@@ -55,7 +55,7 @@ class Shared(Server):
             *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
             "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
             "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "5",
-            "--body-timeout", "2",
+            "--body-timeout", "2", "--allowed-origins", '["https://page"]',
         ], {"VLLM_SERVER_DEV_MODE": "1"})  # fmt: skip
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def test_a_browser_may_ask_without_a_key_what_it_may_send(shared: Shared) -> Non
     asking = {"origin": "https://page", "access-control-request-method": "POST"}
     answer = httpx.options(f"{shared.url}/v1/chat/completions", headers=asking)
     assert answer.status_code == 200
-    assert answer.headers["access-control-allow-origin"]
+    assert answer.headers["access-control-allow-origin"] == "https://page"
     for headers in ({}, {"origin": "https://page"}):
         assert httpx.options(f"{shared.url}/v1/chat/completions", headers=headers).status_code == 401
 
