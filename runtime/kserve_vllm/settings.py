@@ -298,7 +298,7 @@ def check_front_ends(settings: Settings, environ: Mapping[str, str]) -> None:
         if flag.name in _ONE_PROCESS_FLAGS and not flag.tokens[0].startswith("--no-"):
             raise ConfigError(f"{given} and --{flag.name}: {_ONE_PROCESS_FLAGS[flag.name]}. Leave one of them out")
     for name, why in _ONE_PROCESS_VARIABLES.items():
-        if environ.get(name, "0").lower() not in ("", "0", "false"):
+        if _is_on(name, environ):
             raise ConfigError(f"{given} and the variable {name}, which {why}. Leave one of them out")
 
 
@@ -326,8 +326,13 @@ def check_variables(settings: Settings, environ: Mapping[str, str]) -> None:
     """
     for variable, (names, why) in _POLICED.items():
         on = [flag_name(name) for name in names if getattr(settings.policy, name) not in (None, 0, "off", [])]
-        if on and environ.get(variable, "0").lower() not in ("", "0", "false"):
+        if on and _is_on(variable, environ):
             raise ConfigError(f"--{on[0]} and the variable {variable}: {why}. Leave one of them out")
+
+
+def _is_on(variable: str, environ: Mapping[str, str]) -> bool:
+    """Whether a switch of vLLM's is set, as vLLM reads it."""
+    return environ.get(variable, "0").lower() not in ("", "0", "false")
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:

@@ -68,7 +68,7 @@ class Services:
 
     def __post_init__(self) -> None:
         self.budget = Budget(4 * self.max_message)
-        """For what calls hold of messages that are not complete."""
+        """For what calls hold of messages that are not complete, or not read yet."""
 
     def connect(self) -> Connection:
         """The protocol of a new connection."""
@@ -81,11 +81,10 @@ class Services:
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
-        until = time.monotonic() + timeout_s
-        while time.monotonic() < until and (
-            any(call.owes for call in self.open_calls) or not all(each.flushed for each in self.connections)
-        ):
-            await asyncio.sleep(_SETTLE_EVERY_S)
+        await _poll(
+            lambda: all(each.flushed for each in self.connections) and not any(call.owes for call in self.open_calls),
+            timeout_s,
+        )
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections."""
@@ -94,9 +93,7 @@ class Services:
         for connection in list(self.connections):
             connection.close()
         # What is written last goes out after that.
-        until = time.monotonic() + _LAST_WORD_S
-        while self.connections and time.monotonic() < until:
-            await asyncio.sleep(_SETTLE_EVERY_S)
+        await _poll(lambda: not self.connections, _LAST_WORD_S)
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """As `grpc.aio.Server` has it."""
@@ -456,6 +453,13 @@ class Outbox:
     def _tell(self) -> None:
         if self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
+
+
+async def _poll(done: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until `done()` holds, up to `timeout_s` seconds."""
+    until = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < until:
+        await asyncio.sleep(_SETTLE_EVERY_S)
 
 
 def _timeout_s(value: bytes | None) -> float | None:
