@@ -170,12 +170,13 @@ class _Process:
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
         from kserve_vllm.engine import vllm
+        from kserve_vllm.engine.openai_answer import Answers
         from kserve_vllm.engine.openai_stream import Streams
         from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
         from kserve_vllm.protocol.grpc_backend import Backend
         from kserve_vllm.protocol.http import Routes, build_app
         from kserve_vllm.protocol.moderated import ModeratedEngine
-        from kserve_vllm.protocol.openai_stream import fast_paths
+        from kserve_vllm.protocol.openai_fast import fast_paths
         from kserve_vllm.protocol.v1 import V1Text
         from kserve_vllm.protocol.v2 import V2Text
 
@@ -202,7 +203,7 @@ class _Process:
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
         streams = Streams(engine) if server.fast_path and engine.generates else None
-        fast = await fast_paths(streams, engine.app, self._metrics.count_path) if streams else None
+        fast = await fast_paths(engine, streams, Answers(engine), self._metrics.count_path) if streams else None
         self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
         # What is moderated has to be seen on its way in.
         self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))

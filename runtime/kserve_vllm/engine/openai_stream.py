@@ -358,32 +358,6 @@ class Streams:
         """Whether streams of this kind can be answered here at all."""
         return kind in self._handlers
 
-    async def headers(self) -> list[tuple[bytes, bytes]]:
-        """What vLLM's app puts at the head of a stream, for a request without an `Origin`.
-
-        Its middleware for browsers may add a header to those too, as its version and flags have it: so it is asked.
-        """
-        from fastapi.middleware.cors import CORSMiddleware
-
-        found: list[tuple[bytes, bytes]] = []
-
-        async def stream(scope: Any, receive: Any, send: Any) -> None:
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def nothing() -> dict[str, Any]:
-            return {"type": "http.disconnect"}
-
-        async def note(message: MutableMapping[str, Any]) -> None:
-            found.extend(message["headers"])
-
-        app: Any = stream
-        for each in reversed(self._app.user_middleware):
-            if each.cls is CORSMiddleware:
-                app = each.cls(app, *each.args, **each.kwargs)
-        await app({"type": "http", "method": "POST", "path": "/", "headers": []}, nothing, note)
-        return found
-
     async def begin(self, kind: Kind, body: dict[str, Any], scope: MutableMapping[str, Any]) -> OpenAIStream | None:
         """Validate and render a request, and hand it to the engine.
 
@@ -396,15 +370,16 @@ class Streams:
             engine has not seen the request then.
         """
         from fastapi import Request
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
+        request = validated(kind, body)
+        if request is None:
+            return None
         handler = self._handlers[kind]
         try:
             if kind == "chat":
-                made = await handler.create_chat_completion(ChatCompletionRequest.model_validate(body), Request(scope))
+                made = await handler.create_chat_completion(request, Request(scope))
             else:
-                made = await handler.create_completion(CompletionRequest.model_validate(body), Request(scope))
+                made = await handler.create_completion(request, Request(scope))
         except Exception as error:
             log.debug("vLLM answers a request that could not be prepared: %r", error)
             return None
@@ -611,18 +586,66 @@ def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> t
     return b"", frame(None, None), last, last
 
 
-def _app_is_plain(engine: VLLMEngine) -> bool:
-    """Whether nothing is switched on in vLLM's app that would do more to a stream than send it."""
+def validated(kind: Kind, body: dict[str, Any]) -> Any:
+    """vLLM's model of a parsed body, or None where vLLM refuses it."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    try:
+        return (ChatCompletionRequest if kind == "chat" else CompletionRequest).model_validate(body)
+    except Exception as error:
+        log.debug("vLLM refuses a body: %r", error)
+        return None
+
+
+async def headers(engine: VLLMEngine, content_type: str) -> list[tuple[bytes, bytes]]:
+    """What vLLM's app puts at the head of an answer of this type, for a request without an `Origin`.
+
+    Its middleware for browsers may add a header to those too, as its version and flags have it: so it is asked.
+    """
+    from fastapi.middleware.cors import CORSMiddleware
+
+    found: list[tuple[bytes, bytes]] = []
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", content_type.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def nothing() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def note(message: MutableMapping[str, Any]) -> None:
+        found.extend(message["headers"])
+
+    app: Any = answer
+    vllm: Any = engine.app
+    for each in reversed(vllm.user_middleware):
+        if each.cls is CORSMiddleware:
+            app = each.cls(app, *each.args, **each.kwargs)
+    await app({"type": "http", "method": "POST", "path": "/", "headers": []}, nothing, note)
+    return found
+
+
+def app_is_bare(engine: VLLMEngine) -> bool:
+    """Whether nothing is switched on in vLLM's app that looks at requests or answers of its handlers."""
     from vllm import envs
 
-    args, config = engine.app.state.args, engine.client.vllm_config
+    args = engine.app.state.args
     return not (
         args.middleware
         or args.api_key
         or envs.VLLM_API_KEY
         or envs.VLLM_DEBUG_LOG_API_SERVER_RESPONSE
-        or float(getattr(args, "sse_keep_alive_interval", 0) or 0) > 0
         or getattr(engine.app.state, "enable_server_load_tracking", False)
+    )
+
+
+def _app_is_plain(engine: VLLMEngine) -> bool:
+    """Whether nothing is switched on in vLLM that would do more to a stream than send it."""
+    args, config = engine.app.state.args, engine.client.vllm_config
+    return not (
+        not app_is_bare(engine)
+        or float(getattr(args, "sse_keep_alive_interval", 0) or 0) > 0
         or config.kv_transfer_config is not None
         or config.speculative_config is not None
     )

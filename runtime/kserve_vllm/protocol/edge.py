@@ -24,7 +24,8 @@ from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import moderated, wire
 from kserve_vllm.protocol.body import TimedBody
 from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
-from kserve_vllm.protocol.openai_stream import FastPath
+from kserve_vllm.protocol.openai_fast import FastPath
+from kserve_vllm.protocol.steps import ClientGone
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -156,7 +157,7 @@ class Edge:
         except RequestError as error:
             guard.error = error
             await guard.fail(error)
-        except _ClientGone:
+        except ClientGone:
             ticket.status = guard.status = 499
         except Exception as error:
             if guard.answered:
@@ -181,7 +182,7 @@ class Edge:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise _ClientGone
+                raise ClientGone
             parts.append(message.get("body", b""))
             if not message.get("more_body"):
                 break
@@ -271,10 +272,6 @@ class Edge:
         return _replay(messages, receive)
 
 
-class _ClientGone(Exception):
-    """The client closed the connection while its request waited."""
-
-
 class _Patient:
     """Lets a request wait before its body is read, and notices that its client goes away meanwhile."""
 
@@ -290,7 +287,7 @@ class _Patient:
         """Wait for `work`, which is cancelled when the client goes away.
 
         Raises:
-            _ClientGone: it did.
+            ClientGone: it did.
             BodyTimeout: its body, which comes meanwhile, takes too long.
         """
         task = asyncio.ensure_future(work)
@@ -300,7 +297,7 @@ class _Patient:
             if task.done():
                 return task.result()
             watcher.result()
-            raise _ClientGone
+            raise ClientGone
         finally:
             watcher.cancel()
             task.cancel()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from typing import Any, Protocol
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -19,10 +18,10 @@ from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, NotFound, Reque
 from kserve_vllm.gate import Gate, may_see
 from kserve_vllm.protocol import generate, schemas, tensors, wire
 from kserve_vllm.protocol.adapters import AdapterRoutes
+from kserve_vllm.protocol.steps import ClientGone, until_disconnect
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 from kserve_vllm.ticket import current
 
-T = TypeVar("T")
 _HEADER_LENGTH = "inference-header-content-length"
 
 
@@ -74,36 +73,6 @@ def trace_headers(headers: Mapping[str, str]) -> dict[str, str] | None:
     """The W3C trace context among headers, or None."""
     found = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
     return found or None
-
-
-class ClientGone(Exception):
-    """The client closed the connection before the answer was ready."""
-
-
-async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Run `work`; cancel it when the client goes away, so that the engine aborts.
-
-    Raises:
-        ClientGone: the client went away first.
-    """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, RequestError):
-                await task
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Routes:
@@ -163,7 +132,7 @@ class Routes:
         await self._require(model_name)
         headers = dict(request.headers)
         parsed = tensors.parse_rest(await request.body(), headers.get(_HEADER_LENGTH), model_name, model_version)
-        response, extra = await until_disconnect(request, self._plane.infer(model_name, parsed, headers))
+        response, extra = await until_disconnect(request.receive, self._plane.infer(model_name, parsed, headers))
         body, header_length = tensors.encode_rest(response, parsed)
         if header_length is None:
             return Response(body, media_type="application/json", headers=extra)
@@ -173,7 +142,7 @@ class Routes:
     async def generate(self, request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Continue one prompt."""
         parsed, details, headers = await self._generate_request(request, model_name, model_version, stream=False)
-        response, _ = await until_disconnect(request, self._plane.infer(model_name, parsed, headers))
+        response, _ = await until_disconnect(request.receive, self._plane.infer(model_name, parsed, headers))
         return _json(generate.from_response(response, details))
 
     async def generate_stream(self, request: Request, model_name: str, model_version: str | None = None) -> Response:
@@ -181,7 +150,7 @@ class Routes:
         parsed, details, headers = await self._generate_request(request, model_name, model_version, stream=True)
         stream = self._text.stream(parsed, headers["x-request-id"], trace_headers(headers))
         # The first piece comes before the response starts, so that an error still has a status of its own.
-        first, _ = await until_disconnect(request, anext(stream))
+        first, _ = await until_disconnect(request.receive, anext(stream))
         return StreamingResponse(_events(first, stream, details), media_type="text/event-stream",
                                  headers={"cache-control": "no-cache"})  # fmt: skip
 
@@ -254,7 +223,7 @@ class Routes:
         await self._require(model_name)
         headers = dict(request.headers)
         tree = tensors.parse_json_object(await request.body())
-        response, extra = await until_disconnect(request, self._plane.infer(model_name, tree, headers))
+        response, extra = await until_disconnect(request.receive, self._plane.infer(model_name, tree, headers))
         return _json(response, extra)
 
     async def _require(self, name: str) -> None:

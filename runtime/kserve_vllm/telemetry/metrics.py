@@ -76,7 +76,7 @@ DECLARED: tuple[Declared, ...] = (
     Declared("kserve_vllm_output_tokens", "counter",
              "Tokens that were generated, those of cancelled requests included.", _USED),
     Declared("kserve_vllm_openai_requests", "counter",
-             "Chat and completion requests by who wrote the answer: our fast path (fast) or vLLM's handler (vllm).",
+             "Chat and completion requests by who wrote the answer: our fast path (fast) or vLLM's app (vllm).",
              ("path",)),
     Declared("kserve_vllm_requests_in_flight", "gauge", "Requests that have entered and not been answered."),
     Declared("kserve_vllm_lifecycle_state", "gauge", "1 for the state that the process is in.", ("state",),

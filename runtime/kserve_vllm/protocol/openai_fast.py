@@ -1,8 +1,9 @@
-"""The fast way of a common OpenAI stream: frames put together from bytes, and written as the engine's output comes.
+"""The fast way of a common OpenAI request, past vLLM's web framework.
 
-Answers `POST /v1/chat/completions` and `/v1/completions` with `stream: true` where the body holds nothing but fields
-that are known not to change how a stream looks. Everything else is handed to vLLM's own handler with the body replayed,
-and so is a request that vLLM refuses. To a client the two are the same.
+Answers `POST /v1/chat/completions` and `/v1/completions`. A stream is put together from bytes and written as the
+engine's output comes, where the body holds nothing but fields that are known not to change how a stream looks. A whole
+answer is that of vLLM's handler, whatever the body holds. Everything else is handed to vLLM's app with the body
+replayed, and so is a body that vLLM refuses. To a client the two are the same.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 
 import orjson
 
-from kserve_vllm.engine.openai_stream import Kind, OpenAIStream, Streams
+from kserve_vllm.engine.openai_answer import Answers, Question
+from kserve_vllm.engine.openai_stream import Kind, OpenAIStream, Streams, headers
+from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
 from kserve_vllm.protocol import wire
-from kserve_vllm.protocol.steps import resume
+from kserve_vllm.protocol.steps import resume, until_disconnect
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +56,29 @@ class FastPath:
 
     Args:
         kind: which one.
-        streams: begins streams in the engine.
+        streams: begins streams in the engine; None where vLLM has to write them.
+        answers: takes requests for whole answers; None where vLLM has to.
         vllm: vLLM's own app.
-        headers: at the head of every stream.
+        stream_headers, answer_headers: at the head of every stream and of every whole answer.
         count: told for every request whether it was answered here (`fast`) or by vLLM (`vllm`).
     """
 
     def __init__(
-        self, kind: Kind, streams: Streams, vllm: ASGIApp, headers: Headers, count: Callable[[str], None]
+        self,
+        kind: Kind,
+        streams: Streams | None,
+        answers: Answers | None,
+        vllm: ASGIApp,
+        stream_headers: Headers,
+        answer_headers: Headers,
+        count: Callable[[str], None],
     ) -> None:
         self._kind = kind
-        self._headers = headers
         self._streams = streams
+        self._answers = answers
         self._vllm = vllm
+        self._stream_headers = stream_headers
+        self._answer_headers = answer_headers
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, body_send: Send) -> None:
@@ -73,6 +86,7 @@ class FastPath:
 
         Raises:
             RequestError: a policy refused the request before its first token.
+            ClientGone: the client left before its answer.
         """
         if scope["method"] != "POST" or not _headers_allow(scope):
             self._count("vllm")
@@ -86,46 +100,81 @@ class FastPath:
             if not message.get("more_body"):
                 break
         body = b"".join(chunks)
-        tree = eligible(self._kind, body)
-        stream = await self._streams.begin(self._kind, tree, scope) if tree is not None else None
-        if stream is None:
-            self._count("vllm")
-            return await self._vllm(scope, _replay(body, receive), send)
+        tree = _parsed(body)
+        if tree is not None and tree.get("stream") is True:
+            if self._streams is not None and streamable(self._kind, tree):
+                stream = await self._streams.begin(self._kind, tree, scope)
+                if stream is not None:
+                    return await self._stream(stream, scope["path"], receive, send, body_send)
+        elif tree is not None and not tree.get("stream") and self._answers is not None:
+            question = self._answers.take(self._kind, tree, scope)
+            if question is not None:
+                return await self._answer(question, receive, send)
+        self._count("vllm")
+        return await self._vllm(scope, _replay(body, receive), send)
+
+    async def _stream(self, stream: OpenAIStream, path: str, receive: Receive, send: Send, body_send: Send) -> None:
         self._count("fast")
         try:
-            await _Response(stream, scope["path"], self._headers, send, body_send).run(receive)
+            await _Response(stream, path, self._stream_headers, send, body_send).run(receive)
         finally:
             await stream.close()
-        return None
+
+    async def _answer(self, question: Question, receive: Receive, send: Send) -> None:
+        self._count("fast")
+        answer = await until_disconnect(receive, question.answer())
+        head = [(b"content-length", b"%d" % len(answer.body)), *self._answer_headers]
+        await send({"type": "http.response.start", "status": answer.status, "headers": head})
+        await send({"type": "http.response.body", "body": answer.body})
 
 
-async def fast_paths(streams: Streams, vllm: ASGIApp, count: Callable[[str], None]) -> dict[str, FastPath]:
+async def fast_paths(
+    engine: VLLMEngine, streams: Streams, answers: Answers, count: Callable[[str], None]
+) -> dict[str, FastPath]:
     """The paths that are answered here, as far as this model and vLLM's flags allow it."""
-    headers = await streams.headers()
-    return {path: FastPath(kind, streams, vllm, headers, count) for path, kind in PATHS.items() if streams.serves(kind)}
+    stream_headers = await headers(engine, "text/event-stream; charset=utf-8")
+    answer_headers = await headers(engine, "application/json")
+    return {
+        path: FastPath(
+            kind,
+            streams if streams.serves(kind) else None,
+            answers if answers.serves(kind) else None,
+            engine.app,
+            stream_headers,
+            answer_headers,
+            count,
+        )
+        for path, kind in PATHS.items()
+        if streams.serves(kind) or answers.serves(kind)
+    }
 
 
-def eligible(kind: Kind, body: bytes) -> dict[str, Any] | None:
-    """The parsed body, or None where vLLM's own handler has to answer."""
+def _parsed(body: bytes) -> dict[str, Any] | None:
+    """A body that is a JSON object."""
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
-    if not isinstance(tree, dict) or tree.get("stream") is not True or not _ALLOWED[kind].issuperset(tree):
-        return None
+    return tree if isinstance(tree, dict) else None
+
+
+def streamable(kind: Kind, tree: dict[str, Any]) -> bool:
+    """Whether a stream can be written here; else vLLM's own handler has to."""
+    if not _ALLOWED[kind].issuperset(tree):
+        return False
     if tree.get("n", 1) not in (None, 1) or isinstance(tree.get("n"), bool):
-        return None
+        return False
     options = tree.get("stream_options")
     if options is not None and not (
         isinstance(options, dict)
         and _STREAM_OPTIONS.issuperset(options)
         and all(value is None or isinstance(value, bool) for value in options.values())
     ):
-        return None
+        return False
     if kind == "completion":
-        return tree if _plain_prompt(tree.get("prompt")) else None
+        return _plain_prompt(tree.get("prompt"))
     messages = tree.get("messages")
-    return tree if isinstance(messages, list) and all(map(_plain_message, messages)) else None
+    return isinstance(messages, list) and all(map(_plain_message, messages))
 
 
 def _plain_prompt(prompt: Any) -> bool:
@@ -147,12 +196,12 @@ def _plain_message(message: Any) -> bool:
 
 
 def _headers_allow(scope: Scope) -> bool:
-    """Whether the body is said to be JSON, and no browser wants headers that vLLM's middleware would add."""
+    """Whether the body is said to be JSON, and nobody wants headers that vLLM's app would add."""
     content_type = b""
     for name, value in scope["headers"]:
         if name == b"content-type":
             content_type = value
-        elif name == b"origin":
+        elif name in (b"origin", b"endpoint-load-metrics-format"):
             return False
     return content_type.split(b";", 1)[0].lower() == b"application/json"
 
