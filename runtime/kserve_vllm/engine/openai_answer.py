@@ -6,15 +6,12 @@ what FastAPI and its middleware do around those.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from kserve_vllm.engine.openai_stream import Kind, app_is_bare, validated
 from kserve_vllm.engine.vllm import VLLMEngine
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +55,10 @@ class Question:
                 made = await self._handler.create_completion(self._request, raw)
         except Exception as error:
             handlers = self._app.exception_handlers
-            known = next((cls for cls in type(error).__mro__ if cls in handlers), None)
-            if known is None:
+            found = next((handlers[cls] for cls in type(error).__mro__ if cls in handlers), None)
+            if found is None:
                 raise
-            if known is Exception:
-                log.exception("request failed in vLLM's handler")
-            response = await handlers[known](raw, error)
+            response = await found(raw, error)
             return Answer(response.status_code, response.body)
         refused = getattr(made, "error", None)
         return Answer(200 if refused is None else refused.code, made.model_dump_json().encode())
