@@ -26,7 +26,7 @@ _ARGUMENTS = [
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2`, one engine at a time: all files that start servers in one process, the others file by file."""
+    """With `-n 2`: all files that start servers in one process, but for a few, and the others file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -38,9 +38,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+# They start servers of their own, and no clock runs in them: they may share the processor with other servers.
+_PATIENT = {"test_embeddings", "test_image"}
+
+
 @functools.cache
 def _group(path: Path) -> str:
     """Who runs with whom. A file starts servers where it takes `Server` or `free_port` from `tests.support`."""
+    if path.stem in _PATIENT:
+        return path.stem
     starts = re.search(r"^from tests\.support import .*\b(Server|free_port)\b", path.read_text(), re.MULTILINE)
     return "servers" if starts else path.stem
 

@@ -241,8 +241,8 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def over_own_stream(cells: Sequence[dict[str, Any]]) -> list[float]:
-    """Tokens per second of each gRPC stream over those of the same server's OpenAI stream in the same round."""
+def over_own_stream(cells: Sequence[dict[str, Any]], mode: str) -> list[float]:
+    """Tokens per second of gRPC streams over those of the same server's OpenAI streams in the same round."""
     streams = {
         (cell["server"], cell["concurrency"], cell["round"]): cell["tokens_per_s"]
         for cell in cells
@@ -251,7 +251,7 @@ def over_own_stream(cells: Sequence[dict[str, Any]]) -> list[float]:
     return [
         cell["tokens_per_s"] / streams[key]
         for cell in cells
-        if cell["mode"] == "grpc-stream" and (key := (cell["server"], cell["concurrency"], cell["round"])) in streams
+        if cell["mode"] == mode and (key := (cell["server"], cell["concurrency"], cell["round"])) in streams
     ]
 
 
@@ -272,8 +272,9 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['cpu_us_per_token']:.1f} | {row['ttft_ms']:.1f} | {row['ttft_p99_ms']:.1f} "
             f"| {row['itl_ms']:.2f} | " + " | ".join(map(spread, ratios)) + " |"
         )
-    if ratios := over_own_stream(report["cells"]):
-        lines += ["", f"gRPC stream over chat-stream of the same server, tokens/s: {spread(ratios)}"]
+    for mode in ("grpc-stream", "grpc-stream-shared"):
+        if ratios := over_own_stream(report["cells"], mode):
+            lines += ["", f"{mode} over chat-stream of the same server, tokens/s: {spread(ratios)}"]
     for name in sorted({start["server"] for start in report["starts"]}):
         starts = [start for start in report["starts"] if start["server"] == name]
         ready = statistics.median(start["ready_s"] for start in starts)

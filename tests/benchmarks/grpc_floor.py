@@ -19,7 +19,7 @@ import grpc
 import uvloop
 
 from kserve_vllm.hosting.grpc_calls import Call, Services
-from tests.benchmarks.load import H2Call
+from tests.benchmarks.load import H2Connection
 
 _SERVICE, _METHOD = "floor.Floor", "Stream"
 _STREAMS, _STEPS, _STEP_S = 64, 300, 0.014
@@ -31,10 +31,10 @@ def client(port: int) -> None:
 
     async def one() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        call = H2Call(reader, writer, f"/{_SERVICE}/{_METHOD}", {})
-        call.send(b"go")
+        connection = H2Connection(reader, writer)
+        connection.send(connection.open(f"/{_SERVICE}/{_METHOD}", {}), b"go")
         while True:
-            await call.receive()
+            await connection.receive()
 
     async def every() -> None:
         await asyncio.gather(*(one() for _ in range(_STREAMS)))

@@ -18,7 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MODES = ("chat-stream", "completion-stream", "chat", "v2", "grpc-stream")
+MODES = ("chat-stream", "completion-stream", "chat", "v2", "grpc-stream", "grpc-stream-shared")
+"""`grpc-stream` has a connection for each stream, as HTTP/1.1 has to; `grpc-stream-shared` one for all, as gRPC's
+clients have."""
+_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
+# `triton_final_response` and `bool_param: true` in a map entry of the response's parameters.
+_FINAL = b"triton_final_response\x12\x02\x08\x01"
 _DEADLINE_S = 300.0
 
 
@@ -116,16 +121,14 @@ def grpc_request(args: argparse.Namespace, text: str, request_id: str) -> bytes:
     return raw
 
 
-class H2Call:
-    """One gRPC call over a connection of its own, as raw HTTP/2 frames (RFC 9113) that are hardly looked at.
+class H2Connection:
+    """gRPC calls over one connection, as raw HTTP/2 frames (RFC 9113) that are hardly looked at.
 
     gRPC's own client takes longer for a message than the server that is measured.
 
     Args:
         reader: from the server.
         writer: to the server.
-        path: `/service/method`.
-        headers: further headers, each shorter than 127 bytes.
     """
 
     _DATA, _HEADERS, _SETTINGS, _PING, _WINDOW = 0, 1, 4, 6, 8
@@ -133,11 +136,23 @@ class H2Call:
     _HARMLESS = (_HEADERS, _SETTINGS, _PING, _WINDOW)
     _WINDOW_BYTES = 1 << 30
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, headers: dict[str, str]
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._next_call = 1
         self._begun = False
+        window = self._WINDOW_BYTES.to_bytes(4)
+        writer.write(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            + self._frame(self._SETTINGS, 0, 0, b"\x00\x04" + window)
+            + self._frame(self._WINDOW, 0, 0, window)
+        )
+
+    @staticmethod
+    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+    def open(self, path: str, headers: dict[str, str]) -> int:
+        """Begin a call of `/service/method`, with further headers, each shorter than 127 bytes; its number."""
         fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost",
                   "content-type": "application/grpc", "te": "trailers", **headers}  # fmt: skip
         # HPACK (RFC 7541, 6.2.2): literal fields that are not indexed, without Huffman coding.
@@ -145,24 +160,16 @@ class H2Call:
             b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
             for name, value in fields.items()
         )
-        window = self._WINDOW_BYTES.to_bytes(4)
-        writer.write(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + self._frame(self._SETTINGS, 0, 0, b"\x00\x04" + window)
-            + self._frame(self._WINDOW, 0, 0, window)
-            + self._frame(self._HEADERS, self._END_HEADERS, 1, block)
-        )
+        call, self._next_call = self._next_call, self._next_call + 2
+        self._writer.write(self._frame(self._HEADERS, self._END_HEADERS, call, block))
+        return call
 
-    @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
-
-    def send(self, message: bytes) -> None:
+    def send(self, call: int, message: bytes) -> None:
         """Send one message of less than 16 KiB."""
-        self._writer.write(self._frame(self._DATA, 0, 1, b"\x00" + len(message).to_bytes(4) + message))
+        self._writer.write(self._frame(self._DATA, 0, call, b"\x00" + len(message).to_bytes(4) + message))
 
     async def receive(self) -> bytes:
-        """Bytes from the server as they come, at least some, the first of them those of a frame of data.
+        """Bytes of the only call as they come, at least some, the first of them those of a frame of data.
 
         Raises:
             RuntimeError: the server closed the connection, or ended the call before it sent any data.
@@ -170,16 +177,36 @@ class H2Call:
         data = await self._read()
         while not self._begun:
             while data[3:4] not in (b"", bytes([self._DATA])) and len(data) >= 9 + int.from_bytes(data[:3]):
-                kind, flags = data[3], data[4]
-                if kind == self._SETTINGS and not flags & self._ACK:
-                    self._writer.write(self._frame(kind, self._ACK, 0, b""))
-                elif kind not in self._HARMLESS or (kind == self._HEADERS and flags & self._END_STREAM):
-                    raise RuntimeError(f"the server ended the call: {data!r}")
+                self._check(data[3], data[4])
                 data = data[9 + int.from_bytes(data[:3]) :]
             self._begun = data[3:4] == bytes([self._DATA])
             if not self._begun:
                 data += await self._read()
         return data
+
+    async def deliver(self, calls: dict[int, Callable[[bytes], None]]) -> None:
+        """Hand every frame of data to whom its call belongs, until cancelled.
+
+        Raises:
+            RuntimeError: the server closed the connection or ended a call.
+        """
+        data = b""
+        while True:
+            data += await self._read()
+            at, end = 0, len(data)
+            while end - at >= 9 and end - at >= 9 + (size := int.from_bytes(data[at : at + 3])):
+                if data[at + 3] == self._DATA:
+                    calls[int.from_bytes(data[at + 5 : at + 9])](data[at + 9 : at + 9 + size])
+                else:
+                    self._check(data[at + 3], data[at + 4])
+                at += 9 + size
+            data = data[at:]
+
+    def _check(self, kind: int, flags: int) -> None:
+        if kind == self._SETTINGS and not flags & self._ACK:
+            self._writer.write(self._frame(kind, self._ACK, 0, b""))
+        elif kind not in self._HARMLESS or (kind == self._HEADERS and flags & self._END_STREAM):
+            raise RuntimeError(f"the server ended the call: frame of type {kind}, flags {flags}")
 
     async def _read(self) -> bytes:
         part = await self._reader.read(1 << 16)
@@ -188,26 +215,57 @@ class H2Call:
         return part
 
 
+async def _grpc_connection(args: argparse.Namespace) -> tuple[H2Connection, dict[str, str]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", args.grpc_port, limit=1 << 20)
+    return H2Connection(reader, writer), {"authorization": f"Bearer {args.key}"} if args.key else {}
+
+
 async def grpc_worker(jobs: Callable[[], bytes | None], args: argparse.Namespace, to: Times) -> None:
     """Ask one request after the other over one `ModelStreamInfer` call; messages are not parsed."""
-    # `triton_final_response` and `bool_param: true` in a map entry of the response's parameters.
-    final = b"triton_final_response\x12\x02\x08\x01"
-    reader, writer = await asyncio.open_connection("127.0.0.1", args.grpc_port, limit=1 << 20)
-    headers = {"authorization": f"Bearer {args.key}"} if args.key else {}
-    call = H2Call(reader, writer, "/inference.GRPCInferenceService/ModelStreamInfer", headers)
+    connection, headers = await _grpc_connection(args)
+    call = connection.open(_STREAM_INFER, headers)
     while (request := jobs()) is not None:
         began = time.perf_counter()
-        call.send(request)
+        connection.send(call, request)
         arrivals: list[float] = []
         tail = b""
-        while final not in tail:
-            part = await call.receive()
+        while _FINAL not in tail:
+            part = await connection.receive()
             arrivals.append(time.perf_counter())
             if part[14:15] == b"\n":  # behind both prefixes: error_message, the first field
                 raise RuntimeError(f"{part!r}")
             tail = tail[-64:] + part
         to.add(began, arrivals, args.tokens)
-    writer.close()
+
+
+async def grpc_shared(jobs: Callable[[], bytes | None], args: argparse.Namespace, to: Times) -> None:
+    """As `concurrency` workers of `grpc_worker`, all of them over one connection."""
+    connection, headers = await _grpc_connection(args)
+    takers: dict[int, Callable[[bytes], None]] = {}
+
+    async def worker() -> None:
+        call = connection.open(_STREAM_INFER, headers)
+        while (request := jobs()) is not None:
+            done = asyncio.get_running_loop().create_future()
+            arrivals: list[float] = []
+
+            def take(message: bytes, done: asyncio.Future[None] = done, arrivals: list[float] = arrivals) -> None:
+                arrivals.append(time.perf_counter())
+                if message[5:6] == b"\n":  # behind the prefix: error_message, the first field
+                    done.set_exception(RuntimeError(f"{message!r}"))
+                elif _FINAL in message:
+                    done.set_result(None)
+
+            takers[call] = take
+            began = time.perf_counter()
+            connection.send(call, request)
+            await done
+            to.add(began, arrivals, args.tokens)
+
+    async with asyncio.TaskGroup() as group:
+        delivering = group.create_task(connection.deliver(takers))
+        await asyncio.gather(*(worker() for _ in range(args.concurrency)))
+        delivering.cancel()
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -226,10 +284,11 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(args.seed)
     texts = [prompt(rng, args.prompt_tokens) for _ in range(args.requests)]
     # Made before the clock runs: what making them takes is not the server's.
-    if args.mode == "grpc-stream":
+    if args.mode.startswith("grpc"):
         worker, requests = grpc_worker, [grpc_request(args, text, str(n)) for n, text in enumerate(texts)]
     else:
         worker, requests = http_worker, [http_request(args, text) for text in texts]
+    workers = [worker] * args.concurrency if args.mode != "grpc-stream-shared" else [grpc_shared]
 
     def next_job() -> bytes | None:
         return requests.pop() if requests else None
@@ -237,8 +296,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     times = Times()
     began, cpu_s = time.perf_counter(), time.process_time()
     async with asyncio.timeout(_DEADLINE_S), asyncio.TaskGroup() as group:
-        for _ in range(args.concurrency):
-            group.create_task(worker(next_job, args, times))
+        for each in workers:
+            group.create_task(each(next_job, args, times))
     took, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
     return {
         "tokens": args.requests * args.tokens,

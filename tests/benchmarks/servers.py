@@ -51,7 +51,7 @@ class Configuration:
 
     def answers(self, mode: str) -> bool:
         """Whether this server answers requests of a mode."""
-        return self.ours or mode not in ("v2", "grpc-stream")
+        return self.ours or not mode.startswith(("v2", "grpc"))
 
 
 CONFIGURATIONS: dict[str, Configuration] = {
