@@ -502,15 +502,19 @@ def test_every_frame_comes_when_its_token_does(plain: Server) -> None:
     assert len(chunks) > 15
 
 
+def long_body(path: str, stream: bool) -> dict[str, Any]:
+    """A request that its client will not wait for."""
+    asked = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
+    return {"model": "demo", "max_tokens": 900, "ignore_eos": True, "stream": stream, **asked}
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_leaving_before_a_whole_answer_aborts_within_a_second(plain: Server, path: str) -> None:
     assert_unharmed(plain)
     before = plain.metric("kserve_vllm_requests_total", outcome="cancelled")
     fast = by_path(plain, "fast")
     done = finished(plain)
-    body = {"model": "demo", "max_tokens": 900, "ignore_eos": True}
-    body |= {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
-    raw = json.dumps(body).encode()
+    raw = json.dumps(long_body(path, stream=False)).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
     with contextlib.ExitStack() as left:
         for _ in range(16):
@@ -530,8 +534,7 @@ def test_leaving_aborts_within_a_second(plain: Server, path: str) -> None:
     before = plain.metric("kserve_vllm_requests_total", outcome="cancelled")
     fast = by_path(plain, "fast")
     done = finished(plain)
-    body = {"model": "demo", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    body |= {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
+    body = long_body(path, stream=True)
     with httpx.Client(base_url=plain.url, timeout=60) as client:
         open_streams = [client.send(client.build_request("POST", path, json=body), stream=True) for _ in range(16)]
         for response in open_streams:

@@ -643,9 +643,8 @@ def app_is_bare(engine: VLLMEngine) -> bool:
 def _app_is_plain(engine: VLLMEngine) -> bool:
     """Whether nothing is switched on in vLLM that would do more to a stream than send it."""
     args, config = engine.app.state.args, engine.client.vllm_config
-    return not (
-        not app_is_bare(engine)
-        or float(getattr(args, "sse_keep_alive_interval", 0) or 0) > 0
+    return app_is_bare(engine) and not (
+        float(getattr(args, "sse_keep_alive_interval", 0) or 0) > 0
         or config.kv_transfer_config is not None
         or config.speculative_config is not None
     )
