@@ -138,7 +138,9 @@ class Replicas:
     @contextmanager
     def held(self, server: Server, tenant: str, outcome: str = "cancelled") -> Iterator[Callable[[], list[str]]]:
         """A stream that runs for as long as the block does, unless it is called: then it is read to its end."""
-        body = {"model": "demo", "prompt": "1, 2", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        # What is to be cut off must be too long to end by itself meanwhile: a drain takes three seconds.
+        tokens = 400 if outcome == "ok" else 1000
+        body = {"model": "demo", "prompt": "1, 2", "max_tokens": tokens, "ignore_eos": True, "stream": True}
         headers = {**key(tenant), "x-request-id": self.request_id(outcome)}
         url = server.url + "/v1/completions"
         with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
