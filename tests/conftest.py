@@ -38,15 +38,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-# They start servers of their own, and no clock runs in them: they may share the processor with other servers.
-_PATIENT = {"test_embeddings", "test_image"}
+# They start servers of their own, and no clock runs in them: they may share the processor with other servers. Files
+# with the same name beside them have their servers in common.
+_PATIENT = {"test_embeddings": "embeddings", "test_image": "image", "test_answers": "answers",
+            **dict.fromkeys(("test_logs", "test_metrics", "test_queries", "test_traces"), "observability")}  # fmt: skip
 
 
 @functools.cache
 def _group(path: Path) -> str:
     """Who runs with whom. A file starts servers where it takes `Server` or `free_port` from `tests.support`."""
     if path.stem in _PATIENT:
-        return path.stem
+        return _PATIENT[path.stem]
     starts = re.search(r"^from tests\.support import .*\b(Server|free_port)\b", path.read_text(), re.MULTILINE)
     return "servers" if starts else path.stem
 

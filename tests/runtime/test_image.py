@@ -66,15 +66,21 @@ _SCRIPT = """
 set -e
 mount --make-rprivate /
 mount --bind / /
-checkout=$1; shift
-# The new /tmp would hide a checkout that lies below it.
-mount --bind "$checkout" /mnt
+kept=$1 checkout=$2 python=$3; shift 3
+# The new /tmp would hide a checkout, or an environment, that lies below it.
+mkdir "$kept/checkout" "$kept/python"
+mount --bind "$checkout" "$kept/checkout"
+mount --bind "$python" "$kept/python"
 mount -t tmpfs tmpfs /tmp
-if [ ! -e "$checkout/Dockerfile" ]; then
-  mkdir -p "$checkout"
-  mount --bind /mnt "$checkout"
-  mount -o remount,bind,ro "$checkout"
-fi
+show() {
+  if [ ! -e "$2/$3" ]; then
+    mkdir -p "$2"
+    mount --bind "$1" "$2"
+    mount -o remount,bind,ro "$2"
+  fi
+}
+show "$kept/checkout" "$checkout" Dockerfile
+show "$kept/python" "$python" bin/kserve-vllm
 mount -t tmpfs tmpfs /dev/shm
 mount -o remount,bind,ro /
 cd /tmp
@@ -100,17 +106,23 @@ def test_the_runtime_starts_as_uid_1000_on_a_read_only_root_and_writes_only_to_t
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         command = [
             "env", "-i", *(f"{k}={v}" for k, v in keep.items()), f"PATH={Path(sys.executable).parent}:/usr/bin:/bin",
-            "VLLM_CPU_KVCACHE_SPACE=1", "kserve-vllm", "serve", str(model), "--enforce-eager", "--host", "127.0.0.1",
+            f"PYTHONPATH={ROOT / 'runtime'}", "VLLM_CPU_KVCACHE_SPACE=1",
+            "kserve-vllm", "serve", str(model), "--enforce-eager", "--host", "127.0.0.1",
             "--http-port", str(port), "--grpc-port", "0",
         ]  # fmt: skip
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
-                ["unshare", "-m", "bash", "-c", _SCRIPT, "bash", str(ROOT), *command],
+                ["unshare", "-m", "bash", "-c", _SCRIPT, "bash", folder, str(ROOT), sys.prefix, *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+            def said() -> str:
+                return Path(log.name).read_text()[-4000:]
+
             try:
-                wait_until(lambda: _ready(port, process), 240, lambda: Path(log.name).read_text()[-4000:])
+                wait_until(lambda: process.poll() is not None or _ready(port), 240, said)
+                assert process.poll() is None, said()
                 assert os.stat(f"/proc/{process.pid}").st_uid == 1000
                 answer = httpx.post(
                     f"http://127.0.0.1:{port}/v2/models/model/generate",
@@ -119,11 +131,11 @@ def test_the_runtime_starts_as_uid_1000_on_a_read_only_root_and_writes_only_to_t
                 assert "42" in answer.json()["text_output"]
             finally:
                 process.terminate()
-                assert process.wait(60) == 0
+                code = process.wait(60)
+            assert code == 0
 
 
-def _ready(port: int, process: subprocess.Popen[bytes]) -> bool:
-    assert process.poll() is None, "the runtime ended"
+def _ready(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).status_code == 200
     except httpx.TransportError:
