@@ -15,9 +15,9 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import orjson
 
@@ -29,6 +29,7 @@ from kserve_vllm.types import TextJob
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Kind = Literal["chat", "completion"]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of `AsyncLLM.generate`."""
@@ -86,7 +87,8 @@ class TextStream:
         error: what was raised instead of an output.
         prompt_tokens: length of the prompt.
         cached: how many of those were found in the prefix cache, and how many were written to it.
-        on_ready: called from the event loop, in no task; outputs wait while it is None.
+        on_ready: called from the event loop, in no task; outputs wait while it is None. What it returns is called
+            once all streams of the same step have been told.
     """
 
     __slots__ = (
@@ -128,7 +130,7 @@ class TextStream:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: Exception | None = None
-        self.on_ready: Callable[[], None] | None = None
+        self.on_ready: Callable[[], Callable[[], None] | None] | None = None
 
     # The engine's side
 
@@ -178,11 +180,10 @@ class TextStream:
             self._queued = True
             self._hub.add(self)
 
-    def wake(self) -> None:
-        """Hand what has come to the writer. Only the hub calls this."""
+    def wake(self) -> Callable[[], None] | None:
+        """Hand what has come to the writer, and return what it wants to do last. Only the hub calls this."""
         self._queued = False
-        if self.on_ready is not None:
-            self.on_ready()
+        return self.on_ready() if self.on_ready is not None else None
 
     # The response's side
 
@@ -296,11 +297,23 @@ class Hub:
 
     def _tell(self) -> None:
         ready, self._ready = self._ready, []
-        for stream in ready:
-            try:
-                stream.wake()
-            except Exception:
-                log.exception("a stream could not be written")
+        # A write wakes its reader. So that a reader on the same machine is woken once for many frames, and not between
+        # the making of one and the next, all frames are made before the first one is written.
+        _call_each(_call_each(stream.wake for stream in ready))
+
+
+def _call_each(calls: Iterable[Callable[[], T | None]]) -> list[T]:
+    """What those that return something return; what one of them raises is logged and stops no other."""
+    results = []
+    for call in calls:
+        try:
+            result = call()
+        except Exception:
+            log.exception("a stream could not be written")
+        else:
+            if result is not None:
+                results.append(result)
+    return results
 
 
 @dataclass

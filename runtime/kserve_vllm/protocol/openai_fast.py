@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from functools import partial
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ from kserve_vllm.engine.openai_stream import Kind, OpenAIStream, Streams, header
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
 from kserve_vllm.protocol import wire
+from kserve_vllm.protocol.chunks import chunks_of
 from kserve_vllm.protocol.steps import resume, until_disconnect
 
 log = logging.getLogger(__name__)
@@ -216,10 +218,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class _Response:
-    """Writes one stream. Its frames are written from the event loop's callback, in no task, as outputs come."""
+    """Writes one stream. Frames are made and written in callbacks of the event loop, in no task, as outputs come."""
 
-    __slots__ = ("_blocked", "_ended", "_frames", "_headers", "_opened", "_path", "_rest", "_send", "_start", "_stream",
-                 "_tokens")  # fmt: skip
+    __slots__ = ("_blocked", "_chunks", "_ended", "_frames", "_headers", "_opened", "_path", "_rest", "_send", "_start",
+                 "_stream", "_tokens")  # fmt: skip
 
     def __init__(self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send) -> None:
         self._stream = stream
@@ -230,6 +232,7 @@ class _Response:
         self._send = send
         self._tokens = 0
         self._opened = False
+        self._chunks = chunks_of(send)
         self._blocked = False
         self._ended = False
         self._rest: asyncio.Task[None] | None = None
@@ -243,9 +246,9 @@ class _Response:
         if self._stream.refusable and not await self._first_output(receive):
             return
         await self._start({"type": "http.response.start", "status": 200, "headers": list(self._headers)})
-        self._stream.on_ready = self._write
+        self._stream.on_ready = self._make
         if self._stream.waiting:
-            self._write()
+            self._make_and_write()
         try:
             # Says `http.disconnect` when the client is gone, and also when the response is complete.
             while (await receive())["type"] != "http.disconnect":
@@ -258,7 +261,12 @@ class _Response:
     async def _first_output(self, receive: Receive) -> bool:
         """Wait for the first output; False if the client left before it."""
         came = asyncio.get_running_loop().create_future()
-        self._stream.on_ready = lambda: None if came.done() else came.set_result(None)
+
+        def tell() -> None:
+            if not came.done():
+                came.set_result(None)
+
+        self._stream.on_ready = tell
         leaving = asyncio.ensure_future(receive())
         try:
             if not self._stream.waiting:
@@ -270,13 +278,19 @@ class _Response:
             raise self._stream.error
         return not left
 
-    def _write(self) -> None:
-        """Send what has come since the last time, in one message."""
+    def _make(self) -> Callable[[], None] | None:
+        """Make one message of what has come since the last time; returns what sends it, if there is any."""
         if self._blocked or self._ended:
-            return
+            return None
         body = self._frames_so_far()
         if not body:
-            return
+            return None
+        if self._opened and not self._ended and self._chunks is not None and self._chunks.open:
+            return partial(self._chunks.write, body)
+        return partial(self._write, body)
+
+    def _write(self, body: bytes) -> None:
+        """Send one message."""
         send = self._send if self._opened else self._start
         self._opened = True
         sending = send({"type": "http.response.body", "body": body, "more_body": not self._ended}).__await__()
@@ -288,12 +302,16 @@ class _Response:
         self._blocked = True
         self._rest = asyncio.get_running_loop().create_task(self._go_on(sending, waits_for))
 
+    def _make_and_write(self) -> None:
+        if write := self._make():
+            write()
+
     async def _go_on(self, sending: Generator[Any, Any, Any], waits_for: Any) -> None:
         """Finish a message that could not be sent at once; then send what came meanwhile."""
         await resume(sending, waits_for)
         self._blocked = False
         if self._stream.waiting:
-            self._write()
+            self._make_and_write()
 
     def _frames_so_far(self) -> bytes:
         """Frames for all that has come, as vLLM's generator would write them for an output of the same content."""
