@@ -45,6 +45,7 @@ MAX_HEADERS = 16 << 10
 """Bytes that the headers of a request may have, counted as HTTP/2 does (RFC 9113, 6.5.2)."""
 _MAX_HEADERS_READ = 1 << 20
 _WRITE_BUFFER = 256 << 10
+_MOST_HELD = 32 << 10
 _READ = 16 << 10
 _PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
@@ -121,7 +122,7 @@ class Stream:
         connection = self._connection
         connection.state.outbound_flow_control_window -= size
         self._stream.outbound_flow_control_window -= size
-        connection.transport.write(b"".join((size.to_bytes(3, "big"), self._head, *parts)))
+        connection.write(b"".join((size.to_bytes(3, "big"), self._head, *parts)))
 
     def headers(self, headers: Headers, end: bool = False) -> None:
         """Write headers or trailers. With `end` the stream is over, and what the client still sends is not read."""
@@ -153,7 +154,7 @@ class Stream:
         """Let the client send `size` bytes more on this stream. What the connection may send is not held back."""
         if size and not self._connection.broken and self._stream.open:
             for update in self._stream.acknowledge_received_data(size):
-                self._connection.transport.write(update.serialize())
+                self._connection.write(update.serialize())
 
     def _close(self) -> None:
         self.open = False
@@ -217,6 +218,8 @@ class Connection(asyncio.Protocol):
         self._exchanges: dict[int, tuple[Stream, Exchange]] = {}
         self._leaving = False
         self._pump_due = False
+        self._held: list[bytes] = []
+        self._held_bytes = 0
         self._aborting: asyncio.TimerHandle | None = None
         now = self._loop.time()
         self._resets, self._settings = (
@@ -315,7 +318,29 @@ class Connection(asyncio.Protocol):
     def flush(self) -> None:
         """Write what h2 has to say."""
         if data := self.state.data_to_send():
-            self.transport.write(data)
+            self.write(data)
+
+    def write(self, data: bytes) -> None:
+        """Write frames, together with what else this pass of the event loop writes on this connection.
+
+        A write wakes its reader. So the streams of one step of the engine cost one write, and connections are written
+        to one right after the other, when the frames of all of them are made.
+        """
+        if self.broken:
+            return
+        if not self._held:
+            self._loop.call_soon(self._let_go)
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > _MOST_HELD:
+            # So that the socket can say that it takes no more.
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held:
+            held, self._held, self._held_bytes = self._held, [], 0
+            if not self.broken:
+                self.transport.write(b"".join(held))
 
     def forget(self, stream_id: int) -> None:
         """An exchange is over."""
@@ -330,7 +355,7 @@ class Connection(asyncio.Protocol):
         self._leaving = True
         # By hand: after its own, h2 lets nothing more be written.
         last = self.state.highest_inbound_stream_id.to_bytes(4, "big")
-        self.transport.write(b"\0\0\x08" + _GOAWAY + b"\0" * 5 + last + b"\0" * 4)
+        self.write(b"\0\0\x08" + _GOAWAY + b"\0" * 5 + last + b"\0" * 4)
         if not self._exchanges:
             self._part()
 
@@ -341,12 +366,13 @@ class Connection(asyncio.Protocol):
     @property
     def flushed(self) -> bool:
         """Whether the socket has all that was written."""
-        return self.broken or not self.transport.get_write_buffer_size()
+        return self.broken or not (self._held or self.transport.get_write_buffer_size())
 
     def close(self) -> None:
         """Close at once; exchanges that are open are lost."""
         if not self.broken:
             self.flush()
+            self._let_go()
             self._break()
             self._aborting = self._loop.call_later(_ABORT_S, self.transport.abort)
             self.transport.close()
@@ -363,7 +389,7 @@ class Connection(asyncio.Protocol):
             size = int(event.flow_controlled_length or 0)
             # One caller who has to wait does not hold up others on the connection.
             if size and (more := self.state._inbound_flow_control_window_manager.process_bytes(size)):
-                self.transport.write(_WINDOW_UPDATE + more.to_bytes(4, "big"))
+                self.write(_WINDOW_UPDATE + more.to_bytes(4, "big"))
             if (found := self._exchanges.get(_number(event))) is not None:
                 found[1].feed(event.data or b"", size)
         elif isinstance(event, RequestReceived):
