@@ -90,6 +90,8 @@ class Services:
         """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections."""
         self.leave()
         await asyncio.gather(*(call.finish(grace_s) for call in list(self.open_calls)))
+        # gRPC's clients close by themselves then, once they have read all.
+        await _poll(lambda: not any(each.taking for each in self.connections), grace_s)
         for connection in list(self.connections):
             connection.close()
         # What is written last goes out after that.

@@ -54,7 +54,7 @@ _RESETS, _RESETS_PER_S = 2000.0, 500.0
 _SETTINGS, _SETTINGS_PER_S = 100.0, 10.0
 # The table of headers that a client lets us refer back to; it names a size, and we fill it with what it asked for.
 _MAX_TABLE = 4096
-# Between the word that no new streams are taken and the end: closed at once, the word may not arrive.
+# Between the last word to a client and the end: closed at once, the word may not arrive.
 _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
 _ABORT_S = 5.0
@@ -217,6 +217,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._exchanges: dict[int, tuple[Stream, Exchange]] = {}
         self._leaving = False
+        self._answered_at = -_FAREWELL_S
         self._pump_due = False
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -345,6 +346,7 @@ class Connection(asyncio.Protocol):
     def forget(self, stream_id: int) -> None:
         """An exchange is over."""
         self._exchanges.pop(stream_id, None)
+        self._answered_at = self._loop.time()
         if self._leaving and not self._exchanges:
             self._part()
 
@@ -362,6 +364,12 @@ class Connection(asyncio.Protocol):
     def _part(self) -> None:
         """Close in a while, when the client has taken what was written."""
         self._loop.call_later(_FAREWELL_S, lambda: self.close() if self.flushed else self._part())
+
+    @property
+    def taking(self) -> bool:
+        """Whether the client may still be reading an answer. Where it writes to a closed socket meanwhile, as it does
+        to acknowledge what it reads, the kernel may drop what it has not read."""
+        return not self.broken and self._loop.time() < self._answered_at + _FAREWELL_S
 
     @property
     def flushed(self) -> bool:
