@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes.client
 
-from tests.charts.support import CRDS, Document, load
+from tests.charts.support import Document
+from tests.tools import reduce_crds
 
 # Kinds without a CRD among the published schemas and outside the Kubernetes package: Istio's, for the
 # fields that the chart writes (networking.istio.io/v1).
@@ -118,19 +119,8 @@ _QUANTITIES = {"requests", "limits"}
 
 @functools.cache
 def _crds() -> dict[tuple[str, str], Document]:
-    """Schemas of the published CRDs by (apiVersion, kind)."""
-    found = {}
-    for path in sorted(CRDS.glob("*.yaml")):
-        crd = load(path)
-        for version in crd["spec"]["versions"]:
-            key = (f"{crd['spec']['group']}/{version['name']}", crd["spec"]["names"]["kind"])
-            found[key] = version["schema"]["openAPIV3Schema"]
-    return found
-
-
-def crds_present(folder: Path = CRDS) -> bool:
-    """True when the published schemas are there to check with."""
-    return any(folder.glob("*.yaml"))
+    """Schemas of the published CRDs by (apiVersion, kind), as `schemas.json` holds them."""
+    return reduce_crds.whole(json.loads(reduce_crds.REDUCED.read_text()))
 
 
 def unknown_fields(schema: Document, value: Any, at: str) -> Iterator[str]:

@@ -68,13 +68,13 @@ def test_a_manifest_says_what_it_shows_and_what_it_needs(path: Path) -> None:
 
 
 @manifest
-def test_a_manifest_has_no_field_that_would_be_dropped(path: Path, crds: None) -> None:
+def test_a_manifest_has_no_field_that_would_be_dropped(path: Path) -> None:
     found = [problem for document in load_all(path.read_text()) for problem in problems(document)]
     assert not found, "\n".join(found)
 
 
 @manifest
-def test_what_kserve_makes_of_a_manifest_is_valid(path: Path, crds: None) -> None:
+def test_what_kserve_makes_of_a_manifest_is_valid(path: Path) -> None:
     isvc = service_of(path)
     found = []
     for document in merged(isvc):

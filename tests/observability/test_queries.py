@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.charts.support import HelmError, predictor, standard
+from tests.charts.support import predictor, standard
 from tests.observability.conftest import KEY
 from tests.observability.load import Client
 from tests.observability.prom import Prometheus
 from tests.observability.test_rules import RULES
-from tests.support import ROOT, Server
+from tests.support import ROOT, Server, not_checked
 from tests.tools import install_prometheus
 
 DASHBOARDS = sorted((ROOT / "charts" / "kserve-vllm" / "files" / "dashboards").glob("*.json"))
@@ -91,7 +91,7 @@ def prometheus(observed: Server, tmp_path_factory: pytest.TempPathFactory) -> It
     """Prometheus, after a load through every protocol that it has watched."""
     binary = install_prometheus.find("prometheus")
     if binary is None:
-        pytest.skip("NO PROMETHEUS: no query was checked; see tests/tools/install_prometheus.py")
+        not_checked("no Prometheus: no query was checked; see tests/tools/install_prometheus.py")
     running = Prometheus(binary, tmp_path_factory.mktemp("prometheus"), observed, RULES)
     client = Client(observed, KEY)
     try:
@@ -151,10 +151,7 @@ def test_a_keda_trigger_of_the_manifests_has_data(name: str, prometheus: Prometh
 
 @pytest.mark.parametrize("metric", ["queue-depth", "kv-cache", "ttft-p99"])
 def test_a_keda_trigger_of_the_chart_has_data(metric: str, prometheus: Prometheus) -> None:
-    try:
-        spec = predictor(standard(autoscaling={"class": "keda", "metric": metric}))
-    except HelmError as error:
-        pytest.skip(f"NO HELM: the chart's triggers were not checked: {error}")
+    spec = predictor(standard(autoscaling={"class": "keda", "metric": metric}))
     query = anywhere(spec["autoScaling"]["metrics"][0]["external"]["metric"]["query"])
     assert 'pod=~".+"' in query
     assert prometheus.query(query)

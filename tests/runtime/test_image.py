@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from kserve_vllm.engine import demo
-from tests.support import ROOT, free_port, wait_until
+from tests.support import ROOT, free_port, not_checked, wait_until
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
@@ -96,7 +96,7 @@ def _can_unshare() -> bool:
 
 def test_the_runtime_starts_as_uid_1000_on_a_read_only_root_and_writes_only_to_tmp() -> None:
     if not _can_unshare():
-        pytest.skip("NOT CHECKED: a read-only root needs root and unshare, util-linux's setpriv and mount")
+        not_checked("a read-only root needs root and unshare, util-linux's setpriv and mount")
     port = free_port()
     keep = {k: v for k, v in environment("cpu").items() if k not in ("LD_PRELOAD", "PATH")}
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
