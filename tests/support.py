@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def not_checked(why: str) -> NoReturn:
-    """For what this machine lacks: the test is skipped, and fails where `CI` is set, whose green says that all was run."""
+    """For what this machine lacks: skips the test, or fails it where `CI` is set, whose green says that all was run."""
     if os.environ.get("CI"):
         pytest.fail(f"NOT CHECKED: {why}", pytrace=False)
     pytest.skip(f"NOT CHECKED: {why}")
