@@ -32,6 +32,7 @@ from kserve_vllm.engine.faults import is_template_error
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
+from kserve_vllm.engine.rendering import render_short_prompts_in_place
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -305,6 +306,7 @@ class VLLMEngine:
         self._loras = loras = LoRAs(client, shared=self._seat is not None)
         self.accounts = Accounts(client.output_processor, lambda: self.names[0], loras)
         guards.guard_engine(client)
+        render_short_prompts_in_place(client, foreign_templates=bool(self._args.trust_request_chat_template))
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
