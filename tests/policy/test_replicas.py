@@ -96,11 +96,11 @@ class Replicas:
         (modules / "house_rules.py").write_text(textwrap.dedent(RULES))
         path = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
         sink = receiver.url.replace("://", f"://name:{PASSWORD}@")
-        common = [*DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(keys),
+        common = [*DEMO, "--max-model-len", "2048", "--max-num-seqs", "16", "--keys-file", str(keys),
                   "--redis-url", redis.url, "--usage-sink", sink]  # fmt: skip
         env = {"PYTHONPATH": path, "NO_PROXY": "127.0.0.1"}
         self.denying = Server([*common, "--redis-away", "deny", "--moderation-file", str(hooks)], env)
-        self.allowing = Server([*common, "--drain-timeout", "1", "--drain-delay", "0"], env)
+        self.allowing = Server([*common, "--drain-timeout", "0.2", "--drain-delay", "0"], env)
 
     @property
     def both(self) -> tuple[Server, Server]:
@@ -138,8 +138,8 @@ class Replicas:
     @contextmanager
     def held(self, server: Server, tenant: str, outcome: str = "cancelled") -> Iterator[Callable[[], list[str]]]:
         """A stream that runs for as long as the block does, unless it is called: then it is read to its end."""
-        # What is to be cut off must be too long to end by itself meanwhile: a drain takes a second.
-        tokens = 400 if outcome == "ok" else 1000
+        # What is to be cut off must be too long to end by itself meanwhile: connections are closed after two seconds.
+        tokens = 400 if outcome == "ok" else 2000
         body = {"model": "demo", "prompt": "1, 2", "max_tokens": tokens, "ignore_eos": True, "stream": True}
         headers = {**key(tenant), "x-request-id": self.request_id(outcome)}
         url = server.url + "/v1/completions"
