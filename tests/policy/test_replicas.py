@@ -195,7 +195,8 @@ def test_of_200_at_once_over_two_servers_exactly_100_pass(replicas: Replicas) ->
 
     for attempt in range(ATTEMPTS):
         before = losses()
-        answers = all_at_once(replicas, f"many-{attempt}", 2 * MANY)
+        # First one to each: of two servers that are not equally busy, one may answer all that pass of the others.
+        answers = all_at_once(replicas, f"many-{attempt}", 2) + all_at_once(replicas, f"many-{attempt}", 2 * MANY - 2)
         if losses() == before:  # on a machine that is too busy, Redis may not answer in time: then nothing is shown
             break
     statuses = Counter(status for _, status in answers)
