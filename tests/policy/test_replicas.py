@@ -202,6 +202,7 @@ def test_of_200_at_once_over_two_servers_exactly_100_pass(replicas: Replicas) ->
     statuses = Counter(status for _, status in answers)
     assert statuses == {200: MANY, 429: MANY}
     assert {which for which, status in answers if status == 200} == {0, 1}
+    assert {which for which, status in answers if status == 429} == {0, 1}
 
 
 def test_what_is_left_and_what_is_refused_is_the_same_on_both(replicas: Replicas) -> None:

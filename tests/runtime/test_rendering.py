@@ -122,3 +122,10 @@ def test_a_failure_is_raised_where_it_is_awaited(renderer: Any, monkeypatch: pyt
 )
 def test_characters_of_a_value(value: Any, size: int) -> None:
     assert characters(value) == size
+
+
+def test_what_a_client_nests_deeply_is_long() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert characters(nested) > SHORT

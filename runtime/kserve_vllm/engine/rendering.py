@@ -56,14 +56,24 @@ def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> 
 
 
 def characters(value: Any) -> int:
-    """How much a template may have to write of this. A number may be a count of something: it is more than `SHORT`."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(_OTHER + characters(each) for each in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_OTHER + characters(each) for each in value)
-    return _OTHER if value is None or isinstance(value, bool) else SHORT + 1
+    """How much a template may have to write of this; beyond `SHORT`, just some number beyond it.
+
+    A number may be a count of something: it is more than `SHORT`. No recursion: a client decides how deep this goes.
+    """
+    size, left = 0, [value]
+    while left and size <= SHORT:
+        each = left.pop()
+        if isinstance(each, str):
+            size += len(each)
+        elif isinstance(each, dict):
+            size += _OTHER * len(each)
+            left.extend(each.values())
+        elif isinstance(each, list | tuple):
+            size += _OTHER * len(each)
+            left.extend(each)
+        else:
+            size += _OTHER if each is None or isinstance(each, bool) else SHORT + 1
+    return size
 
 
 class _Place:
