@@ -195,6 +195,8 @@ class _Process:
             cache = self._assembly.build_cache(engine.accounts.hand_over)
             engine.stand_before(Door(self._gate, policies, engine), cache)
         server = self._settings.server
+        if server.fast_path:
+            engine.shorten()
         worker: Any = engine
         if policies.moderation is not None:
             worker = ModeratedEngine(engine, policies.moderation)

@@ -58,7 +58,7 @@ def imported_rooms(path: Path) -> set[str]:
 # vLLM moves its modules; whatever moves is mended in these.
 KNOW_VLLM = {
     PACKAGE / "engine" / f"{name}.py"
-    for name in ("vllm", "cores", "guards", "loras", "records", "rendering", "openai_stream")
+    for name in ("vllm", "cores", "guards", "loras", "outputs", "records", "rendering", "openai_stream")
 }
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if room_of(p) != "__init__" and "demo" not in p.parts)

@@ -56,7 +56,7 @@ def test_a_body_arrives_whole_and_the_connection_serves_the_next_request(http: s
             for number in range(3):
                 if chunks is not None:
                     assert chunks.open
-                    chunks.write(b"%d " % number)
+                    chunks.made(b"%d " % number)()
                 else:
                     await send(part(b"%d " % number))
             await send(part(b"last", more=False))
@@ -97,7 +97,7 @@ def test_chunks_close_where_the_client_does_not_read_and_where_it_is_gone() -> N
             await send(part(b"first"))
             written = 0
             while chunks.open and written < 1 << 30:
-                chunks.write(bytes(1 << 16))
+                chunks.made(bytes(1 << 16))()
                 written += 1 << 16
                 await asyncio.sleep(0)
             closed.set_result(written)

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import orjson
 
 from kserve_vllm.engine.intake import Intake
+from kserve_vllm.engine.outputs import send_to
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
 from kserve_vllm.ticket import current
@@ -175,6 +176,14 @@ class TextStream:
             self._queued = True
             self._hub.add(self)
 
+    def more(self, text: str, tokens: int) -> None:
+        """Text in the middle of an answer, and the number of tokens behind it."""
+        self.text += text
+        self.new_tokens += tokens
+        if not self._queued:
+            self._queued = True
+            self._hub.add(self)
+
     def _tell(self) -> None:
         if not self._queued:
             self._queued = True
@@ -230,6 +239,7 @@ class TextStream:
             if state.stream_interval == 1 and state.parent_req is None and state.detokenizer is not None:
                 self._take_text = state.detokenizer.get_next_output_text
                 state.make_request_output = self.take
+                send_to(state, self.more)
         if queue.output is not None:
             # Came before the queue was replaced.
             self.put(queue.output)
@@ -299,7 +309,7 @@ class Hub:
         ready, self._ready = self._ready, []
         # A write wakes its reader. So that a reader on the same machine is woken once for many frames, and not between
         # the making of one and the next, all frames are made before the first one is written.
-        _call_each(_call_each(stream.wake for stream in ready))
+        _call_each(_call_each([stream.wake for stream in ready]))
 
 
 def _call_each(calls: Iterable[Callable[[], T | None]]) -> list[T]:

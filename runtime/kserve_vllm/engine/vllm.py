@@ -32,6 +32,7 @@ from kserve_vllm.engine.faults import is_template_error
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
+from kserve_vllm.engine.outputs import process_plain_outputs_apart
 from kserve_vllm.engine.rendering import render_short_prompts_in_place
 from kserve_vllm.errors import (
     ConfigError,
@@ -306,7 +307,6 @@ class VLLMEngine:
         self._loras = loras = LoRAs(client, shared=self._seat is not None)
         self.accounts = Accounts(client.output_processor, lambda: self.names[0], loras)
         guards.guard_engine(client)
-        render_short_prompts_in_place(client, foreign_templates=bool(self._args.trust_request_chat_template))
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
@@ -321,6 +321,11 @@ class VLLMEngine:
         guards.check_before_stream(self._app, client, self._tasks)
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = Adapters(loras, 1 if self._seat is None else self._seat.count)
+
+    def shorten(self) -> None:
+        """Do the work of vLLM's front end on fewer detours. Before the first request."""
+        render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
+        process_plain_outputs_apart(self.client)
 
     def stand_before(self, door: Door, cache: Cache | None = None) -> None:
         """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""

@@ -206,7 +206,7 @@ class Call:
     @property
     def blocked(self) -> bool:
         """Whether something that was sent still waits for the client to take it."""
-        return bool(self._pending) or not self._stream.room
+        return bool(self._pending) or not self._stream.fits(1)
 
     @property
     def owes(self) -> bool:
@@ -226,7 +226,7 @@ class Call:
             self._begin(())
         size = len(message)
         prefix = b"\0" + size.to_bytes(4, "big")
-        if not self._pending and size + PREFIX <= self._stream.room:
+        if not self._pending and self._stream.fits(size + PREFIX):
             self._stream.write(prefix, message)
         else:
             self._pending.append(prefix + message)

@@ -40,6 +40,7 @@ Headers = list[tuple[bytes, bytes]]
 _STREAM_WINDOW = 256 << 10
 _CONNECTION_WINDOW = 8 << 20
 _DEFAULT_WINDOW = 65_535
+_LEAST_FRAME = 16 << 10  # that every client takes (RFC 9113, 6.5.2)
 _MAX_STREAMS = 1000
 MAX_HEADERS = 16 << 10
 """Bytes that the headers of a request may have, counted as HTTP/2 does (RFC 9113, 6.5.2)."""
@@ -114,6 +115,17 @@ class Stream:
                 state.outbound_flow_control_window,
                 self._stream.outbound_flow_control_window,
             ),
+        )
+
+    def fits(self, size: int) -> bool:
+        """Whether `size` bytes of data, 1 or more, go into one frame now. It may say no to more than `_LEAST_FRAME`."""
+        connection = self._connection
+        return (
+            self.open
+            and connection.writable
+            and size <= _LEAST_FRAME
+            and size <= self._stream.outbound_flow_control_window
+            and size <= connection.state.outbound_flow_control_window
         )
 
     def write(self, *parts: bytes | memoryview) -> None:

@@ -10,6 +10,8 @@ it is anything else, streams are written through it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 try:
@@ -43,9 +45,10 @@ class Chunks:
             and not cycle.response_complete
         )
 
-    def write(self, body: bytes) -> None:
-        """Write one chunk, which is not the last one of its body; only while `open`."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+    def made(self, body: bytes) -> Callable[[], None]:
+        """What writes one chunk, which is not the last one of its body; to be called before anything is awaited, and
+        only while `open`."""
+        return partial(self._cycle.transport.write, b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def chunks_of(send: Any) -> Chunks | None:

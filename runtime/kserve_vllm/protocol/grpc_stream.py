@@ -77,12 +77,16 @@ class Pieces:
             return []
         raw = text.encode()
         contents = len(raw).to_bytes(4, "little") + raw
-        response = b"".join((self._heads[last], _RAW_OUTPUT_CONTENTS, varint(len(contents)), contents))
+        response = b"".join((self._heads[last], _RAW_OUTPUT_CONTENTS, _length(contents), contents))
         messages = [response, self._after] if last and self._after is not None else [response]
-        return [b"".join((_INFER_RESPONSE, varint(len(each)), each)) for each in messages]
+        return [b"".join((_INFER_RESPONSE, _length(each), each)) for each in messages]
 
 
-def varint(value: int) -> bytes:
+def _length(data: bytes) -> bytes:
+    return _LENGTHS[len(data)] if len(data) < len(_LENGTHS) else _varint(len(data))
+
+
+def _varint(value: int) -> bytes:
     """Protobuf's base-128 form of a length."""
     out = bytearray()
     while value > 0x7F:
@@ -90,3 +94,6 @@ def varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+_LENGTHS = tuple(map(_varint, range(1024)))

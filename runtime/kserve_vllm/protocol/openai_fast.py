@@ -282,11 +282,11 @@ class _Response:
         """Make one message of what has come since the last time; returns what sends it, if there is any."""
         if self._blocked or self._ended:
             return None
-        body = self._frames_so_far()
+        body = self._frame_of_text() or self._frames_so_far()
         if not body:
             return None
         if self._opened and not self._ended and self._chunks is not None and self._chunks.open:
-            return partial(self._chunks.write, body)
+            return self._chunks.made(body)
         return partial(self._write, body)
 
     def _write(self, body: bytes) -> None:
@@ -312,6 +312,16 @@ class _Response:
         self._blocked = False
         if self._stream.waiting:
             self._make_and_write()
+
+    def _frame_of_text(self) -> bytes | None:
+        """The frame, where text in the middle of an answer is all that has come: `_frames_so_far`, but cheaper."""
+        stream, frames = self._stream, self._frames
+        text = stream.text
+        if not text or not self._opened or frames.with_usage or stream.finish_reason is not None or stream.error:
+            return None
+        self._tokens += stream.new_tokens
+        stream.text, stream.new_tokens = "", 0
+        return b"%b%b%b" % (frames.head, orjson.dumps(text), frames.tail)
 
     def _frames_so_far(self) -> bytes:
         """Frames for all that has come, as vLLM's generator would write them for an output of the same content."""

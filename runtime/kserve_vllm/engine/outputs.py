@@ -1,0 +1,221 @@
+"""The outputs of the engine, without what vLLM asks about each of them.
+
+In most outputs there is nothing but the next token of a request that wanted nothing but text. vLLM's output processor
+asks of each whether there is anything else (log probabilities, stop strings, a grammar's end, pooled values, ...), in a
+dozen calls, and its Prometheus logger observes the gap between two tokens one by one. Here such outputs are told from
+the others, which stay vLLM's, and equal gaps are observed together: all requests of a step have the same.
+
+Written against vLLM 0.32. Where an output has other fields than in that version, all of them stay vLLM's.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+_FIELDS = frozenset(
+    "request_id new_token_ids new_logprobs new_prompt_logprobs_tensors pooling_output finish_reason stop_reason events "
+    "kv_transfer_params ec_transfer_params trace_headers prefill_stats routed_experts num_nans_in_logits "
+    "mm_cache_miss_hashes new_sampling_mask spec_decode_metrics prompt_token_id_logprobs".split()
+)
+"""Of `EngineCoreOutput` in vLLM 0.32."""
+
+
+def process_plain_outputs_apart(client: AsyncLLM) -> None:
+    """Let `client` do so. Must run before its first request."""
+    from vllm import envs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+    from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    processor: Any = client.output_processor
+    unknown = _FIELDS.symmetric_difference(EngineCoreOutput.__struct_fields__)
+    if unknown or type(processor) is not OutputProcessor:
+        log.warning("vLLM processes all outputs: its own differ from those known here (%s)", ", ".join(sorted(unknown)))
+        return
+
+    def has_plain_outputs(state: Any) -> bool:
+        """Whether outputs with no more than a token are a matter of text alone: decided once for each request."""
+        return (
+            type(state.detokenizer) is FastIncrementalDetokenizer
+            and not state.detokenizer.stop
+            and not state.streaming_input
+            and state.input_chunk_queue is None
+            and (state.output_kind == RequestOutputKind.FINAL_ONLY or sink_of(state) is not None)
+        )
+
+    # vLLM would look for such numbers in each output.
+    if not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
+        plain = PlainOutputs(processor, has_plain_outputs, OutputProcessorOutput)
+        processor.process_outputs = plain.process
+    if client.logger_manager is not None:
+        for logger in client.logger_manager.stat_loggers:
+            if isinstance(logger, PrometheusStatLogger):
+                observe_equal_gaps_together(logger)
+
+
+Sink = Callable[[str, int], None]
+
+
+def send_to(state: Any, sink: Sink) -> None:
+    """Have the texts of a request's plain outputs handed over instead of kept.
+
+    Args:
+        state: vLLM's `RequestState`, of a request whose outputs are new text only (`RequestOutputKind.DELTA`).
+        sink: called with new text and the number of tokens behind it.
+    """
+    state.sink = sink
+
+
+def sink_of(state: Any) -> Sink | None:
+    """Who gets the texts of a request's plain outputs."""
+    found: Sink | None = vars(state).get("sink")
+    return found
+
+
+class PlainOutputs:
+    """Takes the place of `OutputProcessor.process_outputs`.
+
+    Args:
+        processor: vLLM's.
+        allowed: whether a request's plain outputs may be processed here; asked once for each request.
+        result: vLLM's class of what the method returns.
+    """
+
+    def __init__(self, processor: Any, allowed: Callable[[Any], bool], result: Callable[..., Any]) -> None:
+        self._states: dict[str, Any] = processor.request_states
+        self._allowed = allowed
+        self._result = result
+        self._process = processor.process_outputs
+
+    def process(
+        self,
+        outputs: Iterable[Any],
+        timestamp: float | None = None,
+        iteration_stats: Any = None,
+        weight_version: str | None = None,
+    ) -> Any:
+        """As vLLM's: text is made of new tokens and handed over, and statistics are kept.
+
+        Args:
+            outputs: of one step of the engine, which has at most one for each request.
+            timestamp: of that step, in seconds of the engine's clock.
+            iteration_stats: filled in; None where none are kept.
+            weight_version: which weights the tokens are of.
+        """
+        others: list[Any] = []
+        tokens = 0
+        states = self._states
+        gaps = [] if iteration_stats is None else iteration_stats.inter_token_latencies_iter
+        for output in outputs:
+            state = states.get(output.request_id)
+            if state is None:
+                continue
+            new = output.new_token_ids
+            if not (new and not state.is_prefilling and _has_only_tokens(output) and self._is_plain(state)):
+                others.append(output)
+                continue
+            if weight_version is not None:
+                starts = state.weight_version_starts
+                if not starts or starts[-1][0] != weight_version:
+                    others.append(output)
+                    continue
+            if iteration_stats is not None:
+                stats = state.stats
+                stats.num_generation_tokens += len(new)
+                gaps.append(timestamp - stats.last_token_ts)
+                stats.last_token_ts = timestamp
+                tokens += len(new)
+            detokenizer = state.detokenizer
+            text = ""
+            for token in new:
+                detokenizer.token_ids.append(token)
+                text += detokenizer.decode_next(token)
+            sink = state.sink
+            if sink is None:
+                detokenizer.output_text += text
+            else:
+                sink(text, len(new))
+        if tokens:
+            iteration_stats.num_generation_tokens += tokens
+        if others:
+            return self._process(others, timestamp, iteration_stats, weight_version=weight_version)
+        return self._result(request_outputs=[], reqs_to_abort=[])
+
+    def _is_plain(self, state: Any) -> bool:
+        known: bool | None = vars(state).get("plain")
+        if known is None:
+            known = state.plain = self._allowed(state)
+            state.sink = sink_of(state)
+        return known
+
+
+def _has_only_tokens(output: Any) -> bool:
+    """Whether an output says no more than what the next tokens are."""
+    return (
+        output.finish_reason is None
+        and output.events is None
+        and output.new_logprobs is None
+        and output.new_prompt_logprobs_tensors is None
+        and output.pooling_output is None
+        and output.kv_transfer_params is None
+        and output.ec_transfer_params is None
+        and output.prefill_stats is None
+        and output.routed_experts is None
+        and output.new_sampling_mask is None
+        and output.spec_decode_metrics is None
+        and output.prompt_token_id_logprobs is None
+    )
+
+
+def observe_equal_gaps_together(logger: Any) -> None:
+    """Let vLLM's Prometheus logger write a step's gaps between tokens once for each length that they have.
+
+    Args:
+        logger: a `PrometheusStatLogger`.
+    """
+    histograms = logger.histogram_inter_token_latency
+    if not all(_is_known(histogram) for histogram in histograms.values()):
+        log.warning("the gaps between tokens are observed one by one: prometheus-client's histogram has changed")
+        return
+    record = logger.record
+
+    def record_with_gaps(
+        scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if iteration_stats is None:
+            record(scheduler_stats, None, mm_cache_stats, engine_idx)
+            return
+        gaps = iteration_stats.inter_token_latencies_iter
+        # Other loggers read the same object.
+        iteration_stats.inter_token_latencies_iter = ()
+        try:
+            record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+        finally:
+            iteration_stats.inter_token_latencies_iter = gaps
+        observe_all(histograms[engine_idx], gaps)
+
+    logger.record = record_with_gaps
+
+
+def observe_all(histogram: Any, values: Sequence[float]) -> None:
+    """Observe all values in a histogram of prometheus-client, equal ones at once."""
+    for value, times in Counter(values).items():
+        histogram._sum.inc(value * times)
+        bucket = bisect_left(histogram._upper_bounds, value)
+        if bucket < len(histogram._buckets):
+            histogram._buckets[bucket].inc(times)
+
+
+def _is_known(histogram: Any) -> bool:
+    return all(hasattr(histogram, name) for name in ("_sum", "_upper_bounds", "_buckets"))
