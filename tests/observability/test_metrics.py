@@ -270,6 +270,23 @@ def test_a_prompt_counts_once_for_its_n_continuations_and_each_of_them_counts(ob
     assert now("output") - before[1] == usage["completion_tokens"] == 2 * 3 * LONG["max_tokens"]
 
 
+def test_vllms_own_histogram_has_every_gap_between_tokens(observed: Server) -> None:
+    name = "vllm:inter_token_latency_seconds"
+
+    def now() -> list[float]:
+        return [observed.metric(f"{name}_{what}") for what in ("count", "sum")]
+
+    before = now()
+    began = time.monotonic()
+    for stream in (True, False):
+        answer = Client(observed, KEY).post("/v1/completions", {"prompt": "x", **LONG, "stream": stream})
+        assert answer.status_code == 200
+    seen = time.monotonic() - began
+    count, total = (after - first for after, first in zip(now(), before, strict=True))
+    assert count == 2 * (int(LONG["max_tokens"]) - 1)
+    assert 0 < total < seen
+
+
 def test_times_add_up(observed: Server) -> None:
     names = ("queue_time", "time_to_first_token", "inter_token_latency", "request_duration")
 

@@ -299,6 +299,7 @@ def test_metrics_of_either_process_are_the_sums_of_both(pair: Pair) -> None:
         ("kserve_vllm_request_duration_seconds_count",): len(protocols) * rounds,
         ("vllm:request_success_total",): len(protocols) * rounds,
         ("vllm:generation_tokens_total",): len(protocols) * rounds * tokens,
+        ("vllm:inter_token_latency_seconds_count",): len(protocols) * rounds * (tokens - 1),
     }
 
     def read() -> dict[tuple[str, ...], float]:

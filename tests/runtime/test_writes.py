@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from kserve_vllm.engine.openai_stream import Hub
-from kserve_vllm.hosting.http2 import Connection
+from kserve_vllm.hosting.http2 import Connection, Connections
 from kserve_vllm.protocol.chunks import chunks_of
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -167,7 +167,7 @@ class Written(asyncio.Transport):
 def test_what_a_pass_writes_on_a_grpc_connection_is_one_write_and_much_of_it_does_not_wait() -> None:
     async def run() -> None:
         transport = Written()
-        connection = Connection(lambda *_: pytest.fail("nobody asks"), set())
+        connection = Connection(lambda *_: pytest.fail("nobody asks"), Connections())
         connection.connection_made(transport)
         assert transport.writes == []
         assert not connection.flushed
@@ -190,5 +190,30 @@ def test_what_a_pass_writes_on_a_grpc_connection_is_one_write_and_much_of_it_doe
         await asyncio.sleep(0)
         assert len(transport.writes) == 4
         connection.connection_lost(None)
+
+    asyncio.run(run())
+
+
+def test_the_connections_of_a_pass_are_written_in_a_row_and_one_that_fails_stops_no_other() -> None:
+    class Broken(Written):
+        def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+            raise OSError
+
+    async def run() -> None:
+        connections, transports = Connections(), [Written(), Broken(), Written()]
+        made = [Connection(lambda *_: pytest.fail("nobody asks"), connections) for _ in transports]
+        for connection, transport in zip(made, transports, strict=True):
+            connection.connection_made(transport)
+        assert connections == set(made)
+        await asyncio.sleep(0)
+        assert [len(transport.writes) for transport in transports] == [1, 0, 1]
+        for connection in made:
+            connection.write(b"a")
+            connection.write(b"b")
+        await asyncio.sleep(0)
+        assert [transport.writes[1:] for transport in transports] == [[b"ab"], [], [b"ab"]]
+        for connection in made:
+            connection.connection_lost(None)
+        assert not connections
 
     asyncio.run(run())

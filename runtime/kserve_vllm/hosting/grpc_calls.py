@@ -23,8 +23,8 @@ from urllib.parse import quote
 import grpc
 from h2.errors import ErrorCodes
 
-from kserve_vllm.hosting.grpc_inbox import PREFIX, WINDOW_BITS, Budget, Inbox, Unreadable
-from kserve_vllm.hosting.http2 import MAX_HEADERS, Connection, Headers, Stream
+from kserve_vllm.hosting.grpc_inbox import WINDOW_BITS, Budget, Inbox, Unreadable
+from kserve_vllm.hosting.http2 import MAX_HEADERS, Connection, Connections, Headers, Stream
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Services:
     max_message: int
     message_timeout_s: float = 60.0
     handlers: list[grpc.GenericRpcHandler[Any, Any]] = field(default_factory=list)
-    connections: set[Connection] = field(default_factory=set)
+    connections: Connections = field(default_factory=Connections)
     open_calls: set[Call] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -224,12 +224,11 @@ class Call:
             return
         if not self._begun:
             self._begin(())
-        size = len(message)
-        prefix = b"\0" + size.to_bytes(4, "big")
-        if not self._pending and self._stream.fits(size + PREFIX):
-            self._stream.write(prefix, message)
+        data = b"\0%b%b" % (len(message).to_bytes(4, "big"), message)
+        if not self._pending and self._stream.fits(len(data)):
+            self._stream.write(data)
         else:
-            self._pending.append(prefix + message)
+            self._pending.append(data)
             self.pump()
 
     def pump(self) -> None:

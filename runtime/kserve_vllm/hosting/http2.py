@@ -128,13 +128,13 @@ class Stream:
             and size <= connection.state.outbound_flow_control_window
         )
 
-    def write(self, *parts: bytes | memoryview) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Write one frame of data. The headers have been sent, and there is room for it."""
-        size = sum(map(len, parts))
+        size = len(data)
         connection = self._connection
         connection.state.outbound_flow_control_window -= size
         self._stream.outbound_flow_control_window -= size
-        connection.write(b"".join((size.to_bytes(3, "big"), self._head, *parts)))
+        connection.write(b"".join((size.to_bytes(3, "big"), self._head, data)))
 
     def headers(self, headers: Headers, end: bool = False) -> None:
         """Write headers or trailers. With `end` the stream is over, and what the client still sends is not read."""
@@ -215,6 +215,28 @@ class _Allowance:
         return self._left >= 0
 
 
+class Connections(set["Connection"]):
+    """A server's open connections. What one pass of the event loop has for all of them is written in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._due: list[Connection] = []
+
+    def write_soon(self, connection: Connection) -> None:
+        """Let this one write what it holds when the pass is over."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._write)
+        self._due.append(connection)
+
+    def _write(self) -> None:
+        due, self._due = self._due, []
+        for connection in due:
+            try:
+                connection.let_go()
+            except Exception:
+                log.exception("a connection could not be written to")
+
+
 class Connection(asyncio.Protocol):
     """One client's connection.
 
@@ -223,7 +245,7 @@ class Connection(asyncio.Protocol):
         connections: of the whole server; this one is in it while it is open.
     """
 
-    def __init__(self, accept: Callable[[Stream, Headers], Exchange], connections: set[Connection]) -> None:
+    def __init__(self, accept: Callable[[Stream, Headers], Exchange], connections: Connections) -> None:
         self._accept = accept
         self._connections = connections
         self._loop = asyncio.get_running_loop()
@@ -342,18 +364,19 @@ class Connection(asyncio.Protocol):
         if self.broken:
             return
         if not self._held:
-            self._loop.call_soon(self._let_go)
+            self._connections.write_soon(self)
         self._held.append(data)
         self._held_bytes += len(data)
         if self._held_bytes > _MOST_HELD:
             # So that the socket can say that it takes no more.
-            self._let_go()
+            self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Write what is held."""
         if self._held:
             held, self._held, self._held_bytes = self._held, [], 0
             if not self.broken:
-                self.transport.write(b"".join(held))
+                self.transport.write(held[0] if len(held) == 1 else b"".join(held))
 
     def forget(self, stream_id: int) -> None:
         """An exchange is over."""
@@ -392,7 +415,7 @@ class Connection(asyncio.Protocol):
         """Close at once; exchanges that are open are lost."""
         if not self.broken:
             self.flush()
-            self._let_go()
+            self.let_go()
             self._break()
             self._aborting = self._loop.call_later(_ABORT_S, self.transport.abort)
             self.transport.close()

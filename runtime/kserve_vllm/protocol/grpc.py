@@ -133,7 +133,8 @@ class _Turns:
     def take(self, item: Any) -> list[bytes]:
         """Serialized messages of what was put, now that they can be sent."""
         self._waiting -= 1
-        self._tell()
+        if self._room is not None:
+            self._tell()
         return item.take() if isinstance(item, Pieces) else [_serialized(item)]
 
     async def begin(self) -> None:
