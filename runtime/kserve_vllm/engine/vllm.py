@@ -33,6 +33,7 @@ from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.outputs import process_plain_outputs_apart
+from kserve_vllm.engine.placement import leave_processors_of
 from kserve_vllm.engine.rendering import render_short_prompts_in_place
 from kserve_vllm.errors import (
     ConfigError,
@@ -376,6 +377,7 @@ class VLLMEngine:
     async def warm_up(self) -> None:
         """Answer one short request, so that ready means that answers come; then freeze the heap for the collector."""
         from vllm import envs
+        from vllm.platforms import current_platform
 
         if self.generates:
             job = TextJob(self.names[0], "warm-up", prompt=[1], options={"max_tokens": 1, "temperature": 0.0})
@@ -385,6 +387,9 @@ class VLLMEngine:
             await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
         if self._seat is None:
             self._processes = psutil.Process().children(recursive=True)
+            # Several front ends need more than the one processor that vLLM leaves.
+            if current_platform.is_cpu():
+                leave_processors_of(self._processes)
         # vLLM's engine does so too; its front end would read a variable of the environment for every token.
         envs.enable_envs_cache()
         # vLLM's lifespan writes the statistics line and freezes the heap.
