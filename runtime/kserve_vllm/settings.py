@@ -116,8 +116,8 @@ class ServerSettings(_Group):
     fast_path: bool = _setting(
         True,
         "Answer chats and completions past vLLM's web framework, write common OpenAI and gRPC streams from bytes, "
-        "render short prompts and process plain outputs on a shorter way, and serve gRPC ourselves; false leaves all that "
-        "to vLLM's and KServe's objects and the grpcio package's server.",
+        "render short prompts and process plain outputs on a shorter way, and serve gRPC ourselves; false leaves all "
+        "that to vLLM's and KServe's objects and the grpcio package's server.",
     )
 
 
