@@ -2,8 +2,8 @@
 
 Usage: python3 runtime/tools/setup_venv.py [--dev] [--venv DIR]
 
-Every package is pinned with hashes and installed without resolving. torch comes from the configured indexes, else
-from PyTorch's own.
+Every package is pinned with hashes and installed without resolving. torch's CPU build comes from the configured
+indexes, else from PyTorch's own; where neither has it, PyPI's build with CUDA's libraries serves as well.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12 ...")
         return 1
     lock = LOCKS / ("lock-dev.txt" if args.dev else "lock-runtime.txt")
-    torch = LOCKS / "torch-cpu.txt"
-    wanted = _stamp([lock, torch, ROOT / "pyproject.toml"], args.venv)
+    torch = [LOCKS / "torch-cpu.txt", LOCKS / "torch-pypi.txt"]
+    wanted = _stamp([lock, *torch, ROOT / "pyproject.toml"], args.venv)
     stamp = args.venv / ".locks"
     done = stamp.read_text().split() if stamp.exists() else []
-    if wanted in done or _stamp([LOCKS / "lock-dev.txt", torch, ROOT / "pyproject.toml"], args.venv) in done:
+    if wanted in done or _stamp([LOCKS / "lock-dev.txt", *torch, ROOT / "pyproject.toml"], args.venv) in done:
         return 0
     if ctypes.util.find_library("numa") is None:
         print(
@@ -55,11 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pip = [str(args.venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     locked = [*pip, "--no-deps", "--require-hashes"]
     if not _has_torch(args.venv):
-        print("  torch ...", flush=True)
-        code = _run([*locked, "-r", str(torch)], quiet=True)
-        if code:
-            print(f"  torch is not on the configured indexes; asking {PYTORCH_INDEX} ...", flush=True)
-            code = _run([*locked, "--index-url", PYTORCH_INDEX, "-r", str(torch)])
+        code = _install_torch(locked)
         if code:
             return code
     print(f"  {lock.name} ...", flush=True)
@@ -73,12 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _install_torch(locked: Sequence[str]) -> int:
+    """torch from the first place that has it. Returns 0, or pip's exit code at the last place."""
+    cpu, pypi = ("-r", str(LOCKS / "torch-cpu.txt")), ("-r", str(LOCKS / "torch-pypi.txt"))
+    print("  torch ...", flush=True)
+    if _run([*locked, *cpu], quiet=True) == 0:
+        return 0
+    print(f"  torch's CPU build is not on the configured indexes; asking {PYTORCH_INDEX} ...", flush=True)
+    # Once and not for long: where that index can't be reached, pip would wait for minutes.
+    if _run([*locked, "--timeout", "20", "--retries", "1", "--index-url", PYTORCH_INDEX, *cpu], quiet=True) == 0:
+        return 0
+    print("  not to be had there; taking PyPI's torch with CUDA's libraries (4.5 GB), which runs on a CPU too", flush=True)
+    return _run([*locked, *pypi])
+
+
 def _run(command: Sequence[str], quiet: bool = False) -> int:
     return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None, check=False).returncode
 
 
 def _has_torch(folder: Path) -> bool:
-    check = "import importlib.metadata as m; raise SystemExit(m.version('torch') != '2.13.0+cpu')"
+    check = "import importlib.metadata as m; raise SystemExit(m.version('torch') not in ('2.13.0+cpu', '2.13.0'))"
     return _run([str(folder / "bin" / "python"), "-c", check], quiet=True) == 0
 
 
