@@ -38,12 +38,15 @@ class Pages:
     """
 
     def __init__(self, server: Server) -> None:
+        # A client reads the machine's certificates when it is made, which takes longer than a request.
+        client = self._client = httpx.Client(timeout=10)
+
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 kind = "text/plain; version=0.0.4"
                 if self.path == "/canary":
                     accept = {"accept": self.headers.get("accept", "")}
-                    answer = httpx.get(server.url + "/metrics", headers=accept, timeout=10)
+                    answer = client.get(server.url + "/metrics", headers=accept)
                     kind, text = answer.headers["content-type"], answer.text
                     text = re.sub(r"^(process_start_time_seconds) \S+", r"\1 9e9", text, flags=re.M)
                 else:
@@ -64,6 +67,7 @@ class Pages:
         """Close the port."""
         self._http.shutdown()
         self._http.server_close()
+        self._client.close()
 
 
 class Prometheus:
@@ -78,6 +82,7 @@ class Prometheus:
 
     def __init__(self, binary: str, folder: Path, server: Server, rules: Sequence[Path]) -> None:
         self._pages = Pages(server)
+        self._client = httpx.Client(timeout=30)
         labels = {"namespace": "test", "inferenceservice": "demo"}
         stable = {**labels, "pod": "stable", "revision": "demo-00001"}
         canary = {**labels, "pod": "canary", "revision": "demo-00002"}
@@ -98,6 +103,8 @@ class Prometheus:
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
+        self.at: float | None = None
+        """When queries are evaluated, in seconds of the wall clock; now where it is None."""
         self._log = (folder / "log").open("w+")
         self._process = subprocess.Popen(
             [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
@@ -109,19 +116,20 @@ class Prometheus:
     def _up(self) -> bool:
         assert self._process.poll() is None, Path(self._log.name).read_text()
         try:
-            return httpx.get(self.url + "/-/ready").status_code == 200
+            return self._client.get(self.url + "/-/ready").status_code == 200
         except httpx.TransportError:
             return False
 
     def get(self, path: str, **parameters: Any) -> Any:
         """The data of an API answer, which must succeed."""
-        body = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30).json()
+        body = self._client.get(f"{self.url}/api/v1/{path}", params=parameters).json()
         assert body["status"] == "success", body
         return body["data"]
 
     def query(self, expression: str) -> list[Any]:
         """The series of an instant query that have a number."""
-        data = self.get("query", query=expression)
+        at = {} if self.at is None else {"time": self.at}
+        data = self.get("query", query=expression, **at)
         rows = data["result"] if data["resultType"] == "vector" else [{"value": data["result"]}]
         return [row for row in rows if row["value"][1] != "NaN"]
 
@@ -134,4 +142,5 @@ class Prometheus:
             self._process.kill()
             self._process.wait()
         self._log.close()
+        self._client.close()
         self._pages.stop()

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.charts.support import predictor, standard
+from tests.clients import until
 from tests.observability.conftest import KEY
 from tests.observability.load import Client
 from tests.observability.prom import Prometheus
@@ -21,6 +22,7 @@ from tests.observability.test_rules import RULES
 from tests.support import ROOT, Server, not_checked
 from tests.tools import install_prometheus
 
+LOADS_WITHIN_S = 90.0
 DASHBOARDS = sorted((ROOT / "charts" / "kserve-vllm" / "files" / "dashboards").glob("*.json"))
 
 
@@ -88,25 +90,40 @@ def selectors(expression: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def prometheus(observed: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus, after a load through every protocol that it has watched."""
+    """Prometheus, after loads through every protocol that it has watched.
+
+    A rate needs a scrape before the load and one after it, and a recording what those gave. How long a load takes is
+    the machine's affair: it is repeated until all queries have data, and what is asked later is asked of that moment.
+    """
     binary = install_prometheus.find("prometheus")
     if binary is None:
         not_checked("no Prometheus: no query was checked; see tests/tools/install_prometheus.py")
     running = Prometheus(binary, tmp_path_factory.mktemp("prometheus"), observed, RULES)
-    client = Client(observed, KEY)
     try:
-        for _ in range(2):
-            client.everything()
-            Client(observed).chat()
-            client.post("/v2/repository/models/demo/unload", {})
-            assert client.infer().status_code == 503
-            client.post("/v2/repository/models/demo/load", {})
-            time.sleep(3)
-        # Rates need two scrapes, and rules what those gave.
-        time.sleep(4)
+        until(lambda: len(running.query("up == 1")) == 3, 30)
+        deadline = time.monotonic() + LOADS_WITHIN_S
+        while not _all_have_data(running) and time.monotonic() < deadline:
+            _load(observed)
+        running.at = time.time()
         yield running
     finally:
         running.stop()
+
+
+def _load(server: Server) -> None:
+    """Good requests and bad ones, two of them to a model that is not loaded, and a scrape after them."""
+    client = Client(server, KEY)
+    client.everything()
+    Client(server).chat()
+    client.post("/v2/repository/models/demo/unload", {})
+    assert client.infer().status_code == 503
+    client.post("/v2/repository/models/demo/load", {})
+    time.sleep(2)
+
+
+def _all_have_data(prometheus: Prometheus) -> bool:
+    recordings = rules("record")
+    return all(map(prometheus.query, [*recordings, *recordings.values(), *panels().values(), *triggers().values()]))
 
 
 @pytest.mark.parametrize("name", rules("record"))
@@ -172,11 +189,18 @@ def test_a_dead_query_would_be_found(prometheus: Prometheus) -> None:
 def test_prometheus_keeps_the_exemplars_with_their_trace_ids(prometheus: Prometheus, observed: Server) -> None:
     trace = "20000000000000000000000000000001"
     Client(observed, KEY).chat(traceparent=f"00-{trace}-00f067aa0ba902b7-01")
-    time.sleep(3)
-    now = time.time()
-    data = prometheus.get("query_exemplars", query="kserve_vllm_time_to_first_token_seconds_bucket",
-                          start=now - 300, end=now + 5)  # fmt: skip
-    assert trace in {e["labels"]["trace_id"] for series in data for e in series["exemplars"]}
+
+    def kept() -> bool:
+        now = time.time()
+        data = prometheus.get(
+            "query_exemplars",
+            query="kserve_vllm_time_to_first_token_seconds_bucket",
+            start=now - 300,
+            end=now + 5,
+        )
+        return trace in {e["labels"]["trace_id"] for series in data for e in series["exemplars"]}
+
+    until(kept, 30)
 
 
 def test_the_dashboards_are_what_their_description_says() -> None:
