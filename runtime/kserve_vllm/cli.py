@@ -16,6 +16,7 @@ from kserve_vllm import settings as tree
 from kserve_vllm.engine import demo
 from kserve_vllm.engine.profiles import PROFILES
 from kserve_vllm.errors import ConfigError
+from kserve_vllm.ops import operations
 from kserve_vllm.settings import (
     EngineFlag,
     LifecycleSettings,
@@ -80,6 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
     health.add_argument("--http-port", default=os.environ.get("KSERVE_VLLM_HTTP_PORT", "8080"), help="its HTTP port")
     commands.add_parser("keys", help="make, hash and list API keys", add_help=False)
     commands.add_parser("profiles", help="print the profiles and the engine flags that each one sets")
+    operations.register(commands)
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
     if arguments[:1] == ["config"]:
@@ -88,6 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
         from kserve_vllm import keys
 
         return keys.main(arguments[1:])
+    if arguments[:1] and arguments[0] in operations.COMMANDS:
+        return operations.run(arguments)
     args = top.parse_args(arguments)
     if args.command == "health":
         return _health("live" if args.live else "ready", args.http_port)

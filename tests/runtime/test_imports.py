@@ -17,7 +17,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"supervisor"},
-    {"bootstrap", "keys"},
+    {"bootstrap", "keys", "ops"},
     {"assemble"},
     {"hosting"},
     {"protocol"},
