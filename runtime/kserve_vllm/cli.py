@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from kserve_vllm import settings as tree
 from kserve_vllm.engine import demo
 from kserve_vllm.engine.profiles import PROFILES
 from kserve_vllm.errors import ConfigError
+from kserve_vllm.ops import operations
 from kserve_vllm.settings import (
     EngineFlag,
     LifecycleSettings,
@@ -31,12 +31,6 @@ from kserve_vllm.settings import (
 
 DEFAULT_MODEL_DIR = "/mnt/models"
 _SECRET_FLAG = re.compile(r"(token|key|password|secret)$")
-
-# What an operator decides with. Each module has `main(arguments) -> exit code` and is imported when it is asked for.
-_TOOLS = {
-    "plan": ("kserve_vllm.ops.plan", "GPUs, parallel sizes, replicas and cost for a model and its traffic"),
-    "simulate": ("kserve_vllm.ops.simulate", "try an autoscaler on recorded or made-up traffic"),
-}
 
 _SERVE_EPILOG = """
 Every engine flag of `vllm serve` is taken too, and checked by vLLM's own parser:
@@ -87,8 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
     health.add_argument("--http-port", default=os.environ.get("KSERVE_VLLM_HTTP_PORT", "8080"), help="its HTTP port")
     commands.add_parser("keys", help="make, hash and list API keys", add_help=False)
     commands.add_parser("profiles", help="print the profiles and the engine flags that each one sets")
-    for name, (_, text) in _TOOLS.items():
-        commands.add_parser(name, help=text, add_help=False)
+    operations.register(commands)
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
     if arguments[:1] == ["config"]:
@@ -97,9 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
         from kserve_vllm import keys
 
         return keys.main(arguments[1:])
-    if arguments and arguments[0] in _TOOLS:
-        tool = importlib.import_module(_TOOLS[arguments[0]][0])
-        return int(tool.main(arguments[1:]))
+    if arguments[:1] and arguments[0] in operations.COMMANDS:
+        return operations.run(arguments)
     args = top.parse_args(arguments)
     if args.command == "health":
         return _health("live" if args.live else "ready", args.http_port)

@@ -1,1 +1,1 @@
-"""What an operator decides with: commands that read configurations and need neither the engine nor a GPU."""
+"""Tools for the people who run a service, from a laptop or a Job: nothing here imports the engine or wants a GPU."""
