@@ -10,6 +10,8 @@ BIN := .venv/bin
 help:
 	@echo "make serve [MODEL=hub-id-or-folder] [ARGS='flags']   serve the demo model, or MODEL"
 	@echo "make test [TESTS='paths and pytest flags']           all checks and tests, against the real engine"
+	@echo "make e2e [ARGS='--keep']                             the suite against the current kubeconfig's cluster; E2E_IMAGE, E2E_GATEWAY"
+	@echo "make e2e-kind [ARGS='-k standard']                   the same on a cluster in Docker, which it makes"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
 	@echo "make lock                                            resolve the lock files again"
@@ -42,6 +44,15 @@ check: setup-dev
 .PHONY: test
 test: check
 	$(BIN)/python -m pytest $(or $(TESTS),-n 2)
+
+.PHONY: e2e
+e2e: setup-dev
+	$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+.PHONY: e2e-kind
+e2e-kind: setup-dev
+	tests/e2e/kind.sh up
+	tests/e2e/kind.sh test $(ARGS)
 
 .PHONY: bench
 bench: setup-dev

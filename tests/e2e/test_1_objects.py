@@ -1,0 +1,283 @@
+"""Every scenario of the chart and every manifest of the catalogue: taken by the webhooks, written, kept, removed.
+
+In namespaces that may hold no pod, so that no GPU and no download is needed and nothing waits for a start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes.client.exceptions import ApiException
+
+from tests.e2e.cluster import Cluster, Object, wait
+from tests.e2e.conftest import Record, Suite
+from tests.e2e.releases import CATALOGUE, CHART, SCENARIOS, HelmFailed, Release, helm
+
+_AT_ONCE = 3
+_KSERVE_ACTS_WITHIN_S = 5.0
+"""A controller that takes an object for its own deletes or rewrites it within this; see the case below."""
+NAMES = [path.name.removesuffix("-values.yaml") for path in SCENARIOS]
+MANIFESTS = sorted(CATALOGUE.rglob("*.yaml"))
+
+
+@dataclass
+class Scenario:
+    """A scenario on the cluster; `problem` says why it is not."""
+
+    release: Release
+    objects: list[Object] = field(default_factory=list)
+    problem: str = ""
+    missing: str = ""
+    seconds: float = 0.0
+    generations: dict[str, int] = field(default_factory=dict)
+    uninstalled: bool = False
+
+
+def _is_knative(thing: Object) -> bool:
+    return bool(thing["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "Knative")
+
+
+def _missing(cluster: Cluster, objects: list[Object]) -> str:
+    """What the cluster lacks for these objects; empty if nothing."""
+    for thing in objects:
+        if thing["kind"] == "InferenceService" and _is_knative(thing) and not cluster.found.knative:
+            return "Knative Serving"
+        try:
+            cluster.path_of(thing, "default")
+        except LookupError:
+            return f"the kind {thing['kind']}"
+    return ""
+
+
+def _kept(objects: list[Object]) -> list[Object]:
+    """Those that helm is told to leave."""
+    return [o for o in objects if (o["metadata"].get("annotations") or {}).get("helm.sh/resource-policy") == "keep"]
+
+
+def _documents(text: str) -> list[Object]:
+    return [d for d in yaml.safe_load_all(text) if d]
+
+
+def _install(cluster: Cluster, scenario: Scenario) -> None:
+    release = scenario.release
+    # `--no-hooks` leaves the pods of `helm test` out of what is compared.
+    rendered = helm(
+        "template", release.name, str(CHART), "--namespace", release.namespace, "--no-hooks", values=release.values
+    )
+    scenario.objects = _documents(rendered)
+    scenario.missing = _missing(cluster, scenario.objects)
+    if scenario.missing:
+        return
+    try:
+        scenario.seconds = release.install()
+    except HelmFailed as error:
+        scenario.problem = str(error)
+
+
+@pytest.fixture(scope="module")
+def scenarios(suite: Suite) -> Mapping[str, Scenario]:
+    """All scenarios, each in a namespace of its own, some time after they were installed."""
+    made = {}
+    for n, path in enumerate(SCENARIOS):
+        namespace = suite.namespace(f"sc{n}", {"pod-security.kubernetes.io/enforce": "privileged"})
+        suite.cluster.forbid_pods(namespace)
+        made[NAMES[n]] = Scenario(suite.release(f"sc{n}", namespace, yaml.safe_load(path.read_text()) or {}))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(lambda s: _install(suite.cluster, s), made.values()))
+    time.sleep(_KSERVE_ACTS_WITHIN_S)
+    return made
+
+
+def _usable(scenarios: Mapping[str, Scenario], name: str) -> Scenario:
+    scenario = scenarios[name]
+    if scenario.missing:
+        pytest.skip(f"NOT RUN: the cluster lacks {scenario.missing}")
+    assert not scenario.problem, scenario.problem
+    return scenario
+
+
+def _same(have: Any, want: Any) -> bool:
+    """Whether `have` holds all of `want`; a server adds defaults."""
+    if isinstance(want, dict):
+        return isinstance(have, dict) and all(_same(have.get(key), value) for key, value in want.items())
+    if isinstance(want, list):
+        return isinstance(have, list) and len(have) == len(want) and all(map(_same, have, want))
+    return bool(str(have) == str(want))
+
+
+def _written(cluster: Cluster, namespace: str, isvc: Object) -> bool:
+    """Whether KServe has made the workload of a service."""
+    name = f"{isvc['metadata']['name']}-predictor"
+    path = "/apis/serving.knative.dev/v1" if _is_knative(isvc) else "/apis/apps/v1"
+    return (
+        cluster.get(f"{path}/namespaces/{namespace}/{'services' if _is_knative(isvc) else 'deployments'}/{name}")
+        is not None
+    )
+
+
+def _wait_written(cluster: Cluster, namespace: str, isvc: Object) -> None:
+    name = isvc["metadata"]["name"]
+    wait(
+        f"workload of {name}",
+        lambda: _written(cluster, namespace, isvc),
+        30,
+        seen=lambda: cluster.story(namespace, name),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scenario_is_taken_and_written(
+    scenarios: Mapping[str, Scenario], cluster: Cluster, record: Record, name: str
+) -> None:
+    scenario = _usable(scenarios, name)
+    namespace = scenario.release.namespace
+    services = [o for o in scenario.objects if o["kind"] == "InferenceService"]
+    for isvc in services:
+        _wait_written(cluster, namespace, isvc)
+        live = cluster.isvc(namespace, isvc["metadata"]["name"])
+        scenario.generations[isvc["metadata"]["name"]] = live["metadata"]["generation"]
+    record("objects", len(scenario.objects))
+    record("helm install, seconds", scenario.seconds)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_chart_writes_stays_as_it_is(scenarios: Mapping[str, Scenario], cluster: Cluster, name: str) -> None:
+    """A controller that takes an object for its own deletes it or writes it anew."""
+    scenario = _usable(scenarios, name)
+    wrong = []
+    for thing in scenario.objects:
+        label = f"{thing['kind']} {thing['metadata']['name']}"
+        namespace = thing["metadata"].get("namespace", scenario.release.namespace)
+        live = cluster.get(f"{cluster.path_of(thing, namespace)}/{thing['metadata']['name']}")
+        if live is None:
+            wrong.append(f"{label} is gone")
+        elif thing["kind"] != "InferenceService" and not _same(live.get("spec"), thing.get("spec")):
+            # KServe's own webhook completes an InferenceService.
+            wrong.append(f"{label} has another spec: {live.get('spec')}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_upgrade_that_changes_nothing_restarts_nothing(
+    scenarios: Mapping[str, Scenario], cluster: Cluster, record: Record
+) -> None:
+    usable = [s for s in scenarios.values() if not s.missing and not s.problem]
+
+    def upgrade(scenario: Scenario) -> list[str]:
+        scenario.release.upgrade()
+        changed = []
+        for name, before in scenario.generations.items():
+            after = cluster.isvc(scenario.release.namespace, name)["metadata"]["generation"]
+            changed += (
+                [f"{scenario.release.namespace}/{name}: generation {before} -> {after}"] if after != before else []
+            )
+        return changed
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        changed = [line for lines in pool.map(upgrade, usable) for line in lines]
+    record("scenarios", len(usable))
+    assert not changed, changed
+
+
+@pytest.fixture(scope="module")
+def uninstalled(scenarios: Mapping[str, Scenario], cluster: Cluster) -> Mapping[str, Scenario]:
+    """The scenarios after `helm uninstall`."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(lambda s: s.release.uninstall(), scenarios.values()))
+    return scenarios
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scenario_is_removed_without_rest(uninstalled: Mapping[str, Scenario], cluster: Cluster, name: str) -> None:
+    scenario = _usable(uninstalled, name)
+    release, namespace = scenario.release, scenario.release.namespace
+    kept = _kept(scenario.objects)
+    expected = {thing["metadata"]["name"] for thing in kept}
+
+    def rest() -> list[str]:
+        left = cluster.left_in(namespace) + cluster.left_of_release(release.name)
+        return [what for what in left if what.partition("/")[2] not in expected]
+
+    try:
+        wait("nothing left", lambda: not rest(), 60, 1.0, seen=lambda: "\n".join(rest()))
+        for thing in kept:
+            path = f"{cluster.path_of(thing, namespace)}/{thing['metadata']['name']}"
+            assert cluster.get(path) is not None, f"{thing['metadata']['name']} was to be kept"
+    finally:
+        for thing in kept:
+            cluster.delete(thing, namespace)
+
+
+# -- The catalogue ---
+
+
+@pytest.fixture(scope="module")
+def catalogue(suite: Suite) -> Iterator[str]:
+    """A namespace for the catalogue, on runtimes of the names that the chart gives by default."""
+    namespace = suite.namespace("cat", {"pod-security.kubernetes.io/enforce": "privileged"})
+    suite.cluster.forbid_pods(namespace)
+    release = suite.release(
+        "cat", namespace, {"runtimes": {kind: {"name": f"kserve-vllm-{kind}"} for kind in ("cpu", "gpu", "multinode")}}
+    )
+    path = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-cpu"
+    if suite.cluster.get(path) is None:
+        release.install()
+    yield namespace
+    release.uninstall()
+
+
+def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
+    catalogue: str, cluster: Cluster, record: Record
+) -> None:
+    """The steps of a canary one after the other, on one another, as they are meant to be applied."""
+    taken, missing, wrong = 0, [], []
+    before = set(cluster.left_in(catalogue))
+    steps: dict[Path, list[Path]] = {}
+    for path in MANIFESTS:
+        steps.setdefault(path.parent if path.parent != CATALOGUE else path, []).append(path)
+    for paths in steps.values():
+        applied: list[Object] = []
+        for path in paths:
+            objects = _documents(path.read_text())
+            if lacks := _missing(cluster, objects):
+                missing.append(f"{path.stem}: {lacks}")
+                continue
+            try:
+                for thing in objects:
+                    cluster.apply(thing, catalogue)
+                    if all(thing["metadata"]["name"] != other["metadata"]["name"] for other in applied):
+                        applied.append(thing)
+                for isvc in (o for o in objects if o["kind"] == "InferenceService"):
+                    _wait_written(cluster, catalogue, isvc)
+                taken += 1
+            except (ApiException, AssertionError) as error:
+                wrong.append(f"{path.relative_to(CATALOGUE)}: {str(getattr(error, 'body', error))[:600]}")
+        for thing in applied:
+            cluster.delete(thing, catalogue)
+    wait(
+        "the catalogue removed",
+        lambda: set(cluster.left_in(catalogue)) <= before,
+        120,
+        1.0,
+        seen=lambda: str(set(cluster.left_in(catalogue)) - before),
+    )
+    record("manifests taken, written and removed", taken)
+    if missing:
+        record("not run for lack of what they need", "; ".join(missing))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_service_that_kserve_refuses_is_refused_here_too(catalogue: str, cluster: Cluster) -> None:
+    """The webhooks are asked at all: without this, `taken` says nothing."""
+    broken = _documents((CATALOGUE / "cpu-demo.yaml").read_text())[0]
+    broken["spec"]["predictor"]["minReplicas"] = 3
+    broken["spec"]["predictor"]["maxReplicas"] = 1
+    with pytest.raises(ApiException) as refused:
+        cluster.apply(broken, catalogue)
+    assert "admission webhook" in str(refused.value.body)
