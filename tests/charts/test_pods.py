@@ -215,6 +215,14 @@ def test_knative_waits_longer_than_the_startup_probe(isvc: Document, runtime: Do
     assert int(deadline.removesuffix("s")) > startup["periodSeconds"] * startup["failureThreshold"]
 
 
+@each
+def test_knatives_proxies_are_told_not_to_cut_streams(isvc: Document, runtime: Document) -> None:
+    # On the service itself too: it may run on somebody else's runtime.
+    key = "features.knative.dev/http-full-duplex"
+    assert kserve_merge.pod(isvc, runtime)["metadata"]["annotations"][key] == "Enabled"
+    assert (key in isvc["metadata"]["annotations"]) == (mode_of(isvc) == "Knative")
+
+
 # Time.
 
 

@@ -120,6 +120,8 @@ spec:
   annotations:
     prometheus.kserve.io/path: /metrics
     prometheus.kserve.io/port: "8080"
+    # Knative's proxies are Go's, which close a connection under a stream whose request they think unread.
+    features.knative.dev/http-full-duplex: Enabled
     serving.knative.dev/progress-deadline: {{ printf "%ds" (int $values.progressDeadlineSeconds) }}
     {{- if eq $kind "multinode" }}
     # Stages are nodes and ranks are GPUs of a node, as vLLM's own multi-node start has it.
