@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import orjson
 import psutil
 
-from kserve_vllm.engine import demo, guards
+from kserve_vllm.engine import cpu_binding, demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
 from kserve_vllm.engine.faults import is_template_error
@@ -88,6 +88,9 @@ SAMPLING_OPTIONS = frozenset(
     "response_format structured_outputs priority cache_salt user length_penalty".split()
 )
 
+
+_IDLE_WORKERS_EVERY_S = 300.0
+"""How often workers are asked for a sign of life while no request is in flight."""
 
 # Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
 _NOT_SERVED = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
@@ -168,6 +171,7 @@ def run_headless(args: argparse.Namespace) -> None:
     """Run the workers of one node of a multi-node deployment until the head node ends."""
     from vllm.entrypoints.cli.serve import run_headless as vllm_run_headless
 
+    _bind_to_processors(args)
     args.headless, args.api_server_count = True, 0
     vllm_run_headless(args)
 
@@ -198,6 +202,8 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         validate_api_server_args(args)
         _default_to_eager_without_compiler(args)
         _look_at_bfloat16(args)
+        if count == 1 or index < 0:
+            _bind_to_processors(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
         if count > 1:
@@ -215,6 +221,14 @@ def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
     if current_platform.is_cpu() and not args.enforce_eager and not any(map(shutil.which, compilers)):
         log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
         args.enforce_eager = True
+
+
+def _bind_to_processors(args: argparse.Namespace) -> None:
+    """Decide whether vLLM binds its threads, by what this container may use of the processors."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        cpu_binding.apply(os.environ, args.tensor_parallel_size * args.pipeline_parallel_size)
 
 
 def _look_at_bfloat16(args: argparse.Namespace) -> None:
@@ -265,6 +279,15 @@ def spared_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def _sign_of_life(client: Any, with_workers: bool) -> None:
+    """Return once the engine's step loop has answered, and its workers with it."""
+    if with_workers:
+        await client.collective_rpc("check_health")
+    else:
+        # Answered between two steps, from the scheduler's own state.
+        await client.is_paused()
 
 
 class VLLMEngine:
@@ -398,14 +421,16 @@ class VLLMEngine:
     async def watch(self, interval_s: float, stall_timeout_s: float, on_gone: Callable[[str], None]) -> None:
         """Watch the engine until cancelled; call `on_gone` once with the reason when it is dead or hangs.
 
-        A dead engine process is seen within half a second. Every `interval_s` seconds all workers are asked for a
-        sign of life through the engine's step loop; when it is owed for `stall_timeout_s` seconds, the engine counts
-        as hanging and is killed, so that every request in flight gets its error. Bound: the sum of the two, but for
-        time in which this process itself stood still.
+        A dead engine process is seen within half a second. Every `interval_s` seconds a sign of life is asked of the
+        engine's step loop, and of all workers while requests are in flight; when it is owed for `stall_timeout_s`
+        seconds, the engine counts as hanging and is killed, so that every request in flight gets its error. Bound: the
+        sum of the two, but for time in which this process itself stood still. Without requests, workers are asked
+        every 300 s: a message makes their queue spin for a second, on each one's processor.
         """
         loop = asyncio.get_running_loop()
         probe: asyncio.Task[Any] | None = None
         next_probe = loop.time() + interval_s
+        workers_due = loop.time() + _IDLE_WORKERS_EVERY_S
         deadline = 0.0
         while True:
             before, pause_s = loop.time(), min(0.25, interval_s)
@@ -417,7 +442,10 @@ class VLLMEngine:
                 return
             now = loop.time()
             if probe is None and now >= next_probe:
-                probe = asyncio.create_task(self.client.collective_rpc("check_health"))
+                with_workers = self.client.output_processor.has_unfinished_requests() or now >= workers_due
+                if with_workers:
+                    workers_due = now + _IDLE_WORKERS_EVERY_S
+                probe = asyncio.create_task(_sign_of_life(self.client, with_workers))
                 deadline = now + stall_timeout_s
             elif probe is not None and probe.done():
                 if probe.exception() is not None and not self.client.errored:
