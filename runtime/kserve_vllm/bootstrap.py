@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
+from kserve_vllm import termination
 from kserve_vllm.assemble import Assembly
+from kserve_vllm.engine.starting import Movement, stall
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.errors import ConfigError, EngineGone
@@ -33,6 +36,9 @@ _PROGRESS_EVERY_S = 10.0
 _CLOSE_GRACE_S = 2.0
 _USAGE_GRACE_S = 10.0
 _TELL_EVERY_S = 1.0
+_OF_SEVERAL_NODES = frozenset({"nnodes", "data-parallel-size-local", "data-parallel-address", "data-parallel-rank"})
+_GIVE_UP_WITHIN_S = 10.0
+"""How long a start that has failed may take to close what it has opened."""
 
 
 def prepare(settings: Settings) -> str:
@@ -41,6 +47,14 @@ def prepare(settings: Settings) -> str:
         # The default takes half of the machine's memory for a model of a few MiB.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return logs.configure(settings.telemetry.log_format, settings.server.access_log)
+
+
+def waits_for_others(settings: Settings) -> bool:
+    """Whether other nodes take part: until they are there, nothing may move here for as long as that takes."""
+    flags = {flag.name: flag.tokens for flag in settings.engine}
+    ray = any("ray" in token.split("=") for name in ("distributed-executor-backend", "data-parallel-backend")
+              for token in flags.get(name, ()))  # fmt: skip
+    return ray or not flags.keys().isdisjoint(_OF_SEVERAL_NODES)
 
 
 def run(settings: Settings, seat: Seat | None = None) -> int:
@@ -140,24 +154,55 @@ class _Process:
         progress = asyncio.create_task(self._report_progress())
         stopping = asyncio.create_task(self._stop.wait())
         failing = asyncio.create_task(self._failed.wait())
-        await asyncio.wait({loading, stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+        watchdog = asyncio.create_task(self._watch_start())
+        await asyncio.wait({loading, stopping, failing, watchdog}, return_when=asyncio.FIRST_COMPLETED)
         progress.cancel()
         try:
             if loading.done():
+                watchdog.cancel()
                 loading.result()
                 return await self._serve(stopping, failing)
+            if watchdog.done() and not stopping.done() and not failing.done():
+                await self._end_failed_start(watchdog.result())
+            watchdog.cancel()
             return await self._give_up_loading(loading)
         except ConfigError:
             self._lifecycle.to(State.FAILED, "a setting can't be used")
             raise
         except Exception as error:
             log.exception("loading failed", exc_info=error)
-            self._lifecycle.to(State.FAILED, "loading failed")
-            return 1
+            found = logs.failures()
+            await self._end_failed_start(found[0][1] if found else termination.describe(error))
         finally:
             stopping.cancel()
             failing.cancel()
             await self._close()
+
+    async def _watch_start(self) -> str:
+        """Wait until the start counts as failed, and say why. Front ends that share an engine leave that to their
+        supervisor."""
+        if self._seat is not None:
+            await asyncio.Event().wait()
+        timeout_s = self._settings.lifecycle.start_stall_timeout
+        return await stall(Movement(), logs.failures, 0.0 if waits_for_others(self._settings) else timeout_s)
+
+    async def _end_failed_start(self, reason: str) -> NoReturn:
+        """Close what can be closed, kill what is left, and exit with code 1; the reason is the last line."""
+        self._lifecycle.to(State.FAILED, "loading failed")
+        reason = f"the start failed: {reason}"
+        self._leave_word(reason)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._close(), _GIVE_UP_WITHIN_S)
+        self._kill_children()
+        if self._seat is None:
+            logs.forget()
+        log.critical("%s; exiting with code 1", reason)
+        sys.stderr.flush()
+        # A thread that waits for the engine can't be interrupted; the process ends without it.
+        os._exit(1)
+
+    def _leave_word(self, sentence: str) -> None:
+        termination.write(self._settings.lifecycle.termination_message_path, sentence)
 
     @property
     def _model(self) -> str:
@@ -261,6 +306,9 @@ class _Process:
         await asyncio.wait({idle, failing}, return_when=asyncio.FIRST_COMPLETED)
         if idle.done() and not idle.result():
             log.warning("drain timeout: %d requests are cut off", self._gate.in_flight)
+            self._leave_word(
+                f"drain timeout: {self._gate.in_flight} requests were cut off after {life.drain_timeout:g} s"
+            )
         elif idle.done() and self._grpc is not None:
             # Over HTTP a request is in flight until its client has the answer; a gRPC call's handler ends before that.
             settled = asyncio.create_task(self._grpc.settle(until - time.monotonic()))
@@ -271,6 +319,8 @@ class _Process:
     async def _fail(self) -> int:
         """Let what was in flight get its error, then exit with 1."""
         log.critical("%s; exiting with code 1", self._lifecycle.reason)
+        found = logs.failures()
+        self._leave_word(f"{self._lifecycle.reason}" + (f": {found[-1][1]}" if found else ""))
         limit = self._settings.lifecycle.engine_dead_exit_after
         grace = min(limit, _CLOSE_GRACE_S)
         # Probes should see the state before the port closes.
@@ -281,6 +331,8 @@ class _Process:
     async def _give_up_loading(self, loading: asyncio.Task[None]) -> int:
         """A signal came before the model was loaded, or the engine that is shared died: nothing to drain."""
         log.info("stopped while loading")
+        if self._failed.is_set():
+            self._leave_word(f"{self._lifecycle.reason} while loading")
         self._lifecycle.to(State.DRAINING, "stopped while loading")
         loading.cancel()
         self._kill_children()
@@ -316,6 +368,7 @@ class _Process:
     def _on_signal(self) -> None:
         if self._stop.is_set():
             log.warning("second signal: exiting at once")
+            self._leave_word(f"a second signal came while {self._lifecycle.state.value}")
             self._kill_children()
             os._exit(1)
         self._stop.set()

@@ -143,6 +143,15 @@ class LifecycleSettings(_Group):
         gt=0,
         le=86_400,
     )
+    start_stall_timeout: Seconds = _setting(
+        40.0,
+        "How long the start may stand still (no processor time, nothing read or written in any process) before it "
+        "counts as failed and the process exits 1. 0: as long as it likes; so it is where other nodes are waited for.",
+    )
+    termination_message_path: str = _setting(
+        "/dev/termination-log",
+        "File that gets one sentence on why the process ended, where it exists: Kubernetes' terminationMessagePath.",
+    )
 
 
 class TelemetrySettings(_Group):
