@@ -75,8 +75,11 @@ def child(code: str) -> Iterator[subprocess.Popen[bytes]]:
         process.stdout.readline()
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def moved(movement: Movement, seconds: float = 0.5) -> bool:
@@ -105,11 +108,8 @@ def test_sleeping_processes_do_not_move() -> None:
 )
 def test_work_reading_and_log_lines_are_movement(code: str) -> None:
     movement = Movement()
-    with child(code) as process:
+    with child(code):
         assert any(moved(movement) for _ in range(20))
-        below = psutil.Process(process.pid).children(recursive=True)
-    for each in below:
-        each.kill()
 
 
 def test_processes_that_are_left_out_do_not_count() -> None:
