@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from kserve_vllm import termination
 from kserve_vllm.assemble import Assembly
+from kserve_vllm.engine.compat import BEFORE_THE_ENGINE, TABLE, Shortcuts
 from kserve_vllm.engine.starting import Movement, stall
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
 from kserve_vllm.engine.warmup import Warmup
@@ -106,6 +107,8 @@ class _Process:
         self._tracing = _tracing(settings, self._version)
         self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._assembly.record)
         server = settings.server
+        self._shortcuts = Shortcuts(server.shortcuts)
+        self._shortcuts.check(BEFORE_THE_ENGINE)
         self._edge = Edge(
             self._lifecycle,
             self._gate,
@@ -124,13 +127,17 @@ class _Process:
             if server.admin_port
             else None
         )
-        self._grpc = GRPCServer(self._servicer, server, self._lifecycle, shared) if server.grpc_port else None
+        self._grpc = (
+            GRPCServer(self._servicer, server, self._lifecycle, shared, self._shortcuts.takes("grpc-server"))
+            if server.grpc_port
+            else None
+        )
         self._engine: VLLMEngine | None = None
         self._warmup: Warmup | None = None
 
-    def _versions(self) -> dict[str, str]:
+    def _versions(self) -> dict[str, object]:
         known = {"version": self._engine_version} if self._engine_version else {}
-        return {**known, "kserve_vllm": self._version}
+        return {**known, "kserve_vllm": self._version, **self._shortcuts.report()}
 
     async def main(self) -> int:
         """From the first open port to the exit code."""
@@ -211,6 +218,8 @@ class _Process:
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
         args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
+        # Reads some sixty files; in front of the engine, which may not be one that this can work with.
+        await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
         self._engine = engine = VLLMEngine(args, self._seat)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
@@ -240,8 +249,8 @@ class _Process:
             cache = self._assembly.build_cache(engine.accounts.hand_over)
             engine.stand_before(Door(self._gate, policies, engine), cache)
         server = self._settings.server
-        if server.fast_path:
-            engine.shorten()
+        shortcuts = self._shortcuts
+        engine.shorten(shortcuts)
         worker: Any = engine
         if policies.moderation is not None:
             worker = ModeratedEngine(engine, policies.moderation)
@@ -249,11 +258,29 @@ class _Process:
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
-        streams = Streams(engine) if server.fast_path and engine.generates else None
-        fast = await fast_paths(engine, streams, Answers(engine), self._metrics.count_path) if streams else None
-        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
+        streams = Streams(engine) if engine.generates else None
+        answers = Answers(engine) if engine.generates else None
         # What is moderated has to be seen on its way in.
-        self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))
+        for name, applies in (
+            ("streams", streams is not None and (streams.serves("chat") or streams.serves("completion"))),
+            ("answers", answers is not None and (answers.serves("chat") or answers.serves("completion"))),
+            ("grpc-streams", streams is not None and policies.moderation is None and self._grpc is not None),
+            ("grpc-server", self._grpc is not None),
+        ):
+            if not applies:
+                shortcuts.does_not_apply(name)
+        if not shortcuts.takes("streams"):
+            shortcuts.does_not_apply("chunks")
+        fast = await fast_paths(
+            engine,
+            streams if shortcuts.takes("streams") else None,
+            answers if shortcuts.takes("answers") else None,
+            self._metrics.count_path,
+            shortcuts.takes("chunks"),
+        )
+        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast or None)
+        self._servicer.attach(Backend(plane, models, text, streams if shortcuts.takes("grpc-streams") else None))
+        self._metrics.show_shortcuts(shortcuts.reasons)
         await engine.warm_up()
         # What every front end does to the same engine is done, or counted, by the first one.
         if self._first:

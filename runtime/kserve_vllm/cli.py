@@ -190,7 +190,9 @@ def serve_parser(prog: str = "kserve-vllm serve") -> argparse.ArgumentParser:
         if info.annotation is bool:
             options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
         elif tree.is_list(info):
-            options |= {"action": "extend", "nargs": "+", "metavar": name.upper()}
+            # Alone, `--fast-path` means what it has always meant.
+            several = "*" if name == "fast_path" else "+"
+            options |= {"action": "extend", "nargs": several, "metavar": name.upper()}
         else:
             options["metavar"] = name.upper()
         sections[group].add_argument(*spellings, **options)

@@ -3,7 +3,7 @@
 vLLM moves its modules between minor versions; whatever moves is mended here. Imports of vLLM stand inside functions,
 because they take seconds and the process has to answer probes before them.
 
-Written against vLLM 0.32.
+Written against vLLM 0.32 and 0.33; `compat` holds the table of what is leant on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ import psutil
 from kserve_vllm.engine import cpu_binding, demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
+from kserve_vllm.engine.compat import Shortcuts
 from kserve_vllm.engine.faults import is_template_error
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
-from kserve_vllm.engine.outputs import process_plain_outputs_apart
+from kserve_vllm.engine.outputs import observe_gaps_of, process_plain_outputs_apart
 from kserve_vllm.engine.placement import leave_processors_of
 from kserve_vllm.engine.rendering import render_short_prompts_in_place
 from kserve_vllm.errors import (
@@ -104,9 +105,18 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+def _cli_args() -> Any:
+    """vLLM's module of the flags of `vllm serve`, which has moved with 0.33."""
+    try:
+        from vllm.entrypoints.common import cli_args
+    except ImportError:
+        from vllm.entrypoints.launchers import cli_args
+    return cli_args
+
+
 def _parser() -> Any:
     prepare_environment()
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    make_arg_parser = _cli_args().make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -148,11 +158,9 @@ def parse_engine_args(argv: Sequence[str]) -> argparse.Namespace:
         if plain in _REFUSED:
             raise ConfigError(f"{flag} is a flag of vLLM's own server: {_REFUSED[plain]}")
     parser = _parser()
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-
     try:
         args: argparse.Namespace = parser.parse_args(list(argv))
-        validate_parsed_serve_args(args)
+        _cli_args().validate_parsed_serve_args(args)
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise ConfigError(f"vLLM does not take these flags: {error}") from error
     args.api_server_count = None
@@ -188,7 +196,6 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         ConfigError: the flags contradict each other or the model.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
@@ -205,7 +212,7 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         if count == 1 or index < 0:
             _bind_to_processors(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
-        propagate_flash_late_interaction(args, engine_args)
+        _cli_args().propagate_flash_late_interaction(args, engine_args)
         if count > 1:
             engine_args._api_process_count, engine_args._api_process_rank = count, index
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER), engine_args
@@ -346,10 +353,14 @@ class VLLMEngine:
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = Adapters(loras, 1 if self._seat is None else self._seat.count)
 
-    def shorten(self) -> None:
-        """Do the work of vLLM's front end on fewer detours. Before the first request."""
-        render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
-        process_plain_outputs_apart(self.client)
+    def shorten(self, shortcuts: Shortcuts) -> None:
+        """Do the work of vLLM's front end on fewer detours, those that are taken. Before the first request."""
+        if shortcuts.takes("rendering"):
+            render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
+        if shortcuts.takes("outputs") and not process_plain_outputs_apart(self.client):
+            shortcuts.does_not_apply("outputs")
+        if shortcuts.takes("gaps") and not observe_gaps_of(self.client):
+            shortcuts.does_not_apply("gaps")
 
     def stand_before(self, door: Door, cache: Cache | None = None) -> None:
         """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""
