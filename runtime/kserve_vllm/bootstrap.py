@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
+from kserve_vllm import termination
 from kserve_vllm.assemble import Assembly
+from kserve_vllm.engine.compat import BEFORE_THE_ENGINE, TABLE, Shortcuts
+from kserve_vllm.engine.starting import Movement, stall
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.errors import ConfigError, EngineGone
@@ -33,6 +37,9 @@ _PROGRESS_EVERY_S = 10.0
 _CLOSE_GRACE_S = 2.0
 _USAGE_GRACE_S = 10.0
 _TELL_EVERY_S = 1.0
+_OF_SEVERAL_NODES = frozenset({"nnodes", "data-parallel-size-local", "data-parallel-address", "data-parallel-rank"})
+_GIVE_UP_WITHIN_S = 10.0
+"""How long a start that has failed may take to close what it has opened."""
 
 
 def prepare(settings: Settings) -> str:
@@ -41,6 +48,14 @@ def prepare(settings: Settings) -> str:
         # The default takes half of the machine's memory for a model of a few MiB.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return logs.configure(settings.telemetry.log_format, settings.server.access_log)
+
+
+def waits_for_others(settings: Settings) -> bool:
+    """Whether other nodes take part: until they are there, nothing may move here for as long as that takes."""
+    flags = {flag.name: flag.tokens for flag in settings.engine}
+    ray = any("ray" in token.split("=") for name in ("distributed-executor-backend", "data-parallel-backend")
+              for token in flags.get(name, ()))  # fmt: skip
+    return ray or not flags.keys().isdisjoint(_OF_SEVERAL_NODES)
 
 
 def run(settings: Settings, seat: Seat | None = None) -> int:
@@ -92,6 +107,8 @@ class _Process:
         self._tracing = _tracing(settings, self._version)
         self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._assembly.record)
         server = settings.server
+        self._shortcuts = Shortcuts(server.shortcuts)
+        self._shortcuts.check(BEFORE_THE_ENGINE)
         self._edge = Edge(
             self._lifecycle,
             self._gate,
@@ -110,13 +127,17 @@ class _Process:
             if server.admin_port
             else None
         )
-        self._grpc = GRPCServer(self._servicer, server, self._lifecycle, shared) if server.grpc_port else None
+        self._grpc = (
+            GRPCServer(self._servicer, server, self._lifecycle, shared, self._shortcuts.takes("grpc-server"))
+            if server.grpc_port
+            else None
+        )
         self._engine: VLLMEngine | None = None
         self._warmup: Warmup | None = None
 
-    def _versions(self) -> dict[str, str]:
+    def _versions(self) -> dict[str, object]:
         known = {"version": self._engine_version} if self._engine_version else {}
-        return {**known, "kserve_vllm": self._version}
+        return {**known, "kserve_vllm": self._version, **self._shortcuts.report()}
 
     async def main(self) -> int:
         """From the first open port to the exit code."""
@@ -140,24 +161,55 @@ class _Process:
         progress = asyncio.create_task(self._report_progress())
         stopping = asyncio.create_task(self._stop.wait())
         failing = asyncio.create_task(self._failed.wait())
-        await asyncio.wait({loading, stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+        watchdog = asyncio.create_task(self._watch_start())
+        await asyncio.wait({loading, stopping, failing, watchdog}, return_when=asyncio.FIRST_COMPLETED)
         progress.cancel()
         try:
             if loading.done():
+                watchdog.cancel()
                 loading.result()
                 return await self._serve(stopping, failing)
+            if watchdog.done() and not stopping.done() and not failing.done():
+                await self._end_failed_start(watchdog.result())
+            watchdog.cancel()
             return await self._give_up_loading(loading)
         except ConfigError:
             self._lifecycle.to(State.FAILED, "a setting can't be used")
             raise
         except Exception as error:
             log.exception("loading failed", exc_info=error)
-            self._lifecycle.to(State.FAILED, "loading failed")
-            return 1
+            found = logs.failures()
+            await self._end_failed_start(found[0][1] if found else termination.describe(error))
         finally:
             stopping.cancel()
             failing.cancel()
             await self._close()
+
+    async def _watch_start(self) -> str:
+        """Wait until the start counts as failed, and say why. Front ends that share an engine leave that to their
+        supervisor."""
+        if self._seat is not None:
+            await asyncio.Event().wait()
+        timeout_s = self._settings.lifecycle.start_stall_timeout
+        return await stall(Movement(), logs.failures, 0.0 if waits_for_others(self._settings) else timeout_s)
+
+    async def _end_failed_start(self, reason: str) -> NoReturn:
+        """Close what can be closed, kill what is left, and exit with code 1; the reason is the last line."""
+        self._lifecycle.to(State.FAILED, "loading failed")
+        reason = f"the start failed: {reason}"
+        self._leave_word(reason)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._close(), _GIVE_UP_WITHIN_S)
+        self._kill_children()
+        if self._seat is None:
+            logs.forget()
+        log.critical("%s; exiting with code 1", reason)
+        sys.stderr.flush()
+        # A thread that waits for the engine can't be interrupted; the process ends without it.
+        os._exit(1)
+
+    def _leave_word(self, sentence: str) -> None:
+        termination.write(self._settings.lifecycle.termination_message_path, sentence)
 
     @property
     def _model(self) -> str:
@@ -166,6 +218,8 @@ class _Process:
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
         args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
+        # Reads some sixty files; in front of the engine, which may not be one that this can work with.
+        await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
         self._engine = engine = VLLMEngine(args, self._seat)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
@@ -195,8 +249,8 @@ class _Process:
             cache = self._assembly.build_cache(engine.accounts.hand_over)
             engine.stand_before(Door(self._gate, policies, engine), cache)
         server = self._settings.server
-        if server.fast_path:
-            engine.shorten()
+        shortcuts = self._shortcuts
+        engine.shorten(shortcuts)
         worker: Any = engine
         if policies.moderation is not None:
             worker = ModeratedEngine(engine, policies.moderation)
@@ -204,11 +258,29 @@ class _Process:
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
-        streams = Streams(engine) if server.fast_path and engine.generates else None
-        fast = await fast_paths(engine, streams, Answers(engine), self._metrics.count_path) if streams else None
-        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
+        streams = Streams(engine) if engine.generates else None
+        answers = Answers(engine) if engine.generates else None
         # What is moderated has to be seen on its way in.
-        self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))
+        for name, applies in (
+            ("streams", streams is not None and (streams.serves("chat") or streams.serves("completion"))),
+            ("answers", answers is not None and (answers.serves("chat") or answers.serves("completion"))),
+            ("grpc-streams", streams is not None and policies.moderation is None and self._grpc is not None),
+            ("grpc-server", self._grpc is not None),
+        ):
+            if not applies:
+                shortcuts.does_not_apply(name)
+        if not shortcuts.takes("streams"):
+            shortcuts.does_not_apply("chunks")
+        fast = await fast_paths(
+            engine,
+            streams if shortcuts.takes("streams") else None,
+            answers if shortcuts.takes("answers") else None,
+            self._metrics.count_path,
+            shortcuts.takes("chunks"),
+        )
+        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast or None)
+        self._servicer.attach(Backend(plane, models, text, streams if shortcuts.takes("grpc-streams") else None))
+        self._metrics.show_shortcuts(shortcuts.reasons)
         await engine.warm_up()
         # What every front end does to the same engine is done, or counted, by the first one.
         if self._first:
@@ -261,6 +333,9 @@ class _Process:
         await asyncio.wait({idle, failing}, return_when=asyncio.FIRST_COMPLETED)
         if idle.done() and not idle.result():
             log.warning("drain timeout: %d requests are cut off", self._gate.in_flight)
+            self._leave_word(
+                f"drain timeout: {self._gate.in_flight} requests were cut off after {life.drain_timeout:g} s"
+            )
         elif idle.done() and self._grpc is not None:
             # Over HTTP a request is in flight until its client has the answer; a gRPC call's handler ends before that.
             settled = asyncio.create_task(self._grpc.settle(until - time.monotonic()))
@@ -271,6 +346,8 @@ class _Process:
     async def _fail(self) -> int:
         """Let what was in flight get its error, then exit with 1."""
         log.critical("%s; exiting with code 1", self._lifecycle.reason)
+        found = logs.failures()
+        self._leave_word(f"{self._lifecycle.reason}" + (f": {found[-1][1]}" if found else ""))
         limit = self._settings.lifecycle.engine_dead_exit_after
         grace = min(limit, _CLOSE_GRACE_S)
         # Probes should see the state before the port closes.
@@ -281,6 +358,8 @@ class _Process:
     async def _give_up_loading(self, loading: asyncio.Task[None]) -> int:
         """A signal came before the model was loaded, or the engine that is shared died: nothing to drain."""
         log.info("stopped while loading")
+        if self._failed.is_set():
+            self._leave_word(f"{self._lifecycle.reason} while loading")
         self._lifecycle.to(State.DRAINING, "stopped while loading")
         loading.cancel()
         self._kill_children()
@@ -316,6 +395,7 @@ class _Process:
     def _on_signal(self) -> None:
         if self._stop.is_set():
             log.warning("second signal: exiting at once")
+            self._leave_word(f"a second signal came while {self._lifecycle.state.value}")
             self._kill_children()
             os._exit(1)
         self._stop.set()

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from kserve_vllm import settings as tree
+from kserve_vllm import termination
 from kserve_vllm.engine import demo
 from kserve_vllm.engine.profiles import PROFILES
 from kserve_vllm.errors import ConfigError
@@ -120,6 +121,19 @@ def _serve(arguments: list[str]) -> int:
     if "--help-engine" in arguments:
         at = arguments.index("--help-engine")
         return _help_engine(arguments[at + 1] if at + 1 < len(arguments) else "all")
+    path = termination.path_of(arguments, os.environ)
+    termination.clear(path)
+    try:
+        return _run(arguments)
+    except ConfigError as error:
+        termination.write(path, f"kserve-vllm: {error}")
+        raise
+    except Exception as error:
+        termination.write(path, f"kserve-vllm failed: {termination.describe(error)}")
+        raise
+
+
+def _run(arguments: list[str]) -> int:
     if "--headless" in arguments:
         return _serve_headless([word for word in arguments if word != "--headless"])
     settings = resolve(arguments, os.environ)
@@ -153,9 +167,16 @@ def _help_engine(keyword: str) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's, raising instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help")
+
+
 def serve_parser(prog: str = "kserve-vllm serve") -> argparse.ArgumentParser:
     """The parser of the runtime's own flags; engine flags are left over by it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         usage=f"{prog} [MODEL] [options] [engine flags]",
         description="Load a model and serve it over OpenAI's API, V2 REST and gRPC, and V1.",
@@ -173,7 +194,9 @@ def serve_parser(prog: str = "kserve-vllm serve") -> argparse.ArgumentParser:
         if info.annotation is bool:
             options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
         elif tree.is_list(info):
-            options |= {"action": "extend", "nargs": "+", "metavar": name.upper()}
+            # Alone, `--fast-path` means what it has always meant.
+            several = "*" if name == "fast_path" else "+"
+            options |= {"action": "extend", "nargs": several, "metavar": name.upper()}
         else:
             options["metavar"] = name.upper()
         sections[group].add_argument(*spellings, **options)
@@ -189,6 +212,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         ConfigError: a value of the runtime's own settings can't be used, or no model is given.
     """
     words = [_dashes(word) for word in arguments]
+    _refuse_a_command(words)
     positional, words = (words[0], words[1:]) if words and not words[0].startswith("-") else (None, words)
     namespace, leftover = serve_parser().parse_known_args(words)
     given = vars(namespace)
@@ -238,6 +262,36 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if settings.server.api_server_count > 1:
         tree.check_front_ends(settings, environ)
     return settings
+
+
+_COMMANDS = frozenset({"serve", "config", "health", "keys", "profiles"})
+_PROGRAMS = frozenset({"kserve-vllm", "kserve_vllm", "vllm", "python", "python3", "sh", "bash", "env", "exec"})
+
+
+def _refuse_a_command(words: Sequence[str]) -> None:
+    """Refuse a whole command where flags are expected: `kserve-vllm serve` is the image's entrypoint already.
+
+    Raises:
+        ConfigError: the first argument is a command and no model.
+    """
+    # A shell's command line may have come as one word.
+    parts = [part for word in words[:1] for part in word.split()] + list(words[1:])
+    names = [part.rsplit("/", 1)[-1] for part in parts]
+    if not names or names[0] not in _COMMANDS | _PROGRAMS or Path(words[0]).is_dir():
+        return
+    at = 0
+    while at < len(names) and names[at] in _PROGRAMS | {"-m", "-c", "-lc"}:
+        at += 1
+    # After a shell's `-c` the rest is one word again.
+    command = next(iter((names[at] if at < len(names) else "serve").split()), "serve")
+    if command in _COMMANDS - {"serve"}:
+        advice = f'for another command set `command: ["kserve-vllm", "{command}"]` (Docker: --entrypoint kserve-vllm)'
+    else:
+        advice = "leave the command out and begin with the model or a flag, such as --model=/mnt/models"
+    raise ConfigError(
+        f"{parts[0]!r} stands where a model or a flag is expected. The image's entrypoint is `kserve-vllm serve` "
+        f"already: {advice}"
+    )
 
 
 def check_serve_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> None:

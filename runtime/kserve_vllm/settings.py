@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from kserve_vllm.errors import ConfigError
@@ -75,6 +75,36 @@ class ModelSettings(_Group):
     )
 
 
+SHORTCUTS: Mapping[str, str] = {
+    "answers": "whole answers of chats and completions, past vLLM's web framework",
+    "streams": "streams of chats and completions, written from bytes",
+    "chunks": "chunks of those streams, past uvicorn's send",
+    "rendering": "short prompts, rendered on the event loop",
+    "outputs": "outputs of nothing but tokens, processed in one function",
+    "gaps": "equal gaps between tokens, observed together",
+    "grpc-server": "a gRPC server of our own",
+    "grpc-streams": "gRPC streams of text, written from bytes",
+}
+"""What `--fast-path` may name."""
+
+
+def _shortcuts(given: Any) -> Any:
+    """`--fast-path` as a list of names; `true` and `false` are its older spelling."""
+    if isinstance(given, bool):
+        return ["all" if given else "none"]
+    words = given if isinstance(given, list) else [given]
+    names = [part.strip() for word in words for part in str(word).split(",") if part.strip()]
+    older = {"true": "all", "1": "all", "yes": "all", "on": "all",
+             "false": "none", "0": "none", "no": "none", "off": "none"}  # fmt: skip
+    found = [older.get(name.lower(), name) for name in names] or ["all"]
+    unknown = [name for name in found if name not in {"all", "none", *SHORTCUTS}]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of all, none, {', '.join(SHORTCUTS)}")
+    if len(found) > 1 and {"all", "none"} & set(found):
+        raise ValueError("`all` and `none` stand alone")
+    return found
+
+
 class ServerSettings(_Group):
     """Where the process listens and what it lets in."""
 
@@ -113,12 +143,18 @@ class ServerSettings(_Group):
     ssl_certfile: str | None = _setting(None, "PEM file with the certificate chain; switches TLS on.")
     ssl_keyfile: str | None = _setting(None, "PEM file with the certificate's private key.")
     access_log: bool = _setting(False, "Write a line per HTTP request.")
-    fast_path: bool = _setting(
-        True,
-        "Answer chats and completions past vLLM's web framework, write common OpenAI and gRPC streams from bytes, "
-        "render short prompts and process plain outputs on a shorter way, and serve gRPC ourselves; false leaves all "
-        "that to vLLM's and KServe's objects and the grpcio package's server.",
+    fast_path: Annotated[list[str], BeforeValidator(_shortcuts)] = _setting(
+        ["all"],
+        "Shortcuts past objects of vLLM, KServe and grpcio that are slower and do the same: all, none, or a list of "
+        f"{', '.join(SHORTCUTS)}, to leave out one. true and false mean all and none. Default: all.",
     )
+
+    @property
+    def shortcuts(self) -> frozenset[str]:
+        """Names of the shortcuts that are wanted."""
+        if self.fast_path == ["all"]:
+            return frozenset(SHORTCUTS)
+        return frozenset(self.fast_path) & frozenset(SHORTCUTS)
 
 
 class LifecycleSettings(_Group):
@@ -142,6 +178,15 @@ class LifecycleSettings(_Group):
         "longest single step of the model.",
         gt=0,
         le=86_400,
+    )
+    start_stall_timeout: Seconds = _setting(
+        40.0,
+        "How long the start may stand still (no processor time, nothing read or written in any process) before it "
+        "counts as failed and the process exits 1. 0: as long as it likes; so it is where other nodes are waited for.",
+    )
+    termination_message_path: str = _setting(
+        "/dev/termination-log",
+        "File that gets one sentence on why the process ended, where it exists: Kubernetes' terminationMessagePath.",
     )
 
 

@@ -20,13 +20,14 @@ import threading
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from prometheus_client import multiprocess
 
-from kserve_vllm import bootstrap
+from kserve_vllm import bootstrap, termination
 from kserve_vllm.engine.cores import Cores
+from kserve_vllm.engine.starting import Movement, stall
 from kserve_vllm.engine.vllm import parse_engine_args
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.hosting.server import reserve
@@ -117,6 +118,7 @@ class _Supervisor:
         self._told = False  # to end
         self._code = 0
         self._refusal: ConfigError | None = None
+        self._failure: str | None = None  # of the start
 
     async def main(self) -> int:
         """From the reserved ports to the exit code."""
@@ -135,8 +137,10 @@ class _Supervisor:
         log.info("%d front ends on HTTP port %d", self._count, ports["http_port"])
         launching = asyncio.create_task(self._launch())
         watching = asyncio.create_task(self._watch())
+        watchdog = asyncio.create_task(self._watch_start())
         await self._ended.wait()
         watching.cancel()
+        watchdog.cancel()
         for sock in held.values():
             sock.close()
         await self._close(launching)
@@ -179,13 +183,38 @@ class _Supervisor:
                 return
             if isinstance(error, ConfigError):
                 self._refusal = error
-            else:
-                log.exception("loading failed", exc_info=error)
-            self._give_up(2 if self._refusal is not None else 1)
+                self._give_up(2)
+                return
+            log.exception("loading failed", exc_info=error)
+            found = logs.failures()
+            self._fail_start(found[0][1] if found else termination.describe(error))
             return
         reason = await asyncio.to_thread(cores.wait)
         if reason is not None:
             self._on_engine_gone(reason)
+
+    async def _watch_start(self) -> None:
+        """End a start that counts as failed. What front ends do while they wait for the engine does not count."""
+        timeout_s = self._settings.lifecycle.start_stall_timeout
+        movement = Movement(lambda: [child.process.pid or 0 for child in self._children])
+        waiting = bootstrap.waits_for_others(self._settings)
+        watching = asyncio.create_task(stall(movement, logs.failures, 0.0 if waiting else timeout_s))
+        try:
+            while not watching.done():
+                await asyncio.wait({watching}, timeout=_LOOK_EVERY_S)
+                if self._told or (self._cores is not None and self._cores.started):
+                    return
+            self._fail_start(watching.result())
+        finally:
+            watching.cancel()
+
+    def _fail_start(self, reason: str) -> None:
+        self._failure = f"the start failed: {reason}"
+        self._leave_word(self._failure)
+        self._give_up(1)
+
+    def _leave_word(self, sentence: str) -> None:
+        termination.write(self._settings.lifecycle.termination_message_path, sentence)
 
     def _hand_over(self, index: int, addresses: dict[str, Any], pids: list[int]) -> None:
         self._children[index].say("engine", (addresses, pids))
@@ -224,6 +253,7 @@ class _Supervisor:
             for child in self._children:
                 if child.loaded and not child.gone and loop.time() - child.heard_at > limit:
                     log.critical("%s has not answered for %g s", child.process.name, limit)
+                    self._leave_word(f"{child.process.name} did not answer for {limit:g} s")
                     child.process.kill()
 
     def _on_exit(self, child: _Child) -> None:
@@ -239,6 +269,7 @@ class _Supervisor:
             self._code = self._code or (code if code > 0 else 1)
         if not self._told:
             log.critical("%s (pid %s) ended with code %s; the others are drained", child.process.name, pid, code)
+            self._leave_word(f"{child.process.name} ended with code {code}; the other front ends were drained")
             self._code = self._code or 1
             self._tell_to_stop()
         if all(each.gone for each in self._children):
@@ -246,6 +277,8 @@ class _Supervisor:
 
     def _on_engine_gone(self, reason: str) -> None:
         self._told, self._code = True, 1
+        found = logs.failures()
+        self._leave_word(reason + (f": {found[-1][1]}" if found else ""))
         for child in self._children:
             child.say("gone", reason)
         self._kill_after(self._settings.lifecycle.engine_dead_exit_after + _LATE_S)
@@ -255,6 +288,7 @@ class _Supervisor:
     def _on_signal(self) -> None:
         if self._signalled:
             log.warning("second signal: exiting at once")
+            self._leave_word("a second signal came before the server had ended")
             self._kill_all()
             os._exit(1)
         self._signalled = True
@@ -291,13 +325,19 @@ class _Supervisor:
             await asyncio.to_thread(self._cores.stop)
             await launching
             return
-        if launching.done():
+        if launching.done() and self._failure is None:
             self._kill_all()
             return
         # The thread that waits for the engine can't be interrupted; the process ends without it.
+        self._end_at_once()
+
+    def _end_at_once(self) -> NoReturn:
         self._kill_all()
-        if self._refusal is not None:
-            print(f"kserve-vllm: {self._refusal}", file=sys.stderr)
-        sys.stderr.flush()
         _tidy(self._folder)
+        if self._refusal is not None:
+            self._leave_word(f"kserve-vllm: {self._refusal}")
+            print(f"kserve-vllm: {self._refusal}", file=sys.stderr)
+        if self._failure is not None:
+            log.critical("%s; exiting with code %d", self._failure, self._code)
+        sys.stderr.flush()
         os._exit(self._code)

@@ -80,7 +80,7 @@ def _install_torch(locked: Sequence[str]) -> int:
     if _run([*locked, "--timeout", "20", "--retries", "1", "--index-url", PYTORCH_INDEX, *cpu], quiet=True) == 0:
         return 0
     print(
-        "  not to be had there; taking PyPI's torch with CUDA's libraries (4.5 GB)", flush=True
+        "  not to be had there; taking PyPI's torch with CUDA's libraries (4.5 GB), which runs on a CPU too", flush=True
     )
     return _run([*locked, *pypi])
 

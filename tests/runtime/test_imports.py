@@ -24,7 +24,7 @@ FLOORS = [
     {"gate"},
     {"policy", "engine", "telemetry"},
     {"lifecycle"},
-    {"errors", "types", "settings", "ticket", "seat"},
+    {"errors", "types", "settings", "termination", "ticket", "seat"},
 ]
 # The ground floor's modules may use the errors.
 ALLOWED = {("settings", "errors"), ("ticket", "errors")}

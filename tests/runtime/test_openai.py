@@ -229,4 +229,4 @@ def test_detokenize_undoes_tokenize(server: Server) -> None:
 
 
 def test_the_server_tells_its_versions(server: Server) -> None:
-    assert set(httpx.get(server.url + "/version").json()) == {"version", "kserve_vllm"}
+    assert set(httpx.get(server.url + "/version").json()) == {"version", "kserve_vllm", "shortcuts", "touchpoints"}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from kserve_vllm.engine import vllm
 from kserve_vllm.engine.vllm import VLLMEngine
 
 
@@ -15,6 +19,8 @@ class Engine:
 
     Attributes:
         answers: whether it gives a sign of life.
+        in_flight: whether it has requests.
+        asked: what it was asked, in order.
         gone: what the watch said of it.
     """
 
@@ -22,10 +28,18 @@ class Engine:
         self.answers = True
         self.gone: list[str] = []
         self.killed = False
-        self.client = SimpleNamespace(errored=False, collective_rpc=self._check)
+        self.in_flight = True
+        self.asked: list[str] = []
+        self.client = SimpleNamespace(
+            errored=False,
+            collective_rpc=self._check,
+            is_paused=self._check,
+            output_processor=SimpleNamespace(has_unfinished_requests=lambda: self.in_flight),
+        )
         self._seat = None
 
-    async def _check(self, _: str) -> None:
+    async def _check(self, method: str = "is_paused") -> None:
+        self.asked.append(method)
         if not self.answers:
             await asyncio.Event().wait()
         # As over a socket: the answer is there, and reading it takes some turns of the loop.
@@ -45,9 +59,11 @@ class Engine:
         return asyncio.create_task(VLLMEngine.watch(engine, 0.05, 0.3, self.gone.append))
 
 
-def test_an_engine_that_owes_its_answer_is_killed() -> None:
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_an_engine_that_owes_its_answer_is_killed(in_flight: bool) -> None:
     async def main() -> None:
         engine = Engine()
+        engine.in_flight = in_flight
         engine.answers = False
         began = time.monotonic()
         await engine.watched()
@@ -69,6 +85,36 @@ def test_an_event_loop_that_was_held_up_is_not_taken_for_a_hanging_engine() -> N
         watch.cancel()
 
     asyncio.run(main())
+
+
+def test_workers_are_asked_while_requests_are_in_flight_and_seldom_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine = Engine()
+        engine.in_flight = False
+        watch = engine.watched()
+        await until(lambda: len(engine.asked) >= 2)
+        assert set(engine.asked) == {"is_paused"}
+        engine.in_flight = True
+        await until(lambda: "check_health" in engine.asked)
+        engine.in_flight = False
+        await until(lambda: engine.asked[-1] == "is_paused")
+        watch.cancel()
+        # Now and then, workers that nobody needs are asked too.
+        monkeypatch.setattr(vllm, "_IDLE_WORKERS_EVERY_S", 0.3)
+        engine.asked.clear()
+        watch = engine.watched()
+        await until(lambda: engine.asked.count("check_health") == 2)
+        assert "is_paused" in engine.asked
+        watch.cancel()
+
+    asyncio.run(main())
+
+
+async def until(done: Callable[[], bool]) -> None:
+    """Wait for it, 20 s at most."""
+    async with asyncio.timeout(20):
+        while not done():
+            await asyncio.sleep(0.02)
 
 
 def test_a_dead_engine_is_told() -> None:

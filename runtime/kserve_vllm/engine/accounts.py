@@ -34,7 +34,7 @@ class Accounts:
     """Watches one output processor of vLLM.
 
     Args:
-        processor: vLLM's `OutputProcessor`; four of its methods are wrapped.
+        processor: vLLM's `OutputProcessor`; five of its methods are wrapped.
         base_model: tells the served name that requests without an adapter count under.
         loras: the adapters.
     """
@@ -49,6 +49,7 @@ class Accounts:
         self._finish, processor._update_stats_from_finished = processor._update_stats_from_finished, self.finish
         self._abort, processor.abort_requests = processor.abort_requests, self.abort_requests
         self._fail, processor.propagate_error = processor.propagate_error, self.propagate_error
+        self._drop, processor._finish_request = processor._finish_request, self.drop
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """A sequence is taken up, in the task of the request that it belongs to."""
@@ -139,6 +140,16 @@ class Accounts:
                 ticket.finish_reasons.append("abort")
                 _book(ticket, state)
         return aborted
+
+    def drop(self, state: Any) -> None:
+        """A sequence leaves vLLM's books. One that the engine has refused (from vLLM 0.33 on, as while it is paused)
+        does so with an error in its queue and without figures."""
+        self._drop(state)
+        refused = any(isinstance(getattr(state.queue, name, None), Exception) for name in ("output", "error"))
+        known = self._open.pop(state.request_id, None) if refused else None
+        if known is not None:
+            self._with_grammar.discard(state.request_id)
+            known[0].failed += 1
 
     def propagate_error(self, error: Exception) -> None:
         """The engine failed under everything that is open."""

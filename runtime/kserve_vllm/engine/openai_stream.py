@@ -50,6 +50,8 @@ class Frames:
         last: the frame with the finish reason; holds the marks of `fill_last`.
         last_empty: the same without text.
         with_usage: whether `first`, `head`, `tail` and `last` hold marks for `fill_usage`.
+        ends_without_tokens: whether an answer that has no token at all gets a frame with its finish reason, as from
+            vLLM 0.33 on.
     """
 
     first: bytes
@@ -58,10 +60,11 @@ class Frames:
     last: bytes
     last_empty: bytes
     with_usage: bool
+    ends_without_tokens: bool = False
 
     def fill_last(self, text: str, finish_reason: str, stop_reason: int | str | None, empty: bool) -> bytes:
         """The frame that ends a choice; `empty` leaves the text's field out."""
-        frame = self.last_empty if empty else self.last.replace(_mark(_TEXT), orjson.dumps(text))
+        frame = (self.last_empty if empty else self.last).replace(_mark(_TEXT), orjson.dumps(text))
         frame = frame.replace(_mark(_FINISH), orjson.dumps(finish_reason))
         return frame.replace(_mark(_STOP), orjson.dumps(stop_reason))
 
@@ -480,7 +483,8 @@ class Streams:
             parts = [part.replace(mark, value) for part in parts]
         first, head, tail, last, last_empty = parts
         skips_empty = kind == "chat" and handler.parser_cls is not None
-        return Frames(first, head, tail, last, last_empty, continuous), include_usage, skips_empty
+        ends = frames.ends_without_tokens
+        return Frames(first, head, tail, last, last_empty, continuous, ends), include_usage, skips_empty
 
 
 def _usage_frame(
@@ -524,13 +528,22 @@ def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
     handler = prepared.handler
     if error is None:
         error = GenerationError("Internal server error")
+    # From vLLM 0.33 on, errors of chats are no strings before they are frames.
+    as_models = prepared.kind == "chat" and hasattr(handler, "chat_completion_stream_generator_raw")
     try:
         # vLLM hands over its text alone; what the fault was is looked up in the exception that is being handled.
         raise error
     except GenerationError as raised:
+        if as_models:
+            reply = handler.create_error_response(
+                str(raised), err_type="InternalServerError", status_code=raised.status_code
+            )
+            return _event(reply.model_dump_json())
         return _event(handler._convert_generation_error_to_streaming_response(raised))
     except Exception as raised:
         log.exception("request %s failed in mid-stream", prepared.request_id)
+        if as_models:
+            return _event(handler.create_error_response(raised).model_dump_json())
         return _event(handler.create_streaming_error_response(raised))
 
 
@@ -540,7 +553,16 @@ def _write_frames(kind: Kind, handler: Any, include_usage: bool, continuous: boo
     first, delta, last, last_empty = map(_with_marks, write(handler, include_usage, continuous))
     head, found, tail = delta.partition(_mark(_TEXT))
     assert found, "vLLM's frame holds no text"
-    return Frames(first, head, tail, last, last_empty, continuous)
+    return Frames(first, head, tail, last, last_empty, continuous, _has_transfer_params(kind))
+
+
+def _has_transfer_params(kind: Kind) -> bool:
+    """Whether frames of answers have the fields that came with vLLM 0.33."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+
+    model = ChatCompletionStreamResponse if kind == "chat" else CompletionStreamResponse
+    return "kv_transfer_params" in model.model_fields
 
 
 def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, bytes, bytes, bytes]:
@@ -574,17 +596,24 @@ def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[b
     going = {"finish_reason": None, "token_ids": None}
     end = {"finish_reason": _FINISH, "stop_reason": _STOP, "token_ids": None}
     opening = {"prompt_token_ids": None, "prompt_text": None}
+    transfer: dict[str, Any] = {}
+    if _has_transfer_params("chat"):
+        transfer, end["weight_versions"] = {"kv_transfer_params": None}, None
     return (
         frame(DeltaMessage(role=_ROLE, content=""), {"finish_reason": None}, opening, 0),
-        frame(DeltaMessage(content=_TEXT), going, {}, _COMPLETION),
-        frame(DeltaMessage(content=_TEXT), end, {}, _COMPLETION),
-        frame(DeltaMessage(), end, {}, _COMPLETION),
+        frame(DeltaMessage(content=_TEXT), going, transfer, _COMPLETION),
+        frame(DeltaMessage(content=_TEXT), end, transfer, _COMPLETION),
+        frame(DeltaMessage(), end, transfer, _COMPLETION),
     )
 
 
 def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, bytes, bytes, bytes]:
     from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice, CompletionStreamResponse
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+    # Fields that came with vLLM 0.33.
+    transfer = {"kv_transfer_params": None} if _has_transfer_params("completion") else {}
+    versions = {"weight_versions": None} if transfer else {}
 
     def frame(finish_reason: str | None, stop_reason: str | None) -> bytes:
         choice = CompletionResponseStreamChoice(
@@ -595,9 +624,10 @@ def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> t
             stop_reason=stop_reason,
             prompt_token_ids=None,
             token_ids=None,
+            **versions,
         )
         made = CompletionStreamResponse(
-            id=_ID, object="text_completion", created=_CREATED, model=_MODEL, choices=[choice]
+            id=_ID, object="text_completion", created=_CREATED, model=_MODEL, choices=[choice], **transfer
         )
         if not include_usage and handler.system_fingerprint is not None and finish_reason is not None:
             made.system_fingerprint = handler.system_fingerprint
@@ -679,11 +709,12 @@ def _handler_is_plain(kind: str, handler: Any) -> bool:
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.parser.abstract_parser import DelegatingParser
 
-    if handler.enable_per_request_metrics:
+    # Completions have the switch from vLLM 0.33 on.
+    if handler.enable_per_request_metrics or getattr(handler, "enable_log_outputs", False):
         return False
     if kind == "completion":
         return type(handler) is OpenAIServingCompletion
-    if type(handler) is not OpenAIServingChat or handler.enable_log_outputs:
+    if type(handler) is not OpenAIServingChat:
         return False
     parser = handler.parser_cls
     if parser is None:
@@ -698,10 +729,10 @@ def _handler_is_plain(kind: str, handler: Any) -> bool:
 
 def _as_generate_raises(error: Exception) -> Exception:
     """What `AsyncLLM.generate` would raise where taking a request up raised `error`."""
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+    from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-    if isinstance(error, (EngineDeadError, VLLMClientError, GracefulHTTPError, RequestError)):
+    if isinstance(error, (EngineDeadError, VLLMClientError, GracefulHTTPError, GenerationError, RequestError)):
         return error
     wrapped: Exception = EngineGenerateError()
     wrapped.__cause__ = error

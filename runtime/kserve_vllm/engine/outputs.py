@@ -26,23 +26,26 @@ _FIELDS = frozenset(
     "kv_transfer_params ec_transfer_params trace_headers prefill_stats routed_experts num_nans_in_logits "
     "mm_cache_miss_hashes new_sampling_mask spec_decode_metrics prompt_token_id_logprobs".split()
 )
-"""Of `EngineCoreOutput` in vLLM 0.32."""
+"""Of `EngineCoreOutput` in vLLM 0.32. From 0.33 on it has `error` too, which comes with a finish reason."""
 
 
-def process_plain_outputs_apart(client: AsyncLLM) -> None:
-    """Let `client` do so. Must run before its first request."""
+def process_plain_outputs_apart(client: AsyncLLM) -> bool:
+    """Let `client` do so. Must run before its first request.
+
+    Returns:
+        False where all outputs stay vLLM's.
+    """
     from vllm import envs
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
     from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     processor: Any = client.output_processor
-    unknown = _FIELDS.symmetric_difference(EngineCoreOutput.__struct_fields__)
+    unknown = _FIELDS.symmetric_difference(EngineCoreOutput.__struct_fields__) - {"error"}
     if unknown or type(processor) is not OutputProcessor:
         log.warning("vLLM processes all outputs: its own differ from those known here (%s)", ", ".join(sorted(unknown)))
-        return
+        return False
 
     def has_plain_outputs(state: Any) -> bool:
         """Whether outputs with no more than a token are a matter of text alone: decided once for each request."""
@@ -55,13 +58,21 @@ def process_plain_outputs_apart(client: AsyncLLM) -> None:
         )
 
     # vLLM would look for such numbers in each output.
-    if not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
-        plain = PlainOutputs(processor, has_plain_outputs, OutputProcessorOutput)
-        processor.process_outputs = plain.process
-    if client.logger_manager is not None:
-        for logger in client.logger_manager.stat_loggers:
-            if isinstance(logger, PrometheusStatLogger):
-                observe_equal_gaps_together(logger)
+    if envs.VLLM_COMPUTE_NANS_IN_LOGITS:
+        return False
+    plain = PlainOutputs(processor, has_plain_outputs, OutputProcessorOutput)
+    processor.process_outputs = plain.process
+    return True
+
+
+def observe_gaps_of(client: AsyncLLM) -> bool:
+    """Let the client's Prometheus loggers observe equal gaps at once. Returns whether there are any."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    if client.logger_manager is None:
+        return False
+    found = [logger for logger in client.logger_manager.stat_loggers if isinstance(logger, PrometheusStatLogger)]
+    return bool(found) and all([observe_equal_gaps_together(logger) for logger in found])
 
 
 Sink = Callable[[str, int], None]
@@ -178,16 +189,19 @@ def _has_only_tokens(output: Any) -> bool:
     )
 
 
-def observe_equal_gaps_together(logger: Any) -> None:
+def observe_equal_gaps_together(logger: Any) -> bool:
     """Let vLLM's Prometheus logger write a step's gaps between tokens once for each length that they have.
 
     Args:
         logger: a `PrometheusStatLogger`.
+
+    Returns:
+        False where prometheus-client's histograms are not as known.
     """
     histograms = logger.histogram_inter_token_latency
     if not all(_is_known(histogram) for histogram in histograms.values()):
         log.warning("the gaps between tokens are observed one by one: prometheus-client's histogram has changed")
-        return
+        return False
     record = logger.record
 
     def record_with_gaps(
@@ -206,6 +220,7 @@ def observe_equal_gaps_together(logger: Any) -> None:
         observe_all(histograms[engine_idx], gaps)
 
     logger.record = record_with_gaps
+    return True
 
 
 def observe_all(histogram: Any, values: Sequence[float]) -> None:

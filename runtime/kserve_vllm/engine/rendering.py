@@ -24,7 +24,7 @@ _OTHER = 8  # for a part of a request that is no text
 
 
 def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> None:
-    """Let `client` do so.
+    """Let `client` do so. Only where the seam to vLLM's renderers is as known: see `compat`.
 
     Args:
         foreign_templates: whether a request may bring its own chat template, which may take any time. Then templates

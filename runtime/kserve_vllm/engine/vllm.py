@@ -3,7 +3,7 @@
 vLLM moves its modules between minor versions; whatever moves is mended here. Imports of vLLM stand inside functions,
 because they take seconds and the process has to answer probes before them.
 
-Written against vLLM 0.32.
+Written against vLLM 0.32 and 0.33; `compat` holds the table of what is leant on.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import orjson
 import psutil
 
-from kserve_vllm.engine import demo, guards
+from kserve_vllm.engine import cpu_binding, demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
+from kserve_vllm.engine.compat import Shortcuts
 from kserve_vllm.engine.faults import is_template_error
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
-from kserve_vllm.engine.outputs import process_plain_outputs_apart
+from kserve_vllm.engine.outputs import observe_gaps_of, process_plain_outputs_apart
 from kserve_vllm.engine.placement import leave_processors_of
 from kserve_vllm.engine.rendering import render_short_prompts_in_place
 from kserve_vllm.errors import (
@@ -89,6 +90,9 @@ SAMPLING_OPTIONS = frozenset(
 )
 
 
+_IDLE_WORKERS_EVERY_S = 300.0
+"""How often workers are asked for a sign of life while no request is in flight."""
+
 # Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
 _NOT_SERVED = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
 
@@ -101,9 +105,18 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+def _cli_args() -> Any:
+    """vLLM's module of the flags of `vllm serve`, which has moved with 0.33."""
+    try:
+        from vllm.entrypoints.common import cli_args
+    except ImportError:
+        from vllm.entrypoints.launchers import cli_args
+    return cli_args
+
+
 def _parser() -> Any:
     prepare_environment()
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    make_arg_parser = _cli_args().make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -145,11 +158,9 @@ def parse_engine_args(argv: Sequence[str]) -> argparse.Namespace:
         if plain in _REFUSED:
             raise ConfigError(f"{flag} is a flag of vLLM's own server: {_REFUSED[plain]}")
     parser = _parser()
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-
     try:
         args: argparse.Namespace = parser.parse_args(list(argv))
-        validate_parsed_serve_args(args)
+        _cli_args().validate_parsed_serve_args(args)
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise ConfigError(f"vLLM does not take these flags: {error}") from error
     args.api_server_count = None
@@ -168,6 +179,7 @@ def run_headless(args: argparse.Namespace) -> None:
     """Run the workers of one node of a multi-node deployment until the head node ends."""
     from vllm.entrypoints.cli.serve import run_headless as vllm_run_headless
 
+    _bind_to_processors(args)
     args.headless, args.api_server_count = True, 0
     vllm_run_headless(args)
 
@@ -184,7 +196,6 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         ConfigError: the flags contradict each other or the model.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
@@ -198,8 +209,10 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         validate_api_server_args(args)
         _default_to_eager_without_compiler(args)
         _look_at_bfloat16(args)
+        if count == 1 or index < 0:
+            _bind_to_processors(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
-        propagate_flash_late_interaction(args, engine_args)
+        _cli_args().propagate_flash_late_interaction(args, engine_args)
         if count > 1:
             engine_args._api_process_count, engine_args._api_process_rank = count, index
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER), engine_args
@@ -215,6 +228,14 @@ def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
     if current_platform.is_cpu() and not args.enforce_eager and not any(map(shutil.which, compilers)):
         log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
         args.enforce_eager = True
+
+
+def _bind_to_processors(args: argparse.Namespace) -> None:
+    """Decide whether vLLM binds its threads, by what this container may use of the processors."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        cpu_binding.apply(os.environ, args.tensor_parallel_size * args.pipeline_parallel_size)
 
 
 def _look_at_bfloat16(args: argparse.Namespace) -> None:
@@ -265,6 +286,15 @@ def spared_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def _sign_of_life(client: Any, with_workers: bool) -> None:
+    """Return once the engine's step loop has answered, and its workers with it."""
+    if with_workers:
+        await client.collective_rpc("check_health")
+    else:
+        # Answered between two steps, from the scheduler's own state.
+        await client.is_paused()
 
 
 class VLLMEngine:
@@ -323,10 +353,14 @@ class VLLMEngine:
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = Adapters(loras, 1 if self._seat is None else self._seat.count)
 
-    def shorten(self) -> None:
-        """Do the work of vLLM's front end on fewer detours. Before the first request."""
-        render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
-        process_plain_outputs_apart(self.client)
+    def shorten(self, shortcuts: Shortcuts) -> None:
+        """Do the work of vLLM's front end on fewer detours, those that are taken. Before the first request."""
+        if shortcuts.takes("rendering"):
+            render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
+        if shortcuts.takes("outputs") and not process_plain_outputs_apart(self.client):
+            shortcuts.does_not_apply("outputs")
+        if shortcuts.takes("gaps") and not observe_gaps_of(self.client):
+            shortcuts.does_not_apply("gaps")
 
     def stand_before(self, door: Door, cache: Cache | None = None) -> None:
         """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""
@@ -398,14 +432,16 @@ class VLLMEngine:
     async def watch(self, interval_s: float, stall_timeout_s: float, on_gone: Callable[[str], None]) -> None:
         """Watch the engine until cancelled; call `on_gone` once with the reason when it is dead or hangs.
 
-        A dead engine process is seen within half a second. Every `interval_s` seconds all workers are asked for a
-        sign of life through the engine's step loop; when it is owed for `stall_timeout_s` seconds, the engine counts
-        as hanging and is killed, so that every request in flight gets its error. Bound: the sum of the two, but for
-        time in which this process itself stood still.
+        A dead engine process is seen within half a second. Every `interval_s` seconds a sign of life is asked of the
+        engine's step loop, and of all workers while requests are in flight; when it is owed for `stall_timeout_s`
+        seconds, the engine counts as hanging and is killed, so that every request in flight gets its error. Bound: the
+        sum of the two, but for time in which this process itself stood still. Without requests, workers are asked
+        every 300 s: a message makes their queue spin for a second, on each one's processor.
         """
         loop = asyncio.get_running_loop()
         probe: asyncio.Task[Any] | None = None
         next_probe = loop.time() + interval_s
+        workers_due = loop.time() + _IDLE_WORKERS_EVERY_S
         deadline = 0.0
         while True:
             before, pause_s = loop.time(), min(0.25, interval_s)
@@ -417,7 +453,10 @@ class VLLMEngine:
                 return
             now = loop.time()
             if probe is None and now >= next_probe:
-                probe = asyncio.create_task(self.client.collective_rpc("check_health"))
+                with_workers = self.client.output_processor.has_unfinished_requests() or now >= workers_due
+                if with_workers:
+                    workers_due = now + _IDLE_WORKERS_EVERY_S
+                probe = asyncio.create_task(_sign_of_life(self.client, with_workers))
                 deadline = now + stall_timeout_s
             elif probe is not None and probe.done():
                 if probe.exception() is not None and not self.client.errored:

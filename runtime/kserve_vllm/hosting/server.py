@@ -101,11 +101,18 @@ class GRPCServer:
         settings: host, port, TLS files, the largest message, and whether the server is ours or gRPC's own.
         lifecycle: the state that health answers read.
         shared: whether other processes listen on the port too.
+        own: whether the server may be ours, where the settings want that.
     """
 
     def __init__(
-        self, servicer: Servicer, settings: ServerSettings, lifecycle: Lifecycle, shared: bool = False
+        self,
+        servicer: Servicer,
+        settings: ServerSettings,
+        lifecycle: Lifecycle,
+        shared: bool = False,
+        own: bool = True,
     ) -> None:
+        self._own = own and "grpc-server" in settings.shortcuts
         self._servicer = servicer
         self._settings = settings
         self._shared = shared
@@ -120,7 +127,7 @@ class GRPCServer:
         Raises:
             ConfigError: the port can't be had, or the TLS files can't be used.
         """
-        kind = _OwnListener if self._settings.fast_path else _UpstreamListener
+        kind = _OwnListener if self._own else _UpstreamListener
         listener = kind(self._settings, self._shared)
         target = listener.target
         target.add_generic_rpc_handlers((self._servicer.handler(),))

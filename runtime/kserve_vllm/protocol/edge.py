@@ -70,7 +70,7 @@ class Edge:
         gate: Gate,
         max_body: int,
         metrics: Callable[[str], tuple[bytes, str]],
-        version: Callable[[], dict[str, str]],
+        version: Callable[[], dict[str, object]],
         requests: Requests,
         split: bool = False,
         body_timeout_s: float = 0.0,

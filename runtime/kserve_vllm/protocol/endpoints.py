@@ -22,9 +22,17 @@ _QUESTIONS = re.compile(
 )
 _WORK = re.compile(
     r"/v1/(chat/)?completions(/(batch|render|derender))?|/v1/responses(/render|/\{response_id\}/cancel)?|"
-    r"/v1/messages(/count_tokens|/render)?|/v1/embeddings|/v1/audio/\w+|/v1/systemone|/(v1/)?(score|rerank)|"
+    r"/v1/messages(/count_tokens|/render)?|/v1/embeddings|/v1/audio/\w+|/v1/systemone|/v1/decisions|/(v1/)?(score|rerank)|"
     r"/v2/(rerank|embed|models/.*)|/v1/models/.*|/pooling|/classify|/(de)?tokenize|/inference/v1/generate|"
     r"/generative_scoring|/cohere/v2/chat|/invocations"
+)
+# For administrators on purpose: they change the engine, or tell of its inside.
+_CONTROL = re.compile(
+    r"/(is_)?(paused?|sleep(ing)?|scal(e|ing)_elastic_ep)|/resume|/wake_up|/abort_requests|/collective_rpc|"
+    r"/(start|stop)_profile|/reset_(encoder|mm|prefix)_cache|/release_kv_cache_memory|/fault_tolerance/(status|apply)|"
+    r"/(start|finish)_(draft_)?weight_update|/(init|shutdown)_weight_transfer_engine|/update_weights|"
+    r"/update_weight_version|/weight_(checker|info)|/get_world_size|/kv_event_sources|/server_info|/readyz?|"
+    r"/v1/(un)?load_lora_adapter|/v1/realtime|/cohere/v2/chat/render"
 )
 _ASKED_BY_POST = {"/v2/repository/index", "/ping", OTHER}
 
@@ -42,6 +50,11 @@ def kind_of(method: str, endpoint: str) -> Kind:
     reads = method in ("GET", "HEAD", "OPTIONS") and _QUESTIONS.fullmatch(endpoint) is not None
     # With another method, a path for work is answered 405.
     return Kind.QUESTION if reads or work or endpoint in _ASKED_BY_POST else Kind.CONTROL
+
+
+def is_classified(endpoint: str) -> bool:
+    """Whether somebody has said what a route is for. Those of `CONTROL` are for administrators on purpose."""
+    return any(each.fullmatch(endpoint) for each in (_QUESTIONS, _WORK, _CONTROL))
 
 
 class Endpoints:

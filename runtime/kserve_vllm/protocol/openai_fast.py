@@ -63,6 +63,7 @@ class FastPath:
         vllm: vLLM's own app.
         stream_headers, answer_headers: at the head of every stream and of every whole answer.
         count: told for every request whether it was answered here (`fast`) or by vLLM (`vllm`).
+        chunks: whether chunks of streams may be written past uvicorn's `send`.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class FastPath:
         stream_headers: Headers,
         answer_headers: Headers,
         count: Callable[[str], None],
+        chunks: bool = True,
     ) -> None:
+        self._chunks = chunks
         self._kind = kind
         self._streams = streams
         self._answers = answers
@@ -118,7 +121,7 @@ class FastPath:
     async def _stream(self, stream: OpenAIStream, path: str, receive: Receive, send: Send, body_send: Send) -> None:
         self._count("fast")
         try:
-            await _Response(stream, path, self._stream_headers, send, body_send).run(receive)
+            await _Response(stream, path, self._stream_headers, send, body_send, self._chunks).run(receive)
         finally:
             await stream.close()
 
@@ -131,23 +134,29 @@ class FastPath:
 
 
 async def fast_paths(
-    engine: VLLMEngine, streams: Streams, answers: Answers, count: Callable[[str], None]
+    engine: VLLMEngine,
+    streams: Streams | None,
+    answers: Answers | None,
+    count: Callable[[str], None],
+    chunks: bool = True,
 ) -> dict[str, FastPath]:
-    """The paths that are answered here, as far as this model and vLLM's flags allow it."""
+    """The paths that are answered here, as far as this model and vLLM's flags allow it; None leaves a kind of answers
+    to vLLM."""
     stream_headers = await headers(engine, "text/event-stream; charset=utf-8")
     answer_headers = await headers(engine, "application/json")
     return {
         path: FastPath(
             kind,
-            streams if streams.serves(kind) else None,
-            answers if answers.serves(kind) else None,
+            streams if streams is not None and streams.serves(kind) else None,
+            answers if answers is not None and answers.serves(kind) else None,
             engine.app,
             stream_headers,
             answer_headers,
             count,
+            chunks,
         )
         for path, kind in PATHS.items()
-        if streams.serves(kind) or answers.serves(kind)
+        if any(each is not None and each.serves(kind) for each in (streams, answers))
     }
 
 
@@ -223,7 +232,9 @@ class _Response:
     __slots__ = ("_blocked", "_chunks", "_ended", "_frames", "_headers", "_opened", "_path", "_rest", "_send", "_start",
                  "_stream", "_tokens")  # fmt: skip
 
-    def __init__(self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send) -> None:
+    def __init__(
+        self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send, chunks: bool
+    ) -> None:
         self._stream = stream
         self._frames = stream.frames
         self._path = path
@@ -232,7 +243,7 @@ class _Response:
         self._send = send
         self._tokens = 0
         self._opened = False
-        self._chunks = chunks_of(send)
+        self._chunks = chunks_of(send) if chunks else None
         self._blocked = False
         self._ended = False
         self._rest: asyncio.Task[None] | None = None
@@ -341,8 +352,8 @@ class _Response:
         elif reason == "error":
             parts.append(stream.failure())
         else:
-            if text or count or before:
-                empty = not text and stream.skips_empty
+            if text or count or before or frames.ends_without_tokens:
+                empty = not text and (stream.skips_empty or not (count or before))
                 parts.append(self._counted(frames.fill_last(text, reason, stream.stop_reason, empty), self._tokens))
             if stream.include_usage:
                 parts.append(stream.usage(self._tokens))

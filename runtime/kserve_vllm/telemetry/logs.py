@@ -7,6 +7,7 @@ its id and its trace id.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.config
@@ -19,9 +20,14 @@ from typing import Any
 import orjson
 import structlog
 
+from kserve_vllm.termination import describe
 from kserve_vllm.ticket import current
 
 Event = MutableMapping[str, Any]
+
+_PREFIX = "kserve-vllm-logging-"
+_FAILURES = ".failures"
+_MOST_FAILURES = 64 << 10
 
 
 def form(setting: str) -> str:
@@ -54,7 +60,11 @@ def configure(setting: str = "auto", access_log: bool = False) -> str:
         cache_logger_on_first_use=True,
     )
     if "VLLM_LOGGING_CONFIG_PATH" not in os.environ:
-        with tempfile.NamedTemporaryFile("w", prefix="kserve-vllm-logging-", suffix=".json", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", prefix=_PREFIX, suffix=".json", delete=False) as file:
+            tree["handlers"]["failures"] = {
+                "class": "kserve_vllm.telemetry.logs.Failures", "level": "ERROR", "path": file.name + _FAILURES
+            }  # fmt: skip
+            tree["loggers"]["vllm"]["handlers"] = ["failures"]
             json.dump(tree, file)
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = file.name
     return chosen
@@ -63,8 +73,44 @@ def configure(setting: str = "auto", access_log: bool = False) -> str:
 def forget() -> None:
     """Remove the file that `configure` wrote for vLLM's processes."""
     path = os.environ.get("VLLM_LOGGING_CONFIG_PATH", "")
-    if os.path.basename(path).startswith("kserve-vllm-logging-") and os.path.exists(path):
-        os.unlink(path)
+    if os.path.basename(path).startswith(_PREFIX):
+        for each in (path, path + _FAILURES):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(each)
+
+
+def failures() -> list[tuple[str, str]]:
+    """What vLLM, in any of its processes, has logged as an error with an exception: (message, exception in one line),
+    first one first. Nothing where the operator has a logging configuration of their own."""
+    try:
+        with open(os.environ.get("VLLM_LOGGING_CONFIG_PATH", "") + _FAILURES, encoding="utf-8") as file:
+            return [(str(message), str(error)) for message, error in map(orjson.loads, file)]
+    except (OSError, ValueError):
+        return []
+
+
+class Failures(logging.Handler):
+    """Notes errors that have an exception, for the process that started vLLM's: it has no other way to know the cause.
+
+    Args:
+        path: of a file that all of them append to, a JSON list a line.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line; what is first counts, so that the file does not grow for ever."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return
+        try:
+            with open(self._path, "ab") as file:
+                if file.tell() < _MOST_FAILURES:
+                    file.write(orjson.dumps([record.getMessage(), describe(error)]) + b"\n")
+        except (OSError, ValueError, TypeError):
+            self.handleError(record)
 
 
 def configuration(chosen: str, level: str, access_log: bool = False) -> dict[str, Any]:

@@ -109,6 +109,10 @@ DECLARED: tuple[Declared, ...] = (
              "Usage records by what became of them: sent, dropped, or failed (a try that is repeated).", ("result",)),
     Declared("kserve_vllm_key_file_failures", "gauge", "Times that a changed key file could not be used.",
              merge="livemax"),
+    Declared("kserve_vllm_shortcut_in_force", "gauge",
+             "1 for a shortcut of --fast-path that is taken, else 0, with the reason: used, left_out, not_applicable "
+             "(to this model or these flags), or changed (vLLM or a library is not as known).",
+             ("shortcut", "reason"), merge="livemax"),
     Declared("kserve_vllm_build_info", "gauge", "Always 1; the versions are in the labels.",
              ("version", "vllm_version", "python_version"), merge="livemax"),
 )  # fmt: skip
@@ -183,6 +187,11 @@ class Metrics:
         """Set what is known once the engine runs: its version, whether a name is served, and adapters by state."""
         self._serves, self._adapters = serves, adapters
         self._get("kserve_vllm_build_info").labels(self._version, vllm_version, platform.python_version()).set(1)
+
+    def show_shortcuts(self, reasons: Mapping[str, str]) -> None:
+        """Show which shortcuts are taken, and why the others are not. Once, when all is decided."""
+        for name, reason in reasons.items():
+            self._get("kserve_vllm_shortcut_in_force").labels(name, reason).set(reason == "used")
 
     def show_redis(self, there: bool) -> None:
         """Show whether the Redis that replicas share answers."""
