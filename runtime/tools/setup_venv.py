@@ -79,7 +79,9 @@ def _install_torch(locked: Sequence[str]) -> int:
     # Once and not for long: where that index can't be reached, pip would wait for minutes.
     if _run([*locked, "--timeout", "20", "--retries", "1", "--index-url", PYTORCH_INDEX, *cpu], quiet=True) == 0:
         return 0
-    print("  not to be had there; taking PyPI's torch with CUDA's libraries (4.5 GB), which runs on a CPU too", flush=True)
+    print(
+        "  not to be had there; taking PyPI's torch with CUDA's libraries (4.5 GB), which runs on a CPU too", flush=True
+    )
     return _run([*locked, *pypi])
 
 
