@@ -26,6 +26,7 @@ from kserve_vllm.telemetry import logs
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
+from kserve_vllm.telemetry.watchdog import watch_loop
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class _Process:
             loop.add_signal_handler(signal.SIGTERM, self._stop.set)
             self._seat.attend(self._stop.set, self._on_shared_engine_gone)
             self._telling = asyncio.create_task(self._tell_others(self._seat))
+        self._metrics.watch(lambda metrics: metrics.show_connections(self._http.connections.open))
         self._http.start()
         if self._admin is not None:
             self._admin.start()
@@ -228,6 +230,8 @@ class _Process:
         watching = asyncio.create_task(
             engine.watch(life.engine_probe_interval, life.engine_stall_timeout, self._on_engine_gone)
         )
+        # Not before: loading holds the loop as it likes, and nobody is served.
+        watching_loop = asyncio.create_task(watch_loop(self._metrics.observe_lag))
         self._lifecycle.to(State.READY)
         if self._first:
             self._say_ready(engine.names[0])
@@ -238,6 +242,7 @@ class _Process:
             return await self._fail() if self._failed.is_set() else 0
         finally:
             watching.cancel()
+            watching_loop.cancel()
 
     def _say_ready(self, model: str) -> None:
         http, grpc = self._http.port, self._grpc.port if self._grpc else 0
