@@ -20,7 +20,7 @@ from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotF
 from kserve_vllm.gate import Gate, Kind
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import bounds, moderated, wire
-from kserve_vllm.protocol.body import TimedBody
+from kserve_vllm.protocol.body import BodyBudget, TimedBody
 from kserve_vllm.protocol.endpoints import Endpoints, Target, choose, normalize, of_http
 from kserve_vllm.protocol.openai_fast import FastPath
 from kserve_vllm.protocol.steps import ClientGone
@@ -40,6 +40,7 @@ _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
 _OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue)(/.*)?$")
 _LENGTHS = (b"content-length", b"transfer-encoding")
+_BODIES = 16  # of the largest size, in all
 _EVENT_STREAM = b"text/event-stream"
 
 
@@ -77,6 +78,8 @@ class Edge:
         self._version = version
         self._requests = requests
         self._endpoints = Endpoints()
+        self.bodies = BodyBudget(_BODIES * max_body)
+        """What requests hold of bodies."""
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
         self._fast: Mapping[str, FastPath] = {}
@@ -126,6 +129,7 @@ class Edge:
         operators: bool,
     ) -> None:
         ticket = guard.ticket
+        arrival: _Arrival | None = None
         try:
             if _is_preflight(scope["method"], headers):
                 # Browsers ask without the key; vLLM's own answer (--allowed-origins) says what they may send.
@@ -161,6 +165,9 @@ class Edge:
             guard.error = error
             log.exception("request %s failed", guard.request_id, exc_info=error)
             await guard.fail(InternalError(guard.request_id))
+        finally:
+            if arrival is not None:
+                arrival.close()
 
     def _check(self, target: Target, operators: bool) -> None:
         """Raise what is known against a request before anything is asked about it.
@@ -234,13 +241,15 @@ class Edge:
             return False
         return True
 
-    async def read_body(self, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket) -> bytes | None:
-        """The whole body of a request; None where it has none.
+    async def read_body(
+        self, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket, hold: Callable[[int], None]
+    ) -> bytes | None:
+        """The whole body of a request; None where it has none. `hold` is told of each part's size.
 
         Raises:
             BodyTooLarge: it is over the limit of size.
             BodyTimeout: it is over the limit of time.
-            InvalidRequest: it holds more values than are read.
+            Unavailable: too much of other bodies is held.
             ClientGone: its client went away.
         """
         length = headers.get(b"content-length")
@@ -263,6 +272,7 @@ class Edge:
             size += len(part)
             if size > self._max_body:
                 raise too_large
+            hold(len(part))
             parts.append(part)
             more = message.get("more_body", False)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -271,7 +281,7 @@ class Edge:
 class _Arrival:
     """One request on its way in: its body as it came, then as the model may see it."""
 
-    __slots__ = ("_body", "_edge", "_headers", "_receive", "_scope", "_ticket", "_to_vllm")
+    __slots__ = ("_body", "_edge", "_headers", "_held", "_receive", "_scope", "_ticket", "_to_vllm")
 
     def __init__(
         self, edge: Edge, scope: Scope, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket, to_vllm: bool
@@ -282,6 +292,7 @@ class _Arrival:
         self._scope = scope
         self._ticket = ticket
         self._to_vllm = to_vllm
+        self._held = 0
         self._body: bytes | None = None
 
     async def read(self) -> None:
@@ -290,7 +301,7 @@ class _Arrival:
         Raises:
             RequestError, ClientGone: as `Edge.read_body`.
         """
-        self._body = body = await self._edge.read_body(self._headers, self._receive, self._ticket)
+        self._body = body = await self._edge.read_body(self._headers, self._receive, self._ticket, self._hold)
         if body is None or wire.is_form(self._headers.get(b"content-type", b"")):
             return
         # Tensors may follow the JSON.
@@ -298,6 +309,15 @@ class _Arrival:
         await bounds.check_values(body if self._to_vllm or json_length is None else memoryview(body)[:json_length])
         if self._to_vllm:
             await bounds.check_unicode(body)
+
+    def _hold(self, size: int) -> None:
+        self._edge.bodies.take(self._ticket, size)
+        self._held += size
+
+    def close(self) -> None:
+        """The request is answered."""
+        self._edge.bodies.give(self._ticket, self._held)
+        self._held = 0
 
     async def wait(self, work: Awaitable[Any]) -> Any:
         """Wait for `work`, which is cancelled when the client goes away.
