@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import httpx
 import psutil
 import pytest
+from starlette.routing import Route
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_WITHIN_S = 300.0
@@ -144,3 +145,16 @@ class Server:
         end(self.process, timeout_s)
         self._log_file.close()
         return int(self.process.returncode)
+
+
+class Routed:
+    """A plain ASGI callable with routes, as the edge asks them: for tests that answer requests themselves."""
+
+    def __init__(self, app: Any, *paths: str) -> None:
+        self.routes: list[Any] = [Route(path, self, methods=["GET", "POST"]) for path in paths]
+        self.router = self
+        self.redirect_slashes = False
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)

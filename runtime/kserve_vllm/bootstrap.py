@@ -30,6 +30,7 @@ from kserve_vllm.telemetry import logs
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
+from kserve_vllm.telemetry.watchdog import watch_loop
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ class _Process:
             loop.add_signal_handler(signal.SIGTERM, self._stop.set)
             self._seat.attend(self._stop.set, self._on_shared_engine_gone)
             self._telling = asyncio.create_task(self._tell_others(self._seat))
+        self._metrics.watch(lambda metrics: metrics.show_connections(self._http.connections.open))
         self._http.start()
         if self._admin is not None:
             self._admin.start()
@@ -300,6 +302,8 @@ class _Process:
         watching = asyncio.create_task(
             engine.watch(life.engine_probe_interval, life.engine_stall_timeout, self._on_engine_gone)
         )
+        # Not before: loading holds the loop as it likes, and nobody is served.
+        watching_loop = asyncio.create_task(watch_loop(self._metrics.observe_lag))
         self._lifecycle.to(State.READY)
         if self._first:
             self._say_ready(engine.names[0])
@@ -310,6 +314,7 @@ class _Process:
             return await self._fail() if self._failed.is_set() else 0
         finally:
             watching.cancel()
+            watching_loop.cancel()
 
     def _say_ready(self, model: str) -> None:
         http, grpc = self._http.port, self._grpc.port if self._grpc else 0
@@ -378,11 +383,9 @@ class _Process:
         """Close the ports and end the engine."""
         self._lifecycle.to(State.STOPPED)
         self._gate.close()
-        await self._http.stop(_CLOSE_GRACE_S)
-        if self._admin is not None:
-            await self._admin.stop(_CLOSE_GRACE_S)
-        if self._grpc is not None:
-            await self._grpc.stop(_CLOSE_GRACE_S)
+        # All at once: what is left had the time of the drain.
+        ports = [port for port in (self._http, self._admin, self._grpc) if port is not None]
+        await asyncio.gather(*(port.stop(_CLOSE_GRACE_S) for port in ports))
         if self._warmup is not None:
             await self._warmup.stop()
         engine, self._engine = self._engine, None

@@ -109,11 +109,19 @@ class NotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, but not for this method."""
+    """The path exists, but not for this method.
+
+    Attributes:
+        allow: the methods that it is answered for.
+    """
 
     http_status = 405
     grpc_status = "UNIMPLEMENTED"
     openai_type = "MethodNotAllowedError"
+
+    def __init__(self, message: str, allow: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.allow = tuple(allow)
 
 
 class BodyTimeout(RequestError):

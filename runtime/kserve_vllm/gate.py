@@ -1,14 +1,15 @@
 """The one path of a request: who is it, may it pass now, in which class, and is anything still in flight.
 
 Every protocol meets the same gate once per request; nothing here runs per token. What the gate asks for is off by
-default, and what is off costs nothing.
+default, and what is off costs nothing. The order of the policies stands here and nowhere else: `Gate.enforce` for what
+is asked of a request, `Door.take_up` for what is asked of each sequence of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -148,6 +149,56 @@ class Gate:
         return True
 
     # Policies
+
+    @asynccontextmanager
+    async def enforce(
+        self,
+        ticket: Ticket,
+        headers: Mapping[str, str],
+        kind: Kind,
+        *,
+        check: Callable[[], None] | None = None,
+        body: Callable[[], Awaitable[None]] | None = None,
+        waiting: Callable[[Awaitable[Any]], Awaitable[Any]] | None = None,
+        moderate: Callable[[], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[Caller]:
+        """Ask all policies about one request, in their order, and count it for as long as the block runs.
+
+        1. key: who is asking;
+        2. what the protocol knows against the request (`check`), told to nobody without a key;
+        3. permission, for what changes the server's state;
+        4. state: loading, draining, unloaded;
+        5. the body has come (`body`): a client that sends nothing holds no place of what follows;
+        6. limits, then the queue, for work;
+        7. moderation (`moderate`), for work whose texts are known already; else where they are known.
+
+        The engine asks `Door` about each sequence after that: model, tokens, class, then the response cache.
+
+        Args:
+            ticket: of this request.
+            headers: with lower-case names; or metadata.
+            kind: what the request is.
+            check, body, moderate: what a protocol does at these steps.
+            waiting: as for `admit`.
+
+        Raises:
+            RequestError: a policy refuses the request.
+        """
+        key, wanted = headers_of(headers)
+        caller = self.identify(ticket, key)
+        if check is not None:
+            check()
+        if kind is Kind.CONTROL:
+            self.check_control(caller)
+        with self.enter(needs_model=kind is Kind.WORK):
+            if body is not None:
+                await body()
+            if kind is Kind.WORK:
+                ticket.cache_control = headers.get("cache-control", "").lower()
+                await self.admit(ticket, caller, wanted, waiting)
+                if moderate is not None and self.moderation is not None:
+                    await moderate()
+            yield caller
 
     def identify(self, ticket: Ticket, key: str | None) -> Caller:
         """Find out who is asking, and write it on the ticket.

@@ -117,6 +117,13 @@ class ServerSettings(_Group):
         "How long a client may take to send a request's body, or one message over gRPC, in seconds; then 408 or "
         "DEADLINE_EXCEEDED. 0: as long as it likes.",
     )
+    max_connections: int = _setting(
+        4096,
+        "Most open connections of the HTTP port. One more closes the one that has waited longest for a request; where "
+        "all have one, it is answered 503.",
+        ge=16,
+        le=1_000_000,
+    )
     max_batch: int = _setting(512, "Most texts in one V1 or V2 request; more is answered 400.", ge=1, le=65_536)
     admin_port: Port = _setting(
         0,

@@ -29,6 +29,7 @@ from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.telemetry.tracing import Tracing
 from kserve_vllm.ticket import Ticket
 from kserve_vllm.types import Priority
+from tests.support import Routed
 
 CHAT, MESSAGES, EMBEDDINGS, PREDICT = "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/models/m:predict"
 FORM = "/v1/audio/transcriptions"
@@ -99,7 +100,11 @@ class Served:
         async def vllm(scope: Any, receive: Any, send: Any) -> None:
             await (plain if scope["path"] == EMBEDDINGS else app)(scope, receive, send)
 
-        edge.attach(app, vllm, {CHAT: Fast()})  # type: ignore[dict-item]
+        edge.attach(
+            Routed(app, "/v1/models/{model_name}:predict"),
+            Routed(vllm, CHAT, EMBEDDINGS, FORM, MESSAGES),
+            {CHAT: Fast()},  # type: ignore[dict-item]
+        )
         self.server = HTTPServer(edge, ServerSettings(host="127.0.0.1"), 0)
 
     async def ask(self, head: bytes, *parts: bytes, path: str = CHAT, every_s: float = 0.0) -> tuple[int, bytes]:

@@ -23,7 +23,7 @@ from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.telemetry.tracing import Tracing
 from tests.clients import SUM, assert_unharmed, infer, post, tensor, texts
-from tests.support import Server
+from tests.support import Routed, Server
 from tests.triton import service_pb2, service_pb2_grpc
 
 LONG = "word " * 1100
@@ -355,7 +355,7 @@ CLOSE = b"Host: x\r\nConnection: close\r\n"
         (b"POST /v2/models/demo/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + CLOSE + b"\r\nzz\r\n", 400),
         (b"POST /v2/models/demo/infer HTTP/1.1\r\nContent-Length: 2\r\nAccept: \xff\r\n" + CLOSE + b"\r\n{}", 400),
         (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\nContent-Type: \xff\r\n" + CLOSE + b"\r\n{}", 400),
-        (b"BREW /v2 HTTP/1.1\r\n" + CLOSE + b"\r\n", 400),
+        (b"BREW /v2 HTTP/1.1\r\n" + CLOSE + b"\r\n", 501),
         (b"nonsense\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ],
@@ -532,8 +532,9 @@ def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Gate]:
     lifecycle = Lifecycle()
     lifecycle.to(State.READY)
     gate = Gate(lifecycle)
+    routed = Routed(app, CHAT, "/v1/messages", "/v1/models/{model_name}:predict", "/v2/models/{model_name}/infer")
     edge = Edge(lifecycle, gate, 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
-    edge.attach(app, app)
+    edge.attach(routed, routed)
     return httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://edge"), gate
 
 
@@ -626,7 +627,7 @@ def test_an_answer_that_fails_in_its_middle_is_cut_off_and_not_mended() -> None:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
         edge = Edge(lifecycle, Gate(lifecycle), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
-        edge.attach(app, app)
+        edge.attach(Routed(app, CHAT), Routed(app, CHAT))
 
         async def send(message: Any) -> None:
             sent.append(message)

@@ -2,7 +2,9 @@
 
 vLLM's routers and our own protocols all call `AsyncLLM.generate` and `AsyncLLM.encode`. There the prompt is tokenized,
 the number of tokens to generate is resolved and the adapter is known, so this is where models are permitted, tokens
-are reserved and priorities are set. The two methods are replaced on the instance, and only where a policy is on.
+are reserved and priorities are set. The two methods are replaced on the instance, and only where a policy is on. What
+else the client can be called for stands in `ASKED` and `OPERATED`. A method that a newer vLLM adds is in neither, and
+is refused, since it may be a way to the engine past the policies.
 
 What is refused here is left on the ticket: vLLM's handlers make an error of their own of every exception, and the edge
 answers the one on the ticket instead.
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import AsyncGenerator, Callable, Sized
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from kserve_vllm.engine import records
 from kserve_vllm.engine.answers import Filter, check_parameters, filtered
@@ -22,7 +25,36 @@ from kserve_vllm.errors import RequestError
 from kserve_vllm.ticket import Ticket, current
 from kserve_vllm.types import Work
 
+log = logging.getLogger(__name__)
+
 _OUTCOMES = ("hit", "bypass", "miss")
+
+
+TAKEN_UP = frozenset({"generate", "encode"})
+"""Methods of vLLM's client that take up work, replaced here."""
+
+ASKED = frozenset(
+    """abort add_request check_admission check_health dead_error errored get_kv_event_sources get_num_queued_tokens
+    get_num_unfinished_requests get_status get_supported_tasks get_tokenizer get_weight_version is_paused is_running
+    is_sleeping is_stopped is_tracing_enabled list_loras notify_kv_transfer_request_rejected tokenizer
+    wait_for_requests_to_drain""".split()
+)
+"""What is asked of the client, or is called by `generate` and `encode` alone (`add_request`)."""
+
+OPERATED = frozenset(
+    """add_lora checkpoint_prepare checkpoint_restore collective_rpc compute_weight_checksums do_log_stats
+    finish_weight_update from_engine_args from_vllm_config handle_fault init_weight_transfer_engine pause_generation
+    pin_lora release_kv_cache_memory remove_lora reset_encoder_cache reset_mm_cache reset_prefix_cache
+    resume_generation scale_elastic_ep shutdown shutdown_weight_transfer_engine sleep start_draft_weight_update
+    start_profile start_weight_update stop_profile update_weight_version update_weights wake_up""".split()
+)
+"""What changes the engine's state; who may, is decided where it is asked for."""
+
+
+def unclassified(client: Any) -> list[str]:
+    """Public methods and properties of vLLM's client that are in none of the lists."""
+    known = TAKEN_UP | ASKED | OPERATED
+    return [name for name in dir(type(client)) if not name.startswith("_") and name not in known]
 
 
 class Door(Protocol):
@@ -81,6 +113,10 @@ class Intake:
         self._prioritized = prioritized
         self._generate, client.generate = client.generate, self.generate
         self._encode, client.encode = client.encode, self.encode
+        for name in unclassified(client):
+            if callable(getattr(type(client), name)):
+                log.warning("vLLM's %s is not used here: it may be a way past the policies", name)
+                setattr(client, name, functools.partial(_refuse, name))
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -200,6 +236,10 @@ class Intake:
             raise
         if self._prioritized and ticket.priority is not None:
             options["priority"] = ticket.priority
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(f"{name} is a way to the engine that the policies do not know")
 
 
 def _most_tokens(prompt: Any, params: Any) -> int:

@@ -16,12 +16,13 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import orjson
 
-from kserve_vllm.engine.intake import Intake
+from kserve_vllm.engine.intake import ASKED, Intake
 from kserve_vllm.engine.outputs import send_to
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
@@ -38,6 +39,10 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 # Stand for what differs from request to request while vLLM's models write a frame once.
 _ID, _MODEL, _ROLE, _TEXT, _FINISH, _STOP = _WORDS = tuple(f"kserve-vllm-mark-{i}" for i in range(6))
 _CREATED, _PROMPT, _COMPLETION, _TOTAL = _NUMBERS = tuple(7_640_000_000_000_000 + i for i in range(4))
+
+
+# What a handler asks of the engine's client beside the call that is caught.
+_READ_WHILE_PREPARING = ASKED - {"add_request"} | {"vllm_config", "model_config", "renderer", "input_processor"}
 
 
 @dataclass(frozen=True)
@@ -343,18 +348,32 @@ class _Prepared:
     media: Mapping[str, int] | None = None
 
 
+_caught: ContextVar[list[Call] | None] = ContextVar("caught", default=None)
+"""Calls of the engine that the running request's handler has made while it was prepared."""
+
+
 class _Catcher:
-    """Stands for the engine while vLLM's handler prepares a request: keeps the call instead of making it."""
+    """Stands for the engine while vLLM's handler prepares a request: keeps its calls instead of making them.
+
+    All requests share one, so that what is kept belongs to the request's own context: whatever vLLM awaits between the
+    call and the end of its handler, no request gets another one's prompt.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self.call: Call | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> _Catcher:
-        self.call = args, kwargs
+        """Keep the call, in place of `AsyncLLM.generate`."""
+        calls = _caught.get()
+        if calls is None:
+            raise RuntimeError("the engine was called outside of a request")
+        calls.append((args, kwargs))
         return self
 
     def __getattr__(self, name: str) -> Any:
+        if name not in _READ_WHILE_PREPARING:
+            # vLLM answers the request then.
+            raise AttributeError(f"{name} is not known to be asked for by a handler that prepares a request")
         return getattr(self._client, name)
 
 
@@ -401,6 +420,7 @@ class Streams:
         if request is None:
             return None
         handler = self._handlers[kind]
+        token = _caught.set([])
         try:
             if kind == "chat":
                 made = await handler.create_chat_completion(request, Request(scope))
@@ -409,6 +429,8 @@ class Streams:
         except Exception as error:
             log.debug("vLLM answers a request that could not be prepared: %r", error)
             return None
+        finally:
+            _caught.reset(token)
         if not isinstance(made, _Prepared):
             return None
         stream = OpenAIStream(self.hub, self.client, made, self._engine.intake)
@@ -439,15 +461,14 @@ class Streams:
     def _without_last_step(self, kind: Kind, handler: Any) -> Any:
         """A copy of vLLM's handler that returns what it would have streamed from."""
         twin = copy.copy(handler)
-        twin.engine_client = catcher = _Catcher(self.client)
+        twin.engine_client = _Catcher(self.client)
 
         def prepared(request: Any, request_id: str, model: str, created: int, media: Any = None) -> _Prepared | None:
-            # Nothing was awaited since the call was caught.
-            call, catcher.call = catcher.call, None
-            if call is None:
+            calls = _caught.get()
+            if calls is None or len(calls) != 1:
                 return None
             shape = self._shape(kind, handler, request, request_id, model, created)
-            return _Prepared(kind, handler, request_id, model, created, call, shape, media=media)
+            return _Prepared(kind, handler, request_id, model, created, calls[0], shape, media=media)
 
         def chat(request: Any, _: Any, request_id: str, model: str, *__: Any, **kwargs: Any) -> Any:
             return prepared(request, request_id, model, int(time.time()), kwargs.get("mm_token_counts"))

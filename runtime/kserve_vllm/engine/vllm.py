@@ -29,7 +29,7 @@ from kserve_vllm.engine import cpu_binding, demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
 from kserve_vllm.engine.compat import Shortcuts
-from kserve_vllm.engine.faults import is_template_error
+from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
@@ -757,6 +757,8 @@ class VLLMEngine:
         plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
         if not started and (isinstance(error, plain) or is_template_error(error)):
             return InvalidRequest(str(error))
+        if not started and (fault := sentence_of_client_fault(error, taken_up=False)) is not None:
+            return InvalidRequest(fault[0], field=fault[1])
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)
 

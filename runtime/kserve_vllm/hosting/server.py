@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import ssl
@@ -17,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from kserve_vllm.errors import ConfigError
+from kserve_vllm.hosting import http1
 from kserve_vllm.hosting.grpc_calls import Services
 from kserve_vllm.hosting.health import Health
 from kserve_vllm.lifecycle import Lifecycle
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 _BACKLOG = 2048
 # Longer than the idle timeout of the proxies in front (Envoy: 60 s), so that they close first.
 _KEEP_ALIVE_S = 75
+_MAX_WEBSOCKET_MESSAGE = 16 << 20  # a second of audio has 64 KiB
+_MAX_WEBSOCKET_QUEUE = 32
 
 
 class _QuietServer(uvicorn.Server):
@@ -56,9 +60,14 @@ class HTTPServer:
         self, app: Any, settings: ServerSettings, port: int, flag: str = "--http-port", shared: bool = False
     ) -> None:
         self._socket = _bind(settings.host, port, flag, shared)
+        self.connections = http1.Connections(settings.max_connections)
+        """Those that are open."""
         try:
             config = uvicorn.Config(
                 app,
+                http=functools.partial(http1.HTTP1, self.connections),  # type: ignore[arg-type]
+                ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+                ws_max_queue=_MAX_WEBSOCKET_QUEUE,
                 log_config=None,
                 access_log=settings.access_log,
                 interface="asgi3",
@@ -85,7 +94,9 @@ class HTTPServer:
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
 
     async def stop(self, grace_s: float) -> None:
-        """Close the port, give open connections `grace_s` seconds, then cancel what is left."""
+        """Close the port, give open connections `grace_s` seconds, then cancel what is left. Clients that do not take
+        what is sent to them had their time, and are not waited for."""
+        http1.abort_stalled(self._server.server_state.connections)
         self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
         self._server.should_exit = True
         if self._task is not None:

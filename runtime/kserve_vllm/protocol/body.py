@@ -1,4 +1,4 @@
-"""How long a client may take to send a request's body.
+"""How long a client may take to send a request's body, and how much of bodies is held at once.
 
 A body that never ends would hold a place among the requests in flight for ever, and a slot of the queue with it.
 """
@@ -9,11 +9,48 @@ import asyncio
 from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from typing import Any
 
-from kserve_vllm.errors import BodyTimeout
+from kserve_vllm.errors import BodyTimeout, Unavailable
 from kserve_vllm.protocol.steps import resume
 from kserve_vllm.ticket import Ticket
 
 Message = MutableMapping[str, Any]
+
+
+class BodyBudget:
+    """What requests hold of bodies together, from their first byte to their answer's end.
+
+    Args:
+        total: bytes of all; one caller with a key may hold half.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._held: dict[str | None, int] = {}
+        self.held = 0
+
+    def take(self, ticket: Ticket, size: int) -> None:
+        """Hold more of a body.
+
+        Raises:
+            Unavailable: too much is held already.
+        """
+        own = self._held.get(ticket.key_id, 0) + size
+        most = self._total if ticket.key_id is None else self._total // 2
+        if own > most or self.held + size > self._total:
+            whose = "the server holds" if self.held + size > self._total else "requests with this key hold"
+            raise Unavailable(f"{whose} too much of request bodies at once", field="body", retry_after_s=1, close=True,
+                              reason="bodies")  # fmt: skip
+        self._held[ticket.key_id] = own
+        self.held += size
+
+    def give(self, ticket: Ticket, size: int) -> None:
+        """Hold it no longer."""
+        self.held -= size
+        left = self._held.get(ticket.key_id, 0) - size
+        if left > 0:
+            self._held[ticket.key_id] = left
+        else:
+            self._held.pop(ticket.key_id, None)
 
 
 class TimedBody:

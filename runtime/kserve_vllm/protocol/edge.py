@@ -8,8 +8,6 @@ the first message of a response.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import re
 import uuid
@@ -19,11 +17,11 @@ from typing import Any
 import orjson
 
 from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
-from kserve_vllm.gate import Gate, Kind, headers_of
+from kserve_vllm.gate import Gate, Kind
 from kserve_vllm.lifecycle import Lifecycle
-from kserve_vllm.protocol import moderated, wire
-from kserve_vllm.protocol.body import TimedBody
-from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
+from kserve_vllm.protocol import bounds, moderated, wire
+from kserve_vllm.protocol.body import BodyBudget, TimedBody
+from kserve_vllm.protocol.endpoints import Endpoints, Target, choose, normalize, of_http
 from kserve_vllm.protocol.openai_fast import FastPath
 from kserve_vllm.protocol.steps import ClientGone
 from kserve_vllm.telemetry.requests import Requests
@@ -41,13 +39,9 @@ _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
 _OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue)(/.*)?$")
+_LENGTHS = (b"content-length", b"transfer-encoding")
+_BODIES = 16  # of the largest size, in all
 _EVENT_STREAM = b"text/event-stream"
-# What may be half of a surrogate pair: an escape without its other half beside it, bytes that Python's parser takes for
-# one, or any other encoding than UTF-8, which has zero bytes.
-_HALF_PAIR = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]|\xed[\xa0-\xbf]|\x00"
-)
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Edge:
@@ -84,6 +78,8 @@ class Edge:
         self._version = version
         self._requests = requests
         self._endpoints = Endpoints()
+        self.bodies = BodyBudget(_BODIES * max_body)
+        """What requests hold of bodies."""
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
         self._fast: Mapping[str, FastPath] = {}
@@ -106,54 +102,57 @@ class Edge:
             await self._http(scope, receive, send, True)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
-        path = scope["path"]
-        if path.startswith("/openai/v1"):
-            path = path.removeprefix(wire.OPENAI_ALIAS)
-            scope["path"], scope["raw_path"] = path, path.encode()
-        if scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send, operators):
+        path: str | None
+        try:
+            path = normalize(scope)
+        except NotFound:
+            path = None
+        if path is not None and scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send, operators):
             return
         request_id, headers = _request_id(scope)
-        with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
-            guard = _Guard(send, request_id, path, self._requests.response_header(ticket))
+        target = Target() if path is None else self._endpoints.find(scope["method"], path)
+        with of_http(self._requests, target, scope, headers, request_id) as ticket:
+            guard = _Guard(send, request_id, scope["path"], self._requests.response_header(ticket))
             try:
                 guard.ticket = ticket
-                await self._answer(scope, receive, guard, headers, operators)
+                await self._answer(scope, receive, guard, headers, target, operators)
             finally:
                 ticket.status, ticket.error = guard.status, guard.error or ticket.error
 
     async def _answer(
-        self, scope: Scope, receive: Receive, guard: _Guard, headers: dict[bytes, bytes], operators: bool
+        self,
+        scope: Scope,
+        receive: Receive,
+        guard: _Guard,
+        headers: dict[bytes, bytes],
+        target: Target,
+        operators: bool,
     ) -> None:
-        path, request_id, ticket = scope["path"], guard.request_id, guard.ticket
+        ticket = guard.ticket
+        arrival: _Arrival | None = None
         try:
             if _is_preflight(scope["method"], headers):
                 # Browsers ask without the key; vLLM's own answer (--allowed-origins) says what they may send.
-                await self._app_for(path)(scope, receive, guard.send)
+                await self._app_for(scope["path"])(scope, receive, guard.send)
                 return
-            named = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
-            key, wanted = headers_of(named)
-            caller = self._gate.identify(ticket, key)
-            kind = kind_of(scope["method"], ticket.endpoint)
-            if kind is Kind.CONTROL:
-                if not operators:
-                    raise NotFound("this is answered on the admin port (--admin-port)")
-                self._gate.check_control(caller)
-            with self._gate.enter(needs_model=kind is Kind.WORK):
-                receive = await self._limited(headers, receive, ticket)
-                if kind is Kind.WORK:
-                    ticket.cache_control = named.get("cache-control", "").lower()
-                    patient = _Patient(receive)
-                    await self._gate.admit(ticket, caller, wanted, patient.wait)
-                    receive = patient.receive
-                app = self._app_for(path)
-                if app is self._vllm and b"json" in headers.get(b"content-type", b""):
-                    receive = await _unicode_only(receive)
-                if kind is Kind.WORK and self._gate.moderation is not None and app is self._vllm:
-                    receive = await self._moderated(scope, named, receive, ticket)
-                if fast := self._fast.get(path):
+            wire.check_single(scope["headers"], headers)
+            arrival = _Arrival(self, scope, headers, receive, ticket, target.app is self._vllm)
+            async with self._gate.enforce(
+                ticket,
+                {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()},
+                # Nothing is known before the engine runs; the gate says so.
+                target.kind or Kind.QUESTION,
+                check=lambda: self._check(target, operators),
+                body=arrival.read,
+                waiting=arrival.wait,
+                moderate=arrival.moderate if target.app is self._vllm else None,
+            ):
+                target.check()
+                scope, receive = arrival.handed_on(target)
+                if target.method == "POST" and (fast := self._fast.get(target.endpoint)):
                     await fast(scope, receive, guard.send, guard.body_send)
                 else:
-                    await app(scope, receive, guard.send)
+                    await target.app(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
             await guard.fail(error)
@@ -161,60 +160,64 @@ class Edge:
             ticket.status = guard.status = 499
         except Exception as error:
             if guard.answered:
-                log.debug("after the answer to %s: %r", request_id, error)
+                log.debug("after the answer to %s: %r", guard.request_id, error)
                 return
             guard.error = error
-            log.exception("request %s failed", request_id, exc_info=error)
-            await guard.fail(InternalError(request_id))
+            log.exception("request %s failed", guard.request_id, exc_info=error)
+            await guard.fail(InternalError(guard.request_id))
+        finally:
+            if arrival is not None:
+                arrival.close()
 
-    async def _moderated(self, scope: Scope, headers: dict[str, str], receive: Receive, ticket: Ticket) -> Receive:
-        """The body as the model may see it. Our own protocols are moderated where they know their texts.
+    def _check(self, target: Target, operators: bool) -> None:
+        """Raise what is known against a request before anything is asked about it.
+
+        Raises:
+            NotFound, MethodNotAllowed: nothing here serves it, or the admin port does.
+        """
+        if self._endpoints.any:
+            target.check()
+        if target.kind is Kind.CONTROL and not operators:
+            raise NotFound("this is answered on the admin port (--admin-port)")
+
+    async def moderated(self, path: str, headers: dict[bytes, bytes], raw: bytes, tenant: str) -> bytes:
+        """A body as the model may see it. Our own protocols are moderated where they know their texts.
 
         Raises:
             InvalidRequest: it can't be read.
             Refused, Unavailable: a hook does not let it pass.
         """
-        moderation, path = self._gate.moderation, scope["path"]
+        moderation = self._gate.moderation
         assert moderation is not None
-        if moderation.looks_at("prompt", ticket.tenant):
-            moderated.check_content_type(headers.get("content-type"))
-        parts: list[bytes] = []
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(message.get("body", b""))
-            if not message.get("more_body"):
-                break
-        raw = b"".join(parts)
-        moderated.check_answer_form(path, raw, moderation, ticket.tenant)
-        passed = await moderated.moderate_body(path, raw, moderation, ticket.tenant)
-        if passed is not raw:
-            kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-            scope["headers"] = [*kept, (b"content-length", str(len(passed)).encode())]
-        body: list[Message] = [{"type": "http.request", "body": passed, "more_body": False}]
-
-        async def replay() -> Message:
-            return body.pop() if body else await receive()
-
-        return replay
+        if moderation.looks_at("prompt", tenant):
+            moderated.check_content_type(headers.get(b"content-type", b"").decode("latin-1"))
+        moderated.check_answer_form(path, raw, moderation, tenant)
+        return await moderated.moderate_body(path, raw, moderation, tenant)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id, headers = _request_id(scope)
+        path: str | None
         try:
-            with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
-                key, wanted = headers_of({n.decode("latin-1"): v.decode("latin-1") for n, v in headers.items()})
-                caller = self._gate.identify(ticket, key)
-                if self._gate.moderation is not None:
-                    raise InvalidRequest("texts are moderated here, and what is streamed in can't be")
-                with self._gate.enter():
-                    assert self._vllm is not None
-                    await self._gate.admit(ticket, caller, wanted)
-                    await self._vllm(scope, receive, send)
+            path = normalize(scope)
+        except NotFound:
+            path = None
+        target = Target() if path is None else self._endpoints.find("WEBSOCKET", path)
+        try:
+            with of_http(self._requests, target, scope, headers, request_id) as ticket:
+                wire.check_single(scope["headers"], headers)
+                async with self._gate.enforce(
+                    ticket,
+                    {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()},
+                    Kind.WORK,
+                    check=lambda: self._check(target, False),
+                    moderate=_refuse_streamed,
+                ):
+                    target.check()
+                    await target.app(choose(scope, target), receive, send)
                 ticket.status = 101
         except RequestError as error:
             await receive()
-            await send({"type": "websocket.close", "code": 1013, "reason": error.message[:120]})
+            await _refuse_websocket(scope, send, error, request_id)
 
     def _app_for(self, path: str) -> ASGIApp:
         if self._ours is None or self._vllm is None:
@@ -238,42 +241,117 @@ class Edge:
             return False
         return True
 
-    async def _limited(self, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket) -> Receive:
-        """Refuse a body over the limit of size, and have one over the limit of time refused where it is read. A body
-        without a length is read up to the limit first.
+    async def read_body(
+        self, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket, hold: Callable[[int], None]
+    ) -> bytes | None:
+        """The whole body of a request; None where it has none. `hold` is told of each part's size.
 
         Raises:
             BodyTooLarge: it is over the limit of size.
-            BodyTimeout: it has no length and is over the limit of time.
+            BodyTimeout: it is over the limit of time.
+            Unavailable: too much of other bodies is held.
+            ClientGone: its client went away.
         """
+        length = headers.get(b"content-length")
+        if length is None and b"transfer-encoding" not in headers:
+            return None
         too_large = BodyTooLarge(
             f"the body is larger than {self._max_body >> 20} MiB (--max-body-mib)", field="body", close=True
         )
-        length = headers.get(b"content-length")
-        if length is not None:
-            if int(length) > self._max_body:
-                raise too_large
-        elif b"transfer-encoding" not in headers:
-            return receive
+        if length is not None and wire.whole_number(length, self._max_body) is None:
+            raise too_large
         if self._body_timeout_s:
             receive = TimedBody(receive, self._body_timeout_s, ticket)
-        if length is not None:
-            return receive
-        messages: list[Message] = []
-        size = 0
-        while True:
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more:
             message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
+            if message["type"] != "http.request":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
             if size > self._max_body:
                 raise too_large
-            if not message.get("more_body"):
-                break
-        return _replay(messages, receive)
+            hold(len(part))
+            parts.append(part)
+            more = message.get("more_body", False)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Arrival:
+    """One request on its way in: its body as it came, then as the model may see it."""
+
+    __slots__ = ("_body", "_edge", "_headers", "_held", "_receive", "_scope", "_ticket", "_to_vllm")
+
+    def __init__(
+        self, edge: Edge, scope: Scope, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket, to_vllm: bool
+    ) -> None:
+        self._edge = edge
+        self._headers = headers
+        self._receive = receive
+        self._scope = scope
+        self._ticket = ticket
+        self._to_vllm = to_vllm
+        self._held = 0
+        self._body: bytes | None = None
+
+    async def read(self) -> None:
+        """Read the body, and refuse one that nobody behind could read.
+
+        Raises:
+            RequestError, ClientGone: as `Edge.read_body`.
+        """
+        self._body = body = await self._edge.read_body(self._headers, self._receive, self._ticket, self._hold)
+        if body is None or wire.is_form(self._headers.get(b"content-type", b"")):
+            return
+        # Tensors may follow the JSON.
+        json_length = wire.whole_number(self._headers.get(b"inference-header-content-length", b""), len(body))
+        await bounds.check_values(body if self._to_vllm or json_length is None else memoryview(body)[:json_length])
+        if self._to_vllm:
+            await bounds.check_unicode(body)
+
+    def _hold(self, size: int) -> None:
+        self._edge.bodies.take(self._ticket, size)
+        self._held += size
+
+    def close(self) -> None:
+        """The request is answered."""
+        self._edge.bodies.give(self._ticket, self._held)
+        self._held = 0
+
+    async def wait(self, work: Awaitable[Any]) -> Any:
+        """Wait for `work`, which is cancelled when the client goes away.
+
+        Raises:
+            ClientGone: it did.
+        """
+        patient = _Patient(self._receive)
+        self._receive = patient.receive
+        return await patient.wait(work)
+
+    async def moderate(self) -> None:
+        """Let the model see what the moderation lets pass.
+
+        Raises:
+            InvalidRequest, Refused, Unavailable: as `Edge.moderated`.
+        """
+        raw = self._body or b""
+        passed = await self._edge.moderated(self._scope["path"], self._headers, raw, self._ticket.tenant)
+        if passed is not raw:
+            kept = [(name, value) for name, value in self._scope["headers"] if name not in _LENGTHS]
+            self._scope = {**self._scope, "headers": [*kept, (b"content-length", b"%d" % len(passed))]}
+            self._body = passed
+
+    def handed_on(self, target: Target) -> tuple[Scope, Receive]:
+        """Scope and `receive` for the app that answers."""
+        scope = choose(self._scope, target)
+        if self._body is None:
+            return scope, self._receive
+        return scope, _replay([{"type": "http.request", "body": self._body, "more_body": False}], self._receive)
 
 
 class _Patient:
-    """Lets a request wait before its body is read, and notices that its client goes away meanwhile."""
+    """Lets a request wait whose body has come, and notices that its client goes away meanwhile."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -288,7 +366,6 @@ class _Patient:
 
         Raises:
             ClientGone: it did.
-            BodyTimeout: its body, which comes meanwhile, takes too long.
         """
         task = asyncio.ensure_future(work)
         watcher = asyncio.ensure_future(self._watch())
@@ -396,29 +473,6 @@ class _Guard:
         await self._send({"type": "http.response.body", "body": body})
 
 
-async def _unicode_only(receive: Receive) -> Receive:
-    """Refuse a JSON body with half of a surrogate pair, which is no character and which no tokenizer takes.
-
-    vLLM reads JSON with Python's parser, which lets it pass; it fails where it is encoded, anywhere up to the answer.
-
-    Raises:
-        InvalidRequest: there is one; the message names the top-level field.
-    """
-    messages: list[Message] = []
-    while not messages or messages[-1].get("more_body"):
-        messages.append(await receive())
-    body = b"".join(message.get("body", b"") for message in messages)
-    if _HALF_PAIR.search(body):
-        # A doubled backslash before it makes it plain text; only a parser can tell.
-        with contextlib.suppress(ValueError, RecursionError):
-            tree = json.loads(body)
-            for name, value in tree.items() if isinstance(tree, dict) else [("body", tree)]:
-                if any(_HALF.search(json.dumps(part, ensure_ascii=False)) for part in (name, value)):
-                    field = _HALF.sub("\ufffd", str(name))
-                    raise InvalidRequest(f"{field}: half of a surrogate pair is no character", field=field)
-    return _replay(messages, receive)
-
-
 def _replay(messages: list[Message], receive: Receive) -> Receive:
     """Hand out messages that were received already, then what comes after them."""
     messages.reverse()
@@ -454,15 +508,31 @@ def _is_preflight(method: str, headers: Mapping[bytes, bytes]) -> bool:
 
 
 def _request_id(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
-    """The caller's `x-request-id` if it is usable, else a new one, set in the scope for everything behind."""
+    """The caller's `x-request-id` if there is one that is usable, else a new one; the scope has that one alone."""
     headers = dict(scope["headers"])
     given = headers.get(b"x-request-id", b"").decode("latin-1")
-    if wire.REQUEST_ID.fullmatch(given):
+    once = len(headers) == len(scope["headers"]) or sum(name == b"x-request-id" for name, _ in scope["headers"]) == 1
+    if once and wire.REQUEST_ID.fullmatch(given):
         return given, headers
     request_id = uuid.uuid4().hex
     kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
     scope["headers"] = [*kept, (b"x-request-id", request_id.encode())]
     return request_id, headers
+
+
+async def _refuse_streamed() -> None:
+    raise InvalidRequest("texts are moderated here, and what is streamed in can't be")
+
+
+async def _refuse_websocket(scope: Scope, send: Send, error: RequestError, request_id: str) -> None:
+    """Answer a handshake with an HTTP error, where the server can, else with a closed connection."""
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close", "code": 1013, "reason": error.message[:120]})
+        return
+    body = wire.error_body(scope["path"], error)
+    headers = [*wire.error_headers(error, request_id), (b"content-length", str(len(body)).encode())]
+    await send({"type": "websocket.http.response.start", "status": error.http_status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
 
 
 async def _answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json") -> None:

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from kserve_vllm.errors import InternalError, InvalidRequest, NotFound, RequestError
-from kserve_vllm.gate import Gate, headers_of
+from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.grpc_stream import Pieces
@@ -38,7 +38,7 @@ SERVICE = "inference.GRPCInferenceService"
 _MAX_DETAILS = 500
 # Requests of one stream that are answered at once, and messages that wait for its client; no more are read then.
 _MAX_OPEN, _MAX_WAITING = 1024, 1024
-_CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
+_KINDS = {"ModelInfer": Kind.WORK, "RepositoryModelLoad": Kind.CONTROL, "RepositoryModelUnload": Kind.CONTROL}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -245,14 +245,7 @@ class Servicer:
                     if name == "ModelReady" and not self._lifecycle.ready:
                         ticket.status = "OK"
                         return self.messages.ModelReadyResponse(ready=False)
-                    key, wanted = headers_of(metadata)
-                    caller = self._gate.identify(ticket, key)
-                    if name in _CONTROL:
-                        self._gate.check_control(caller)
-                    with self._gate.enter(needs_model=name == "ModelInfer"):
-                        if name == "ModelInfer":
-                            ticket.cache_control = metadata.get("cache-control", "").lower()
-                            await self._gate.admit(ticket, caller, wanted)
+                    async with self._gate.enforce(ticket, metadata, _KINDS.get(name, Kind.QUESTION)):
                         answer = await work(request, {**metadata, "x-request-id": request_id})
                     ticket.status = "OK"
                     await _send_metadata(context, ticket, traced)
@@ -358,11 +351,7 @@ class Servicer:
         try:
             _check_decoded(request)
             # Once more for each request: a key may end while its stream is open.
-            key, wanted = headers_of(metadata)
-            caller = self._gate.identify(ticket, key)
-            with self._gate.enter():
-                ticket.cache_control = metadata.get("cache-control", "").lower()
-                await self._gate.admit(ticket, caller, wanted)
+            async with self._gate.enforce(ticket, metadata, Kind.WORK):
                 pieces = await self._backend.pieces(request, metadata, self.messages.ModelInferResponse)
                 if pieces is not None:
                     await pieces.run(put)

@@ -241,8 +241,11 @@ def check_answer_form(path: str, raw: bytes, moderation: Hooks, tenant: str) -> 
 class ModeratedEngine:
     """The engine for V1 and V2: what goes in is moderated first. What comes out is moderated in the engine room.
 
+    It has what is written here and nothing else: work that the engine learns to do is not to be had from it until
+    someone says how its texts are moderated.
+
     Args:
-        engine: does the work; everything else is asked of it as it is.
+        engine: does the work.
         moderation: looks at the texts.
     """
 
@@ -250,8 +253,20 @@ class ModeratedEngine:
         self._engine = engine
         self._moderation = moderation
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues text."""
+        return bool(self._engine.generates)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model gives embeddings."""
+        return bool(self._engine.embeds)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model gives class probabilities, or scores of text pairs."""
+        return bool(self._engine.classifies)
 
     async def generate(self, job: TextJob) -> AsyncGenerator[Any, None]:
         """Continue one prompt; as the engine's."""

@@ -17,6 +17,7 @@ import orjson
 from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse, RequestedOutput
 
 from kserve_vllm.errors import InvalidRequest
+from kserve_vllm.protocol import wire
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
@@ -51,6 +52,11 @@ CONTENTS_FIELD: Mapping[str, str] = {
 }
 """V2 datatype to the field of `InferTensorContents` that holds it. FP16 travels raw alone."""
 
+MAX_ELEMENTS = 1_000_000
+"""Elements of one input, counted by its shape before they are decoded."""
+MAX_TEXTS = 65_536
+"""The same for BYTES."""
+
 _MAX_RANK = 8
 _LENGTH = struct.Struct("<I")
 
@@ -71,12 +77,13 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
     """
     json_length = len(body)
     if header_length is not None:
-        if not header_length.isascii() or not header_length.isdigit() or int(header_length) > len(body):
+        length = wire.whole_number(header_length, len(body))
+        if length is None:
             raise InvalidRequest(
                 f"Inference-Header-Content-Length must be a number of bytes up to the body's {len(body)}",
                 field="Inference-Header-Content-Length",
             )
-        json_length = int(header_length)
+        json_length = length
     tree = parse_json_object(body[:json_length])
     binary = memoryview(body)[json_length:]
     offset = 0
@@ -160,7 +167,9 @@ def from_grpc(request: Any) -> InferRequest:
                 )
             tensor._raw_data = raw[position]
         elif datatype in CONTENTS_FIELD:
-            tensor._data = list(getattr(message.contents, CONTENTS_FIELD[datatype]))
+            elements = getattr(message.contents, CONTENTS_FIELD[datatype])
+            _check_count(len(elements), datatype, message.name)
+            tensor._data = list(elements)
         elif datatype in DTYPES:
             raise InvalidRequest(
                 f"inputs[{position}]: {datatype} must be sent in raw_input_contents", field=message.name
@@ -199,8 +208,9 @@ def decode(tensor: InferInput) -> np.ndarray[Any, np.dtype[Any]]:
         raise InvalidRequest(f"input {name!r} has unknown datatype {datatype!r}", field=name)
     shape = _shape(tensor.shape, f"input {name!r}")
     count = math.prod(shape)
+    _check_count(count, datatype, name)
     if tensor._raw_data is not None:
-        flat = _decode_raw(tensor._raw_data, datatype, name)
+        flat = _decode_raw(tensor._raw_data, datatype, name, count)
     elif isinstance(tensor.data, np.ndarray):
         flat = tensor.data.reshape(-1)
     else:
@@ -234,7 +244,13 @@ def decode_texts(tensor: InferInput) -> list[str]:
     return texts
 
 
-def _decode_raw(raw: bytes, datatype: str, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+def _check_count(count: int, datatype: str, name: str) -> None:
+    most = MAX_TEXTS if datatype == "BYTES" else MAX_ELEMENTS
+    if count > most:
+        raise InvalidRequest(f"input {name!r} has {count} elements; at most {most} of {datatype} are read", field=name)
+
+
+def _decode_raw(raw: bytes, datatype: str, name: str, count: int) -> np.ndarray[Any, np.dtype[Any]]:
     if datatype != "BYTES":
         dtype = DTYPES[datatype]
         if len(raw) % dtype.itemsize:
@@ -242,8 +258,11 @@ def _decode_raw(raw: bytes, datatype: str, name: str) -> np.ndarray[Any, np.dtyp
                 f"input {name!r} has {len(raw)} bytes, no multiple of {datatype}'s {dtype.itemsize}", field=name
             )
         return np.frombuffer(raw, dtype=dtype)
-    items, offset = [], 0
+    items: list[bytes] = []
+    offset = 0
     while offset < len(raw):
+        if len(items) == count:
+            raise InvalidRequest(f"input {name!r} has more elements than the {count} of its shape", field=name)
         if offset + 4 > len(raw):
             raise InvalidRequest(f"input {name!r} ends inside the length of an element", field=name)
         (length,) = _LENGTH.unpack_from(raw, offset)

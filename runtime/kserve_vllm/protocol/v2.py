@@ -380,7 +380,7 @@ def _sampling_tensor(tensor: InferInput) -> dict[str, Any]:
         raise InvalidRequest("sampling_parameters must hold one JSON object", field="sampling_parameters")
     try:
         values = json.loads(texts[0] or "{}")
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits
         values = None
     if not isinstance(values, dict):
         raise InvalidRequest("sampling_parameters must hold one JSON object", field="sampling_parameters")
@@ -415,7 +415,7 @@ def _typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if key in _JSON_OPTIONS and isinstance(value, str) and value[:1] in ("[", "{"):
             try:
                 value = json.loads(value)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 if key != "stop":
                     raise InvalidRequest(f"{name} is not valid JSON", field=name) from None
         typed[key] = value

@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from kserve_vllm.errors import RequestError
+from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, RequestError
 
 KSERVE_PREFIXES = ("/v2", "/v1/models/")
 OPENAI_ALIAS = "/openai"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a caller may name its request: that, and nothing beside it, can stand in a log and a header."""
+
+
+_SINGLE = frozenset(
+    {b"authorization", b"x-api-key", b"x-priority", b"content-type", b"content-length", b"content-encoding",
+     b"inference-header-content-length"}
+)  # fmt: skip
+
+
+def check_single(fields: Sequence[tuple[bytes, bytes]], as_mapping: Mapping[bytes, bytes]) -> None:
+    """Refuse a request that gives a field twice of which there can be one (RFC 9110, 5.3): who stands in front of this
+    server may have looked at the other one.
+
+    Args:
+        fields: as they were sent, with lower-case names.
+        as_mapping: the same, by name.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if len(fields) == len(as_mapping):
+        return
+    seen: set[bytes] = set()
+    for name, _ in fields:
+        if name in _SINGLE and name in seen:
+            field = name.decode("latin-1")
+            raise InvalidRequest(f"the header {field} is given more than once", field=field)
+        seen.add(name)
+
+
+def is_form(content_type: bytes) -> bool:
+    """Whether a body of this type is a form, whose parts may be anything."""
+    kind = content_type.partition(b";")[0].strip().lower()
+    return kind.startswith(b"multipart/") or kind == b"application/x-www-form-urlencoded"
+
+
+def whole_number(text: bytes | str, most: int) -> int | None:
+    """A number of ASCII digits up to `most`; None for anything else, of whatever length."""
+    digits = text.decode("latin-1") if isinstance(text, bytes) else text
+    if not digits.isascii() or not digits.isdigit():
+        return None
+    digits = digits.lstrip("0") or "0"
+    if len(digits) > len(str(most)):
+        return None
+    return number if (number := int(digits)) <= most else None
 
 
 def is_kserve_path(path: str) -> bool:
@@ -50,6 +95,8 @@ def error_headers(error: RequestError, request_id: str) -> list[tuple[bytes, byt
         headers.append((b"x-refusal-reason", error.reason.encode("latin-1")))
     if error.close:
         headers.append((b"connection", b"close"))
+    if isinstance(error, MethodNotAllowed) and error.allow:
+        headers.append((b"allow", ", ".join(error.allow).encode()))
     if error.http_status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

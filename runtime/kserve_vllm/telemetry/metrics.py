@@ -28,6 +28,7 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _WHOLE_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_LAG_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5, 10)
 _QUEUE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -113,6 +114,13 @@ DECLARED: tuple[Declared, ...] = (
              "1 for a shortcut of --fast-path that is taken, else 0, with the reason: used, left_out, not_applicable "
              "(to this model or these flags), or changed (vLLM or a library is not as known).",
              ("shortcut", "reason"), merge="livemax"),
+    Declared("kserve_vllm_event_loop_lag_seconds", "histogram",
+             "How late a timer of the event loop was, ten times a second: how long probes and tokens waited for "
+             "whatever else was done.", buckets=_LAG_S),
+    Declared("kserve_vllm_event_loop_holds", "counter",
+             "Times that the event loop was held for over 200 ms by work of this process; each is logged at the "
+             "level warning."),
+    Declared("kserve_vllm_http_connections", "gauge", "Open connections of the HTTP port."),
     Declared("kserve_vllm_build_info", "gauge", "Always 1; the versions are in the labels.",
              ("version", "vllm_version", "python_version"), merge="livemax"),
 )  # fmt: skip
@@ -261,6 +269,16 @@ class Metrics:
     def count_warmup(self, done: bool) -> None:
         """Count a prompt of the warm-up file."""
         self._get("kserve_vllm_warmup_prompts").labels("ok" if done else "failed").inc()
+
+    def observe_lag(self, lag_s: float, held: bool) -> None:
+        """Note how late the event loop was, and whether work of this process held it."""
+        self._get("kserve_vllm_event_loop_lag_seconds").observe(lag_s)
+        if held:
+            self._get("kserve_vllm_event_loop_holds").inc()
+
+    def show_connections(self, count: int) -> None:
+        """Show how many connections the HTTP port has."""
+        self._get("kserve_vllm_http_connections").set(count)
 
     def count_path(self, path: str) -> None:
         """Count a chat or completion request: `fast` or `vllm`."""

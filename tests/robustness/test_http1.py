@@ -1,0 +1,246 @@
+"""HTTP/1.1 as RFC 9110 and 9112 have it, byte for byte, and a bound for all that a client can send before a request."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kserve_vllm.hosting import http1
+from kserve_vllm.hosting.server import HTTPServer
+from tests.robustness.wire import ask, read_all, read_answer, served, statuses
+
+HOST = b"Host: x\r\n"
+LAST = HOST + b"Connection: close\r\n"
+GET, POST = b"GET /a HTTP/1.1\r\n", b"POST /a HTTP/1.1\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+CHUNKED = POST + LAST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[HTTPServer]:
+    with served() as server:
+        yield server
+
+
+# Each row: the promise, the bytes, and the status of every answer.
+ROWS: list[tuple[str, bytes, list[int]]] = [
+    ("9112, 3: a plain request", GET + LAST + b"\r\n", [200]),
+    ("9112, 2.2: empty lines before a request are ignored", b"\r\n\r\nGET /a HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
+    ("9112, 3.2: no Host", b"GET /a HTTP/1.1\r\n\r\n", [400]),
+    ("9112, 3.2: two Hosts", GET + HOST + b"Host: y\r\n\r\n", [400]),
+    ("9112, 3.2: two equal Hosts", GET + HOST + b"Host: x\r\n\r\n", [400]),
+    ("9112, 3.2: a Host that is none", b"GET /a HTTP/1.1\r\nHost: a/b\r\n\r\n", [400]),
+    ("9112, 3.2: a Host with a user", b"GET /a HTTP/1.1\r\nHost: me@x\r\n\r\n", [400]),
+    ("9112, 3.2: two Hosts in one field", b"GET /a HTTP/1.1\r\nHost: x, y\r\n\r\n", [400]),
+    ("9112, 3.2: an empty Host is a Host", b"GET /a HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n", [200]),
+    ("3986, 3.2.2: an address with a port", b"GET /a HTTP/1.1\r\nHost: [::1]:8080\r\nConnection: close\r\n\r\n", [200]),
+    ("9112, 3.2: HTTP/1.0 needs no Host", b"GET /a HTTP/1.0\r\n\r\n", [200]),
+    ("9112, 3.2: two Hosts in HTTP/1.0", b"GET /a HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", [400]),
+    ("9112, 3.2.2: absolute target", b"GET http://x/a HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
+    ("9112, 3.2.2: absolute target without a path", b"GET http://x HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
+    ("9112, 3.2.2: the same with a query", b"GET http://x?a=b HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
+    ("9112, 3.2.3: this is no proxy", b"CONNECT x:443 HTTP/1.1\r\n" + HOST + b"\r\n", [400]),
+    ("9112, 2.3: a version that is not spoken", b"GET /a HTTP/2.0\r\n" + LAST + b"\r\n", [505]),
+    ("9110, 9.1: a method that is not known", b"BREW /a HTTP/1.1\r\n" + LAST + b"\r\n", [501]),
+    ("9110, 9.1: methods are case-sensitive", b"get /a HTTP/1.1\r\n" + LAST + b"\r\n", [501]),
+    ("9112, 5.1: no space before the colon", b"GET /a HTTP/1.1\r\nHost : x\r\n\r\n", [400]),
+    ("9112, 5.2: no folded fields", GET + HOST + b"A: b\r\n c\r\n\r\n", [400]),
+    ("9110, 5.5: no zero in a field", GET + HOST + b"A: b\0c\r\n\r\n", [400]),
+    ("9112, 2.2: no bare carriage return", GET + HOST + b"A: b\rc\r\n\r\n", [400]),
+    ("9112, 6.1: a length and chunks", POST + LAST + b"Content-Length: 5\r\n"
+     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
+    ("9112, 6.2: two lengths", POST + LAST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nabc", [400]),
+    ("9112, 6.2: a list of lengths", POST + LAST + b"Content-Length: 2, 2\r\n\r\nab", [400]),
+    ("9110, 8.6: a length with a sign", POST + LAST + b"Content-Length: +2\r\n\r\nab", [400]),
+    ("9110, 8.6: a length of 5,000 digits", POST + LAST + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\n",
+     [400]),
+    ("9112, 6.1: a coding that is not known", POST + LAST + b"Transfer-Encoding: gzip, chunked\r\n\r\n"
+     b"0\r\n\r\n", [501]),
+    ("9112, 6.1: chunks are not last", POST + LAST + b"Transfer-Encoding: chunked, gzip\r\n\r\n", [400]),
+    ("9112, 6.1: HTTP/1.0 has no chunks", b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
+    ("9112, 7.1: a chunk", CHUNKED + b"3\r\nabc\r\n0\r\n\r\n", [200]),
+    ("9112, 7.1.1: an extension is ignored", CHUNKED + b"3;a=b\r\nabc\r\n0\r\n\r\n", [200]),
+    ("9112, 7.1: a size that is no number", CHUNKED + b"zz\r\nabc\r\n0\r\n\r\n", [400]),
+    ("9112, 7.1: a chunk that is longer than its size", CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n", [400]),
+    ("9112, 7.1: a size of 5,000 digits", CHUNKED + b"1" * 5000 + b"\r\n", [400]),
+    ("9110, 10.1.1: what can't be expected", POST + LAST + b"Expect: a miracle\r\n\r\n", [417]),
+    ("9110, 10.1.1: HTTP/1.0 expects nothing", b"GET /a HTTP/1.0\r\nExpect: a miracle\r\n\r\n", [200]),
+    ("9110, 10.1.1: 100 before a body", POST + LAST + b"Expect: 100-Continue\r\nContent-Length: 2\r\n\r\nab",
+     [100, 200]),
+    ("9110, 7.8: another protocol may be ignored", GET + HOST + b"Connection: upgrade, HTTP2-Settings\r\n"
+     b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n", [200]),
+    ("6455, 4.1: a handshake is a GET", POST + HOST + UPGRADE + b""
+     b"Content-Length: 2\r\n\r\nab", [200]),
+    ("6455, 4.1: the same without a body", POST + HOST + UPGRADE + b"\r\n",
+     [200]),
+    ("6455, 4.2.1: a handshake without a key", GET + HOST + UPGRADE + b""
+     b"Sec-WebSocket-Version: 13\r\n\r\n", [400]),
+    ("9112, 9.3.2: requests in a row", GET + HOST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n", [200, 200]),
+    ("9112, 9.3.2: the first is answered before the second is refused", GET + HOST + b"\r\nGET /b HTTP/1.1\r\n\r\n",
+     [200, 400]),
+    ("9112, 9.6: nothing is answered behind close", GET + LAST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n",
+     [200]),
+    ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", [400]),
+    ("HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+    ("bound: fields of a head", GET + HOST + b"a: b\r\n" * http1.MAX_FIELDS + b"\r\n", [431]),
+    ("bound: bytes of a head", GET + HOST + (b"a: " + b"b" * 8000 + b"\r\n") * 9 + b"\r\n", [431]),
+    ("bound: bytes of one field", GET + HOST + b"a: " + b"b" * (http1.MAX_HEAD + 1), [431]),
+    ("bound: bytes of a name", GET + HOST + b"b" * (http1.MAX_HEAD + 1), [431]),
+    ("bound: bytes of a target", b"GET /" + b"a" * http1.MAX_TARGET + b" HTTP/1.1\r\n" + LAST + b"\r\n", [414]),
+    ("bound: fields behind a body", CHUNKED + b"0\r\n" + b"a: b\r\n" * (http1.MAX_FIELDS + 1) + b"\r\n", [431]),
+    ("bound: one field behind a body", CHUNKED + b"0\r\na: " + b"b" * (2 * http1.MAX_FRAMING), [400]),
+    ("bound: one extension of a chunk", CHUNKED + b"3;a=" + b"b" * (2 * http1.MAX_FRAMING), [400]),
+    ("bound: chunks of one byte", CHUNKED + b"1\r\na\r\n" * http1.MAX_FRAMING, [400]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("promise", "sent", "expected"), ROWS, ids=[row[0] for row in ROWS])
+def test_a_request_is_answered_as_the_rfcs_have_it(
+    echo: HTTPServer, promise: str, sent: bytes, expected: list[int]
+) -> None:
+    answer = ask(echo.port, sent)
+    assert statuses(answer) == expected, answer[:400]
+
+
+def body(answer: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(answer.rpartition(b"\r\n\r\n")[2])
+    return found
+
+
+def test_fields_behind_a_body_are_no_fields_of_the_request(echo: HTTPServer) -> None:
+    # RFC 9110, 6.5.1: a key in a trailer would authenticate.
+    answer = body(ask(echo.port, CHUNKED + b"3\r\nabc\r\n0\r\nAuthorization: Bearer k\r\nX: y\r\n\r\n"))
+    assert [name for name, _ in answer["headers"]] == ["host", "connection", "transfer-encoding"]
+    assert answer["size"] == 3
+
+
+def test_an_absolute_target_is_a_path(echo: HTTPServer) -> None:
+    for target, path in ((b"http://x/a/b", "/a/b"), (b"http://x", "/"), (b"HTTP://x:80?q=1", "/"), (b"/a", "/a")):
+        assert body(ask(echo.port, b"GET " + target + b" HTTP/1.1\r\n" + LAST + b"\r\n"))["path"] == path
+
+
+def test_http_1_0_gets_no_chunks(echo: HTTPServer) -> None:
+    # RFC 9112, 6.1 and 6.3.
+    head, _, rest = ask(echo.port, b"GET /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    assert rest == b"part part part "
+    head, _, rest = ask(echo.port, b"GET /stream HTTP/1.1\r\n" + LAST + b"\r\n").partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head.lower()
+    head = ask(echo.port, b"HEAD /stream HTTP/1.0\r\n\r\n")
+    assert head.endswith(b"\r\n\r\n")
+
+
+def test_half_a_head_is_not_kept(echo: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http1, "HEAD_TIMEOUT_S", 0.3)
+    for part in (b"G", GET + HOST + b"", GET + HOST + b"A"):
+        assert statuses(ask(echo.port, part)) == [408]
+    # However many bytes come meanwhile, one by one.
+    began = time.monotonic()
+    slow = [bytes([byte]) for byte in GET + HOST + b"" + b"a: b\r\n" * 20]
+    assert statuses(ask(echo.port, *slow, pause_s=0.05)) == [408]
+    assert time.monotonic() - began < 5
+    # A head that is complete has ended it, for its own answer and for the next request.
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=10) as sock:
+        for _ in range(2):
+            sock.sendall(GET + HOST + b"\r\n")
+            assert statuses(read_answer(sock)) == [200]
+            time.sleep(0.6)
+
+
+def test_a_body_behind_its_answer_is_read_for_a_while_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuses(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    head = POST + HOST + b"Content-Length: 100000000\r\n\r\n"
+    with served(refuses) as server:
+        monkeypatch.setattr(http1, "UNREAD_TIMEOUT_S", 0.3)
+        assert statuses(ask(server.port, head, *[b"x"] * 200, pause_s=0.05)) == [401]
+        monkeypatch.setattr(http1, "UNREAD_TIMEOUT_S", 60)
+        monkeypatch.setattr(http1, "MAX_UNREAD", 1 << 20)
+        ask(server.port, head, *[b"x" * 65536] * 200)
+        # One that ends in time leaves the connection as it was.
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            for _ in range(2):
+                sock.sendall(POST + HOST + b"Content-Length: 3\r\n\r\n")
+                assert statuses(read_answer(sock)) == [401]
+                sock.sendall(b"abc")
+
+
+def test_a_connection_answers_so_many_requests(echo: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http1, "MAX_REQUESTS", 3)
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=10) as sock:
+        for number in range(3):
+            sock.sendall(GET + HOST + b"\r\n")
+            assert (b"connection: close" in read_answer(sock).lower()) is (number == 2)
+        assert sock.recv(1) == b""
+
+
+def test_so_many_requests_wait_on_a_connection(echo: HTTPServer) -> None:
+    one = GET + HOST + b"\r\n"
+    assert statuses(ask(echo.port, one * 10 + GET + LAST + b"\r\n")) == [200] * 11
+    found = statuses(ask(echo.port, one * 200))
+    assert found[-1] == 503
+    assert len(found) <= http1.MAX_PIPELINED + 2
+
+
+def test_a_port_holds_so_many_connections() -> None:
+    one = GET + HOST + b"\r\n"
+    with served(max_connections=16) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(40)]
+        # A probe gets through, whoever holds connections without a request, or with half of one.
+        for sock in idle[-8:]:
+            sock.sendall(b"GET /a HT")
+        assert statuses(ask(server.port, GET + LAST + b"\r\n")) == [200]
+        assert server.connections.open <= 17
+        assert server.connections.evicted >= 24
+        for sock in idle:
+            sock.close()
+        busy = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(16)]
+        for sock in busy:
+            sock.sendall(POST + HOST + b"Content-Length: 2\r\n\r\n")
+        deadline = time.monotonic() + 10
+        while (refused := statuses(ask(server.port, one))) != [503] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert refused == [503]
+        for sock in busy:
+            sock.sendall(b"ab")
+            assert statuses(read_answer(sock)) == [200]
+            sock.close()
+
+
+def test_a_websocket_counts_as_a_connection() -> None:
+    handshake = (GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\n"
+                 b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")  # fmt: skip
+    with served(max_connections=16) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(handshake)
+            assert statuses(sock.recv(4096)) == [101]
+            assert server.connections.open == 1
+            # A frame that says it has 100 MiB (RFC 6455, 7.4.1: 1009).
+            sock.sendall(b"\x82\xff" + (100 << 20).to_bytes(8, "big") + b"mask" + b"x" * 1000)
+            assert (1009).to_bytes(2, "big") in read_all(sock)
+        deadline = time.monotonic() + 10
+        while server.connections.open and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.connections.open == 0
+
+
+def test_a_client_that_does_not_read_does_not_hold_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    # `served` ends with a grace of a second, after which uvicorn cancels what is left and says so.
+    with served() as server, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(b"GET /endless HTTP/1.1\r\n" + HOST + b"\r\n")
+        deadline = time.monotonic() + 10
+        while not any(each.stalled() for each in list(server._server.server_state.connections)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "timeout graceful shutdown exceeded" not in caplog.text
