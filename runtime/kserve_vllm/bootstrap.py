@@ -110,7 +110,11 @@ class _Process:
             if server.admin_port
             else None
         )
-        self._grpc = GRPCServer(self._servicer, server, self._lifecycle, shared) if server.grpc_port else None
+        self._grpc = (
+            GRPCServer(self._servicer, server, self._lifecycle, shared, self._metrics.show_grpc_fallback)
+            if server.grpc_port
+            else None
+        )
         self._engine: VLLMEngine | None = None
         self._warmup: Warmup | None = None
 
@@ -299,11 +303,9 @@ class _Process:
         """Close the ports and end the engine."""
         self._lifecycle.to(State.STOPPED)
         self._gate.close()
-        await self._http.stop(_CLOSE_GRACE_S)
-        if self._admin is not None:
-            await self._admin.stop(_CLOSE_GRACE_S)
-        if self._grpc is not None:
-            await self._grpc.stop(_CLOSE_GRACE_S)
+        # Side by side: clients that take nothing hold up each of them for as long as it lets them.
+        listeners = [each for each in (self._http, self._admin, self._grpc) if each is not None]
+        await asyncio.gather(*(each.stop(_CLOSE_GRACE_S) for each in listeners))
         if self._warmup is not None:
             await self._warmup.stop()
         engine, self._engine = self._engine, None

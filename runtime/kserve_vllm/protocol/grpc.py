@@ -28,6 +28,7 @@ from kserve_vllm.gate import Gate, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.grpc_stream import Pieces
+from kserve_vllm.protocol.screening import KEYLESS, Metadata, Screened
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -39,6 +40,8 @@ _MAX_DETAILS = 500
 # Requests of one stream that are answered at once, and messages that wait for its client; no more are read then.
 _MAX_OPEN, _MAX_WAITING = 1024, 1024
 _CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
+_WORK = {"ModelInfer", "ModelStreamInfer"}
+_OPEN = {"ServerLive", "ServerReady"}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -215,6 +218,31 @@ class Servicer:
             else:
                 handlers[name] = grpc.unary_unary_rpc_method_handler(self._unary(name), **options)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def screen(self, path: str, metadata: Metadata) -> Screened:
+        """Decide about a call by its path and metadata, before any of its messages is read.
+
+        A call that is refused here is in the books like one that is refused later; no handler is asked about it.
+        """
+        service, _, name = path.removeprefix("/").partition("/")
+        if service != SERVICE or name in _OPEN or (name == "ModelReady" and not self._lifecycle.ready):
+            return KEYLESS
+        request_id, text = _readable(metadata)
+        try:
+            caller = self._gate.identify(Ticket(request_id, "grpc", name), headers_of(text)[0])
+            if name in _CONTROL:
+                self._gate.check_control(caller)
+            refusal = self._gate.refusal(needs_model=name in _WORK)
+            if refusal is not None:
+                raise refusal
+        except RequestError as error:
+            with self._requests.open("grpc", name, request_id, text, None, name not in _WORK) as ticket:
+                traced = self._requests.response_header(ticket)
+                ticket.status, ticket.error = error.grpc_status, error
+            code, details, trailing = _status_of(error)
+            more = () if traced is None else (("traceresponse", traced),)
+            return Screened(refusal=(code, details, (*trailing, *more)))
+        return Screened(owner=caller.tenant if caller.tenant != "none" else caller.key_id)
 
     def _unary(self, name: str) -> Callable[[Any, _Context], Awaitable[Any]]:
         answer = {
@@ -404,7 +432,11 @@ def _check_decoded(request: Any) -> None:
 
 def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
     """The call's request id, and its text metadata."""
-    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return _readable(context.invocation_metadata() or ())
+
+
+def _readable(pairs: Metadata) -> tuple[str, dict[str, str]]:
+    metadata = {key: value for key, value in pairs if isinstance(value, str)}
     given = metadata.get("x-request-id", "")
     return given if wire.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
 
@@ -419,7 +451,13 @@ async def _send_metadata(context: _Context, ticket: Ticket, traced: str | None) 
 
 
 async def _abort(context: _Context, error: RequestError) -> None:
-    """End a call with an error.
+    """End a call with an error."""
+    code, details, trailing = _status_of(error)
+    await context.abort(code, details, tuple(trailing))
+
+
+def _status_of(error: RequestError) -> tuple[grpc.StatusCode, str, list[tuple[str, str | bytes]]]:
+    """Status, sentence and trailing metadata of an error.
 
     When to try again stands in `retry-after` (seconds) and as `google.rpc.RetryInfo` in the error's details.
     """
@@ -434,4 +472,4 @@ async def _abort(context: _Context, error: RequestError) -> None:
         status = status_pb2.Status(code=code.value[0], message=details)
         status.details.add().Pack(info)
         trailing.append(("grpc-status-details-bin", status.SerializeToString()))
-    await context.abort(code, details, tuple(trailing))
+    return code, details, trailing
