@@ -28,7 +28,7 @@ import psutil
 from kserve_vllm.engine import demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
-from kserve_vllm.engine.faults import is_template_error
+from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
@@ -595,6 +595,10 @@ class VLLMEngine:
 
         state = self.app.state
         _reject_unknown_options(job.options)
+        most = self.client.model_config.max_model_len
+        if isinstance(job.prompt, list) and len(job.prompt) > most and not job.options.get("truncate_prompt_tokens"):
+            # vLLM would look at each of them, several times, before it counts them.
+            raise InvalidRequest(f"the prompt has {len(job.prompt)} tokens; the model takes {most}", field="input_ids")
         if job.options.get("priority") and self._args.scheduling_policy != "priority":
             raise InvalidRequest("priority does nothing without --scheduling-policy priority", field="priority")
         common = {**job.options, "model": job.model, "stream": job.stream, "request_id": job.request_id}
@@ -718,6 +722,9 @@ class VLLMEngine:
         plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
         if not started and (isinstance(error, plain) or is_template_error(error)):
             return InvalidRequest(str(error))
+        # What trips over a value of another shape than it reads: a number where a table belongs.
+        if (fault := sentence_of_client_fault(error, taken_up=started)) is not None:
+            return InvalidRequest(fault[0], field=fault[1])
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)
 

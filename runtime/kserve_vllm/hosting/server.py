@@ -229,7 +229,7 @@ class _OwnListener:
             await self.target.stop(grace_s)
 
 
-class _Screening(grpc.aio.ServerInterceptor):
+class _Screening(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses a call by its headers, before grpcio reads a message of it."""
 
     def __init__(self, screen: Callable[[str, Metadata], Screened]) -> None:

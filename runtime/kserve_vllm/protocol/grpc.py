@@ -28,6 +28,7 @@ from kserve_vllm.gate import Gate, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.grpc_stream import Pieces
+from kserve_vllm.protocol.protobuf import check_size
 from kserve_vllm.protocol.screening import KEYLESS, Metadata, Screened
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
@@ -401,7 +402,7 @@ class Servicer:
         except RequestError as error:
             ticket.status, ticket.error = error.grpc_status, error
             answer = new(error_message=error.message)
-            if not isinstance(request, DecodeError):
+            if not isinstance(request, Exception):
                 answer.infer_response.id = request.id
                 answer.infer_response.model_name = request.model_name
             put(answer)
@@ -409,7 +410,7 @@ class Servicer:
             ticket.status, ticket.error = InternalError.grpc_status, error
             log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
             answer = new(error_message=InternalError(metadata["x-request-id"]).message)
-            answer.infer_response.id = request.id
+            answer.infer_response.id = getattr(request, "id", "")
             put(answer)
 
 
@@ -418,21 +419,25 @@ def _decoder(message: Any) -> Callable[[bytes], Any]:
 
     def decode(data: bytes) -> Any:
         try:
+            check_size(data)
             return message.FromString(data)
-        except DecodeError as error:
+        except (DecodeError, InvalidRequest) as error:
             return error
 
     return decode
 
 
 def _check_decoded(request: Any) -> None:
+    if isinstance(request, InvalidRequest):
+        raise request
     if isinstance(request, DecodeError):
         raise InvalidRequest("the message can't be decoded: it is cut off, or has text that is not valid UTF-8")
 
 
 def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
     """The call's request id, and its text metadata."""
-    return _readable(context.invocation_metadata() or ())
+    pairs: Any = context.invocation_metadata()
+    return _readable(pairs or ())
 
 
 def _readable(pairs: Metadata) -> tuple[str, dict[str, str]]:
