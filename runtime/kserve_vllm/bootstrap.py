@@ -203,6 +203,7 @@ class _Process:
             engine.shorten()
         worker: Any = engine
         if policies.moderation is not None:
+            policies.moderation.media = engine.media
             worker = ModeratedEngine(engine, policies.moderation)
         text = V2Text(worker, server.max_batch)
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))

@@ -486,6 +486,13 @@ class VLLMEngine:
         return "classify" in self._tasks and not self.generates
 
     @property
+    def media(self) -> frozenset[str]:
+        """What the model takes beside text: of `image`, `audio` and `video`, those that vLLM lets a prompt have."""
+        processor = getattr(self.client.renderer, "mm_processor", None)
+        limits = {} if processor is None else processor.info.allowed_mm_limits
+        return frozenset(medium for medium in ("image", "audio", "video") if limits.get(medium, 0) > 0)
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """vLLM's names of what the model can do."""
         return self._tasks
