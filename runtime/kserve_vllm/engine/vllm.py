@@ -333,6 +333,7 @@ class VLLMEngine:
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
+        guards.check_models(door, self._loras.plain)
         self.intake = Intake(self.client, door, prioritized, cache, model, lambda: self.names[0], self._loras.plain)
 
     def _fingerprint(self) -> str:
@@ -606,8 +607,10 @@ class VLLMEngine:
         if isinstance(job.prompt, list) and len(job.prompt) > most and not job.options.get("truncate_prompt_tokens"):
             # vLLM would look at each of them, several times, before it counts them.
             raise InvalidRequest(f"the prompt has {len(job.prompt)} tokens; the model takes {most}", field="input_ids")
-        if job.options.get("priority") and self._args.scheduling_policy != "priority":
-            raise InvalidRequest("priority does nothing without --scheduling-policy priority", field="priority")
+        if job.options.get("priority"):
+            raise InvalidRequest(
+                "priority is not taken from a request; its class decides, and the header x-priority", field="priority"
+            )
         common = {**job.options, "model": job.model, "stream": job.stream, "request_id": job.request_id}
         request: Any
         if job.messages is not None:
