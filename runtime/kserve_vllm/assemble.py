@@ -54,7 +54,7 @@ class Assembly:
         if chosen.usage_sink:
             self.usage = Usage(chosen.usage_sink.get_secret_value(), metrics.count_usage)
         self.moderation = self._build_moderation(settings)
-        classes = chosen.keys_file is not None or chosen.max_concurrent > 0
+        classes = chosen.keys_file is not None or chosen.max_concurrent > 0 or _scheduled_by_class(settings)
         service = Quota("service", chosen.requests_per_minute or None, chosen.tokens_per_minute or None, None)
         self.policies = Policies(
             tenants=self._tenants,
@@ -180,6 +180,12 @@ async def _every(seconds: float, work: Callable[[], object]) -> None:
             await asyncio.to_thread(work)
         except Exception:
             log.exception("will be tried again")
+
+
+def _scheduled_by_class(settings: Settings) -> bool:
+    """Whether the engine schedules by priority, which is the class of a request, and nothing that its body says."""
+    chosen = [flag for flag in settings.engine if flag.name == "scheduling-policy"]
+    return bool(chosen) and chosen[-1].tokens[-1].rpartition("=")[2] == "priority"
 
 
 def _usage(ticket: Ticket) -> UsageRecord:

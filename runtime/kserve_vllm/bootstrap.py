@@ -129,7 +129,14 @@ class _Process:
             else None
         )
         self._grpc = (
-            GRPCServer(self._servicer, server, self._lifecycle, shared, self._shortcuts.takes("grpc-server"))
+            GRPCServer(
+                self._servicer,
+                server,
+                self._lifecycle,
+                shared,
+                self._shortcuts.takes("grpc-server"),
+                self._metrics.show_grpc_fallback,
+            )
             if server.grpc_port
             else None
         )
@@ -255,6 +262,7 @@ class _Process:
         engine.shorten(shortcuts)
         worker: Any = engine
         if policies.moderation is not None:
+            policies.moderation.media = engine.media
             worker = ModeratedEngine(engine, policies.moderation)
         text = V2Text(worker, server.max_batch)
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))

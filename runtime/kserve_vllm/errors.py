@@ -60,9 +60,11 @@ class RequestError(KServeVLLMError):
         close: bool = False,
         reason: str | None = None,
     ) -> None:
+        # Half of a surrogate pair, which JSON may bring, has no UTF-8: it could not be answered over any protocol.
+        message = message.encode("utf-8", "replace").decode()
         super().__init__(message)
         self.message = message
-        self.field = field
+        self.field = field if field is None else field.encode("utf-8", "replace").decode()
         self.retry_after_s = retry_after_s
         self.close = close
         self.reason = reason

@@ -339,15 +339,39 @@ class Door:
             Forbidden: the caller may not use this model.
             RateLimited: there are not that many tokens left.
         """
-        caller = ticket.caller
-        if caller is not None and caller.models:
-            self._gate.check_model(caller, [work.adapter] if work.adapter is not None else self._engine.names)
+        self.permit(ticket, work.adapter)
         if ticket.grant is not None and self._policies.limits is not None:
             try:
                 await self._policies.limits.reserve(ticket.grant, work.tokens)
             finally:
                 others = [pair for pair in ticket.answer_headers if not pair[0].startswith("x-ratelimit-")]
                 ticket.answer_headers[:] = [*others, *ticket.grant.headers()]
+
+    def permit(self, ticket: Ticket, adapter: str | None, asked: str | None = None) -> None:
+        """Let a request use the base model, under any of its names, or an adapter.
+
+        Args:
+            ticket: of the request.
+            adapter: None for the base model.
+            asked: the model's name as the client wrote it, where it is known.
+
+        Raises:
+            Forbidden: the caller may not use it.
+        """
+        caller = ticket.caller
+        if caller is None or not caller.models:
+            return
+        if adapter is not None:
+            self._gate.check_model(caller, [adapter])
+        elif not caller.may_use(self._engine.names):
+            # No name but the one that was asked for: the caller may not know the others.
+            what = "the base model" if asked is None else f"the model {asked!r}"
+            raise Forbidden(f"this key may not use {what}", field="model", reason="model_not_allowed")
+
+    def knows_base(self, ticket: Ticket) -> bool:
+        """Whether the caller of a request may know the names of the base model."""
+        caller = ticket.caller
+        return caller is None or not caller.models or bool(caller.may_use(self._engine.names))
 
     def answer_filter(self, ticket: Ticket) -> AnswerFilter | None:
         """A filter for one answer to this request, or None where nobody looks at its answers."""

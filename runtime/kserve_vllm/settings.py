@@ -111,6 +111,12 @@ class ServerSettings(_Group):
     host: str = _setting("0.0.0.0", "Address to listen on, for HTTP and gRPC.")  # noqa: S104
     http_port: Port = _setting(8080, "Port for OpenAI, V2 REST, V1, health and metrics.", ["port"])
     grpc_port: Port = _setting(8081, "Port for V2 gRPC; 0 switches gRPC off.")
+    grpc_server: Literal["auto", "own", "grpcio"] = _setting(
+        "auto",
+        "Who answers gRPC: own (our server, which costs less CPU for each token), grpcio (the grpcio package's), or "
+        "auto: our own if it passes a test at the start, else grpcio's, which the log and kserve_vllm_grpc_fallback "
+        "then say.",
+    )
     max_body_mib: int = _setting(64, "Largest request body in MiB; a larger one is answered 413.", ge=1, le=2047)
     body_timeout: Seconds = _setting(
         60.0,

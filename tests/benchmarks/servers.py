@@ -57,7 +57,7 @@ class Configuration:
 CONFIGURATIONS: dict[str, Configuration] = {
     "ours": Configuration("ours", ours=True),
     "vllm": Configuration("vllm", ours=False),
-    "slow-path": Configuration("slow-path", ours=True, arguments=["--fast-path", "false"]),
+    "slow-path": Configuration("slow-path", ours=True, arguments=["--fast-path", "false", "--grpc-server", "grpcio"]),
     "policies": Configuration("policies", ours=True),  # see `with_policies`
 }
 

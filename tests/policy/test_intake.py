@@ -8,10 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from kserve_vllm import cli
+from kserve_vllm.assemble import Assembly
 from kserve_vllm.engine.intake import Intake
-from kserve_vllm.errors import RateLimited
+from kserve_vllm.errors import Forbidden, RateLimited
+from kserve_vllm.gate import Door as TheDoor
+from kserve_vllm.gate import Gate, Policies
+from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.policy.tenants import Caller
+from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.ticket import Ticket, current
 from kserve_vllm.types import Priority, Work
 
@@ -43,6 +50,13 @@ class Door:
         self.refusal = refusal
         self.work: list[Work] = []
 
+    def permit(self, ticket: Ticket, adapter: str | None, asked: str | None = None) -> None:
+        """Every model is open."""
+
+    def knows_base(self, ticket: Ticket) -> bool:
+        """Everybody knows."""
+        return True
+
     async def take_up(self, ticket: Ticket, work: Work) -> None:
         """Note the work."""
         self.work.append(work)
@@ -56,11 +70,17 @@ class Door:
         """There is no cache."""
 
 
-def ask(door: Door, prioritized: bool, method: str = "generate", **options: Any) -> tuple[Client, Ticket, list[Any]]:
-    """One request of class batch."""
+def ask(
+    door: Door,
+    prioritized: bool,
+    method: str = "generate",
+    priority_of: Priority | None = Priority.BATCH,
+    **options: Any,
+) -> tuple[Client, Ticket, list[Any]]:
+    """One request of a class."""
     client = Client()
     Intake(client, door, prioritized)
-    ticket = Ticket("r", "openai", "/v1/completions", priority=Priority.BATCH)
+    ticket = Ticket("r", "openai", "/v1/completions", priority=priority_of)
 
     async def run() -> list[Any]:
         current.set(ticket)
@@ -74,6 +94,61 @@ def test_the_class_becomes_vllms_priority_whatever_the_client_asked_for(method: 
     client, _, outputs = ask(Door(), True, method, priority=-100)
     assert client.asked[0]["priority"] == 4
     assert outputs == ["output"]
+
+
+@pytest.mark.parametrize("method", ["generate", "encode"])
+def test_where_no_class_is_set_the_clients_priority_counts_for_nothing(method: str) -> None:
+    client, _, _ = ask(Door(), True, method, None, priority=-100)
+    assert client.asked[0]["priority"] == Priority.NORMAL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "classes"),
+    [
+        ([], False),
+        (["--scheduling-policy", "priority"], True),
+        (["--scheduling-policy=priority"], True),
+        (["--scheduling-policy", "fcfs"], False),
+        (["--max-concurrent", "8"], True),
+    ],
+)
+def test_who_schedules_by_priority_has_classes(arguments: list[str], classes: bool) -> None:
+    settings = cli.resolve(["--demo", *arguments], {})
+    lifecycle = Lifecycle()
+    assembly = Assembly(settings, Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()))
+    assert (assembly.policies.default_priority is not None) == classes
+    assert assembly.decides == classes
+
+
+class Names:
+    """What a server serves."""
+
+    names = ["served", "served-alias"]
+
+
+@pytest.mark.parametrize(
+    ("models", "adapter", "allowed", "knows"),
+    [
+        (["upper"], "upper", True, False),
+        (["upper"], None, False, False),
+        (["upper"], "french", False, False),
+        (["served-alias"], None, True, True),
+        (["served*"], "upper", False, True),
+    ],
+)
+def test_a_key_uses_and_knows_the_models_that_it_is_limited_to(
+    models: list[str], adapter: str | None, allowed: bool, knows: bool
+) -> None:
+    policies = Policies()
+    door = TheDoor(Gate(Lifecycle(), policies), policies, Names())
+    ticket = Ticket("r", "openai", "/tokenize", caller=Caller(models=(tuple(models),)))
+    assert door.knows_base(ticket) == knows
+    if allowed:
+        door.permit(ticket, adapter)
+        return
+    with pytest.raises(Forbidden) as caught:
+        door.permit(ticket, adapter)
+    assert not any(name in caught.value.message for name in Names.names)
 
 
 def test_without_priority_scheduling_nothing_is_set() -> None:

@@ -170,23 +170,79 @@ def test_what_stands_across_parts_is_refused(redact: Moderation, refuse: Moderat
     assert passed(refuse, parts("fine", "text")) == parts("fine", "text")
 
 
-def test_images_are_left_alone_and_what_only_looks_like_one_is_not(redact: Moderation, refuse: Moderation) -> None:
-    picture = "falcon" + "iVBORw0KGgo" * 40
-    for part in (
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-        {"type": "input_image", "image_url": f"data:image/png;base64,{picture}"},
-        {"type": "input_audio", "input_audio": {"data": picture, "format": "wav"}},
-        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": picture}},
-    ):
-        assert passed(refuse, said([part])) == said([part])
-    for part in (
-        {"type": "text", "text": picture},
-        {"type": "input_audio", "input_audio": {"data": "falcon", "format": "wav"}},
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture} and"}},
-        {"type": "image_url", "image_url": {"url": f"data:image/png,{picture}"}},
-    ):
-        with pytest.raises(Refused):
-            passed(refuse, said([part]))
+PICTURE = "falcon" + "iVBORw0KGgo" * 40
+IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}}
+MEDIA = {
+    "image": [
+        IMAGE,
+        {"type": "input_image", "image_url": f"data:image/png;base64,{PICTURE}"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
+    ],
+    "audio": [
+        {"type": "input_audio", "input_audio": {"data": PICTURE, "format": "wav"}},
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/ogg;codecs=opus;base64,{PICTURE}"}},
+    ],
+    "video": [{"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{PICTURE}"}}],
+}
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+def test_media_that_the_model_takes_are_left_alone_and_others_are_not(refuse: Moderation, medium: str) -> None:
+    for part in MEDIA[medium]:
+        for body in (said([part]), {"messages": [said([part])["messages"]]}, {"input": said([part])["messages"]}):
+            refuse.media = frozenset({medium})
+            assert passed(refuse, body) == body
+            for media in (frozenset(), frozenset(MEDIA) - {medium}):
+                refuse.media = media
+                with pytest.raises(Refused):
+                    passed(refuse, body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        said([{"type": "text", "text": PICTURE}]),
+        said([{"type": "input_audio", "input_audio": {"data": "a falcon", "format": "wav"}}]),
+        said([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE} and"}}]),
+        said([{"type": "image_url", "image_url": {"url": f"data:image/png,{PICTURE}"}}]),
+        said([{"type": "image_url", "image_url": {"url": f"data:text/plain;base64,{PICTURE}"}}]),
+        said([{"type": "image_url", "image_url": {"url": f"data:image/falcon png;base64,{PICTURE}"}}]),
+        said([{"type": "image_url", "image_url": {"url": f"https://x/{PICTURE}"}}]),
+        said([{**IMAGE, "text": "falcon"}]),
+        said([{"type": "text", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}}]),
+        said([{"type": ["image_url"], "image_url": {"url": f"data:image/png;base64,{PICTURE}"}}]),
+        said([{"image_url": {"url": f"data:image/png;base64,{PICTURE}"}}]),
+        said([{"type": "text", "text": "x", "content": [IMAGE]}]),
+        said(PICTURE),
+        said({"type": "image_url", "data": PICTURE}),
+        said("x", data=PICTURE, url=PICTURE, images=[PICTURE]),
+        said("x", documents=[{"content": [IMAGE]}]),
+        said("x", chat_template_kwargs={"messages": said([IMAGE])["messages"]}),
+        said(
+            "x", tools=[{"type": "function", "function": {"name": "f", "parameters": {"default": {"data": PICTURE}}}}]
+        ),
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"arguments": json.dumps({"content": [IMAGE]})}}]}
+            ]
+        },
+        {"messages": [{"role": "user", "content": "x", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}}]},
+        {"prompt": PICTURE},
+        {"prompt": {"data": PICTURE}},
+        {"input": [IMAGE]},
+        {"data": PICTURE},
+    ],
+)
+def test_what_only_looks_like_a_medium_is_looked_at(refuse: Moderation, body: Any) -> None:
+    refuse.media = frozenset(MEDIA)
+    with pytest.raises(Refused):
+        passed(refuse, body)
+
+
+def test_texts_beside_media_are_replaced(redact: Moderation) -> None:
+    redact.media = frozenset(MEDIA)
+    body = said([IMAGE, {"type": "text", "text": BAD}, *MEDIA["audio"]])
+    assert passed(redact, body) == said([IMAGE, {"type": "text", "text": GOOD}, *MEDIA["audio"]])
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,45 @@ def test_a_tenant_gets_only_its_models(shared: Shared, protocol: str) -> None:
     assert call(shared, protocol, UPPER, model="upper").status == 200
 
 
+ASKED = {
+    "/tokenize": {"prompt": "hello"},
+    "/detokenize": {"tokens": [5, 6, 7]},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions/render": {"prompt": "hello"},
+    "/v1/chat/completions/render": {"messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_a_tenant_has_tokens_made_and_counted_by_its_models_only(shared: Shared, path: str) -> None:
+    """None of these asks anything of the engine."""
+    headers = {"authorization": f"Bearer {UPPER}"}
+    named = [{"model": "demo"}] if path.endswith("count_tokens") else [{"model": "demo"}, {}]
+    for model in named:
+        answer = httpx.post(shared.url + path, json={**ASKED[path], **model}, headers=headers)
+        assert answer.status_code == 403, answer.text
+        assert "may not use" in answer.text
+        assert model or "demo" not in answer.text
+    assert httpx.post(shared.url + path, json={**ASKED[path], "model": "upper"}, headers=headers).status_code == 200
+    base = httpx.post(
+        shared.url + path, json={**ASKED[path], "model": "demo"}, headers={"authorization": f"Bearer {GOLD}"}
+    )
+    assert base.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/messages"])
+def test_a_model_that_is_not_there_tells_nobody_what_is(shared: Shared, path: str) -> None:
+    body = {"model": "none", "prompt": "x", "max_tokens": 1}
+    if "chat" in path or "messages" in path:
+        body = {"model": "none", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    for stream in (False, True):
+        answer = httpx.post(
+            shared.url + path, json={**body, "stream": stream}, headers={"authorization": f"Bearer {UPPER}"}
+        )
+        assert answer.status_code == 404, answer.text
+        assert "demo" not in answer.text
+
+
 def shown(shared: Shared, key: str) -> dict[str, set[str]]:
     """The names in each list of models that a key gets."""
 

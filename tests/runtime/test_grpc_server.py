@@ -628,7 +628,10 @@ def test_streams_taken_back_without_end_close_the_connection(ours: Running, monk
         assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
 
 
-def test_a_client_that_asks_and_never_reads_is_not_read_any_more(ours: Running) -> None:
+def test_a_client_that_asks_and_never_reads_is_not_read_any_more(
+    ours: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2, "_IDLE_FRAMES", 1e9)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", ours.port))
@@ -803,7 +806,7 @@ def test_parts_of_messages_wait_for_each_other_and_all_of_them_come(ours: Runnin
 
 
 def test_parts_of_messages_are_refused_at_twice_the_budget(ours: Running) -> None:
-    ours.services.budget.limit = 300_000
+    ours.services.budget.limit, ours.services.budget.least = 300_000, 0
     senders = [Sender(ours.port, bytes(700_000)) for _ in range(7)]
     end = time.monotonic() + 60
     while not all(each.answer for each in senders):
@@ -1017,7 +1020,9 @@ async def served(lifecycle: Lifecycle, backend: Any = None, fast: bool = True) -
     """The service of the product over `backend`."""
     servicer = Servicer(lifecycle, Gate(lifecycle), books(lifecycle))
     servicer.attach(backend)
-    server = GRPCServer(servicer, ServerSettings(host="127.0.0.1", grpc_port=0, fast_path=fast), lifecycle)
+    server = GRPCServer(
+        servicer, ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server="own" if fast else "grpcio"), lifecycle
+    )
     await server.start()
     try:
         yield server
@@ -1102,7 +1107,7 @@ def test_calls_over_tls_are_answered(tmp_path: Path, fast: bool) -> None:
     async def ask() -> None:
         lifecycle = Lifecycle()
         files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
-        settings = ServerSettings(host="127.0.0.1", grpc_port=0, fast_path=fast, **files)
+        settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server="own" if fast else "grpcio", **files)
         server = GRPCServer(Servicer(lifecycle, Gate(lifecycle), books(lifecycle)), settings, lifecycle)
         await server.start()
         credentials = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())

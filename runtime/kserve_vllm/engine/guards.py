@@ -6,14 +6,17 @@ Written against vLLM 0.32.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kserve_vllm.engine.faults import UNSENDABLE, sentence_of_client_fault, unsendable
+from kserve_vllm.engine.steps import resume
 from kserve_vllm.errors import RequestError
-from kserve_vllm.ticket import current
+from kserve_vllm.ticket import Ticket, current
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -60,6 +63,43 @@ def guard_engine(client: AsyncLLM) -> None:
             raise VLLMValidationError(f"{name} can't be used: {error}", parameter=name) from error
 
     processor._validate_params, core.add_request_async = validate_params, add_request
+    take_up_whole(client)
+
+
+def take_up_whole(client: Any) -> None:
+    """Never leave a request half taken up: who is cancelled in the middle of that has no name yet to abort it by, and
+    the engine would generate for nobody.
+
+    What was begun goes on to its end in a task of its own then, and is aborted.
+
+    Args:
+        client: vLLM's `AsyncLLM`; its `add_request` is replaced.
+    """
+    add = client.add_request
+    aborting: set[asyncio.Task[None]] = set()
+
+    def give_back(task: asyncio.Task[Any]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            return
+        abort = asyncio.get_running_loop().create_task(client.abort(task.result().request_id, internal=True))
+        aborting.add(abort)
+        abort.add_done_callback(aborting.discard)
+
+    async def add_whole(*args: Any, **kwargs: Any) -> Any:
+        begun = add(*args, **kwargs).__await__()
+        try:
+            # Mostly it does not wait for anything, and needs no task.
+            waits_for = next(begun)
+        except StopIteration as done:
+            return done.value
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(resume(begun, waits_for))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(give_back)
+            raise
+
+    client.add_request = add_whole
 
 
 def merge_adapter_gauge() -> None:
@@ -75,6 +115,52 @@ def merge_adapter_gauge() -> None:
         return gauge(*args, **kwargs)
 
     PrometheusStatLogger._gauge_cls = staticmethod(made)  # type: ignore[assignment]
+
+
+class Permits(Protocol):
+    """Says which models a request may use, and may know of."""
+
+    def permit(self, ticket: Ticket, adapter: str | None, asked: str | None = None) -> None:
+        """Let a request use the base model (None) or an adapter, or raise a `RequestError`."""
+
+    def knows_base(self, ticket: Ticket) -> bool:
+        """Whether the caller of a request may know the names of the base model."""
+
+
+def check_models(permits: Permits, plain: Callable[[str], str]) -> None:
+    """Ask `permits` wherever vLLM looks whether a model is there: that is the first thing that its handlers do, also
+    those that ask nothing of the engine, as for tokens and their number.
+
+    Args:
+        permits: is asked.
+        plain: tells the name of an adapter for its name in the engine.
+    """
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    def limited(original: Any) -> Any:
+        async def check_model(self: Any, request: Any) -> Any:
+            found = await original(self, request)
+            ticket = current.get()
+            if ticket is None:
+                return found
+            if found is not None:
+                if not permits.knows_base(ticket) and hasattr(found, "error"):
+                    # vLLM's sentence goes on with the names that there are.
+                    found.error.message = f"The model `{request.model}` does not exist."
+                return found
+            lora = getattr(self.models, "lora_requests", {}).get(request.model)
+            try:
+                permits.permit(ticket, plain(lora.lora_name) if lora is not None else None, request.model or None)
+            except RequestError as error:
+                ticket.refusal = error
+                raise
+            return None
+
+        return check_model
+
+    for cls in (BaseServing, PoolingBaseServing):
+        cls._check_model = limited(cls._check_model)  # type: ignore[method-assign,attr-defined]
 
 
 def check_before_stream(app: FastAPI, client: AsyncLLM, tasks: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ from kserve_vllm.engine.answers import Filter, check_parameters, filtered
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.errors import RequestError
 from kserve_vllm.ticket import Ticket, current
-from kserve_vllm.types import Work
+from kserve_vllm.types import Priority, Work
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,12 @@ class Door(Protocol):
 
     async def take_up(self, ticket: Ticket, work: Work) -> None:
         """Let a sequence pass, or raise a `RequestError`."""
+
+    def permit(self, ticket: Ticket, adapter: str | None, asked: str | None = None) -> None:
+        """Let a request use the base model (None) or an adapter, or raise a `RequestError`."""
+
+    def knows_base(self, ticket: Ticket) -> bool:
+        """Whether the caller of a request may know the names of the base model."""
 
     def answer_filter(self, ticket: Ticket) -> Filter | None:
         """A filter for one answer to this request, or None where nobody looks at its answers."""
@@ -234,8 +240,9 @@ class Intake:
         except RequestError as error:
             ticket.refusal = error
             raise
-        if self._prioritized and ticket.priority is not None:
-            options["priority"] = ticket.priority
+        if self._prioritized:
+            # Never what the request itself says.
+            options["priority"] = ticket.priority if ticket.priority is not None else int(Priority.NORMAL)
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:

@@ -367,6 +367,7 @@ class VLLMEngine:
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
+        guards.check_models(door, self._loras.plain)
         self.intake = Intake(self.client, door, prioritized, cache, model, lambda: self.names[0], self._loras.plain)
 
     def _fingerprint(self) -> str:
@@ -525,6 +526,13 @@ class VLLMEngine:
         return "classify" in self._tasks and not self.generates
 
     @property
+    def media(self) -> frozenset[str]:
+        """What the model takes beside text: of `image`, `audio` and `video`, those that vLLM lets a prompt have."""
+        processor = getattr(self.client.renderer, "mm_processor", None)
+        limits = {} if processor is None else processor.info.allowed_mm_limits
+        return frozenset(medium for medium in ("image", "audio", "video") if limits.get(medium, 0) > 0)
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """vLLM's names of what the model can do."""
         return self._tasks
@@ -634,8 +642,14 @@ class VLLMEngine:
 
         state = self.app.state
         _reject_unknown_options(job.options)
-        if job.options.get("priority") and self._args.scheduling_policy != "priority":
-            raise InvalidRequest("priority does nothing without --scheduling-policy priority", field="priority")
+        most = self.client.model_config.max_model_len
+        if isinstance(job.prompt, list) and len(job.prompt) > most and not job.options.get("truncate_prompt_tokens"):
+            # vLLM would look at each of them, several times, before it counts them.
+            raise InvalidRequest(f"the prompt has {len(job.prompt)} tokens; the model takes {most}", field="input_ids")
+        if job.options.get("priority"):
+            raise InvalidRequest(
+                "priority is not taken from a request; its class decides, and the header x-priority", field="priority"
+            )
         common = {**job.options, "model": job.model, "stream": job.stream, "request_id": job.request_id}
         request: Any
         if job.messages is not None:
@@ -757,7 +771,8 @@ class VLLMEngine:
         plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
         if not started and (isinstance(error, plain) or is_template_error(error)):
             return InvalidRequest(str(error))
-        if not started and (fault := sentence_of_client_fault(error, taken_up=False)) is not None:
+        # What trips over a value of another shape than it reads: a number where a table belongs.
+        if (fault := sentence_of_client_fault(error, taken_up=started)) is not None:
             return InvalidRequest(fault[0], field=fault[1])
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)

@@ -14,8 +14,9 @@ import inspect
 import logging
 import re
 import time
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -23,12 +24,11 @@ from urllib.parse import quote
 import grpc
 from h2.errors import ErrorCodes
 
-from kserve_vllm.hosting.grpc_inbox import WINDOW_BITS, Budget, Inbox, Unreadable
-from kserve_vllm.hosting.http2 import MAX_HEADERS, Connection, Connections, Headers, Stream
+from kserve_vllm.hosting.grpc_inbox import WINDOW_BITS, Budget, Inbox, Share, Unreadable
+from kserve_vllm.hosting.http2 import MAX_HEADERS, MAX_KEYLESS_STREAMS, Connection, Connections, Headers, Stream
+from kserve_vllm.protocol.screening import ADMITTED, Metadata, Screened
 
 log = logging.getLogger(__name__)
-
-Metadata = Sequence[tuple[str, str | bytes]]
 
 _TIMEOUT = re.compile(rb"^([0-9]{1,8})([HMSmun])$")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -38,12 +38,18 @@ _RESERVED = frozenset({b"te", b"content-type", b"content-length", b"grpc-timeout
 _LAST_WORD_S = 1.0
 _SETTLE_EVERY_S = 0.05
 _MAX_PATH = 200
+KEYLESS_MESSAGE = 64 << 10
+"""Bytes of a message, and of messages that wait to be read, of a call that needs no key."""
+_KEYLESS_HELD, _KEYLESS_LEAST = 4 << 20, 16 << 10
+MAX_KEYLESS_CALLS = 8192
+"""Calls of all connections that are open at once and need no key. Above it, the connection with most of them goes."""
 _ENCODINGS = b"identity, deflate, gzip"
 _HEAD: Headers = [
     (b":status", b"200"),
     (b"content-type", b"application/grpc"),
     (b"grpc-accept-encoding", _ENCODINGS),
 ]
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 # What grpc-message may hold as it is: printable ASCII but the percent sign.
 _PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")
 
@@ -55,6 +61,7 @@ class Services:
     Attributes:
         max_message: largest message from a client, in bytes, before and after it is decompressed.
         message_timeout_s: that a message may take to come in; 0: as long as it likes.
+        screen: decides about a call by its path and metadata, before any of its messages is read.
         handlers: generic handlers, asked in turn.
         connections: those that are open.
         open_calls: those that are not at their end.
@@ -62,6 +69,7 @@ class Services:
 
     max_message: int
     message_timeout_s: float = 60.0
+    screen: Callable[[str, Metadata], Screened] = lambda path, metadata: ADMITTED
     handlers: list[grpc.GenericRpcHandler[Any, Any]] = field(default_factory=list)
     connections: Connections = field(default_factory=Connections)
     open_calls: set[Call] = field(default_factory=set)
@@ -69,6 +77,16 @@ class Services:
     def __post_init__(self) -> None:
         self.budget = Budget(4 * self.max_message)
         """For what calls hold of messages that are not complete, or not read yet."""
+        self.keyless_budget = Budget(_KEYLESS_HELD, _KEYLESS_LEAST)
+        """The same for calls that need no key."""
+        self._shares: weakref.WeakValueDictionary[Hashable, Share] = weakref.WeakValueDictionary()
+
+    def share(self, owner: Hashable, budget: Budget) -> Share:
+        """What a caller holds of a budget."""
+        found = self._shares.get((owner, id(budget)))
+        if found is None:
+            found = self._shares[owner, id(budget)] = Share(budget)
+        return found
 
     def connect(self) -> Connection:
         """The protocol of a new connection."""
@@ -87,15 +105,20 @@ class Services:
         )
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections."""
+        """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections.
+
+        Whatever clients do, this takes no longer than `grace_s` and three times `_LAST_WORD_S`.
+        """
         self.leave()
         await asyncio.gather(*(call.finish(grace_s) for call in list(self.open_calls)))
         # gRPC's clients close by themselves then, once they have read all.
-        await _poll(lambda: not any(each.taking for each in self.connections), grace_s)
+        await _poll(lambda: not any(each.taking for each in self.connections), min(grace_s, _LAST_WORD_S))
         for connection in list(self.connections):
             connection.close()
         # What is written last goes out after that.
         await _poll(lambda: not self.connections, _LAST_WORD_S)
+        for connection in list(self.connections):
+            connection.abort()
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """As `grpc.aio.Server` has it."""
@@ -133,7 +156,12 @@ class Call:
         self._services = services
         self._stream = stream
         self._loop = asyncio.get_running_loop()
-        self._inbox = Inbox(stream, services.budget, services.max_message, services.message_timeout_s, self._cut)
+        self.keyless = False
+        """Whether it was let in without a key, since it needs none."""
+        share = services.share(stream.connection, services.keyless_budget)
+        self._inbox = Inbox(
+            stream, share, KEYLESS_MESSAGE, services.message_timeout_s, self._cut, max_unread=KEYLESS_MESSAGE
+        )
         self._begun = False
         self._pending: deque[bytes | memoryview] = deque()
         self._room: asyncio.Future[None] | None = None
@@ -263,7 +291,7 @@ class Call:
             return
         self._ended = self._loop.create_future()
         await asyncio.wait({self._ended}, timeout=timeout_s)
-        self._cut(grpc.StatusCode.UNAVAILABLE, "the server is closing")
+        self._give_up(grpc.StatusCode.UNAVAILABLE, "the server is closing")
         await asyncio.wait({self._ended}, timeout=_LAST_WORD_S)
 
     async def _wait_for_room(self) -> None:
@@ -282,10 +310,11 @@ class Call:
         if self._trailers is not None or not self._stream.open:
             return
         head = [] if self._begun else _HEAD
-        self._trailers = [*head, (b"grpc-status", str(code.value[0]).encode())]
+        trailers = [*head, (b"grpc-status", str(code.value[0]).encode())]
         if details:
-            self._trailers.append((b"grpc-message", quote(details, safe=_PLAIN).encode()))
-        self._trailers += _encoded(trailing)
+            # Half of a surrogate pair has no UTF-8, and the call has to end all the same.
+            trailers.append((b"grpc-message", quote(details.encode("utf-8", "replace"), safe=_PLAIN).encode()))
+        self._trailers = trailers + _encoded(trailing)
         self.pump()
 
     def _close(self) -> None:
@@ -334,12 +363,33 @@ class Call:
         self._handler = self._services.find(path, self._metadata)
         if self._handler is None:
             return self._end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:_MAX_PATH]}", ())
+        if (refusal := self._screen(path)) is not None:
+            return self._end(*refusal)
         if not self._handler.request_streaming:
             self._inbox.expect_one()
         if timeout_s is not None:
             self._timer = self._loop.call_later(timeout_s, self._too_late)
         self._task = self._loop.create_task(self._handle())
         self._task.add_done_callback(self._answered)
+        return None
+
+    def _screen(self, path: str) -> tuple[grpc.StatusCode, str, Metadata] | None:
+        """Decide by the headers alone; with what the call is to be refused, or None."""
+        services, connection = self._services, self._stream.connection
+        screened = services.screen(path, self._metadata)
+        if screened.refusal is not None:
+            return screened.refusal
+        if not screened.keyless:
+            connection.identified()
+            owner: Hashable = connection if screened.owner is None else screened.owner
+            self._inbox.admit(services.share(owner, services.budget), services.max_message)
+            return None
+        if connection.keyless >= MAX_KEYLESS_STREAMS:
+            sentence = f"at most {MAX_KEYLESS_STREAMS} calls that need no key are open at once on one connection"
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, ()
+        if sum(each.keyless for each in services.connections) >= MAX_KEYLESS_CALLS:
+            services.connections.shed()
+        self.keyless, self._metadata = True, ()
         return None
 
     def _answered(self, task: asyncio.Task[None]) -> None:
@@ -354,7 +404,12 @@ class Call:
                 self._status = (grpc.StatusCode.OK, "", ())
         elif not task.cancelled():
             task.exception()  # is the one that ended it
-        self._end(*self._status)
+        try:
+            self._end(*self._status)
+        except Exception:
+            log.exception("a gRPC call could not be ended as it should")
+            self._trailers = None
+            self._end(grpc.StatusCode.INTERNAL, "internal server error", ())
 
     async def _handle(self) -> None:
         handler = self._handler
@@ -388,12 +443,16 @@ class Call:
 
     def _too_late(self) -> None:
         """The caller's deadline has passed."""
+        self._give_up(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+    def _give_up(self, code: grpc.StatusCode, details: str) -> None:
+        """End the call now, also where its client takes nothing."""
         if self._task is not None and not self._task.done():
             # A client that does not take what waits for it is told all the same.
             self._pending.clear()
             if self._outbox is not None:
                 self._outbox.drop()
-            self._cut(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            self._cut(code, details)
         else:
             # All is said, but the client does not take it.
             self._over()
@@ -496,9 +555,13 @@ def _decoded(headers: Headers) -> Metadata:
 
 
 def _encoded(metadata: Metadata) -> Headers:
+    """Metadata as headers; what no header can hold is left out of a text."""
     return [
-        (name.encode("latin-1"), value.encode("latin-1"))
-        if isinstance(value, str)
-        else (name.encode("latin-1"), base64.b64encode(value).rstrip(b"="))
+        (
+            name.encode("latin-1"),
+            _UNPRINTABLE.sub("?", value).encode("latin-1", "replace")
+            if isinstance(value, str)
+            else base64.b64encode(value).rstrip(b"="),
+        )
         for name, value in metadata
     ]

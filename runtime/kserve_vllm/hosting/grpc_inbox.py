@@ -1,7 +1,7 @@
 """The messages of a gRPC call on their way in: cut out of the stream, counted, and inflated when they are read.
 
-What clients may make the server hold is bounded three times: HTTP/2's windows for each stream, a `Budget` for all calls
-together, and a time limit for each message.
+What clients may make the server hold is bounded four times: HTTP/2's windows for each stream, a `Budget` for all calls
+together, a fair part of it for each caller, and a time limit for each message.
 Source of the frame, a flag and a length before each message: grpc/grpc, `doc/PROTOCOL-HTTP2.md`.
 """
 
@@ -37,22 +37,61 @@ class Unreadable(Exception):
         self.code, self.details = code, details
 
 
+@dataclass(eq=False)
+class Share:
+    """What one caller holds of a budget.
+
+    Attributes:
+        budget: that it is a part of.
+        held: bytes now.
+    """
+
+    budget: Budget
+    held: int = 0
+
+    @property
+    def fair(self) -> bool:
+        """Whether it is no more than its part where all that hold something have the same."""
+        return self.held <= max(self.budget.least, self.budget.limit // max(1, len(self.budget.shares)))
+
+    def change(self, by: int) -> None:
+        """So many bytes more, or fewer, are held."""
+        self.held += by
+        budget = self.budget
+        if self.held:
+            budget.shares.add(self)
+        else:
+            budget.shares.discard(self)
+        budget.change(by)
+        if by < 0 and budget.waiting and self.fair:
+            for inbox in [each for each in budget.waiting if each.share is self]:
+                budget.leave(inbox)
+                inbox.credit()
+
+
 @dataclass
 class Budget:
     """What all calls may hold together of messages that are not complete, or not read yet.
 
     Over the limit, the parts of messages wait for each other: their clients may send what their windows let them, and
-    only the one that waits longest may send more. At twice the limit the others are refused.
+    only the one that waits longest may send more. At twice the limit the others are refused. Neither holds for callers
+    who have no more than their fair share: so one who fills the budget stands in nobody's way but its own.
+
+    Most that can be held is three times the limit, one message, and `least` for each caller.
 
     Attributes:
         limit: in bytes.
+        least: bytes that every caller may hold, however many there are.
         held: bytes now.
         waiting: calls with a part of a message, the one that may go on first.
+        shares: those that hold something.
     """
 
     limit: int
+    least: int = 256 << 10
     held: int = 0
     waiting: dict[Inbox, None] = field(default_factory=dict)
+    shares: set[Share] = field(default_factory=set)
 
     def change(self, by: int) -> None:
         """So many bytes more, or fewer, are held."""
@@ -64,7 +103,7 @@ class Budget:
 
     def lets(self, inbox: Inbox) -> bool:
         """Whether the client of a call that has a part of a message may send more of it now."""
-        if self.held <= self.limit:
+        if self.held <= self.limit or inbox.share.fair:
             return True
         self.waiting.setdefault(inbox)
         return self.is_first(inbox)
@@ -75,7 +114,7 @@ class Budget:
 
     def refuses(self, inbox: Inbox) -> bool:
         """Whether there is no place any more for a part of a message."""
-        return self.held > 2 * self.limit and not self.is_first(inbox)
+        return self.held > 2 * self.limit and not inbox.share.fair and not self.is_first(inbox)
 
     def leave(self, inbox: Inbox) -> None:
         """A call has its message, or is over."""
@@ -91,8 +130,9 @@ class Inbox:
 
     Args:
         stream: that it comes over.
-        budget: of the server.
+        share: what its caller holds of the server's budget.
         max_message: largest message in bytes, before and after it is inflated.
+        max_unread: bytes of whole messages that may wait to be read; more end the call. None: what the window allows.
         timeout_s: that a message may take from its first byte to its last; 0: as long as it likes.
         fail: ends the call with a status.
     """
@@ -100,13 +140,16 @@ class Inbox:
     def __init__(
         self,
         stream: Stream,
-        budget: Budget,
+        share: Share,
         max_message: int,
         timeout_s: float,
         fail: Callable[[grpc.StatusCode, str], None],
+        max_unread: int | None = None,
     ) -> None:
         self._stream = stream
-        self._budget = budget
+        self.share = share
+        self._budget = share.budget
+        self._max_unread = max_unread
         self._max_message = max_message
         self._timeout_s = timeout_s
         self._end_call = fail
@@ -124,6 +167,12 @@ class Inbox:
         self.encoding: str | None = None
         """That of compressed messages; None where the client named none."""
 
+    def admit(self, share: Share, max_message: int) -> None:
+        """Count for another share from now on, before anything has come. What waits to be read has no bound then but
+        the window's."""
+        self.share, self._budget = share, share.budget
+        self._max_message, self._max_unread = max_message, None
+
     def expect_one(self) -> None:
         """Take one message, which has to come in time, and no second one."""
         self._single = True
@@ -138,6 +187,8 @@ class Inbox:
             self._settle()
             if self._partial and self._budget.refuses(self):
                 self._fail(grpc.StatusCode.UNAVAILABLE, "too much is sent to this server at once; try again")
+            elif self._max_unread is not None and self._unread > self._max_unread:
+                self._fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "more is sent than is read; wait for the answers")
         self.credit()
 
     def feed_end(self) -> None:
@@ -184,13 +235,18 @@ class Inbox:
             self._owed -= free
             self._stream.acknowledge(free)
 
+    @property
+    def _why(self) -> str:
+        """Where the largest message is set, if it is."""
+        return " (--max-body-mib)" if self._max_unread is None else ""
+
     def _split(self) -> None:
         """Cut messages out of what has come."""
         partial = self._partial
         while len(partial) >= PREFIX:
             length = int.from_bytes(partial[1:PREFIX], "big")
             if length > self._max_message:
-                sentence = f"the message has {length} bytes; at most {self._max_message} are taken (--max-body-mib)"
+                sentence = f"the message has {length} bytes; at most {self._max_message} are taken{self._why}"
                 return self._fail(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
             if len(partial) < PREFIX + length:
                 break
@@ -213,7 +269,7 @@ class Inbox:
         elif self._closed:
             self._unclock()
         if by:
-            self._budget.change(by)
+            self.share.change(by)
         if self._messages or self._closed:
             self._wake()
 
@@ -256,7 +312,7 @@ class Inbox:
         except zlib.error as error:
             raise Unreadable(grpc.StatusCode.INTERNAL, "a message can't be decompressed") from error
         if len(plain) > self._max_message:
-            sentence = f"the message is larger than {self._max_message} bytes when decompressed (--max-body-mib)"
+            sentence = f"the message is larger than {self._max_message} bytes when decompressed{self._why}"
             raise Unreadable(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
         if not inflater.eof or inflater.unused_data:
             raise Unreadable(grpc.StatusCode.INTERNAL, "a compressed message is cut off, or something follows it")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -21,16 +22,20 @@ from h2.events import (
     ConnectionTerminated,
     DataReceived,
     Event,
+    PingReceived,
+    PriorityUpdated,
     RemoteSettingsChanged,
     RequestReceived,
     StreamEnded,
     StreamReset,
+    UnknownFrameReceived,
     WindowUpdated,
 )
-from h2.exceptions import FrameTooLargeError, ProtocolError
+from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream
-from hpack import Encoder
+from hpack import Encoder, HPACKError
+from hyperframe.exceptions import InvalidDataError
 from hyperframe.frame import Frame, GoAwayFrame
 
 log = logging.getLogger(__name__)
@@ -44,17 +49,30 @@ _LEAST_FRAME = 16 << 10  # that every client takes (RFC 9113, 6.5.2)
 _MAX_STREAMS = 1000
 MAX_HEADERS = 16 << 10
 """Bytes that the headers of a request may have, counted as HTTP/2 does (RFC 9113, 6.5.2)."""
-_MAX_HEADERS_READ = 1 << 20
+# Of larger ones a call is refused and its connection goes on, up to these: bytes when unpacked, and on the wire. A
+# block of headers is unpacked in one go, at about a millisecond for a KiB.
+_MAX_HEADERS_READ = 256 << 10
+_MAX_HEADER_BLOCK = 128 << 10
+MAX_CONNECTIONS = 1024
+"""Connections that are open at once. Above it, the oldest one goes that has shown no key."""
+MAX_KEYLESS_STREAMS = 100
+"""Calls of one connection that are open at once and need no key: health, reflection."""
 _WRITE_BUFFER = 256 << 10
 _MOST_HELD = 32 << 10
 _READ = 16 << 10
+# What a connection may keep the event loop for until others have their turn, in seconds.
+_TURN_S = 0.02
 _PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
 # streams of the connection.
 _RESETS, _RESETS_PER_S = 2000.0, 500.0
 _SETTINGS, _SETTINGS_PER_S = 100.0, 10.0
+# Frames that move nothing: pings, priorities, unknown ones, data without a byte.
+_IDLE_FRAMES, _IDLE_FRAMES_PER_S = 10_000.0, 1000.0
 # The table of headers that a client lets us refer back to; it names a size, and we fill it with what it asked for.
 _MAX_TABLE = 4096
+# From the first frame of a block of headers to its last one; all else on the connection has to wait for it.
+_HEADER_TIMEOUT_S = 20.0
 # Between the last word to a client and the end: closed at once, the word may not arrive.
 _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
@@ -77,6 +95,10 @@ class Exchange(Protocol):
 
     def lose(self) -> None:
         """The client took the stream back, or is gone; nothing can be written any more."""
+
+    @property
+    def keyless(self) -> bool:
+        """Whether it was let in without a key, since it needs none."""
 
 
 class Stream:
@@ -162,6 +184,11 @@ class Stream:
         """Whether the connection is read now."""
         return self._connection.writable
 
+    @property
+    def connection(self) -> Connection:
+        """That it belongs to."""
+        return self._connection
+
     def acknowledge(self, size: int) -> None:
         """Let the client send `size` bytes more on this stream. What the connection may send is not held back."""
         if size and not self._connection.broken and self._stream.open:
@@ -196,6 +223,19 @@ class _Encoder(Encoder):
 class _State(H2Connection):
     """h2's, which leaves it to us to refuse a stream that is one too many: it would close the connection."""
 
+    # How many of those that are over it remembers, to tell a frame that comes late from one that is wrong.
+    MAX_CLOSED_STREAMS = 4096
+
+    def _terminate_connection(self, error_code: ErrorCodes) -> None:
+        """h2's, which takes two errors that have a code of their own for any other one (RFC 9113, 4.3 and 6.5)."""
+        error = sys.exc_info()[1]
+        cause = error.__cause__ if error is not None else None
+        if isinstance(cause, (HPACKError, IndexError)):
+            error_code = ErrorCodes.COMPRESSION_ERROR
+        elif isinstance(cause, InvalidDataError) and "must not have payload" in str(cause):
+            error_code = ErrorCodes.FRAME_SIZE_ERROR
+        super()._terminate_connection(error_code)
+
     @property
     def open_inbound_streams(self) -> int:
         return min(super().open_inbound_streams, _MAX_STREAMS - 1)
@@ -221,6 +261,27 @@ class Connections(set["Connection"]):
     def __init__(self) -> None:
         super().__init__()
         self._due: list[Connection] = []
+        self._strangers: dict[Connection, None] = {}
+
+    def enter(self, connection: Connection) -> None:
+        """A client has connected. Over `MAX_CONNECTIONS` one has to go that has shown no key, the oldest first."""
+        self.add(connection)
+        self._strangers[connection] = None
+        if len(self) > MAX_CONNECTIONS:
+            next(iter(self._strangers)).calm("is one connection too many")
+
+    def know(self, connection: Connection) -> None:
+        """A client has shown a key, or none is asked for."""
+        self._strangers.pop(connection, None)
+
+    def shed(self) -> None:
+        """Close the connection that has the most calls open without a key."""
+        max(self, key=lambda each: each.keyless).calm("has more calls without a key than any other")
+
+    def exit(self, connection: Connection) -> None:
+        """A client is gone."""
+        self.discard(connection)
+        self._strangers.pop(connection, None)
 
     def write_soon(self, connection: Connection) -> None:
         """Let this one write what it holds when the pass is over."""
@@ -257,10 +318,16 @@ class Connection(asyncio.Protocol):
         self._held_bytes = 0
         self._aborting: asyncio.TimerHandle | None = None
         now = self._loop.time()
-        self._resets, self._settings = (
+        self._resets, self._settings, self._idle_frames = (
             _Allowance(_RESETS, _RESETS_PER_S, now),
             _Allowance(_SETTINGS, _SETTINGS_PER_S, now),
+            _Allowance(_IDLE_FRAMES, _IDLE_FRAMES_PER_S, now),
         )
+        self._unread = b""
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._reading: asyncio.Handle | None = None
+        self.keyless = 0
+        """Calls that are open and need no key."""
         self.state = _State(
             H2Configuration(
                 client_side=False,
@@ -296,7 +363,7 @@ class Connection(asyncio.Protocol):
         if sock is not None:
             # A client that vanished without a word is noticed by the kernel.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._connections.add(self)
+        self._connections.enter(self)
         self.state.initiate_connection()
         self.state.increment_flow_control_window(_CONNECTION_WINDOW - _DEFAULT_WINDOW)
         self.flush()
@@ -304,10 +371,34 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: what the client sent."""
-        # In parts, for h2 reads all of one before we see what is in it.
-        for at in range(0, len(data), _READ):
-            if not self.broken:
-                self._read(data[at : at + _READ] if len(data) > _READ else data)
+        if self._reading is not None:
+            self._unread += data
+        elif len(data) <= _READ:
+            self._read(data)
+        else:
+            self._unread = data
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Read what has come, in parts, for h2 reads all of one before we see what is in it.
+
+        A client that fills its parts with small frames does not hold up others: they have their turn in between, and
+        nothing more is read from it until then.
+        """
+        self._reading = None
+        data, at = self._unread, 0
+        until = self._loop.time() + _TURN_S
+        while at < len(data) and not self.broken:
+            if at and self._loop.time() > until:
+                self._unread = data[at:]
+                self._reading = self._loop.call_soon(self._read_on)
+                self.transport.pause_reading()
+                return
+            self._read(data[at : at + _READ])
+            at += _READ
+        self._unread = b""
+        if self.writable and not self.broken:
+            self.transport.resume_reading()
 
     def _read(self, data: bytes) -> None:
         try:
@@ -334,9 +425,11 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio's: the client is gone."""
         self._opening.cancel()
+        if self._header_timer is not None:
+            self._header_timer.cancel()
         if self._aborting is not None:
             self._aborting.cancel()
-        self._connections.discard(self)
+        self._connections.exit(self)
         self._break()
 
     def pause_writing(self) -> None:
@@ -347,7 +440,8 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """asyncio's: the socket takes more again."""
         self.writable = True
-        self.transport.resume_reading()
+        if self._reading is None:
+            self.transport.resume_reading()
         self._pump_all()
 
     def flush(self) -> None:
@@ -380,7 +474,8 @@ class Connection(asyncio.Protocol):
 
     def forget(self, stream_id: int) -> None:
         """An exchange is over."""
-        self._exchanges.pop(stream_id, None)
+        if (found := self._exchanges.pop(stream_id, None)) is not None:
+            self.keyless -= found[1].keyless
         self._answered_at = self._loop.time()
         if self._leaving and not self._exchanges:
             self._part()
@@ -420,8 +515,27 @@ class Connection(asyncio.Protocol):
             self._aborting = self._loop.call_later(_ABORT_S, self.transport.abort)
             self.transport.close()
 
+    def abort(self) -> None:
+        """End at once, whatever the client has not taken."""
+        if not self.transport.is_closing():
+            self.close()
+        self.transport.abort()
+
+    def identified(self) -> None:
+        """The client has shown a key, or none is asked for."""
+        self._connections.know(self)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many calls open as one connection may have without a key."""
+        return self.keyless >= MAX_KEYLESS_STREAMS
+
     def _break(self) -> None:
         self.broken = True
+        self._unread = b""
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
         exchanges, self._exchanges = self._exchanges, {}
         for stream, exchange in exchanges.values():
             stream.open = False
@@ -435,6 +549,8 @@ class Connection(asyncio.Protocol):
                 self.write(_WINDOW_UPDATE + more.to_bytes(4, "big"))
             if (found := self._exchanges.get(_number(event))) is not None:
                 found[1].feed(event.data or b"", size)
+            if not size and event.stream_ended is None:
+                self._count_idle_frame()
         elif isinstance(event, RequestReceived):
             self._on_request(_number(event), event.headers, event.stream_ended is None)
         elif isinstance(event, StreamEnded):
@@ -452,7 +568,9 @@ class Connection(asyncio.Protocol):
             self._opening.cancel()
             self._pump_due = True
             if not self._settings.use(self._loop.time()):
-                self._calm("changes its settings")
+                self.calm("changes its settings")
+        elif isinstance(event, (PingReceived, PriorityUpdated, UnknownFrameReceived)):
+            self._count_idle_frame()
         elif isinstance(event, ConnectionTerminated):
             self._on_goodbye()
 
@@ -466,31 +584,54 @@ class Connection(asyncio.Protocol):
             # gRPC's clients ask again then, another server where this one leaves.
             stream.reset(ErrorCodes.REFUSED_STREAM)
             if not self._resets.use(self._loop.time()):
-                self._calm("opens streams that are refused")
+                self.calm("opens streams that are refused")
             return
         exchange = self._accept(stream, headers)
         if stream.open:
             self._exchanges[number] = (stream, exchange)
+            self.keyless += exchange.keyless
 
     def _on_reset(self, number: int) -> None:
         found = self._exchanges.pop(number, None)
         if found is not None:
+            self.keyless -= found[1].keyless
             found[0].open = False
             found[1].lose()
         if not self._resets.use(self._loop.time()):
-            self._calm("opens streams and takes them back")
+            self.calm("opens streams and takes them back")
 
-    def _calm(self, what: str) -> None:
+    def calm(self, what: str) -> None:
         """Close, since the client does something without end."""
         log.warning("a client %s without end; its connection is closed", what)
         self.state.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
         self.close()
 
+    def _count_idle_frame(self) -> None:
+        if not self._idle_frames.use(self._loop.time()):
+            self.calm("sends frames that move nothing")
+
     def _check_frame(self) -> None:
-        """Look at the length of a frame that has begun; h2 does when all of it is there, up to 16 MiB."""
-        begun = self.state.incoming_buffer._data
+        """Look at the length of a frame that has begun, and of a block of headers: h2 does when all of it is there, up
+        to 16 MiB and 1 MiB."""
+        buffer = self.state.incoming_buffer
+        begun = buffer._data
         if len(begun) >= 3 and int.from_bytes(begun[:3], "big") > self.state.max_inbound_frame_size:
+            self.state.close_connection(ErrorCodes.FRAME_SIZE_ERROR)
             raise FrameTooLargeError("a frame is too long")
+        block = buffer._headers_buffer
+        if block and self._header_timer is None:
+            self._header_timer = self._loop.call_later(_HEADER_TIMEOUT_S, self._headers_too_late)
+        elif not block and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        if block and sum(len(each.data) for each in block) > _MAX_HEADER_BLOCK:
+            self.state.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+            raise DenialOfServiceError("a block of headers is too long")
+
+    def _headers_too_late(self) -> None:
+        self._header_timer = None
+        if self.writable and not self.broken:
+            self.calm("does not end its headers")
 
     def _on_goodbye(self) -> None:
         """The client will open no more streams."""

@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.hosting import http1
-from kserve_vllm.hosting.grpc_calls import Services
 from kserve_vllm.hosting.health import Health
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol.grpc import SERVICE, Servicer
+from kserve_vllm.protocol.screening import Metadata, Screened
 from kserve_vllm.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_MAX_STREAMS = 1000
 # Longer than the idle timeout of the proxies in front (Envoy: 60 s), so that they close first.
 _KEEP_ALIVE_S = 75
 _MAX_WEBSOCKET_MESSAGE = 16 << 20  # a second of audio has 64 KiB
@@ -113,6 +114,7 @@ class GRPCServer:
         lifecycle: the state that health answers read.
         shared: whether other processes listen on the port too.
         own: whether the server may be ours, where the settings want that.
+        on_fallback: told once whether gRPC's own server answers since ours failed its test.
     """
 
     def __init__(
@@ -122,9 +124,11 @@ class GRPCServer:
         lifecycle: Lifecycle,
         shared: bool = False,
         own: bool = True,
+        on_fallback: Callable[[bool], None] = lambda fallen: None,
     ) -> None:
         self._own = own and "grpc-server" in settings.shortcuts
         self._servicer = servicer
+        self._on_fallback = on_fallback
         self._settings = settings
         self._shared = shared
         self._lifecycle = lifecycle
@@ -136,10 +140,11 @@ class GRPCServer:
         """Open the port.
 
         Raises:
-            ConfigError: the port can't be had, or the TLS files can't be used.
+            ConfigError: the port can't be had, the TLS files can't be used, or the server that was asked for does not
+                work.
         """
-        kind = _OwnListener if self._own else _UpstreamListener
-        listener = kind(self._settings, self._shared)
+        kind = _OwnListener if await self._own_works() else _UpstreamListener
+        listener = kind(self._settings, self._shared, self._servicer)
         target = listener.target
         target.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, target)
@@ -153,6 +158,32 @@ class GRPCServer:
         self._listener = listener
         self._publish(self._lifecycle)
         self._lifecycle.on_change(self._publish)
+
+    async def _own_works(self) -> bool:
+        """Whether our own server is wanted and passes its test."""
+        wanted = self._settings.grpc_server
+        if wanted == "grpcio" or (wanted == "auto" and not self._own):
+            self._on_fallback(False)
+            return False
+        try:
+            from kserve_vllm.hosting import self_test
+
+            await self_test.check()
+        except Exception as error:
+            if wanted == "own":
+                raise ConfigError(
+                    f"--grpc-server own: that server failed its test ({error!r}); the installed h2 may be a version "
+                    "that was not tested. Take --grpc-server auto or grpcio"
+                ) from error
+            log.error(
+                "our own gRPC server failed its test, so grpcio's server answers, which takes more CPU for each token; "
+                "the installed h2 may be a version that was not tested",
+                exc_info=error,
+            )
+            self._on_fallback(True)
+            return False
+        self._on_fallback(False)
+        return True
 
     def _publish(self, lifecycle: Lifecycle) -> None:
         self._health.set(("", SERVICE), lifecycle.ready)
@@ -176,8 +207,10 @@ class GRPCServer:
 class _OwnListener:
     """Our own gRPC server, which costs a tenth of gRPC's for a token."""
 
-    def __init__(self, settings: ServerSettings, shared: bool) -> None:
-        self.target = Services(settings.max_body_mib << 20, settings.body_timeout)
+    def __init__(self, settings: ServerSettings, shared: bool, servicer: Servicer) -> None:
+        from kserve_vllm.hosting.grpc_calls import Services
+
+        self.target = Services(settings.max_body_mib << 20, settings.body_timeout, servicer.screen)
         self._settings = settings
         self._shared = shared
         self._server: asyncio.Server | None = None
@@ -210,18 +243,40 @@ class _OwnListener:
             await self.target.stop(grace_s)
 
 
-class _UpstreamListener:
-    """The server of the grpcio package, for those who switch the fast path off."""
+class _Screening(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses a call by its headers, before grpcio reads a message of it."""
 
-    def __init__(self, settings: ServerSettings, shared: bool) -> None:
+    def __init__(self, screen: Callable[[str, Metadata], Screened]) -> None:
+        self._screen = screen
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """grpcio's: the handler of a call."""
+        found = self._screen(handler_call_details.method, tuple(handler_call_details.invocation_metadata or ()))
+        if found.refusal is None:
+            return await continuation(handler_call_details)
+        code, details, trailing = found.refusal
+
+        async def refuse(_: Any, context: Any) -> None:
+            await context.abort(code, details, tuple(trailing))
+
+        # Of this kind nothing is read until the handler asks for it.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class _UpstreamListener:
+    """The server of the grpcio package: where it is asked for, or ours does not work."""
+
+    def __init__(self, settings: ServerSettings, shared: bool, servicer: Servicer) -> None:
         self._settings = settings
         # Without SO_REUSEPORT a second process on the same port fails instead of taking half of the calls.
         self.target = grpc.aio.server(
+            interceptors=[_Screening(servicer.screen)],
             options=[
+                ("grpc.max_concurrent_streams", _MAX_STREAMS),
                 ("grpc.max_receive_message_length", settings.max_body_mib << 20),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", int(shared)),
-            ]
+            ],
         )
 
     async def open(self) -> int:

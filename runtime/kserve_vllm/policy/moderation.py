@@ -599,6 +599,9 @@ class Moderation:
             self._hooks = [_build(spec, on_verdict) for spec in _read(path).hooks]
         except ConfigError as error:
             raise ConfigError(f"{path} (--moderation-file): {error}") from error
+        self.media: frozenset[str] = frozenset()
+        """What the model takes beside text (`image`, `audio`, `video`), as far as it is known: that is not looked at
+        where a part of a message brings it."""
 
     def looks_at(self, where: Where, tenant: str) -> bool:
         """Whether any hook looks at prompts, or answers, of a tenant."""

@@ -38,8 +38,8 @@ _WORK = frozenset(
     /v1/completions /v1/completions/render /v1/completions/derender /v1/responses /v1/responses/render
     /v1/responses/{response_id}/cancel /v1/messages /v1/messages/count_tokens /v1/messages/render /v1/embeddings
     /v1/audio/transcriptions /v1/audio/translations /v1/systemone /v1/decisions /score /v1/score /rerank /v1/rerank
-    /v2/rerank /v2/embed /pooling /classify /tokenize /detokenize /inference/v1/generate /generative_scoring /cohere/v2/chat
-    /invocations /v1/models/{model_name}:predict
+    /v2/rerank /v2/embed /pooling /classify /tokenize /detokenize /inference/v1/generate /generative_scoring
+    /cohere/v2/chat /invocations /v1/models/{model_name}:predict
     /v2/models/{model_name}/infer /v2/models/{model_name}/versions/{model_version}/infer
     /v2/models/{model_name}/generate /v2/models/{model_name}/versions/{model_version}/generate
     /v2/models/{model_name}/generate_stream

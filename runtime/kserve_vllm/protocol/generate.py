@@ -47,7 +47,10 @@ def to_request(tree: Mapping[str, Any], model: str, version: str | None, stream:
         if name in _RESERVED or name in ("text_input", "stream"):
             continue
         if name == "sampling_parameters":
-            body = value if isinstance(value, str) else json.dumps(value)
+            try:
+                body = value if isinstance(value, str) else json.dumps(value)
+            except RecursionError:
+                raise InvalidRequest("sampling_parameters is nested too deeply", field="sampling_parameters") from None
             inputs.append(InferInput(name, [1], "BYTES", data=[body]))
         elif isinstance(value, bool):
             inputs.append(InferInput(name, [1], "BOOL", data=[value]))

@@ -28,6 +28,8 @@ from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
 from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.grpc_stream import Pieces
+from kserve_vllm.protocol.protobuf import check_size
+from kserve_vllm.protocol.screening import KEYLESS, Metadata, Screened
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -39,6 +41,9 @@ _MAX_DETAILS = 500
 # Requests of one stream that are answered at once, and messages that wait for its client; no more are read then.
 _MAX_OPEN, _MAX_WAITING = 1024, 1024
 _KINDS = {"ModelInfer": Kind.WORK, "RepositoryModelLoad": Kind.CONTROL, "RepositoryModelUnload": Kind.CONTROL}
+_CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
+_WORK = {"ModelInfer", "ModelStreamInfer"}
+_OPEN = {"ServerLive", "ServerReady"}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -216,6 +221,31 @@ class Servicer:
                 handlers[name] = grpc.unary_unary_rpc_method_handler(self._unary(name), **options)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
+    def screen(self, path: str, metadata: Metadata) -> Screened:
+        """Decide about a call by its path and metadata, before any of its messages is read.
+
+        A call that is refused here is in the books like one that is refused later; no handler is asked about it.
+        """
+        service, _, name = path.removeprefix("/").partition("/")
+        if service != SERVICE or name in _OPEN or (name == "ModelReady" and not self._lifecycle.ready):
+            return KEYLESS
+        request_id, text = _readable(metadata)
+        try:
+            caller = self._gate.identify(Ticket(request_id, "grpc", name), headers_of(text)[0])
+            if name in _CONTROL:
+                self._gate.check_control(caller)
+            refusal = self._gate.refusal(needs_model=name in _WORK)
+            if refusal is not None:
+                raise refusal
+        except RequestError as error:
+            with self._requests.open("grpc", name, request_id, text, None, name not in _WORK) as ticket:
+                traced = self._requests.response_header(ticket)
+                ticket.status, ticket.error = error.grpc_status, error
+            code, details, trailing = _status_of(error)
+            more = () if traced is None else (("traceresponse", traced),)
+            return Screened(refusal=(code, details, (*trailing, *more)))
+        return Screened(owner=caller.tenant if caller.tenant != "none" else caller.key_id)
+
     def _unary(self, name: str) -> Callable[[Any, _Context], Awaitable[Any]]:
         answer = {
             "ServerLive": self._server_live,
@@ -362,7 +392,7 @@ class Servicer:
         except RequestError as error:
             ticket.status, ticket.error = error.grpc_status, error
             answer = new(error_message=error.message)
-            if not isinstance(request, DecodeError):
+            if not isinstance(request, Exception):
                 answer.infer_response.id = request.id
                 answer.infer_response.model_name = request.model_name
             put(answer)
@@ -370,7 +400,7 @@ class Servicer:
             ticket.status, ticket.error = InternalError.grpc_status, error
             log.exception("request %s failed", metadata["x-request-id"], exc_info=error)
             answer = new(error_message=InternalError(metadata["x-request-id"]).message)
-            answer.infer_response.id = request.id
+            answer.infer_response.id = getattr(request, "id", "")
             put(answer)
 
 
@@ -379,21 +409,29 @@ def _decoder(message: Any) -> Callable[[bytes], Any]:
 
     def decode(data: bytes) -> Any:
         try:
+            check_size(data)
             return message.FromString(data)
-        except DecodeError as error:
+        except (DecodeError, InvalidRequest) as error:
             return error
 
     return decode
 
 
 def _check_decoded(request: Any) -> None:
+    if isinstance(request, InvalidRequest):
+        raise request
     if isinstance(request, DecodeError):
         raise InvalidRequest("the message can't be decoded: it is cut off, or has text that is not valid UTF-8")
 
 
 def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
     """The call's request id, and its text metadata."""
-    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    pairs: Any = context.invocation_metadata()
+    return _readable(pairs or ())
+
+
+def _readable(pairs: Metadata) -> tuple[str, dict[str, str]]:
+    metadata = {key: value for key, value in pairs if isinstance(value, str)}
     given = metadata.get("x-request-id", "")
     return given if wire.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
 
@@ -408,7 +446,13 @@ async def _send_metadata(context: _Context, ticket: Ticket, traced: str | None) 
 
 
 async def _abort(context: _Context, error: RequestError) -> None:
-    """End a call with an error.
+    """End a call with an error."""
+    code, details, trailing = _status_of(error)
+    await context.abort(code, details, tuple(trailing))
+
+
+def _status_of(error: RequestError) -> tuple[grpc.StatusCode, str, list[tuple[str, str | bytes]]]:
+    """Status, sentence and trailing metadata of an error.
 
     When to try again stands in `retry-after` (seconds) and as `google.rpc.RetryInfo` in the error's details.
     """
@@ -423,4 +467,4 @@ async def _abort(context: _Context, error: RequestError) -> None:
         status = status_pb2.Status(code=code.value[0], message=details)
         status.details.add().Pack(info)
         trailing.append(("grpc-status-details-bin", status.SerializeToString()))
-    await context.abort(code, details, tuple(trailing))
+    return code, details, trailing

@@ -18,8 +18,9 @@ suffixes, schemas and choices for structured output, arguments of chat templates
 Not looked at:
 - fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on: `_APART`);
 - the protocols' own words as values (`user`, `text`, `function`: `_WORDS`);
-- images, audio and video: values below `url`, `data` and the like that are base64 throughout. A model that reads text
-  in images can be shown text past a moderation. URLs themselves are looked at as texts;
+- images, audio and video that the model takes: the base64 of a part of a message whose type says so (`_PARTS`), and
+  nothing else that looks like base64. A model that reads text in images can be shown text past a moderation. Where the
+  model takes none, such parts are looked at as texts, and so are URLs;
 - `/tokenize`, `/detokenize` and the counting of tokens, which put nothing to a model;
 - text that is split over several messages, or spelled some other way (look-alike letters, another encoding).
 
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -69,19 +71,28 @@ _NAMES = _WORDS | frozenset(
 )
 """Names of fields that the protocols themselves use, and no text."""
 
-_MEDIA = frozenset(
-    """url data image_url video_url audio_url image_embeds audio_embeds video_embeds images audio videos image file_data
-    input_audio""".split()
-)
+_PARTS: Mapping[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "image_url": ("image", (("image_url", "url"), ("image_url",))),
+    "input_image": ("image", (("image_url",),)),
+    "image": ("image", (("source", "data"),)),
+    "video_url": ("video", (("video_url", "url"), ("video_url",))),
+    "audio_url": ("audio", (("audio_url", "url"), ("audio_url",))),
+    "input_audio": ("audio", (("input_audio", "data"),)),
+}
+"""Types of parts that bring a medium, and where in the part it stands: a data URL, or base64 below `data`."""
 _TOKENS = ("prompt", "input", "token_ids", "prompt_token_ids")
 _EXEMPT = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_")
+_MEDIA_TYPE = re.compile(r"data:[a-z]+/[a-zA-Z0-9.+-]{1,64}(;codecs=[a-zA-Z0-9.]{1,16})?;base64")
 _MAX_VALUES = 50_000
 _PART_TEXTS = ("text", "thinking", "refusal")
 
 
 class Hooks(Protocol):
     """What is needed of the moderation."""
+
+    media: frozenset[str]
+    """What the model takes beside text: `image`, `audio`, `video`."""
 
     def looks_at(self, where: Any, tenant: str) -> bool:
         """Whether any hook looks at prompts, or answers, of a tenant."""
@@ -90,12 +101,13 @@ class Hooks(Protocol):
         """The texts as the model may see them; the same list where nothing was changed."""
 
 
-def texts_of(path: str, body: Any) -> list[tuple[Location, str]]:
+def texts_of(path: str, body: Any, media: frozenset[str] = frozenset()) -> list[tuple[Location, str]]:
     """All texts of a request body, in the order in which `replace_texts` takes them.
 
     Args:
         path: the request's path.
         body: its parsed JSON.
+        media: what the model takes beside text.
 
     Raises:
         InvalidRequest: the prompt is given in a way that can't be read.
@@ -111,18 +123,18 @@ def texts_of(path: str, body: Any) -> list[tuple[Location, str]]:
     _check_size(body)
     try:
         _check_readable(body)
-        _rebuild(body, (), note)
+        _rebuild(body, (), note, _media_in(body, media))
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", field="body") from None
     return found
 
 
-def replace_texts(path: str, body: Any, texts: Sequence[str]) -> Any:
+def replace_texts(path: str, body: Any, texts: Sequence[str], media: frozenset[str] = frozenset()) -> Any:
     """The body with its texts replaced, in the order of `texts_of`; the body itself is left alone."""
     if path.rstrip("/") in _EXEMPT:
         return body
     rest = iter(texts)
-    return _rebuild(body, (), lambda location, text: next(rest))
+    return _rebuild(body, (), lambda location, text: next(rest), _media_in(body, media))
 
 
 async def moderate_tree(path: str, body: Any, moderation: Hooks, tenant: str) -> Any:
@@ -134,13 +146,13 @@ async def moderate_tree(path: str, body: Any, moderation: Hooks, tenant: str) ->
     """
     if not moderation.looks_at("prompt", tenant):
         return body
-    found = texts_of(path, body)
+    found = texts_of(path, body, moderation.media)
     texts = [text for _, text in found]
     if not texts:
         return body
     passed = await moderation.prompt(texts, tenant)
     await _check_joined([location for location, _ in found], passed, moderation, tenant)
-    return body if passed is texts else replace_texts(path, body, passed)
+    return body if passed is texts else replace_texts(path, body, passed, moderation.media)
 
 
 async def moderate_body(path: str, raw: bytes, moderation: Hooks, tenant: str) -> bytes:
@@ -300,17 +312,19 @@ def _tenant() -> str:
     return ticket.tenant if ticket is not None else ""
 
 
-def _rebuild(tree: Any, at: Location, visit: Callable[[Location, str], str]) -> Any:
-    """The tree with `visit` called on each text; branches without a change are the same objects."""
+def _rebuild(
+    tree: Any, at: Location, visit: Callable[[Location, str], str], apart: frozenset[Location] = frozenset()
+) -> Any:
+    """The tree with `visit` called on each text that is not `apart`; branches without a change are the same objects."""
     if isinstance(tree, str):
-        if not tree or tree in _WORDS or _is_media(at, tree):
+        if not tree or tree in _WORDS or at in apart:
             return tree
         return visit(at, tree)
     if isinstance(tree, Mapping):
-        return _rebuild_object(tree, at, visit)
+        return _rebuild_object(tree, at, visit, apart)
     if isinstance(tree, list | tuple):
         items = [
-            item if isinstance(item, int | float) else _rebuild(item, (*at, index), visit)
+            item if isinstance(item, int | float) else _rebuild(item, (*at, index), visit, apart)
             for index, item in enumerate(tree)
         ]
         return tree if all(new is old for new, old in zip(items, tree, strict=True)) else items
@@ -321,7 +335,9 @@ def _rebuild(tree: Any, at: Location, visit: Callable[[Location, str], str]) -> 
     return tree
 
 
-def _rebuild_object(tree: Mapping[str, Any], at: Location, visit: Callable[[Location, str], str]) -> Any:
+def _rebuild_object(
+    tree: Mapping[str, Any], at: Location, visit: Callable[[Location, str], str], apart: frozenset[Location]
+) -> Any:
     new: dict[str, Any] = {}
     same = True
     for key, value in tree.items():
@@ -337,7 +353,7 @@ def _rebuild_object(tree: Mapping[str, Any], at: Location, visit: Callable[[Loca
             changed = _rebuild(inner, (*at, key), visit)
             passed = value if changed is inner else json.dumps(changed, ensure_ascii=False)
         else:
-            passed = _rebuild(value, (*at, key), visit)
+            passed = _rebuild(value, (*at, key), visit, apart)
         same = same and name == key and passed is value
         new[name] = passed
     return tree if same else new
@@ -360,16 +376,47 @@ def _number(value: int | float) -> str:
         return ""
 
 
-def _is_media(at: Location, text: str) -> bool:
-    """Whether a text is base64 throughout, as a data URL or bare, and stands where images and the like do."""
-    if not any(part in _MEDIA for part in at[-2:]):
-        return False
-    if text.startswith("data:"):
-        head, comma, text = text[:128].partition(",")[0], text.find(","), text[text.find(",") + 1 :]
-        if comma < 0 or comma > 127 or not head.endswith(";base64") or " " in head:
+def _media_in(body: Any, media: frozenset[str]) -> frozenset[Location]:
+    """Where in a body there are media that the model takes: in parts of messages, and nowhere else."""
+    if not media or not isinstance(body, Mapping):
+        return frozenset()
+    found: list[Location] = []
+    for field in ("messages", "input"):
+        for at, message in _items(body.get(field), (field,)):
+            # A conversation, or a list of several.
+            for inner_at, inner in _items(message, at) if isinstance(message, list) else [(at, message)]:
+                if isinstance(inner, Mapping):
+                    for part_at, part in _items(inner.get("content"), (*inner_at, "content")):
+                        found += _media_of(part, part_at, media)
+    return frozenset(found)
+
+
+def _items(value: Any, at: Location) -> Iterator[tuple[Location, Any]]:
+    return (((*at, index), item) for index, item in enumerate(value if isinstance(value, list | tuple) else ()))
+
+
+def _media_of(part: Any, at: Location, media: frozenset[str]) -> Iterator[Location]:
+    """Where a part holds a medium that the model takes."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    medium, places = _PARTS.get(kind, ("", ())) if isinstance(kind, str) else ("", ())
+    if medium not in media:
+        return
+    for place in places:
+        value = part
+        for key in place:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, str) and _is_medium(value, medium, bare=place[-1] == "data"):
+            yield (*at, *place)
+
+
+def _is_medium(text: str, medium: str, bare: bool) -> bool:
+    """Whether a text is base64 throughout: bare, or as a data URL of a medium."""
+    if not bare:
+        head, comma, text = text.partition(",")
+        if not comma or len(head) > 127 or not head.startswith(f"data:{medium}/") or not head.endswith(";base64"):
             return False
-    elif len(text) < 256:
-        return False
+        if not _MEDIA_TYPE.fullmatch(head):
+            return False
     return _BASE64.issuperset(text)
 
 

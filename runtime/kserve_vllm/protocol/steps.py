@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import types
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
+
+from kserve_vllm.engine.steps import resume as resume
 
 T = TypeVar("T")
 
@@ -50,17 +51,3 @@ async def until_disconnect(receive: Callable[[], Awaitable[MutableMapping[str, A
     if task.uncancel():  # the server stops us as well
         raise asyncio.CancelledError
     raise ClientGone
-
-
-@types.coroutine
-def resume(begun: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
-    """Go on, in a task, with an awaitable that was begun with `next` and waits for a future; what it returns."""
-    while True:
-        try:
-            given, thrown = (yield waits_for), None
-        except BaseException as error:
-            given, thrown = None, error
-        try:
-            waits_for = begun.send(given) if thrown is None else begun.throw(thrown)
-        except StopIteration as done:
-            return done.value

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse, RequestedOutput
 
-from kserve_vllm.errors import InvalidRequest
+from kserve_vllm.errors import BodyTooLarge, InvalidRequest
 from kserve_vllm.protocol import wire
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -52,11 +52,18 @@ CONTENTS_FIELD: Mapping[str, str] = {
 }
 """V2 datatype to the field of `InferTensorContents` that holds it. FP16 travels raw alone."""
 
-MAX_ELEMENTS = 1_000_000
-"""Elements of one input, counted by its shape before they are decoded."""
+MAX_ELEMENTS = 1 << 20
+"""Numbers in one tensor."""
 MAX_TEXTS = 65_536
-"""The same for BYTES."""
-
+"""Elements of one BYTES tensor; no more than the largest `--max-batch`."""
+MAX_JSON = 32 << 20
+"""Bytes of JSON in a request of V2, V1 or generate; tensors in binary form come on top."""
+MAX_JSON_VALUES = 512 << 10
+"""Commas and opening brackets in that JSON, which are as many as its values, or more where texts have some too."""
+MAX_TENSORS = 64
+"""Inputs of one request, and outputs that it asks for."""
+MAX_PARAMETERS = 256
+"""Parameters of one request, or of one tensor."""
 _MAX_RANK = 8
 _LENGTH = struct.Struct("<I")
 
@@ -132,9 +139,22 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
 def parse_json_object(body: bytes) -> dict[str, Any]:
     """Parse JSON that must be an object.
 
+    All of it is parsed in one go, during which nobody else is served; so it is looked at before how much that will be.
+
     Raises:
-        InvalidRequest: it isn't.
+        BodyTooLarge: it is longer than `MAX_JSON`.
+        InvalidRequest: it isn't an object, or has too many values.
     """
+    if len(body) > MAX_JSON:
+        raise BodyTooLarge(
+            f"the JSON of this request is larger than {MAX_JSON >> 20} MiB; send tensors in binary form", field="body"
+        )
+    if len(body) > MAX_JSON_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise InvalidRequest(
+            f"the body has more than {MAX_JSON_VALUES} values (commas and brackets, also those in texts); send tensors "
+            "in binary form",
+            field="body",
+        )
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -151,6 +171,9 @@ def from_grpc(request: Any) -> InferRequest:
         InvalidRequest: raw and typed contents are mixed, or their numbers don't match.
     """
     raw = request.raw_input_contents
+    for what, messages in (("inputs", request.inputs), ("outputs", request.outputs)):
+        if len(messages) > MAX_TENSORS:
+            raise InvalidRequest(f"{what} has {len(messages)} entries; at most {MAX_TENSORS} are taken", field=what)
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest(
             f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs", field="raw_input_contents"
@@ -158,7 +181,8 @@ def from_grpc(request: Any) -> InferRequest:
     inputs = []
     for position, message in enumerate(request.inputs):
         datatype = message.datatype.upper()
-        tensor = InferInput(message.name, list(message.shape), datatype, parameters=grpc_parameters(message.parameters))
+        shape = list(message.shape[: _MAX_RANK + 1])
+        tensor = InferInput(message.name, shape, datatype, parameters=grpc_parameters(message.parameters))
         _shape(tensor.shape, f"inputs[{position}]")
         if raw:
             if message.HasField("contents"):
@@ -167,9 +191,9 @@ def from_grpc(request: Any) -> InferRequest:
                 )
             tensor._raw_data = raw[position]
         elif datatype in CONTENTS_FIELD:
-            elements = getattr(message.contents, CONTENTS_FIELD[datatype])
-            _check_count(len(elements), datatype, message.name)
-            tensor._data = list(elements)
+            contents = getattr(message.contents, CONTENTS_FIELD[datatype])
+            _check_count(len(contents), datatype, message.name)
+            tensor._data = list(contents)
         elif datatype in DTYPES:
             raise InvalidRequest(
                 f"inputs[{position}]: {datatype} must be sent in raw_input_contents", field=message.name
@@ -188,7 +212,13 @@ def from_grpc(request: Any) -> InferRequest:
 
 
 def grpc_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A map of `InferParameter` messages as plain values."""
+    """A map of `InferParameter` messages as plain values.
+
+    Raises:
+        InvalidRequest: there are more than `MAX_PARAMETERS`.
+    """
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(f"there are more than {MAX_PARAMETERS} parameters", field="parameters")
     values = {}
     for name, message in parameters.items():
         choice = message.WhichOneof("parameter_choice")
@@ -225,6 +255,15 @@ def decode(tensor: InferInput) -> np.ndarray[Any, np.dtype[Any]]:
         raise InvalidRequest(f"input {name!r}: the shape {list(shape)} is too large", field=name) from None
 
 
+def check_shape(tensor: InferInput) -> None:
+    """Let the sizes of an input's shape be used.
+
+    Raises:
+        InvalidRequest: it is no list of sizes.
+    """
+    _shape(tensor.shape, f"input {tensor.name!r}")
+
+
 def decode_texts(tensor: InferInput) -> list[str]:
     """The elements of a BYTES tensor as text, in row-major order.
 
@@ -245,24 +284,32 @@ def decode_texts(tensor: InferInput) -> list[str]:
 
 
 def _check_count(count: int, datatype: str, name: str) -> None:
+    """Refuse more elements than are decoded while others wait."""
     most = MAX_TEXTS if datatype == "BYTES" else MAX_ELEMENTS
     if count > most:
-        raise InvalidRequest(f"input {name!r} has {count} elements; at most {most} of {datatype} are read", field=name)
+        raise InvalidRequest(
+            f"input {name!r} has a shape or contents of {count} elements; at most {most} are taken", field=name
+        )
 
 
 def _decode_raw(raw: bytes, datatype: str, name: str, count: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """Elements in the binary extension's form: `count` of them, or some other number where that does not hold."""
     if datatype != "BYTES":
         dtype = DTYPES[datatype]
         if len(raw) % dtype.itemsize:
             raise InvalidRequest(
                 f"input {name!r} has {len(raw)} bytes, no multiple of {datatype}'s {dtype.itemsize}", field=name
             )
+        if len(raw) != count * dtype.itemsize:
+            raise InvalidRequest(
+                f"input {name!r} has {len(raw) // dtype.itemsize} elements, but its shape takes {count}", field=name
+            )
         return np.frombuffer(raw, dtype=dtype)
     items: list[bytes] = []
     offset = 0
     while offset < len(raw):
         if len(items) == count:
-            raise InvalidRequest(f"input {name!r} has more elements than the {count} of its shape", field=name)
+            raise InvalidRequest(f"input {name!r} has more elements than its shape takes, {count}", field=name)
         if offset + 4 > len(raw):
             raise InvalidRequest(f"input {name!r} ends inside the length of an element", field=name)
         (length,) = _LENGTH.unpack_from(raw, offset)
@@ -298,9 +345,10 @@ def _decode_list(items: list[Any], datatype: str, name: str) -> np.ndarray[Any, 
             raise InvalidRequest(f"input {name!r} has text that is no valid Unicode", field=name) from None
     dtype = DTYPES[datatype]
     allowed: tuple[type, ...] = (int, float) if dtype.kind == "f" else (int,)
-    for item in items:
-        if isinstance(item, bool) is not (dtype.kind == "b") or not isinstance(item, allowed):
-            raise InvalidRequest(f"input {name!r}: {_short(item)} is no {datatype}", field=name)
+    allowed = (bool,) if dtype.kind == "b" else allowed
+    if not set(map(type, items)).issubset(allowed):
+        item = next(item for item in items if type(item) not in allowed)
+        raise InvalidRequest(f"input {name!r}: {_short(item)} is no {datatype}", field=name)
     try:
         with np.errstate(over="ignore"):  # becomes infinite, which is refused below
             array = np.array(items, dtype=dtype)
@@ -330,6 +378,8 @@ def _objects(tree: Mapping[str, Any], key: str, required: bool) -> Iterable[dict
         return []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise InvalidRequest(f"{key} must be a list of objects", field=key)
+    if len(items) > MAX_TENSORS:
+        raise InvalidRequest(f"{key} has {len(items)} entries; at most {MAX_TENSORS} are taken", field=key)
     return items
 
 
@@ -346,11 +396,16 @@ def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise InvalidRequest(f"{where}.parameters must be an object", field="parameters")
+    if len(value) > MAX_PARAMETERS:
+        raise InvalidRequest(f"{where}.parameters has more than {MAX_PARAMETERS} entries", field="parameters")
     return value
 
 
 def _short(item: Any) -> str:
-    text = repr(item)
+    try:
+        text = repr(item)
+    except RecursionError:
+        return "a list in lists in lists"
     return text if len(text) <= 40 else text[:40] + "..."
 
 

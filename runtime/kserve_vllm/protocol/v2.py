@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -231,12 +232,13 @@ class V2Text:
             if "input_lengths" in by_name:
                 raise InvalidRequest("input_lengths goes with input_ids", field="input_lengths")
             tensor = by_name["text_input"]
-            texts = tensors.decode_texts(tensor)
-            self._check_batch(len(texts), "text_input")
+            texts = self._texts(tensor)
             return texts, tuple(tensor.shape) or (1,), False, "INT64"
         tensor = by_name["input_ids"]
         if tensor.datatype not in ("INT32", "INT64"):
             raise InvalidRequest("input_ids must have datatype INT32 or INT64", field="input_ids")
+        if len(tensor.shape) == 2:
+            self._check_batch(tensor.shape[0], "input_ids")
         ids = tensors.decode(tensor)
         if ids.ndim not in (1, 2):
             raise InvalidRequest("input_ids must have the shape [tokens] or [batch, tokens]", field="input_ids")
@@ -254,6 +256,12 @@ class V2Text:
         prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
         return prompts, (len(rows),), True, tensor.datatype
 
+    def _texts(self, tensor: InferInput) -> list[str]:
+        """The texts of an input; their number is checked before they are decoded, as its shape has it."""
+        tensors.check_shape(tensor)
+        self._check_batch(math.prod(tensor.shape), tensor.name)
+        return tensors.decode_texts(tensor)
+
     def _check_batch(self, size: int, name: str) -> None:
         if not 0 < size <= self._max_batch:
             raise InvalidRequest(f"{name} has {size} prompts; 1 to {self._max_batch} are taken", field=name)
@@ -262,9 +270,8 @@ class V2Text:
         by_name = _by_name(request)
         options = {k: v for k, v in (request.parameters or {}).items() if k not in _PROTOCOL_PARAMETERS}
         if set(by_name) == {"query", "documents"}:
-            queries = tensors.decode_texts(by_name["query"])
-            documents = tensors.decode_texts(by_name["documents"])
-            self._check_batch(len(documents), "documents")
+            queries = self._texts(by_name["query"])
+            documents = self._texts(by_name["documents"])
             if len(queries) not in (1, len(documents)):
                 raise InvalidRequest("query must hold one text, or as many as documents", field="query")
             scores = await self._engine.score(request.model_name, queries, documents, options, request_id)
@@ -272,8 +279,7 @@ class V2Text:
         if set(by_name) != {"text_input"}:
             raise InvalidRequest("this model takes the input text_input, or the inputs query and documents",
                                  field="inputs")  # fmt: skip
-        texts = tensors.decode_texts(by_name["text_input"])
-        self._check_batch(len(texts), "text_input")
+        texts = self._texts(by_name["text_input"])
         if self._engine.embeds:
             rows = await self._engine.embed(request.model_name, texts, options, request_id)
             return [tensors.output("embedding", "FP32", rows, [len(rows), len(rows[0])])]
@@ -415,7 +421,7 @@ def _typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if key in _JSON_OPTIONS and isinstance(value, str) and value[:1] in ("[", "{"):
             try:
                 value = json.loads(value)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError):  # also a number of thousands of digits
                 if key != "stop":
                     raise InvalidRequest(f"{name} is not valid JSON", field=name) from None
         typed[key] = value

@@ -121,6 +121,9 @@ DECLARED: tuple[Declared, ...] = (
              "Times that the event loop was held for over 200 ms by work of this process; each is logged at the "
              "level warning."),
     Declared("kserve_vllm_http_connections", "gauge", "Open connections of the HTTP port."),
+    Declared("kserve_vllm_grpc_fallback", "gauge",
+             "1 while grpcio's server answers gRPC since our own failed its test at the start, else 0.",
+             merge="livemax"),
     Declared("kserve_vllm_build_info", "gauge", "Always 1; the versions are in the labels.",
              ("version", "vllm_version", "python_version"), merge="livemax"),
 )  # fmt: skip
@@ -204,6 +207,10 @@ class Metrics:
     def show_redis(self, there: bool) -> None:
         """Show whether the Redis that replicas share answers."""
         self._get("kserve_vllm_redis_up").set(1 if there else 0)
+
+    def show_grpc_fallback(self, fallen: bool) -> None:
+        """Show whether grpcio's server answers since our own failed its test."""
+        self._get("kserve_vllm_grpc_fallback").set(int(fallen))
 
     def watch(self, refresh: Callable[[Metrics], None]) -> None:
         """Call `refresh` before metrics are rendered, to set what is looked up."""
