@@ -165,7 +165,8 @@ class _Process:
 
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
-        args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
+        settings = self._settings
+        args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
         self._engine = engine = VLLMEngine(args, self._seat)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
@@ -175,6 +176,7 @@ class _Process:
         from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
         from kserve_vllm.protocol.grpc_backend import Backend
         from kserve_vllm.protocol.http import Routes, build_app
+        from kserve_vllm.protocol.mended import MendedApp
         from kserve_vllm.protocol.moderated import ModeratedEngine
         from kserve_vllm.protocol.openai_fast import fast_paths
         from kserve_vllm.protocol.v1 import V1Text
@@ -205,8 +207,9 @@ class _Process:
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
         streams = Streams(engine) if server.fast_path and engine.generates else None
-        fast = await fast_paths(engine, streams, Answers(engine), self._metrics.count_path) if streams else None
-        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast)
+        mended = MendedApp(engine.app, engine.mender, engine.always_usage)
+        fast = await fast_paths(engine, streams, Answers(engine), mended, self._metrics.count_path) if streams else None
+        self._edge.attach(build_app(routes, engine, self._version), mended, fast)
         # What is moderated has to be seen on its way in.
         self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))
         await engine.warm_up()

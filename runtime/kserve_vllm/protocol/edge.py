@@ -91,7 +91,7 @@ class Edge:
     def attach(self, ours: ASGIApp, vllm: ASGIApp, fast: Mapping[str, FastPath] | None = None) -> None:
         """Set the apps behind the gate, once the engine runs, and what answers some of vLLM's paths before it."""
         self._ours, self._vllm, self._fast = ours, vllm, fast or {}
-        self._endpoints = Endpoints(ours, vllm)
+        self._endpoints = Endpoints(ours, getattr(vllm, "app", vllm))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI, of the HTTP port."""
@@ -107,6 +107,7 @@ class Edge:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
         path = scope["path"]
+        scope[wire.WRITTEN_PATH] = written = path
         if path.startswith("/openai/v1"):
             path = path.removeprefix(wire.OPENAI_ALIAS)
             scope["path"], scope["raw_path"] = path, path.encode()
@@ -114,7 +115,7 @@ class Edge:
             return
         request_id, headers = _request_id(scope)
         with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
-            guard = _Guard(send, request_id, path, self._requests.response_header(ticket))
+            guard = _Guard(send, request_id, written, self._requests.response_header(ticket))
             try:
                 guard.ticket = ticket
                 await self._answer(scope, receive, guard, headers, operators)
@@ -382,6 +383,8 @@ class _Guard:
         extra = [(name.encode(), value.encode("latin-1")) for name, value in self.ticket.answer_headers]
         if self._trace is not None:
             extra.append((b"traceresponse", self._trace.encode()))
+        if wire.is_anthropic_path(self._path):
+            extra.append((b"request-id", self.request_id.encode("latin-1")))
         return extra
 
     async def fail(self, error: RequestError) -> None:
@@ -389,7 +392,7 @@ class _Guard:
         if self.answered:
             return
         self.answered, self.status = True, error.http_status
-        body = wire.error_body(self._path, error)
+        body = wire.error_body(self._path, error, self.request_id)
         headers = [*wire.error_headers(error, self.request_id), (b"content-length", str(len(body)).encode())]
         headers += self._extra()
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})

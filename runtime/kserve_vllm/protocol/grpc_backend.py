@@ -8,7 +8,7 @@ from typing import Any
 from kserve.protocol.infer_type import InferResponse
 
 from kserve_vllm.engine.openai_stream import Streams
-from kserve_vllm.errors import InvalidRequest, RequestError, Unavailable
+from kserve_vllm.errors import InvalidRequest, NotFound, RequestError, Unavailable
 from kserve_vllm.protocol import tensors
 from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.protocol.http import Plane, Repository, check_version, trace_headers
@@ -49,13 +49,13 @@ class Backend:
         return await self._plane.model_metadata(name)
 
     async def model_ready(self, name: str, version: str) -> bool:
-        """Whether a model answers requests.
-
-        Raises:
-            NotFound: no such model or version, or not for this caller.
-        """
-        check_version(name, version)
-        self._repository.check_known(name)
+        """Whether a model answers requests. One that is not there, or not for this caller, is not ready: an answer, as
+        Triton gives it, and no error."""
+        try:
+            check_version(name, version)
+            self._repository.check_known(name)
+        except NotFound:
+            return False
         return await self._plane.model_ready(name)
 
     async def infer(self, request: Any, metadata: dict[str, str], message: Any) -> Any:
@@ -101,13 +101,14 @@ class Backend:
             return None
         await self._require(request)
         parsed = tensors.from_grpc(request)
-        job = self._text.plain_stream(parsed, metadata["x-request-id"], trace_headers(metadata))
-        if job is None:
+        found = self._text.plain_stream(parsed, metadata["x-request-id"], trace_headers(metadata))
+        if found is None:
             return None
+        job, shape = found
         wants_empty = bool((parsed.parameters or {}).get(_EMPTY_FINAL, False))
         version = parsed.model_version or VERSION
         answer = InferResponse(
-            parsed.id, parsed.model_name, [tensors.output("text_output", "BYTES", [""], (1,))], model_version=version
+            parsed.id, parsed.model_name, [tensors.output("text_output", "BYTES", [""], shape)], model_version=version
         )
         message = tensors.to_grpc(answer, new(), raw=True)
         del message.raw_output_contents[:]

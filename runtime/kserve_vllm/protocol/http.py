@@ -347,7 +347,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if ticket is not None:  # for the books: a status alone does not say why
         ticket.error = ticket.error or error
     headers = wire.error_headers(error, request.headers.get("x-request-id", ""))
-    response = Response(wire.error_body(request.url.path, error), status_code=error.http_status)
+    path = request.scope.get(wire.WRITTEN_PATH, request.url.path)
+    response = Response(wire.error_body(path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)
     return response
 
