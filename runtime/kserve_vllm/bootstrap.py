@@ -18,6 +18,7 @@ from kserve_vllm.errors import ConfigError, EngineGone
 from kserve_vllm.gate import Door, Gate
 from kserve_vllm.hosting.server import GRPCServer, HTTPServer
 from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.protocol.browsers import Browsers
 from kserve_vllm.protocol.edge import Edge
 from kserve_vllm.protocol.grpc import Servicer
 from kserve_vllm.seat import Seat
@@ -104,7 +105,8 @@ class _Process:
         )
         self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
         shared = seat is not None
-        self._http = HTTPServer(self._edge, server, server.http_port, shared=shared)
+        self._browsers = Browsers(self._edge)
+        self._http = HTTPServer(self._browsers, server, server.http_port, shared=shared)
         self._admin = (
             HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port", shared)
             if server.admin_port
@@ -207,6 +209,7 @@ class _Process:
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
         routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
         streams = Streams(engine) if server.fast_path and engine.generates else None
+        self._browsers.allow(*engine.take_browser_rules())
         mended = MendedApp(engine.app, engine.mender, engine.always_usage)
         fast = await fast_paths(engine, streams, Answers(engine), mended, self._metrics.count_path) if streams else None
         self._edge.attach(build_app(routes, engine, self._version), mended, fast)

@@ -11,6 +11,7 @@
         ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTimeout        408  DEADLINE_EXCEEDED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
+        ├── UnsupportedCoding  415  INVALID_ARGUMENT    the body is compressed in a way that is not inflated
         ├── RateLimited        429  RESOURCE_EXHAUSTED  over a limit, or no room in the queue
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
         │   ├── DeadlinePassed 503  UNAVAILABLE         the client's own timeout ran out (V2's `timeout`)
@@ -139,6 +140,14 @@ class BodyTooLarge(RequestError):
     http_status = 413
     grpc_status = "RESOURCE_EXHAUSTED"
     openai_type = "RequestEntityTooLargeError"
+
+
+class UnsupportedCoding(RequestError):
+    """The request's body is compressed in a way that is not inflated here."""
+
+    http_status = 415
+    grpc_status = "INVALID_ARGUMENT"
+    openai_type = "UnsupportedMediaTypeError"
 
 
 class RateLimited(RequestError):

@@ -359,6 +359,17 @@ class VLLMEngine:
             found = "\n".join(map(str, found.values()))
         return found if isinstance(found, str) and not self.answers_from_token_ids else None
 
+    def take_browser_rules(self) -> tuple[list[str], list[str], list[str], bool]:
+        """Who may ask from pages of other origins: origins, methods, headers, and whether with credentials. vLLM's app
+        no longer looks at that: the edge does, for all routes."""
+        from fastapi.middleware.cors import CORSMiddleware
+
+        middleware = self.app.user_middleware
+        middleware[:] = [each for each in middleware if each.cls is not CORSMiddleware]
+        self.app.middleware_stack = None
+        args = self._args
+        return args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials
+
     @property
     def always_usage(self) -> bool:
         """Whether every stream tells its usage."""

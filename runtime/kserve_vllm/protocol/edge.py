@@ -21,7 +21,7 @@ import orjson
 from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
 from kserve_vllm.gate import Gate, Kind, headers_of
 from kserve_vllm.lifecycle import Lifecycle
-from kserve_vllm.protocol import moderated, wire
+from kserve_vllm.protocol import compression, moderated, wire
 from kserve_vllm.protocol.body import TimedBody
 from kserve_vllm.protocol.endpoints import Endpoints, kind_of, of_http
 from kserve_vllm.protocol.openai_fast import FastPath
@@ -111,11 +111,15 @@ class Edge:
         if path.startswith("/openai/v1"):
             path = path.removeprefix(wire.OPENAI_ALIAS)
             scope["path"], scope["raw_path"] = path, path.encode()
+        plain_send = send
+        if scope["method"] != "HEAD" and (coding := compression.wanted(scope["headers"])) is not None:
+            send = compression.Compressed(send, coding)
         if scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send, operators):
             return
         request_id, headers = _request_id(scope)
         with of_http(self._requests, self._endpoints, scope, headers, request_id) as ticket:
             guard = _Guard(send, request_id, written, self._requests.response_header(ticket))
+            guard.body_send = plain_send  # of a stream, which is not compressed
             try:
                 guard.ticket = ticket
                 await self._answer(scope, receive, guard, headers, operators)
@@ -140,6 +144,8 @@ class Edge:
                     raise NotFound("this is answered on the admin port (--admin-port)")
                 self._gate.check_control(caller)
             with self._gate.enter(needs_model=kind is Kind.WORK):
+                receive = compression.inflated(scope, receive)
+                headers = dict(scope["headers"])
                 receive = await self._limited(headers, receive, ticket)
                 if kind is Kind.WORK:
                     ticket.cache_control = named.get("cache-control", "").lower()

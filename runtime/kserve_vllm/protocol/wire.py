@@ -58,6 +58,8 @@ def error_headers(error: RequestError, request_id: str) -> list[tuple[bytes, byt
         headers.append((b"x-refusal-reason", error.reason.encode("latin-1")))
     if error.close:
         headers.append((b"connection", b"close"))
+    if error.http_status == 415:
+        headers.append((b"accept-encoding", b"gzip, deflate"))
     if error.http_status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers
