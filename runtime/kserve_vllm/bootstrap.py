@@ -21,12 +21,14 @@ from kserve_vllm.lifecycle import Lifecycle, State
 from kserve_vllm.protocol.browsers import Browsers
 from kserve_vllm.protocol.edge import Edge
 from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.protocol.statistics import Statistics
 from kserve_vllm.seat import Seat
 from kserve_vllm.settings import Settings
 from kserve_vllm.telemetry import logs
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
+from kserve_vllm.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class _Process:
         self._assembly = Assembly(settings, self._metrics)
         self._gate = Gate(self._lifecycle, self._assembly.policies)
         self._tracing = _tracing(settings, self._version)
-        self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._assembly.record)
+        self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._record)
         server = settings.server
         self._edge = Edge(
             self._lifecycle,
@@ -114,7 +116,14 @@ class _Process:
         )
         self._grpc = GRPCServer(self._servicer, server, self._lifecycle, shared) if server.grpc_port else None
         self._engine: VLLMEngine | None = None
+        self._statistics: Statistics | None = None
         self._warmup: Warmup | None = None
+
+    def _record(self, ticket: Ticket) -> None:
+        """What is kept of a request that is over."""
+        self._assembly.record(ticket)
+        if self._statistics is not None:
+            self._statistics.count(ticket)
 
     def _versions(self) -> dict[str, str]:
         known = {"version": self._engine_version} if self._engine_version else {}
@@ -207,14 +216,16 @@ class _Process:
         text = V2Text(worker, server.max_batch)
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
-        routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
+        self._statistics = Statistics(lambda name: engine.find(name) is not None)
+        routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats, self._statistics)
         streams = Streams(engine) if server.fast_path and engine.generates else None
         self._browsers.allow(*engine.take_browser_rules())
         mended = MendedApp(engine.app, engine.mender, engine.always_usage)
         fast = await fast_paths(engine, streams, Answers(engine), mended, self._metrics.count_path) if streams else None
         self._edge.attach(build_app(routes, engine, self._version), mended, fast)
         # What is moderated has to be seen on its way in.
-        self._servicer.attach(Backend(plane, models, text, streams if policies.moderation is None else None))
+        fast_streams = streams if policies.moderation is None else None
+        self._servicer.attach(Backend(plane, models, text, self._statistics, fast_streams))
         await engine.warm_up()
         # What every front end does to the same engine is done, or counted, by the first one.
         if self._first:

@@ -133,10 +133,8 @@ class Mender:
             return
         if name == _BACKEND:
             if str(value).split(":")[0] not in ("auto", self._backend):
-                raise InvalidRequest(
-                    f"{name}: the server decides on the backend, which is {self._backend} "
-                    "(--structured-outputs-config)", field=name,
-                )  # fmt: skip
+                sentence = f"{name}: the server decides on it (--structured-outputs-config): {self._backend}"
+                raise InvalidRequest(sentence, field=name)
             return
         wanted = tree.get("structured_outputs")
         if wanted is None:

@@ -364,7 +364,7 @@ class VLLMEngine:
         no longer looks at that: the edge does, for all routes."""
         from fastapi.middleware.cors import CORSMiddleware
 
-        middleware = self.app.user_middleware
+        middleware: list[Any] = self.app.user_middleware
         middleware[:] = [each for each in middleware if each.cls is not CORSMiddleware]
         self.app.middleware_stack = None
         args = self._args

@@ -29,8 +29,14 @@ _PART = 1 << 20
 _LEAST = 1024
 """Answers below this many bytes fit into one packet as they are."""
 _IN_A_THREAD = 1 << 16
-_COMPRESSIBLE = (b"application/json", b"application/cloudevents+json", b"application/octet-stream",
-                 b"application/openmetrics", b"text/plain", b"text/html")  # fmt: skip
+_COMPRESSIBLE = (
+    b"application/json",
+    b"application/cloudevents+json",
+    b"application/octet-stream",
+    b"application/openmetrics",
+    b"text/plain",
+    b"text/html",
+)
 
 
 def inflated(scope: Scope, receive: Receive) -> Receive:
@@ -53,10 +59,8 @@ def inflated(scope: Scope, receive: Receive) -> Receive:
         return receive
     coding = codings[0].removeprefix("x-")
     if len(codings) > 1 or coding not in CODINGS:
-        raise UnsupportedCoding(
-            f"content-encoding {', '.join(codings)!r} is not inflated here; send gzip, deflate or none",
-            field="content-encoding", close=True,
-        )  # fmt: skip
+        sentence = f"content-encoding {', '.join(codings)!r} is not inflated here; send gzip, deflate or none"
+        raise UnsupportedCoding(sentence, field="content-encoding", close=True)
     gone = (b"content-encoding", b"content-length", b"transfer-encoding")
     scope["headers"] = [header for header in scope["headers"] if header[0] not in gone]
     scope["headers"].append((b"transfer-encoding", b"chunked"))
@@ -180,8 +184,9 @@ class Compressed:
         else:
             body = _compress(body, self._coding)
         headers = [header for header in start["headers"] if header[0] != b"content-length"]
-        headers += [(b"content-encoding", self._coding.encode()), (b"vary", b"accept-encoding"),
-                    (b"content-length", b"%d" % len(body))]  # fmt: skip
+        headers.append((b"content-encoding", self._coding.encode()))
+        headers.append((b"vary", b"accept-encoding"))
+        headers.append((b"content-length", b"%d" % len(body)))
         await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 

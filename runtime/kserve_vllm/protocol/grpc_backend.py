@@ -12,6 +12,7 @@ from kserve_vllm.errors import InvalidRequest, NotFound, RequestError, Unavailab
 from kserve_vllm.protocol import tensors
 from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.protocol.http import Plane, Repository, check_version, trace_headers
+from kserve_vllm.protocol.statistics import Statistics, configuration
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 
 _EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -25,10 +26,19 @@ class Backend:
         plane: KServe's data plane over our models.
         repository: the models.
         text: the V2 translation, for streams.
+        statistics: what each model has answered.
         streams: for streams of plain text, past the translation of each piece; None leaves all to it.
     """
 
-    def __init__(self, plane: Plane, repository: Repository, text: V2Text, streams: Streams | None = None) -> None:
+    def __init__(
+        self,
+        plane: Plane,
+        repository: Repository,
+        text: V2Text,
+        statistics: Statistics,
+        streams: Streams | None = None,
+    ) -> None:
+        self._statistics = statistics
         self._streams = streams
         self._plane = plane
         self._repository = repository
@@ -47,6 +57,26 @@ class Backend:
         check_version(name, version)
         self._repository.check_known(name)
         return await self._plane.model_metadata(name)
+
+    async def model_config(self, name: str, version: str) -> dict[str, Any]:
+        """Fields of `ModelConfig`.
+
+        Raises:
+            NotFound: no such model or version, or not for this caller.
+        """
+        return configuration(await self.model_metadata(name, version), self._text.generates)
+
+    def model_statistics(self, name: str, version: str) -> dict[str, Any]:
+        """Fields of `ModelStatisticsResponse`; of all models that the caller may use where `name` is empty.
+
+        Raises:
+            NotFound: no such model or version, or not for this caller.
+        """
+        if not name:
+            return self._statistics.of([row["name"] for row in self._repository.index()])
+        check_version(name, version)
+        self._repository.check_known(name)
+        return self._statistics.of([name])
 
     async def model_ready(self, name: str, version: str) -> bool:
         """Whether a model answers requests. One that is not there, or not for this caller, is not ready: an answer, as

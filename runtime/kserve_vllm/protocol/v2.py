@@ -412,8 +412,8 @@ def _details(piece: Piece, special: frozenset[int], streamed: bool) -> dict[str,
     tokens = []
     for token, position in zip(piece.token_ids, piece.logprobs or (), strict=False):
         entry = position.get(str(token)) or {}
-        tokens.append({"id": int(token), "text": entry.get("decoded_token") or "", "logprob": entry.get("logprob"),
-                       "special": token in special})  # fmt: skip
+        text, logprob = entry.get("decoded_token") or "", entry.get("logprob")
+        tokens.append({"id": int(token), "text": text, "logprob": logprob, "special": token in special})
     reason = piece.finish_reason
     if reason == "stop":
         reason = "eos_token" if piece.stop_reason is None else "stop_sequence"

@@ -9,8 +9,15 @@ import orjson
 
 from kserve_vllm.errors import MODEL_NOT_FOUND, OPENAI_ALIAS, RequestError, anthropic_error, is_anthropic_path
 
-__all__ = ["OPENAI_ALIAS", "REQUEST_ID", "WRITTEN_PATH", "error_body", "error_headers", "is_anthropic_path",
-           "is_kserve_path"]  # fmt: skip
+__all__ = [
+    "OPENAI_ALIAS",
+    "REQUEST_ID",
+    "WRITTEN_PATH",
+    "error_body",
+    "error_headers",
+    "is_anthropic_path",
+    "is_kserve_path",
+]
 
 KSERVE_PREFIXES = ("/v2", "/v1/models/")
 WRITTEN_PATH = "kserve_vllm.path"
