@@ -108,6 +108,9 @@ def test_openais_sdk_reads_code_and_param(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.models.retrieve("nobody")
     assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError) as plain:
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").models.retrieve("nobody")
+    assert plain.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="demo", prompt="a " * 3000)
     assert long.value.code == "context_length_exceeded", long.value.message
@@ -123,10 +126,24 @@ def test_anthropics_sdk_reads_type_and_request_id(server: Server) -> None:
     assert wrong.value.request_id
     body: Any = wrong.value.body
     assert body["error"]["type"] == "invalid_request_error"
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        client.models.retrieve("nobody")
+    missing: Any = unknown.value.body
+    assert missing["error"]["type"] == "not_found_error"
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="nobody", max_tokens=3, messages=MESSAGES)  # type: ignore[arg-type]
     answer = client.messages.with_raw_response.create(model="demo", max_tokens=3, messages=MESSAGES)  # type: ignore[arg-type]
     assert answer.headers["request-id"]
+
+
+def test_anthropics_answers_have_their_fields(server: Server) -> None:
+    plain_body = {**CHAT, "max_tokens": 8, "stream": True}
+    plain = post(server, "/v1/messages", plain_body)
+    assert plain.status_code == 200
+    assert "event: message_stop" in plain.text
+    answer = post(server, "/v1/messages", {**CHAT, "max_tokens": 3}).json()
+    assert answer["stop_sequence"] is None
+    assert answer["stop_reason"] == "max_tokens"
 
 
 def test_v2_and_v1_keep_theirs(server: Server) -> None:

@@ -68,6 +68,7 @@ KNOW_VLLM = {
         "rendering",
         "openai_stream",
         "mending",
+        "messages",
         "responses",
     )
 }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import json
 import logging
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from pydantic import BaseModel
 
 from kserve_vllm.engine.faults import ClientFaults, is_client_fault
 from kserve_vllm.engine.mending import Mender, Route, mender_of, with_null_usage
+from kserve_vllm.engine.messages import mend_messages
 from kserve_vllm.errors import InvalidRequest, NotFound, Unavailable
 
 CHAT = Route(
@@ -181,3 +186,27 @@ def test_a_clients_fault_is_written_at_level_info() -> None:
         filtered("vllm.v1.engine.core", "EngineCore encountered a fatal error.", None),
     ):
         assert record.levelno == logging.ERROR
+
+
+def test_an_error_within_anthropics_stream_is_an_event_of_its_own() -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield 'data: {"id": "a"}\n\n'
+        yield 'data: {"error": {"message": "no text", "type": "InternalServerError", "param": null, "code": null}}\n\n'
+        yield "data: [DONE]\n\n"
+
+    async def converted(source: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        async for chunk in source:
+            yield chunk.upper()
+
+    handler = SimpleNamespace(messages_full_converter=None, message_stream_converter=converted)
+    app = SimpleNamespace(state=SimpleNamespace(anthropic_serving_messages=handler))
+    mend_messages(app)  # type: ignore[arg-type]
+
+    async def read() -> list[str]:
+        return [event async for event in handler.message_stream_converter(chunks())]  # type: ignore[misc]
+
+    first, last = asyncio.run(read())
+    assert first == 'DATA: {"ID": "A"}\n\n'
+    assert last.startswith("event: error\ndata: ")
+    error = json.loads(last.partition("data: ")[2])
+    assert error == {"type": "error", "error": {"type": "api_error", "message": "no text"}}

@@ -33,6 +33,7 @@ from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.mending import LEAST_TOP_P, Mender, mender_of
+from kserve_vllm.engine.messages import mend_messages
 from kserve_vllm.engine.outputs import process_plain_outputs_apart
 from kserve_vllm.engine.placement import leave_processors_of
 from kserve_vllm.engine.rendering import render_short_prompts_in_place
@@ -308,6 +309,7 @@ class VLLMEngine:
         self._loras: LoRAs | None = None
         self._adapters: Adapters | None = None
         self._processes: list[psutil.Process] = []
+        self._special_tokens: frozenset[int] | None = None
         self.accounts: Accounts | None = None
         """The books of what the engine works on; only after `start`."""
         self.mender: Mender
@@ -345,6 +347,7 @@ class VLLMEngine:
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
         guards.check_before_stream(self._app, client, self._tasks)
         mend_responses(self._app)
+        mend_messages(self._app)
         backend = client.vllm_config.structured_outputs_config.backend
         self.mender = mender_of(self._app, backend, self._chat_template())
         loras.attach(self._app.state.openai_serving_models)
@@ -550,7 +553,9 @@ class VLLMEngine:
     @property
     def special_tokens(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens, which stand for no text."""
-        return frozenset(self.client.get_tokenizer().all_special_ids)
+        if self._special_tokens is None:
+            self._special_tokens = frozenset(self.client.get_tokenizer().all_special_ids)
+        return self._special_tokens
 
     @property
     def tasks(self) -> tuple[str, ...]:

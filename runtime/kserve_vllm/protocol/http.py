@@ -388,6 +388,12 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         ticket.error = ticket.error or error
     headers = wire.error_headers(error, request.headers.get("x-request-id", ""))
     path = request.scope.get(wire.WRITTEN_PATH, request.url.path)
+    if path.startswith("/v1/models") and request.method == "GET":
+        # V1, OpenAI and Anthropic ask here for a model; the SDKs of the last two tell themselves by their headers.
+        if "anthropic-version" in request.headers:
+            path = "/v1/messages"
+        elif "x-stainless-lang" in request.headers:
+            path = wire.OPENAI_ALIAS + path
     response = Response(wire.error_body(path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)
     return response

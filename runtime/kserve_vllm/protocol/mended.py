@@ -39,7 +39,7 @@ class MendedApp:
         Raises:
             InvalidRequest: the body asks for what is not done here.
         """
-        if scope["type"] != "http" or scope["method"] != "POST" or not self._mender.covers(scope["path"]):
+        if scope["type"] != "http" or not self._mender.covers(scope["path"]) or not _has_json(scope):
             await self.app(scope, receive, send)
             return
         messages: list[Message] = []
@@ -79,6 +79,11 @@ def _with_null_usage(send: Send) -> Send:
         await send(message)
 
     return sent
+
+
+def _has_json(scope: Scope) -> bool:
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    return scope["method"] == "POST" and b"json" in kind.lower()
 
 
 def _object(body: bytes) -> dict[str, Any] | None:

@@ -74,6 +74,8 @@ class Statistics:
         row = self._models.setdefault(name, _nothing())
         spans = row["inference_stats"]
         good = ticket.outcome == "ok"
+        if good and not ticket.sequences and ticket.cache != "hit":
+            return  # tokens were counted, or the like
         _add(spans["success" if good else "fail"], ticket.duration_s)
         if not good:
             return

@@ -434,7 +434,11 @@ async def _within(timeout_s: float | None) -> AsyncIterator[None]:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError:
-        raise DeadlinePassed(f"the request's timeout of {timeout_s:g} s ran out", field="timeout") from None
+        raise _deadline_passed(timeout_s) from None
+
+
+def _deadline_passed(timeout_s: float | None) -> DeadlinePassed:
+    return DeadlinePassed(f"the request's timeout of {timeout_s:g} s ran out", field="timeout", reason="timeout")
 
 
 async def _until(pieces: AsyncGenerator[Piece, None], timeout_s: float | None) -> AsyncIterator[Piece]:
@@ -455,7 +459,7 @@ async def _until(pieces: AsyncGenerator[Piece, None], timeout_s: float | None) -
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise DeadlinePassed(f"the request's timeout of {timeout_s:g} s ran out", field="timeout") from None
+            raise _deadline_passed(timeout_s) from None
         yield piece
 
 
