@@ -22,8 +22,10 @@ from kserve_vllm.errors import ConfigError, EngineGone
 from kserve_vllm.gate import Door, Gate
 from kserve_vllm.hosting.server import GRPCServer, HTTPServer
 from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.protocol.browsers import Browsers
 from kserve_vllm.protocol.edge import Edge
 from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.protocol.statistics import Statistics
 from kserve_vllm.seat import Seat
 from kserve_vllm.settings import Settings
 from kserve_vllm.telemetry import logs
@@ -31,6 +33,7 @@ from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
 from kserve_vllm.telemetry.watchdog import watch_loop
+from kserve_vllm.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +109,7 @@ class _Process:
         self._assembly = Assembly(settings, self._metrics)
         self._gate = Gate(self._lifecycle, self._assembly.policies)
         self._tracing = _tracing(settings, self._version)
-        self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._assembly.record)
+        self._requests = Requests(self._metrics, self._tracing, self._lifecycle, self._record)
         server = settings.server
         self._shortcuts = Shortcuts(server.shortcuts)
         self._shortcuts.check(BEFORE_THE_ENGINE)
@@ -122,7 +125,8 @@ class _Process:
         )
         self._servicer = Servicer(self._lifecycle, self._gate, self._requests)
         shared = seat is not None
-        self._http = HTTPServer(self._edge, server, server.http_port, shared=shared)
+        self._browsers = Browsers(self._edge)
+        self._http = HTTPServer(self._browsers, server, server.http_port, shared=shared)
         self._admin = (
             HTTPServer(self._edge.admin, server, server.admin_port, "--admin-port", shared)
             if server.admin_port
@@ -141,7 +145,14 @@ class _Process:
             else None
         )
         self._engine: VLLMEngine | None = None
+        self._statistics: Statistics | None = None
         self._warmup: Warmup | None = None
+
+    def _record(self, ticket: Ticket) -> None:
+        """What is kept of a request that is over."""
+        self._assembly.record(ticket)
+        if self._statistics is not None:
+            self._statistics.count(ticket)
 
     def _versions(self) -> dict[str, object]:
         known = {"version": self._engine_version} if self._engine_version else {}
@@ -226,7 +237,8 @@ class _Process:
 
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
-        args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
+        settings = self._settings
+        args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
         # Reads some sixty files; in front of the engine, which may not be one that this can work with.
         await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
         self._engine = engine = VLLMEngine(args, self._seat)
@@ -238,6 +250,7 @@ class _Process:
         from kserve_vllm.hosting.model import EngineDataPlane, EngineModels
         from kserve_vllm.protocol.grpc_backend import Backend
         from kserve_vllm.protocol.http import Routes, build_app
+        from kserve_vllm.protocol.mended import MendedApp
         from kserve_vllm.protocol.moderated import ModeratedEngine
         from kserve_vllm.protocol.openai_fast import fast_paths
         from kserve_vllm.protocol.v1 import V1Text
@@ -267,7 +280,8 @@ class _Process:
         text = V2Text(worker, server.max_batch)
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
-        routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats)
+        self._statistics = Statistics(lambda name: engine.find(name) is not None)
+        routes = Routes(plane, models, engine, text, self._gate, self._assembly.queue_stats, self._statistics)
         streams = Streams(engine) if engine.generates else None
         answers = Answers(engine) if engine.generates else None
         # What is moderated has to be seen on its way in.
@@ -281,15 +295,19 @@ class _Process:
                 shortcuts.does_not_apply(name)
         if not shortcuts.takes("streams"):
             shortcuts.does_not_apply("chunks")
+        self._browsers.allow(*engine.take_browser_rules())
+        mended = MendedApp(engine.app, engine.mender, engine.always_usage)
         fast = await fast_paths(
             engine,
             streams if shortcuts.takes("streams") else None,
             answers if shortcuts.takes("answers") else None,
+            mended,
             self._metrics.count_path,
             shortcuts.takes("chunks"),
         )
-        self._edge.attach(build_app(routes, engine, self._version), engine.app, fast or None)
-        self._servicer.attach(Backend(plane, models, text, streams if shortcuts.takes("grpc-streams") else None))
+        self._edge.attach(build_app(routes, engine, self._version), mended, fast or None)
+        grpc_streams = streams if shortcuts.takes("grpc-streams") else None
+        self._servicer.attach(Backend(plane, models, text, self._statistics, grpc_streams))
         self._metrics.show_shortcuts(shortcuts.reasons)
         await engine.warm_up()
         # What every front end does to the same engine is done, or counted, by the first one.

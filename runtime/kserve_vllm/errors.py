@@ -11,8 +11,10 @@
         ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTimeout        408  DEADLINE_EXCEEDED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
+        ├── UnsupportedCoding  415  INVALID_ARGUMENT    the body is compressed in a way that is not inflated
         ├── RateLimited        429  RESOURCE_EXHAUSTED  over a limit, or no room in the queue
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
+        │   ├── DeadlinePassed 503  UNAVAILABLE         the client's own timeout ran out (V2's `timeout`)
         │   ├── QueueTimeout   503  UNAVAILABLE         waited too long in front of the engine
         │   ├── QueueFull      503  UNAVAILABLE         the engine's queue is at its bound
         │   └── EngineGone     503  UNAVAILABLE         the engine died or hangs
@@ -24,6 +26,10 @@ Each class carries its HTTP status, its gRPC status name and its OpenAI error ty
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+OPENAI_ALIAS = "/openai"
+MODEL_NOT_FOUND = "model_not_found"
 
 
 class KServeVLLMError(Exception):
@@ -41,6 +47,7 @@ class RequestError(KServeVLLMError):
         http_status: status code over HTTP.
         grpc_status: name of the `grpc.StatusCode`.
         openai_type: `error.type` in OpenAI's error body.
+        openai_code: `error.code` there: a word, or None where OpenAI has none for it.
         field: the request field at fault, or None.
         retry_after_s: seconds after which a retry makes sense, or None.
         close: whether the connection should be closed after the answer.
@@ -50,6 +57,7 @@ class RequestError(KServeVLLMError):
     http_status: int = 500
     grpc_status: str = "INTERNAL"
     openai_type: str = "InternalServerError"
+    openai_code: str | None = None
 
     def __init__(
         self,
@@ -84,6 +92,7 @@ class Refused(RequestError):
     http_status = 400
     grpc_status = "INVALID_ARGUMENT"
     openai_type = "content_filter"
+    openai_code = "content_filter"
 
 
 class Unauthenticated(RequestError):
@@ -92,6 +101,7 @@ class Unauthenticated(RequestError):
     http_status = 401
     grpc_status = "UNAUTHENTICATED"
     openai_type = "AuthenticationError"
+    openai_code = "invalid_api_key"
 
 
 class Forbidden(RequestError):
@@ -142,6 +152,14 @@ class BodyTooLarge(RequestError):
     openai_type = "RequestEntityTooLargeError"
 
 
+class UnsupportedCoding(RequestError):
+    """The request's body is compressed in a way that is not inflated here."""
+
+    http_status = 415
+    grpc_status = "INVALID_ARGUMENT"
+    openai_type = "UnsupportedMediaTypeError"
+
+
 class RateLimited(RequestError):
     """Over a limit of the key, the tenant or the service, or no room in the queue.
 
@@ -152,6 +170,7 @@ class RateLimited(RequestError):
     http_status = 429
     grpc_status = "RESOURCE_EXHAUSTED"
     openai_type = "RateLimitError"
+    openai_code = "rate_limit_exceeded"
     headers: Sequence[tuple[str, str]] = ()
 
 
@@ -161,6 +180,10 @@ class Unavailable(RequestError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
     openai_type = "ServiceUnavailableError"
+
+
+class DeadlinePassed(Unavailable):
+    """The time that the client gave its request (V2's parameter `timeout`) ran out; Triton answers 503 too."""
 
 
 class QueueTimeout(Unavailable):
@@ -181,3 +204,41 @@ class InternalError(RequestError):
     def __init__(self, request_id: str) -> None:
         super().__init__(f"Internal error; request id {request_id}. The server's log has the details.")
         self.request_id = request_id
+
+
+def is_anthropic_path(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API, also below `/openai`."""
+    return path.removeprefix(OPENAI_ALIAS).startswith("/v1/messages")
+
+
+def openai_code(status: int, param: str | None, message: str) -> str | None:
+    """`error.code` of an error that vLLM answers: a word that OpenAI's clients know, or None.
+
+    Args:
+        status: of HTTP.
+        param: the field at fault.
+        message: vLLM says in words alone that a prompt is too long.
+    """
+    if status == 404 and (param == "model" or message.startswith("The model ")):
+        return MODEL_NOT_FOUND
+    if status == 400 and "maximum context length" in message:
+        return "context_length_exceeded"
+    return {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(status)
+
+
+def anthropic_error(status: int, message: str) -> dict[str, Any]:
+    """An error in Anthropic's envelope."""
+    kind = _ANTHROPIC_TYPES.get(status) or ("invalid_request_error" if 400 <= status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}

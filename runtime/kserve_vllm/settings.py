@@ -63,6 +63,11 @@ class ModelSettings(_Group):
         "A set of engine flags: balanced, high-throughput, low-latency, cost-optimized or long-context. "
         "`kserve-vllm profiles` shows what each one sets.",
     )
+    compact_json: bool = _setting(
+        True,
+        "Generate JSON under a schema without white space between its parts, which a model may otherwise write until "
+        "its tokens are used up; --compact-json false lets the model choose.",
+    )
     adapters_file: str | None = _setting(
         None,
         "YAML or JSON file that declares adapters (LoRA): `adapters: [{name, source, description, revision}]`. Watched "

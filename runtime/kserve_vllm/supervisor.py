@@ -175,7 +175,8 @@ class _Supervisor:
     async def _launch(self) -> None:
         """Start the engine, then watch it."""
         try:
-            args = await asyncio.to_thread(parse_engine_args, self._settings.engine_argv())
+            settings = self._settings
+            args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
             self._cores = cores = Cores(args, self._count)
             await asyncio.to_thread(cores.start, self._hand_over)
         except Exception as error:

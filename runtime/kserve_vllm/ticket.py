@@ -46,7 +46,8 @@ class Ticket:
         error: what went wrong, if anything was raised.
         sequences: continuations (or pooled texts) that the engine took up, and how many of them finished, were
             aborted, or failed.
-        stuck: whether a sequence with a grammar failed at its first token.
+        stuck: whether a sequence with a grammar failed at its first token, or anywhere where tokens were banned beside
+            it.
         prompt_tokens, cached_tokens, output_tokens: sums over all sequences; a prompt counts once for all its `n`.
         replayed_tokens: those of them that came out of the response cache and cost the engine nothing.
         first_token_at: when the first token of any sequence came, in seconds of the wall clock.

@@ -67,6 +67,7 @@ class Piece:
         logprobs: per generated token, token id to {`logprob`, `rank`, `decoded_token`}, if asked for.
         prompt_tokens: length of the prompt in tokens.
         last: whether this is the job's last piece, of all its continuations.
+        stop_reason: the stop text or token that ended it, on the last piece; None where the model ended by itself.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Piece:
     logprobs: list[dict[str, dict[str, Any]]] | None
     prompt_tokens: int
     last: bool
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def test_the_base_model_is_unloaded_and_loaded(triton: client.InferenceServerCli
 
 def test_a_call_of_triton_that_is_not_served_says_so(stub: Any) -> None:
     with pytest.raises(grpc.RpcError) as refused:
-        stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name="demo"))
+        stub.TraceSetting(service_pb2.TraceSettingRequest(model_name="demo"))
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

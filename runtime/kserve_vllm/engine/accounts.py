@@ -45,6 +45,7 @@ class Accounts:
         self._loras = loras
         self._open: dict[str, tuple[Ticket, Any]] = {}
         self._with_grammar: set[str] = set()
+        self._with_bans: set[str] = set()
         self._add, processor.add_request = processor.add_request, self.add_request
         self._finish, processor._update_stats_from_finished = processor._update_stats_from_finished, self.finish
         self._abort, processor.abort_requests = processor.abort_requests, self.abort_requests
@@ -61,8 +62,11 @@ class Accounts:
             self._finish_session(request.request_id)
             return
         self._open[request.request_id] = ticket, self._processor.request_states[request.request_id]
-        if getattr(request.sampling_params, "structured_outputs", None) is not None:
+        params = request.sampling_params
+        if getattr(params, "structured_outputs", None) is not None:
             self._with_grammar.add(request.request_id)
+            if params.bad_words or params.allowed_token_ids or params.min_tokens or params.logit_bias:
+                self._with_bans.add(request.request_id)
         ticket.sequences += 1
         if self._processor.tracing_enabled:
             request.trace_headers = ticket.trace_headers
@@ -100,13 +104,16 @@ class Accounts:
         known = self._open.pop(state.request_id, None)
         with_grammar = state.request_id in self._with_grammar
         self._with_grammar.discard(state.request_id)
+        with_bans = state.request_id in self._with_bans
+        self._with_bans.discard(state.request_id)
         if known is None:
             return
         ticket, _ = known
         reason = str(finish_reason)
         if reason == "error":
             ticket.failed += 1
-            ticket.stuck |= with_grammar and (state.detokenizer is None or state.detokenizer.num_output_tokens() <= 1)
+            first = state.detokenizer is None or state.detokenizer.num_output_tokens() <= 1
+            ticket.stuck |= with_grammar and (first or with_bans)
         else:
             ticket.finished += 1
         ticket.finish_reasons.append(reason)
@@ -117,6 +124,7 @@ class Accounts:
         if request_id in self._open and request_id not in self._processor.request_states:
             ticket, state = self._open.pop(request_id)
             self._with_grammar.discard(request_id)
+            self._with_bans.discard(request_id)
             self._book_adapter(state)
             ticket.finished += 1
             ticket.finish_reasons.append("stop")
@@ -133,6 +141,7 @@ class Accounts:
         for request_id in aborted:
             known = self._open.pop(request_id, None)
             self._with_grammar.discard(request_id)
+            self._with_bans.discard(request_id)
             if known is not None:
                 ticket, state = known
                 self._book_adapter(state)

@@ -8,8 +8,12 @@ was raised by code that does nothing but read a request. Whatever else is raised
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from kserve_vllm.errors import RequestError
+from kserve_vllm.ticket import current
 
 # What Python raises for data of another shape, type or size than was expected.
 _OF_WRONG_DATA = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError,
@@ -41,6 +45,55 @@ def sentence_of_client_fault(error: BaseException, taken_up: bool) -> tuple[str,
     if is_template_error(error):
         what = "the chat template can't be applied"
     return f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", field
+
+
+def is_client_fault(error: BaseException | None, taken_up: bool) -> bool:
+    """Whether an exception is answered with 4xx, so that nobody who runs the server has to hear of it.
+
+    Args:
+        error: what vLLM raised for a request.
+        taken_up: whether the engine has taken up any part of the request.
+    """
+    if error is None:
+        return False
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, RequestError):
+        return error.http_status < 500
+    if "EngineGenerateError" in names and error.__cause__ is not None:
+        return is_client_fault(error.__cause__, taken_up)
+    if "VLLMClientError" in names or "RequestValidationError" in names:
+        return True
+    if "VLLMError" in names:
+        return False
+    plain = isinstance(error, (ValueError, TypeError, OverflowError, NotImplementedError)) and not taken_up
+    return plain or is_template_error(error) or sentence_of_client_fault(error, taken_up) is not None
+
+
+class ClientFaults(logging.Filter):
+    """Writes at level info, and without a trace, what vLLM's routes call an error though it is a client's mistake.
+
+    It is answered to that client; at level error, any client could set off an operator's alert.
+    """
+
+    _SPOKEN = ("Error with model ", "Failed to advance FSM", "Unexpected: grammar rejected tokens")
+    """Begin such lines that come without an exception."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets every line through."""
+        if record.levelno < logging.ERROR or not record.name.startswith("vllm."):
+            return True
+        ticket = current.get()
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            fault = is_client_fault(error, taken_up=ticket is None or ticket.sequences > 0)
+        else:
+            fault = str(record.msg).startswith(self._SPOKEN) or (ticket is not None and ticket.stuck)
+        if fault:
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            if error is not None:
+                record.msg, record.args = f"{record.getMessage().splitlines()[0]} ({type(error).__name__})", ()
+            record.exc_info = record.exc_text = None
+        return True
 
 
 def is_template_error(error: BaseException) -> bool:

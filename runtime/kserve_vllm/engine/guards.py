@@ -14,8 +14,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kserve_vllm.engine.faults import UNSENDABLE, sentence_of_client_fault, unsendable
+from kserve_vllm.engine.sentences import sentence_of_validation
 from kserve_vllm.engine.steps import resume
-from kserve_vllm.errors import RequestError
+from kserve_vllm.errors import RequestError, anthropic_error, is_anthropic_path, openai_code
 from kserve_vllm.ticket import Ticket, current
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ def guard_engine(client: AsyncLLM) -> None:
         return validate(params, supported_tasks)
 
     async def add_request(request: Any) -> None:
+        field = banning(request.sampling_params) if request.sampling_params is not None else None
+        if field is not None:
+            client.output_processor.abort_requests([request.request_id], internal=True)
+            raise VLLMValidationError(f"{field} leaves no token to choose from", parameter=field)
         try:
             await send(request)
         except UNSENDABLE as error:
@@ -100,6 +105,23 @@ def take_up_whole(client: Any) -> None:
             raise
 
     client.add_request = add_whole
+
+
+def banning(params: Any) -> str | None:
+    """The field that bans every token which `allowed_token_ids` allows, so that the choice would be any; or None.
+
+    Args:
+        params: vLLM's `SamplingParams`, after its input processor has added token ids to it.
+    """
+    allowed = params.allowed_token_ids
+    if not allowed:
+        return None
+    left = set(allowed) - {word[0] for word in params.bad_words_token_ids or () if len(word) == 1}
+    if not left:
+        return "bad_words"
+    if params.min_tokens and not left - set(params.all_stop_token_ids):
+        return "min_tokens"
+    return None
 
 
 def merge_adapter_gauge() -> None:
@@ -185,7 +207,9 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
     what serves a route. Its handler for a failed engine wants vLLM's own HTTP server, which is not there.
     """
     from fastapi import Request, Response
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from vllm.entrypoints.anthropic import api_router as anthropic
     from vllm.entrypoints.serve.exception_handling import error_response
     from vllm.exceptions import (
         GenerationError,
@@ -197,6 +221,15 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     original = error_response.create_error_response
+    shape = _with_words_for_codes()
+
+    def shaped(message: Any, *args: Any, **kwargs: Any) -> Any:
+        reply = original(message, *args, **kwargs)
+        if isinstance(message, VLLMValidationError):
+            # Its text repeats the field and the value as Python writes them.
+            reply.error.message = error_response.sanitize_message(str(message.args[0]))
+        return shape(reply)
+
     # With a connector, a sequence may also fail since its cache did not arrive.
     grammar_alone = client.vllm_config.kv_transfer_config is None
 
@@ -213,7 +246,8 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if isinstance(error, GenerationError) and not isinstance(error, RetryableRequestError):
             if ticket is not None and ticket.stuck and grammar_alone:
                 return VLLMValidationError(
-                    "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar",
+                    "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar, "
+                    "or none that bad_words, allowed_token_ids, min_tokens and logit_bias leave",
                     parameter="structured_outputs",
                 )
         elif not isinstance(error, VLLMError):
@@ -224,9 +258,9 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
 
     def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(message, EngineDeadError):
-            return original("The engine died; the request was not completed.", "ServiceUnavailableError",
-                            HTTPStatus.SERVICE_UNAVAILABLE)  # fmt: skip
-        reply = original(message, *args, **kwargs)
+            return shaped("The engine died; the request was not completed.", "ServiceUnavailableError",
+                          HTTPStatus.SERVICE_UNAVAILABLE)  # fmt: skip
+        reply = shaped(message, *args, **kwargs)
         if reply.error.code < HTTPStatus.INTERNAL_SERVER_ERROR or reply.error.code in _NO_FAULT:
             return reply
         # Some handlers hand over no more than a text, from within `except`.
@@ -248,9 +282,46 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if vars(module).get("create_error_response") is original:
             vars(module)["create_error_response"] = create_error_response
 
+    def to_anthropic(reply: Any) -> Response:
+        return JSONResponse(anthropic_error(reply.error.code, reply.error.message), reply.error.code)
+
+    anthropic.translate_error_response = to_anthropic
+
     async def answer(request: Request, error: Exception) -> Response:
         reply = create_error_response(error)
+        if is_anthropic_path(request.url.path):
+            return to_anthropic(reply)
         return JSONResponse(reply.model_dump(), status_code=reply.error.code)
 
+    async def answer_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        sentence, field = sentence_of_validation(error.errors(), error.body)
+        return await answer(request, VLLMValidationError(sentence, parameter=field))
+
+    app.add_exception_handler(RequestValidationError, answer_invalid)
     for kind in (VLLMError, ValueError, TypeError, OverflowError, NotImplementedError, Exception):
         app.add_exception_handler(kind, answer)
+
+
+def _with_words_for_codes() -> Callable[[Any], Any]:
+    """Makes vLLM's error replies be written with a word, or null, for `error.code`, which is the status in vLLM's.
+
+    OpenAI's clients have it as a text. vLLM's own code goes on reading the status from the reply.
+    """
+    from pydantic import SerializerFunctionWrapHandler, model_serializer
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+    class Info(ErrorInfo):  # type: ignore[misc]
+        @model_serializer(mode="wrap")
+        def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+            tree: dict[str, Any] = write(self)
+            return {**tree, "code": openai_code(self.code, self.param, self.message)}
+
+    class Reply(ErrorResponse):  # type: ignore[misc]
+        error: Info
+
+    def shape(reply: Any) -> Any:
+        info = reply.error
+        return Reply(error=Info(message=info.message, type=info.type, param=info.param, code=info.code))
+
+    return shape

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import orjson
 
 from kserve_vllm.engine.intake import ASKED, Intake
+from kserve_vllm.engine.mending import with_null_usage
 from kserve_vllm.engine.outputs import send_to
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.errors import RequestError
@@ -571,7 +572,10 @@ def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
 def _write_frames(kind: Kind, handler: Any, include_usage: bool, continuous: bool) -> Frames:
     """Frames with marks in them, written once by vLLM's own models, so that fields and their order are vLLM's."""
     write = _chat_frames if kind == "chat" else _completion_frames
-    first, delta, last, last_empty = map(_with_marks, write(handler, include_usage, continuous))
+    frames = write(handler, include_usage, continuous)
+    if include_usage:
+        frames = tuple(map(with_null_usage, frames))
+    first, delta, last, last_empty = map(_with_marks, frames)
     head, found, tail = delta.partition(_mark(_TEXT))
     assert found, "vLLM's frame holds no text"
     return Frames(first, head, tail, last, last_empty, continuous, _has_transfer_params(kind))
@@ -586,7 +590,7 @@ def _has_transfer_params(kind: Kind) -> bool:
     return "kv_transfer_params" in model.model_fields
 
 
-def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, bytes, bytes, bytes]:
+def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, ...]:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
     from vllm.entrypoints.openai.chat_completion.protocol import (
         ChatCompletionResponseStreamChoice,
@@ -628,7 +632,7 @@ def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[b
     )
 
 
-def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, bytes, bytes, bytes]:
+def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, ...]:
     from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice, CompletionStreamResponse
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
 

@@ -33,9 +33,13 @@ from kserve_vllm.engine.faults import is_template_error, sentence_of_client_faul
 from kserve_vllm.engine.fingerprint import fingerprint
 from kserve_vllm.engine.intake import Cache, Door, Intake
 from kserve_vllm.engine.loras import LoRAs
+from kserve_vllm.engine.mending import LEAST_TOP_P, Mender, mender_of
+from kserve_vllm.engine.messages import mend_messages
 from kserve_vllm.engine.outputs import observe_gaps_of, process_plain_outputs_apart
 from kserve_vllm.engine.placement import leave_processors_of
 from kserve_vllm.engine.rendering import render_short_prompts_in_place
+from kserve_vllm.engine.responses import mend_responses
+from kserve_vllm.engine.sentences import sentence_of_validation
 from kserve_vllm.errors import (
     ConfigError,
     EngineGone,
@@ -145,8 +149,12 @@ def _explain_flag(message: str, parser: argparse.ArgumentParser) -> str:
     return "; ".join(sentences) + ". See kserve-vllm serve --help and --help-engine KEYWORD"
 
 
-def parse_engine_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_engine_args(argv: Sequence[str], compact_json: bool = True) -> argparse.Namespace:
     """Check engine flags with vLLM's own parser.
+
+    Args:
+        argv: the flags.
+        compact_json: whether JSON under a schema has no white space between its parts.
 
     Raises:
         ConfigError: an unknown flag (with the nearest names), a bad value, or a flag of vLLM's own server that would
@@ -164,6 +172,7 @@ def parse_engine_args(argv: Sequence[str]) -> argparse.Namespace:
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise ConfigError(f"vLLM does not take these flags: {error}") from error
     args.api_server_count = None
+    args.compact_json = compact_json
     return args
 
 
@@ -215,9 +224,23 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         _cli_args().propagate_flash_late_interaction(args, engine_args)
         if count > 1:
             engine_args._api_process_count, engine_args._api_process_rank = count, index
-        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER), engine_args
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        if args.compact_json:
+            _compact_json(config)
+        return config, engine_args
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
+
+
+def _compact_json(config: VllmConfig) -> None:
+    """Leave the model no white space to choose in JSON, which small ones write without an end.
+
+    Not by vLLM's flag: that one wants a backend to be named, and would give up the choice between two (`auto`) that
+    each know it.
+    """
+    outputs = config.structured_outputs_config
+    if outputs.backend in ("auto", "xgrammar", "guidance"):
+        object.__setattr__(outputs, "disable_any_whitespace", True)
 
 
 def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
@@ -316,8 +339,11 @@ class VLLMEngine:
         self._loras: LoRAs | None = None
         self._adapters: Adapters | None = None
         self._processes: list[psutil.Process] = []
+        self._special_tokens: frozenset[int] | None = None
         self.accounts: Accounts | None = None
         """The books of what the engine works on; only after `start`."""
+        self.mender: Mender
+        """Mends what clients send to vLLM's routes; only after `start`."""
         self.intake: Intake | None = None
         """The door of the engine, where policies stand before it."""
         self.served = True
@@ -350,8 +376,37 @@ class VLLMEngine:
         guards.answer_errors(self._app, client)
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
         guards.check_before_stream(self._app, client, self._tasks)
+        mend_responses(self._app)
+        mend_messages(self._app)
+        backend = client.vllm_config.structured_outputs_config.backend
+        self.mender = mender_of(self._app, backend, self._chat_template())
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = Adapters(loras, 1 if self._seat is None else self._seat.count)
+
+    def _chat_template(self) -> str | None:
+        """The text of all chat templates that may be used; None where messages are rendered in code."""
+        given = getattr(getattr(self.app.state, "openai_serving_chat", None), "chat_template", None)
+        tokenizer = self.client.renderer.tokenizer
+        found = given or getattr(tokenizer, "chat_template", None)
+        if isinstance(found, dict):
+            found = "\n".join(map(str, found.values()))
+        return found if isinstance(found, str) and not self.answers_from_token_ids else None
+
+    def take_browser_rules(self) -> tuple[list[str], list[str], list[str], bool]:
+        """Who may ask from pages of other origins: origins, methods, headers, and whether with credentials. vLLM's app
+        no longer looks at that: the edge does, for all routes."""
+        from fastapi.middleware.cors import CORSMiddleware
+
+        middleware: list[Any] = self.app.user_middleware
+        middleware[:] = [each for each in middleware if each.cls is not CORSMiddleware]
+        self.app.middleware_stack = None
+        args = self._args
+        return args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials
+
+    @property
+    def always_usage(self) -> bool:
+        """Whether every stream tells its usage."""
+        return bool(self._args.enable_force_include_usage)
 
     def shorten(self, shortcuts: Shortcuts) -> None:
         """Do the work of vLLM's front end on fewer detours, those that are taken. Before the first request."""
@@ -490,6 +545,11 @@ class VLLMEngine:
         if self._adapters is not None:
             await self._adapters.stop()
         if self._client is not None:
+            # It would take the engine's end, which is meant, for its death.
+            outputs = self._client.output_handler
+            if outputs is not None:
+                outputs.cancel()
+                await asyncio.gather(outputs, return_exceptions=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(self._client.shutdown, 5.0), 15.0)
             self.kill()
@@ -531,6 +591,18 @@ class VLLMEngine:
         processor = getattr(self.client.renderer, "mm_processor", None)
         limits = {} if processor is None else processor.info.allowed_mm_limits
         return frozenset(medium for medium in ("image", "audio", "video") if limits.get(medium, 0) > 0)
+
+    @property
+    def prioritizes(self) -> bool:
+        """Whether requests are scheduled by their priority."""
+        return bool(self._args.scheduling_policy == "priority")
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens, which stand for no text."""
+        if self._special_tokens is None:
+            self._special_tokens = frozenset(self.client.get_tokenizer().all_special_ids)
+        return self._special_tokens
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -630,6 +702,7 @@ class VLLMEngine:
                             _plain_logprobs(choice.logprobs) if choice.logprobs else None,
                             prompt_tokens,
                             output.finished and choice is output.outputs[-1],
+                            choice.stop_reason,
                         )
         except Exception as error:
             raise self._translate(error, job.request_id, started) from error
@@ -650,19 +723,23 @@ class VLLMEngine:
             raise InvalidRequest(
                 "priority is not taken from a request; its class decides, and the header x-priority", field="priority"
             )
-        common = {**job.options, "model": job.model, "stream": job.stream, "request_id": job.request_id}
+        # Null means what is the default, as over OpenAI's routes.
+        given = {name: value for name, value in job.options.items() if value is not None}
+        if given.get("top_p") == 0 and not isinstance(given["top_p"], bool):
+            given["top_p"] = LEAST_TOP_P
+        common = {**given, "model": job.model, "stream": job.stream, "request_id": job.request_id}
         request: Any
         if job.messages is not None:
             logprobs = common.pop("logprobs", None)
             if logprobs is not None:
                 common |= {"logprobs": True, "top_logprobs": logprobs}
-            request = ChatCompletionRequest.model_validate({**common, "messages": job.messages})
+            request = _validated(ChatCompletionRequest, {**common, "messages": job.messages})
             handler = state.openai_serving_chat
             rendered = await handler.render_chat_request(request)
             _raise_error_response(rendered)
             inputs = rendered[1]
         else:
-            request = CompletionRequest.model_validate({**common, "prompt": job.prompt})
+            request = _validated(CompletionRequest, {**common, "prompt": job.prompt})
             handler = state.openai_serving_completion
             inputs = await handler.render_completion_request(request)
             _raise_error_response(inputs)
@@ -731,7 +808,7 @@ class VLLMEngine:
         try:
             body["request_id"] = request_id
             _reject_unknown_options(options, set(request_type.model_fields) - set(body))
-            request = request_type.model_validate({**options, **body})
+            request = _validated(request_type, {**options, **body})
             response = await handler(request)
         except Exception as error:
             raise self._translate(error, request_id, started=False) from error
@@ -764,9 +841,8 @@ class VLLMEngine:
         if isinstance(error, RetryableRequestError):
             return Unavailable(str(error), retry_after_s=1)
         if isinstance(error, ValidationError):
-            first = error.errors(include_url=False, include_input=False)[0]
-            field = str(first["loc"][0]) if first["loc"] else None
-            return InvalidRequest(f"{field or 'request'}: {first['msg']}", field=field)
+            sentence, field = sentence_of_validation(error.errors(include_url=False), None)
+            return InvalidRequest(sentence, field=field)
         # Before anything was generated, vLLM raises these for what is wrong with a request.
         plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
         if not started and (isinstance(error, plain) or is_template_error(error)):
@@ -776,6 +852,21 @@ class VLLMEngine:
             return InvalidRequest(fault[0], field=fault[1])
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)
+
+
+def _validated(model: Any, tree: dict[str, Any]) -> Any:
+    """vLLM's model of a request.
+
+    Raises:
+        InvalidRequest: a sentence that names the field.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        sentence, field = sentence_of_validation(error.errors(include_url=False), tree)
+        raise InvalidRequest(sentence, field=field) from None
 
 
 def _reject_unknown_options(options: Mapping[str, Any], known: set[str] | frozenset[str] = SAMPLING_OPTIONS) -> None:
@@ -800,11 +891,19 @@ def _raise_error_response(result: Any) -> None:
     raise InvalidRequest(info.message, field=info.param)
 
 
+# Written for a token that can't be had: JSON has no infinity. vLLM's OpenAI routes write the same.
+_LEAST_LOGPROB = -9999.0
+
+
 def _plain_logprobs(logprobs: Any) -> list[dict[str, dict[str, Any]]]:
     """vLLM's logprobs as JSON-ready values, in the shape of Triton's vLLM backend."""
     return [
         {
-            str(token): {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
+            str(token): {
+                "logprob": max(entry.logprob, _LEAST_LOGPROB),
+                "rank": entry.rank,
+                "decoded_token": entry.decoded_token,
+            }
             for token, entry in position.items()
         }
         for position in logprobs

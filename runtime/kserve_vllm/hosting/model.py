@@ -176,7 +176,14 @@ class EngineDataPlane(DataPlane):  # type: ignore[misc]
         return {
             "name": "kserve-vllm",
             "version": self._version,
-            "extensions": ["model_repository", "generate", "binary_tensor_data", "parameters"],
+            "extensions": [
+                "model_repository",
+                "model_configuration",
+                "statistics",
+                "generate",
+                "binary_tensor_data",
+                "parameters",
+            ],
         }
 
     async def live(self) -> dict[str, str]:  # type: ignore[override]

@@ -19,7 +19,7 @@ import orjson
 from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
 from kserve_vllm.gate import Gate, Kind
 from kserve_vllm.lifecycle import Lifecycle
-from kserve_vllm.protocol import bounds, moderated, wire
+from kserve_vllm.protocol import bounds, compression, moderated, wire
 from kserve_vllm.protocol.body import BodyBudget, TimedBody
 from kserve_vllm.protocol.endpoints import Endpoints, Target, choose, normalize, of_http
 from kserve_vllm.protocol.openai_fast import FastPath
@@ -102,17 +102,22 @@ class Edge:
             await self._http(scope, receive, send, True)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
+        scope[wire.WRITTEN_PATH] = written = scope["path"]
         path: str | None
         try:
             path = normalize(scope)
         except NotFound:
             path = None
+        plain_send = send
+        if scope["method"] != "HEAD" and (coding := compression.wanted(scope["headers"])) is not None:
+            send = compression.Compressed(send, coding)
         if path is not None and scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send, operators):
             return
         request_id, headers = _request_id(scope)
         target = Target() if path is None else self._endpoints.find(scope["method"], path)
         with of_http(self._requests, target, scope, headers, request_id) as ticket:
-            guard = _Guard(send, request_id, scope["path"], self._requests.response_header(ticket))
+            guard = _Guard(send, request_id, written, self._requests.response_header(ticket))
+            guard.body_send = plain_send  # of a stream, which is not compressed
             try:
                 guard.ticket = ticket
                 await self._answer(scope, receive, guard, headers, target, operators)
@@ -301,7 +306,10 @@ class _Arrival:
         Raises:
             RequestError, ClientGone: as `Edge.read_body`.
         """
-        self._body = body = await self._edge.read_body(self._headers, self._receive, self._ticket, self._hold)
+        receive = compression.inflated(self._scope, self._receive)
+        if receive is not self._receive:
+            self._receive, self._headers = receive, dict(self._scope["headers"])
+        self._body = body = await self._edge.read_body(self._headers, receive, self._ticket, self._hold)
         if body is None or wire.is_form(self._headers.get(b"content-type", b"")):
             return
         # Tensors may follow the JSON.
@@ -459,6 +467,8 @@ class _Guard:
         extra = [(name.encode(), value.encode("latin-1")) for name, value in self.ticket.answer_headers]
         if self._trace is not None:
             extra.append((b"traceresponse", self._trace.encode()))
+        if wire.is_anthropic_path(self._path):
+            extra.append((b"request-id", self.request_id.encode("latin-1")))
         return extra
 
     async def fail(self, error: RequestError) -> None:
@@ -466,7 +476,7 @@ class _Guard:
         if self.answered:
             return
         self.answered, self.status = True, error.http_status
-        body = wire.error_body(self._path, error)
+        body = wire.error_body(self._path, error, self.request_id)
         headers = [*wire.error_headers(error, self.request_id), (b"content-length", str(len(body)).encode())]
         headers += self._extra()
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})

@@ -30,6 +30,8 @@ _QUESTIONS = frozenset(
     /v1/responses/{response_id}
     /v2 /v2/models /v2/models/{model_name} /v2/models/{model_name}/ready /v2/health/live /v2/health/ready
     /v2/models/{model_name}/versions/{model_version} /v2/models/{model_name}/versions/{model_version}/ready
+    /v2/models/stats /v2/models/{model_name}/config /v2/models/{model_name}/stats
+    /v2/models/{model_name}/versions/{model_version}/config /v2/models/{model_name}/versions/{model_version}/stats
     /docs /docs/oauth2-redirect /openapi.json /version /load /tokenizer_info /health /ping""".split()
 )
 _ASKED_BY_POST = frozenset({"/v2/repository/index", "/ping"})
@@ -151,7 +153,7 @@ class Endpoints:
     """The routes of some apps, each bound to what was decided for it.
 
     Args:
-        apps: FastAPI or Starlette apps; the first one that takes a request wins.
+        apps: FastAPI or Starlette apps, or what wraps one and has it as `app`; the first that takes a request wins.
     """
 
     def __init__(self, *apps: Any) -> None:
@@ -159,14 +161,15 @@ class Endpoints:
         self._found: dict[tuple[str, str], Target] = {}
         self._plain: set[str] = set()
         for app in apps:
-            routes = getattr(app, "routes", None)
+            inner = getattr(app, "app", app)
+            routes = getattr(inner, "routes", None)
             if routes is None:
                 continue
             # Starlette would answer with a redirect, which loses /openai and the scheme of a proxy.
-            app.router.redirect_slashes = False
+            inner.router.redirect_slashes = False
             for route in routes:
                 self._routes.append((app, route))
-                _bind(app, route)
+                _bind(inner, route)
                 template = _template(route)
                 if "{" not in template:
                     self._plain.add(template)

@@ -2,7 +2,8 @@
 
 Request: `{"text_input": "...", "parameters": {...}}`; every other field names an input tensor with one element.
 Response: `{"model_name", "model_version", "text_output", ...}`, with a field per further output tensor, and `details`
-where `parameters.details` is true.
+where `parameters.details` is true: `finish_reason` (`eos_token`, `stop_sequence`, `length`; null while a stream goes
+on), `logprobs` (every token with its id, text and log probability) and, in a stream, `token`.
 Sources: Triton's generate extension; KServe's Open Inference Protocol, "Generate".
 """
 
@@ -36,12 +37,13 @@ def to_request(tree: Mapping[str, Any], model: str, version: str | None, stream:
     parameters = {} if tree.get("parameters") is None else tree["parameters"]
     if not isinstance(parameters, dict):
         raise InvalidRequest("parameters must be an object", field="parameters")
-    parameters = {**parameters, "stream": stream}
-    details = parameters.pop("details", False)
+    for where in (tree, parameters):
+        if not isinstance(where.get("stream", False), bool):
+            raise InvalidRequest("stream must be true or false", field="stream")
+    details = parameters.get("details", False)
     if not isinstance(details, bool):
         raise InvalidRequest("details must be true or false", field="details")
-    if details:
-        parameters["return_finish_reason"] = True
+    parameters = {**parameters, "stream": stream}
     inputs = [InferInput("text_input", [1], "BYTES", data=[text])]
     for name, value in tree.items():
         if name in _RESERVED or name in ("text_input", "stream"):
@@ -72,7 +74,6 @@ def from_response(response: InferResponse, details: bool) -> dict[str, Any]:
         values = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in tensor.data.reshape(-1).tolist()]
         tree[tensor.name] = values[0] if len(values) == 1 else values
     if details:
-        tree["details"] = {"finish_reason": tree.pop("finish_reason") or None}
-        if "logprobs" in tree:
-            tree["details"]["logprobs"] = json.loads(tree.pop("logprobs"))
+        found = tree.pop("details")
+        tree["details"] = json.loads(found) if isinstance(found, str) else [json.loads(each) for each in found]
     return tree

@@ -1,10 +1,10 @@
 """V2 over gRPC: KServe's `GRPCInferenceService` with Triton's `ModelStreamInfer` under the same service name.
 
 The messages are KServe's own, read from the descriptor that kserve ships, with what Triton's clients need beside them:
-`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, the repository index, and the field in
-which load and unload name the model. They live in a descriptor pool of their own, since Triton's client library
-declares the same names.
-Source of the additions' field numbers: triton-inference-server/common, `grpc_service.proto`.
+`ModelStreamInferResponse`, `InferParameter.double_param` and `uint64_param`, the repository index, a model's
+configuration and statistics, and the field in which load and unload name the model. They live in a descriptor pool of
+their own, since Triton's client library declares the same names.
+Source of the additions' field numbers: triton-inference-server/common, `grpc_service.proto` and `model_config.proto`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
@@ -30,6 +31,7 @@ from kserve_vllm.protocol import wire
 from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.protocol.protobuf import check_size
 from kserve_vllm.protocol.screening import KEYLESS, Metadata, Screened
+from kserve_vllm.protocol.statistics import DATA_TYPES, SPANS
 from kserve_vllm.telemetry.requests import Requests
 from kserve_vllm.ticket import Ticket
 
@@ -90,13 +92,71 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
         control = next(m for m in file.message_type if m.name == name)
         control.field.add(name="triton_model_name", number=2, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
 
+    _add_statistics(file)
     service = next(s for s in file.service if s.name == "GRPCInferenceService")
     service.method.add(name="ModelStreamInfer", input_type=".inference.ModelInferRequest",
                        output_type=".inference.ModelStreamInferResponse", client_streaming=True,
                        server_streaming=True)  # fmt: skip
     service.method.add(name="RepositoryIndex", input_type=".inference.RepositoryIndexRequest",
                        output_type=".inference.RepositoryIndexResponse")  # fmt: skip
+    for name in ("ModelConfig", "ModelStatistics"):
+        service.method.add(name=name, input_type=f".inference.{name}Request", output_type=f".inference.{name}Response")
     return file
+
+
+def _add_statistics(file: descriptor_pb2.FileDescriptorProto) -> None:
+    """Triton's messages for a model's configuration and statistics, as far as they are filled here."""
+    types = file.enum_type.add(name="DataType")
+    for number, name in enumerate(("TYPE_INVALID", *DATA_TYPES.values(), "TYPE_BF16")):
+        types.value.add(name=name, number=number)
+    text, whole, flag, count = _Field.TYPE_STRING, _Field.TYPE_INT64, _Field.TYPE_BOOL, _Field.TYPE_UINT64
+
+    def message(added: str, *fields: tuple[int, str, int | str, bool]) -> None:
+        """A message; each field has a number, a name, a type, and whether it is repeated."""
+        made = file.message_type.add(name=added)
+        for number, name, kind, many in fields:
+            field = made.field.add(name=name, number=number)
+            field.label = _Field.LABEL_REPEATED if many else _Field.LABEL_OPTIONAL
+            if isinstance(kind, int):
+                field.type = kind  # type: ignore[assignment]
+            else:
+                field.type = _Field.TYPE_ENUM if kind == "DataType" else _Field.TYPE_MESSAGE
+                field.type_name = f".inference.{kind}"
+
+    message(
+        "ModelInput",
+        (1, "name", text, False),
+        (2, "data_type", "DataType", False),
+        (4, "dims", whole, True),
+        (8, "optional", flag, False),
+    )
+    message("ModelOutput", (1, "name", text, False), (2, "data_type", "DataType", False), (3, "dims", whole, True))
+    message("ModelTransactionPolicy", (1, "decoupled", flag, False))
+    message(
+        "ModelConfig",
+        (1, "name", text, False),
+        (2, "platform", text, False),
+        (17, "backend", text, False),
+        (4, "max_batch_size", _Field.TYPE_INT32, False),
+        (5, "input", "ModelInput", True),
+        (6, "output", "ModelOutput", True),
+        (19, "model_transaction_policy", "ModelTransactionPolicy", False),
+    )
+    message("StatisticDuration", (1, "count", count, False), (2, "ns", count, False))
+    message("InferStatistics", *((number, name, "StatisticDuration", False) for number, name in enumerate(SPANS, 1)))
+    message(
+        "ModelStatistics",
+        (1, "name", text, False),
+        (2, "version", text, False),
+        (3, "last_inference", count, False),
+        (4, "inference_count", count, False),
+        (5, "execution_count", count, False),
+        (6, "inference_stats", "InferStatistics", False),
+    )
+    for name in ("ModelConfig", "ModelStatistics"):
+        message(f"{name}Request", (1, "name", text, False), (2, "version", text, False))
+    message("ModelConfigResponse", (1, "config", "ModelConfig", False))
+    message("ModelStatisticsResponse", (1, "model_stats", "ModelStatistics", True))
 
 
 class _Outbox(Protocol):
@@ -261,6 +321,8 @@ class Servicer:
             "RepositoryModelLoad": self._load,
             "RepositoryModelUnload": self._unload,
             "RepositoryIndex": self._index,
+            "ModelConfig": self._model_config,
+            "ModelStatistics": self._model_statistics,
         }.get(name)
 
         async def call(request: Any, context: _Context) -> Any:
@@ -307,6 +369,14 @@ class Servicer:
     async def _model_metadata(self, request: Any, metadata: Mapping[str, str]) -> Any:
         return self.messages.ModelMetadataResponse(**await self._backend.model_metadata(request.name, request.version))
 
+    async def _model_config(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        tree = await self._backend.model_config(request.name, request.version)
+        return ParseDict({"config": tree}, self.messages.ModelConfigResponse(), ignore_unknown_fields=True)
+
+    async def _model_statistics(self, request: Any, metadata: Mapping[str, str]) -> Any:
+        tree = self._backend.model_statistics(request.name, request.version)
+        return ParseDict(tree, self.messages.ModelStatisticsResponse(), ignore_unknown_fields=True)
+
     async def _model_infer(self, request: Any, metadata: dict[str, str]) -> Any:
         return await self._backend.infer(request, metadata, self.messages.ModelInferResponse())
 
@@ -337,6 +407,7 @@ class Servicer:
             with self._requests.open("grpc", "ModelStreamInfer", request_id, metadata) as ticket:
                 ticket.status, ticket.error = refusal.grpc_status, refusal
             await _abort(context, refusal)
+        await context.send_initial_metadata((("x-request-id", request_id),))
         turns = _Turns()
         if isinstance(context, _WritesAtOnce):
             outbox = context.outbox(turns.take)
@@ -437,12 +508,11 @@ def _readable(pairs: Metadata) -> tuple[str, dict[str, str]]:
 
 
 async def _send_metadata(context: _Context, ticket: Ticket, traced: str | None) -> None:
-    """Send what goes before the answer, if there is any."""
-    headers = list(ticket.answer_headers)
+    """Send what goes before the answer."""
+    headers = [("x-request-id", ticket.request_id), *ticket.answer_headers]
     if traced is not None:
         headers.append(("traceresponse", traced))
-    if headers:
-        await context.send_initial_metadata(tuple(headers))
+    await context.send_initial_metadata(tuple(headers))
 
 
 async def _abort(context: _Context, error: RequestError) -> None:

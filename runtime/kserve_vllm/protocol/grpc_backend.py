@@ -8,10 +8,11 @@ from typing import Any
 from kserve.protocol.infer_type import InferResponse
 
 from kserve_vllm.engine.openai_stream import Streams
-from kserve_vllm.errors import InvalidRequest, RequestError, Unavailable
+from kserve_vllm.errors import InvalidRequest, NotFound, RequestError, Unavailable
 from kserve_vllm.protocol import tensors
 from kserve_vllm.protocol.grpc_stream import Pieces
 from kserve_vllm.protocol.http import Plane, Repository, check_version, trace_headers
+from kserve_vllm.protocol.statistics import Statistics, configuration
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 
 _EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -25,10 +26,19 @@ class Backend:
         plane: KServe's data plane over our models.
         repository: the models.
         text: the V2 translation, for streams.
+        statistics: what each model has answered.
         streams: for streams of plain text, past the translation of each piece; None leaves all to it.
     """
 
-    def __init__(self, plane: Plane, repository: Repository, text: V2Text, streams: Streams | None = None) -> None:
+    def __init__(
+        self,
+        plane: Plane,
+        repository: Repository,
+        text: V2Text,
+        statistics: Statistics,
+        streams: Streams | None = None,
+    ) -> None:
+        self._statistics = statistics
         self._streams = streams
         self._plane = plane
         self._repository = repository
@@ -48,14 +58,34 @@ class Backend:
         self._repository.check_known(name)
         return await self._plane.model_metadata(name)
 
-    async def model_ready(self, name: str, version: str) -> bool:
-        """Whether a model answers requests.
+    async def model_config(self, name: str, version: str) -> dict[str, Any]:
+        """Fields of `ModelConfig`.
 
         Raises:
             NotFound: no such model or version, or not for this caller.
         """
+        return configuration(await self.model_metadata(name, version), self._text.generates)
+
+    def model_statistics(self, name: str, version: str) -> dict[str, Any]:
+        """Fields of `ModelStatisticsResponse`; of all models that the caller may use where `name` is empty.
+
+        Raises:
+            NotFound: no such model or version, or not for this caller.
+        """
+        if not name:
+            return self._statistics.of([row["name"] for row in self._repository.index()])
         check_version(name, version)
         self._repository.check_known(name)
+        return self._statistics.of([name])
+
+    async def model_ready(self, name: str, version: str) -> bool:
+        """Whether a model answers requests. One that is not there, or not for this caller, is not ready: an answer, as
+        Triton gives it, and no error."""
+        try:
+            check_version(name, version)
+            self._repository.check_known(name)
+        except NotFound:
+            return False
         return await self._plane.model_ready(name)
 
     async def infer(self, request: Any, metadata: dict[str, str], message: Any) -> Any:
@@ -101,13 +131,14 @@ class Backend:
             return None
         await self._require(request)
         parsed = tensors.from_grpc(request)
-        job = self._text.plain_stream(parsed, metadata["x-request-id"], trace_headers(metadata))
-        if job is None:
+        found = self._text.plain_stream(parsed, metadata["x-request-id"], trace_headers(metadata))
+        if found is None:
             return None
+        job, shape = found
         wants_empty = bool((parsed.parameters or {}).get(_EMPTY_FINAL, False))
         version = parsed.model_version or VERSION
         answer = InferResponse(
-            parsed.id, parsed.model_name, [tensors.output("text_output", "BYTES", [""], (1,))], model_version=version
+            parsed.id, parsed.model_name, [tensors.output("text_output", "BYTES", [""], shape)], model_version=version
         )
         message = tensors.to_grpc(answer, new(), raw=True)
         del message.raw_output_contents[:]

@@ -18,6 +18,8 @@ from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, NotFound, Reque
 from kserve_vllm.gate import Gate, may_see
 from kserve_vllm.protocol import generate, schemas, tensors, wire
 from kserve_vllm.protocol.adapters import AdapterRoutes
+from kserve_vllm.protocol.events import event_of
+from kserve_vllm.protocol.statistics import Statistics, configuration
 from kserve_vllm.protocol.steps import ClientGone, until_disconnect
 from kserve_vllm.protocol.v2 import VERSION, V2Text
 from kserve_vllm.ticket import current
@@ -85,6 +87,7 @@ class Routes:
         text: the V2 translation.
         gate: who may see what concerns all tenants.
         queue: what `/v1/queue/stats` answers.
+        statistics: what each model has answered.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Routes:
         text: V2Text,
         gate: Gate,
         queue: Callable[[], dict[str, Any]],
+        statistics: Statistics,
     ) -> None:
         self._plane = plane
         self._repository = repository
@@ -102,6 +106,7 @@ class Routes:
         self._text = text
         self._gate = gate
         self._queue = queue
+        self._statistics = statistics
 
     # V2
 
@@ -126,6 +131,24 @@ class Routes:
         await self._require(model_name)
         return _json({"name": model_name, "ready": True})
 
+    async def model_config(self, model_name: str, model_version: str | None = None) -> Response:
+        """A model's configuration, as Triton gives it."""
+        check_version(model_name, model_version)
+        self._repository.check_known(model_name)
+        metadata = await self._plane.model_metadata(model_name)
+        return _json(configuration(metadata, self._engine.generates))
+
+    async def model_statistics(self, model_name: str, model_version: str | None = None) -> Response:
+        """What a model has answered since the start, as Triton counts it."""
+        check_version(model_name, model_version)
+        self._repository.check_known(model_name)
+        return _json(self._statistics.of([model_name]))
+
+    async def all_statistics(self) -> Response:
+        """The same of all models that the caller may use."""
+        names = [model.name for model in self._engine.models() if may_see(self._engine, model.name)]
+        return _json(self._statistics.of(names))
+
     async def infer(self, request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Infer: tensors in, tensors out."""
         check_version(model_name, model_version)
@@ -133,6 +156,7 @@ class Routes:
         headers = dict(request.headers)
         parsed = tensors.parse_rest(await request.body(), headers.get(_HEADER_LENGTH), model_name, model_version)
         response, extra = await until_disconnect(request.receive, self._plane.infer(model_name, parsed, headers))
+        extra = {**extra, **_logged(headers)}
         body, header_length = tensors.encode_rest(response, parsed)
         if header_length is None:
             return Response(body, media_type="application/json", headers=extra)
@@ -222,9 +246,13 @@ class Routes:
         """Predict: instances in, predictions out."""
         await self._require(model_name)
         headers = dict(request.headers)
-        tree = tensors.parse_json_object(await request.body())
+        data, event = event_of(await request.body(), headers)
+        tree = tensors.parse_json_object(data)
         response, extra = await until_disconnect(request.receive, self._plane.infer(model_name, tree, headers))
-        return _json(response, extra)
+        if event is None:
+            return _json(response, {**extra, **_logged(headers)})
+        body, described = event.answer(model_name, response)
+        return Response(body, headers={**extra, **described})
 
     async def _require(self, name: str) -> None:
         if not await self._plane.model_ready(name, True):
@@ -268,6 +296,7 @@ def _v2_router(routes: Routes) -> APIRouter:
         router.add_api_route(path, _answered_by_edge, methods=["GET"], summary=summary,
                              responses=schemas.HEALTH_ANSWERS, operation_id=summary)  # fmt: skip
     router.add_api_route("/models", routes.list_models, methods=["GET"], responses=schemas.MODEL_LIST)
+    router.add_api_route("/models/stats", routes.all_statistics, methods=["GET"], responses=schemas.STATISTICS)
     router.add_api_route("/repository/index", routes.repository_index, methods=["POST"],
                          openapi_extra=schemas.body("RepositoryIndexRequest", required=False),
                          responses=schemas.REPOSITORY_INDEX | errors)  # fmt: skip
@@ -279,6 +308,9 @@ def _v2_router(routes: Routes) -> APIRouter:
     for prefix in ("/models/{model_name:model}/versions/{model_version}", "/models/{model_name:model}"):
         router.add_api_route(f"{prefix}/ready", routes.model_ready, methods=["GET"],
                              responses=schemas.MODEL_READY | errors)  # fmt: skip
+        config, statistics = schemas.MODEL_CONFIG | errors, schemas.STATISTICS | errors
+        router.add_api_route(f"{prefix}/config", routes.model_config, methods=["GET"], responses=config)
+        router.add_api_route(f"{prefix}/stats", routes.model_statistics, methods=["GET"], responses=statistics)
         router.add_api_route(f"{prefix}/infer", routes.infer, methods=["POST"],
                              openapi_extra=schemas.body("InferRequest"), responses=schemas.INFER | errors)  # fmt: skip
         router.add_api_route(f"{prefix}/generate", routes.generate, methods=["POST"],
@@ -307,7 +339,10 @@ def _v1_router(routes: Routes) -> APIRouter:
 class _ModelName(Convertor[str]):
     """A model's name in a path. It may hold slashes, as names on a hub do, and does not end like one of our verbs."""
 
-    regex = r".+(?<!/infer)(?<!/generate)(?<!/generate_stream)(?<!/ready)(?<!/load)(?<!/unload)(?<!:predict)"
+    regex = (
+        r".+(?<!/infer)(?<!/generate)(?<!/generate_stream)(?<!/ready)(?<!/config)(?<!/stats)(?<!/load)(?<!/unload)"
+        r"(?<!:predict)"
+    )
 
     def convert(self, value: str) -> str:
         return value
@@ -337,6 +372,11 @@ def _event(tree: Any) -> bytes:
     return b"data: " + orjson.dumps(tree) + b"\n\n"
 
 
+def _logged(headers: Mapping[str, str]) -> dict[str, str]:
+    """The id by which KServe's logger knows a request, for its answer."""
+    return {"ce-id": headers["ce-id"]} if "ce-id" in headers else {}
+
+
 def _json(tree: Any, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(tree), media_type="application/json", headers=dict(headers or {}))
 
@@ -347,7 +387,14 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if ticket is not None:  # for the books: a status alone does not say why
         ticket.error = ticket.error or error
     headers = wire.error_headers(error, request.headers.get("x-request-id", ""))
-    response = Response(wire.error_body(request.url.path, error), status_code=error.http_status)
+    path = request.scope.get(wire.WRITTEN_PATH, request.url.path)
+    if path.startswith("/v1/models") and request.method == "GET":
+        # V1, OpenAI and Anthropic ask here for a model; the SDKs of the last two tell themselves by their headers.
+        if "anthropic-version" in request.headers:
+            path = "/v1/messages"
+        elif "x-stainless-lang" in request.headers:
+            path = wire.OPENAI_ALIAS + path
+    response = Response(wire.error_body(path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)
     return response
 

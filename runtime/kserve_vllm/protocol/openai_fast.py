@@ -60,7 +60,8 @@ class FastPath:
         kind: which one.
         streams: begins streams in the engine; None where vLLM has to write them.
         answers: takes requests for whole answers; None where vLLM has to.
-        vllm: vLLM's own app.
+        vllm: vLLM's own app, which mends bodies itself.
+        mend: mends a parsed body for a path.
         stream_headers, answer_headers: at the head of every stream and of every whole answer.
         count: told for every request whether it was answered here (`fast`) or by vLLM (`vllm`).
         chunks: whether chunks of streams may be written past uvicorn's `send`.
@@ -72,6 +73,7 @@ class FastPath:
         streams: Streams | None,
         answers: Answers | None,
         vllm: ASGIApp,
+        mend: Callable[[str, dict[str, Any]], bool],
         stream_headers: Headers,
         answer_headers: Headers,
         count: Callable[[str], None],
@@ -82,6 +84,7 @@ class FastPath:
         self._streams = streams
         self._answers = answers
         self._vllm = vllm
+        self._mend = mend
         self._stream_headers = stream_headers
         self._answer_headers = answer_headers
         self._count = count
@@ -90,7 +93,7 @@ class FastPath:
         """ASGI, with a second `send` for all of a body but its first message, past whatever wraps the first.
 
         Raises:
-            RequestError: a policy refused the request before its first token.
+            RequestError: a policy refused the request before its first token, or it asks for what is not done here.
             ClientGone: the client left before its answer.
         """
         if scope["method"] != "POST" or not _headers_allow(scope):
@@ -106,6 +109,8 @@ class FastPath:
                 break
         body = b"".join(chunks)
         tree = _parsed(body)
+        if tree is not None:
+            self._mend(scope["path"], tree)
         if tree is not None and tree.get("stream") is True:
             if self._streams is not None and streamable(self._kind, tree):
                 stream = await self._streams.begin(self._kind, tree, scope)
@@ -137,6 +142,7 @@ async def fast_paths(
     engine: VLLMEngine,
     streams: Streams | None,
     answers: Answers | None,
+    vllm: ASGIApp,
     count: Callable[[str], None],
     chunks: bool = True,
 ) -> dict[str, FastPath]:
@@ -149,7 +155,8 @@ async def fast_paths(
             kind,
             streams if streams is not None and streams.serves(kind) else None,
             answers if answers is not None and answers.serves(kind) else None,
-            engine.app,
+            vllm,
+            engine.mender.mend,
             stream_headers,
             answer_headers,
             count,

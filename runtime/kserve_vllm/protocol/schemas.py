@@ -55,7 +55,7 @@ _OUTPUT_TENSOR = _object(["name", "datatype", "shape"], name=_TEXT, datatype=_DA
 SCHEMAS: Mapping[str, dict[str, Any]] = {
     "Error": _object(["error"], error=_TEXT),
     "OpenAIError": _object(["error"], error=_object(["message", "type", "param", "code"], message=_TEXT, type=_TEXT,
-                                                    param=_MAYBE_TEXT, code={"type": "integer"})),
+                                                    param=_MAYBE_TEXT, code=_MAYBE_TEXT)),
     "InferInputTensor": _object(
         ["name", "datatype", "shape"], extra=True, name=_TEXT, datatype=_DATATYPE, shape=_SHAPE,
         data={"type": "array"}, parameters={"type": "object"},
@@ -86,6 +86,9 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
     "ModelList": _object(["models"], models=_list(_TEXT)),
     "ModelMetadata": _object(["name", "platform", "inputs", "outputs"], name=_TEXT, versions=_list(_TEXT),
                              platform=_TEXT, inputs=_list(_TENSOR_METADATA), outputs=_list(_TENSOR_METADATA)),
+    "ModelConfig": _object(["name", "backend", "input", "output"], extra=True, name=_TEXT, backend=_TEXT,
+                           input=_list({"type": "object"}), output=_list({"type": "object"})),
+    "ModelStatistics": _object(["model_stats"], model_stats=_list({"type": "object"})),
     "ModelReady": _object(["name", "ready"], name=_TEXT, ready=_FLAG),
     "ModelState": _object(["name", "version", "state", "reason"], name=_TEXT, version=_TEXT,
                           state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT),
@@ -120,6 +123,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     401: _error("The API key is missing or wrong"),
     408: _error("The body did not come in time"),
     413: _error("The body is too large"),
+    415: _error("The body is compressed in another way than gzip or deflate"),
     429: _error("Over a limit, or no room in the queue; `Retry-After` says when to try again"),
     503: _error("Loading, draining, unloaded, or the engine is gone"),
 }
@@ -138,6 +142,8 @@ SERVER_METADATA = _answer("ServerMetadata")
 MODEL_LIST = _answer("ModelList")
 MODEL_METADATA = _answer("ModelMetadata")
 MODEL_READY = _answer("ModelReady")
+MODEL_CONFIG = _answer("ModelConfig")
+STATISTICS = _answer("ModelStatistics")
 REPOSITORY_INDEX = _answer(_list(_ref("ModelState")))
 CONTROL = _answer("Control")
 INFER = _answer("InferResponse")
@@ -145,6 +151,7 @@ INFER[200]["content"]["application/octet-stream"] = {"schema": {"type": "string"
 GENERATE = _answer("GenerateResponse")
 GENERATE_STREAM = _answer({"type": "string"}, "text/event-stream")
 PREDICT = _answer("PredictResponse")
+PREDICT[200]["content"]["application/cloudevents+json"] = {"schema": {"type": "object"}}
 ADAPTER = _answer("Adapter")
 ADAPTERS = _answer(_object(["object", "data"], object=_TEXT, data=_list(_ref("Adapter"))))
 ADAPTER_STATS = _answer(_object(["object", "data", "states"], object=_TEXT, data=_list(_ref("AdapterStats")),

@@ -91,6 +91,8 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
                 field="Inference-Header-Content-Length",
             )
         json_length = length
+        if json_length == 0 and body:
+            return _raw_request(body, model_name, model_version)
     tree = parse_json_object(body[:json_length])
     binary = memoryview(body)[json_length:]
     offset = 0
@@ -133,6 +135,20 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
         parameters=_parameters(tree, "request"),
         request_outputs=outputs or None,
         model_version=model_version,
+    )
+
+
+def _raw_request(body: bytes, model_name: str, model_version: str | None) -> InferRequest:
+    """A body without JSON: all of it is the only element of the input `text_input`, and outputs are binary.
+
+    Source: Triton's binary tensor data extension, "Raw Binary Request". A 4-byte length that says just what follows it
+    is left out.
+    """
+    whole = len(body) >= _LENGTH.size and _LENGTH.unpack_from(body)[0] == len(body) - _LENGTH.size
+    tensor = InferInput("text_input", [1], "BYTES")
+    tensor._raw_data = body if whole else _LENGTH.pack(len(body)) + body
+    return InferRequest(
+        model_name, [tensor], parameters={"binary_data_output": True}, request_outputs=None, model_version=model_version
     )
 
 

@@ -6,8 +6,11 @@ Text models take one of
 
 Sampling parameters stand in the request's `parameters` under OpenAI's names. The tensors of Triton's vLLM backend
 (`stream`, `sampling_parameters`, `exclude_input_in_output`, `return_*`) are taken too; where one of them is present,
-the backend's rules hold: the prompt is repeated in the output unless excluded.
-Source: triton-inference-server/vllm_backend, README and docs.
+the backend's rules hold: the prompt is repeated in the output unless excluded, `lora_name` among the sampling
+parameters names an adapter, and log probabilities are `null` where `logprobs` was not set.
+Of Triton's protocol parameters, `timeout` (microseconds) ends a request that takes longer, `priority` reaches vLLM's
+priority scheduling where that is on, and sequences have no meaning for a model without state.
+Sources: triton-inference-server/vllm_backend, README and docs; Triton's schedule policy and sequence extensions.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +27,8 @@ import numpy as np
 from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
 
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.errors import InvalidRequest
+from kserve_vllm.errors import DeadlinePassed, InvalidRequest
+from kserve_vllm.gate import may_see
 from kserve_vllm.protocol import tensors
 from kserve_vllm.types import Piece, TextJob
 
@@ -62,7 +66,12 @@ _JSON_OPTIONS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a text request asks to be answered beside the text."""
+    """What a text request asks to be answered beside the text.
+
+    `null_logprobs`: the client did not set `logprobs`, so that there are none to show. `texts` and `ids`: also where
+    the prompts came in the other form, since the output was asked for by name. `details`: those of the generate
+    extension, as JSON.
+    """
 
     stream: bool = False
     repeat_prompt: bool = False
@@ -71,6 +80,10 @@ class Wanted:
     logprobs: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False
+    null_logprobs: bool = False
+    texts: bool = False
+    ids: bool = False
+    details: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,8 @@ class TextRequest:
         chat: whether each text is put through the chat template as a user's message.
         options: sampling parameters.
         wanted: what to answer.
+        adapter: asked for as `lora_name`, or None.
+        timeout_s: after which the request is given up, or None.
     """
 
     prompts: Sequence[str | Sequence[int]]
@@ -94,10 +109,13 @@ class TextRequest:
     chat: bool
     options: dict[str, Any]
     wanted: Wanted
+    adapter: str | None = None
+    timeout_s: float | None = None
 
     def jobs(self, model: str, request_id: str, trace: Mapping[str, str] | None, stream: bool) -> list[TextJob]:
         """One engine job per prompt, each scheduled on its own."""
         jobs = []
+        model = self.adapter or model
         for position, prompt in enumerate(self.prompts):
             job = TextJob(model, f"{request_id}-{position}", prompt, options=self.options, stream=stream,
                           trace_headers=trace)  # fmt: skip
@@ -135,7 +153,9 @@ class V2Text:
                     "stream=true can't be answered by infer; use ModelStreamInfer or generate_stream", field="stream"
                 )
             jobs = text.jobs(request.model_name, request_id, trace, stream=False)
-            outputs = _text_outputs(text, await collect_all(self._engine, jobs))
+            async with _within(text.timeout_s):
+                results = await collect_all(self._engine, jobs)
+            outputs = self._outputs(text, results)
         outputs = tensors.select_outputs(outputs, request.request_outputs)
         return InferResponse(request.id, request.model_name, outputs, model_version=request.model_version or VERSION)
 
@@ -163,10 +183,9 @@ class V2Text:
                 "exclude_input_in_output=false does not go with stream=true", field="exclude_input_in_output"
             )
         (job,) = text.jobs(request.model_name, request_id, trace, stream=True)
-        single = replace(text, shape=(1,))
         async with contextlib.aclosing(self._engine.generate(job)) as pieces:
-            async for piece in pieces:
-                outputs = tensors.select_outputs(_text_outputs(single, [[piece]]), request.request_outputs)
+            async for piece in _until(pieces, text.timeout_s):
+                outputs = tensors.select_outputs(self._outputs(text, [[piece]]), request.request_outputs)
                 response = InferResponse(
                     request.id, request.model_name, outputs, model_version=request.model_version or VERSION
                 )
@@ -174,18 +193,21 @@ class V2Text:
                     response.parameters = {"index": piece.index}
                 yield response, piece.last
 
-    def plain_stream(self, request: InferRequest, request_id: str, trace: Mapping[str, str] | None) -> TextJob | None:
-        """The job of a streamed request for one prompt that is answered with text alone; None for any other.
+    def plain_stream(
+        self, request: InferRequest, request_id: str, trace: Mapping[str, str] | None
+    ) -> tuple[TextJob, tuple[int, ...]] | None:
+        """The job of a streamed request for one prompt that is answered with text alone, and the shape of each answer;
+        None for any other.
 
         Raises:
             InvalidRequest: as for `infer`.
         """
         text = self.parse(request)
         plain = text.wanted == Wanted(stream=True) and not text.as_ids and len(text.prompts) == 1
-        if not plain or text.options.get("n", 1) != 1 or text.options.get("logprobs") is not None:
+        if not plain or text.options.get("n", 1) != 1 or text.options.get("logprobs") is not None or text.timeout_s:
             return None
         (job,) = text.jobs(request.model_name, request_id, trace, stream=True)
-        return job
+        return job, text.shape
 
     def parse(self, request: InferRequest) -> TextRequest:
         """Decode and check the tensors and parameters of a text request.
@@ -204,24 +226,50 @@ class V2Text:
         if "sampling_parameters" in by_name:
             options |= _sampling_tensor(by_name["sampling_parameters"])
         flags = {name: _flag_of(by_name, options, name) for name in _TRITON_FLAGS}
+        asked = {output.name for output in request.request_outputs or ()}
+        details = _flag(options.pop("details", False), "details")
+        timeout_s = _timeout_s(options.pop("timeout", None))
+        if not self._engine.prioritizes:
+            # Triton's clients may set it for any model; it has a meaning where the model has levels of priority.
+            options.pop("priority", None)
+        adapter = self._adapter(options.pop("lora_name", None))
         stream = bool(flags["stream"])
         exclude = flags["exclude_input_in_output"]
         options = _typed_options(options)
         prompts, shape, as_ids, dtype = self._prompts(by_name)
+        given = options.get("logprobs") is not None
         wanted = Wanted(
             stream=stream,
             repeat_prompt=not exclude if exclude is not None else triton and not stream and not as_ids,
-            finish_reason=bool(flags["return_finish_reason"]),
-            cumulative_logprob=bool(flags["return_cumulative_logprob"]),
-            logprobs=bool(flags["return_logprobs"]),
-            num_input_tokens=bool(flags["return_num_input_tokens"]),
-            num_output_tokens=bool(flags["return_num_output_tokens"]),
+            finish_reason=bool(flags["return_finish_reason"]) or "finish_reason" in asked,
+            cumulative_logprob=bool(flags["return_cumulative_logprob"]) or "cumulative_logprob" in asked,
+            logprobs=bool(flags["return_logprobs"]) or "logprobs" in asked,
+            num_input_tokens=bool(flags["return_num_input_tokens"]) or "num_input_tokens" in asked,
+            num_output_tokens=bool(flags["return_num_output_tokens"]) or "num_output_tokens" in asked,
+            texts="text_output" in asked,
+            ids=bool(asked & {"output_ids", "output_lengths"}),
+            details=details,
+            null_logprobs=bool(flags["return_logprobs"]) and not given,
         )
-        if (wanted.logprobs or wanted.cumulative_logprob) and options.get("logprobs") is None:
+        by_name_alone = wanted.logprobs and not flags["return_logprobs"]
+        if (wanted.cumulative_logprob or by_name_alone or details) and not given:
             options["logprobs"] = 0
         if chat and as_ids:
             raise InvalidRequest("apply_chat_template takes text_input, not input_ids", field="apply_chat_template")
-        return TextRequest(prompts, shape, as_ids, dtype, chat, options, wanted)
+        return TextRequest(prompts, shape, as_ids, dtype, chat, options, wanted, adapter, timeout_s)
+
+    def _adapter(self, name: Any) -> str | None:
+        """The adapter of that name, for the caller of the running request.
+
+        Raises:
+            InvalidRequest: there is none.
+        """
+        if name is None:
+            return None
+        info = self._engine.find(name) if isinstance(name, str) else None
+        if info is None or info.parent is None or not may_see(self._engine, info.name):
+            raise InvalidRequest(f"lora_name: no adapter is named {name!r}", field="lora_name")
+        return info.name
 
     def _prompts(
         self, by_name: Mapping[str, InferInput]
@@ -269,6 +317,14 @@ class V2Text:
     async def _pool(self, request: InferRequest, request_id: str) -> list[InferOutput]:
         by_name = _by_name(request)
         options = {k: v for k, v in (request.parameters or {}).items() if k not in _PROTOCOL_PARAMETERS}
+        if not self._engine.prioritizes:
+            options.pop("priority", None)
+        async with _within(_timeout_s(options.pop("timeout", None))):
+            return await self._pooled(request, by_name, options, request_id)
+
+    async def _pooled(
+        self, request: InferRequest, by_name: Mapping[str, InferInput], options: dict[str, Any], request_id: str
+    ) -> list[InferOutput]:
         if set(by_name) == {"query", "documents"}:
             queries = self._texts(by_name["query"])
             documents = self._texts(by_name["documents"])
@@ -285,6 +341,43 @@ class V2Text:
             return [tensors.output("embedding", "FP32", rows, [len(rows), len(rows[0])])]
         rows = await self._engine.classify(request.model_name, texts, options, request_id)
         return [tensors.output("scores", "FP32", rows, [len(rows), len(rows[0])])]
+
+    def _outputs(self, text: TextRequest, results: Sequence[Sequence[Piece]]) -> list[InferOutput]:
+        """Output tensors of the batch's shape, with a last axis for `n` where it is above 1."""
+        flat = [piece for pieces in results for piece in pieces]
+        n = len(results[0])
+        shape = list(text.shape) + ([n] if n > 1 else [])
+        wanted = text.wanted
+        outputs = []
+        if text.as_ids or wanted.ids:
+            width = max(len(piece.token_ids) for piece in flat)
+            ids = np.zeros((len(flat), width), dtype=tensors.DTYPES[text.ids_dtype])
+            for row, piece in zip(ids, flat, strict=True):
+                row[: len(piece.token_ids)] = piece.token_ids
+            outputs.append(tensors.output("output_ids", text.ids_dtype, ids, [*shape, width]))
+            outputs.append(tensors.output("output_lengths", "INT32", [len(p.token_ids) for p in flat], shape))
+        if not text.as_ids or wanted.texts:
+            prompts = [prompt if wanted.repeat_prompt else "" for prompt in text.prompts for _ in range(n)]
+            texts = [f"{prompt}{piece.text}" for prompt, piece in zip(prompts, flat, strict=True)]
+            outputs.append(tensors.output("text_output", "BYTES", texts, shape))
+        if wanted.finish_reason:
+            # Triton's backend writes Python's None where an answer goes on.
+            outputs.append(tensors.output("finish_reason", "BYTES", [str(p.finish_reason) for p in flat], shape))
+        if wanted.cumulative_logprob:
+            values = [p.cumulative_logprob or 0.0 for p in flat]
+            outputs.append(tensors.output("cumulative_logprob", "FP32", values, shape))
+        if wanted.logprobs:
+            found = ["null" if wanted.null_logprobs else json.dumps(p.logprobs) for p in flat]
+            outputs.append(tensors.output("logprobs", "BYTES", found, shape))
+        if wanted.num_input_tokens:
+            outputs.append(tensors.output("num_input_tokens", "UINT32", [p.prompt_tokens for p in flat], shape))
+        if wanted.num_output_tokens:
+            outputs.append(tensors.output("num_output_tokens", "UINT32", [len(p.token_ids) for p in flat], shape))
+        if wanted.details:
+            special = self._engine.special_tokens
+            found = [json.dumps(_details(piece, special, wanted.stream)) for piece in flat]
+            outputs.append(tensors.output("details", "BYTES", found, shape))
+        return outputs
 
     def inputs(self) -> list[dict[str, Any]]:
         """Input tensors for the model's metadata."""
@@ -317,6 +410,80 @@ class V2Text:
         ]
 
 
+def _details(piece: Piece, special: frozenset[int], streamed: bool) -> dict[str, Any]:
+    """What the Open Inference Protocol's generate calls `details`: why the answer ended, and its tokens.
+
+    Of a stream, each event has its last token as `token`; a piece may have more than one, which stand in `logprobs`.
+    """
+    tokens = []
+    for token, position in zip(piece.token_ids, piece.logprobs or (), strict=False):
+        entry = position.get(str(token)) or {}
+        text, logprob = entry.get("decoded_token") or "", entry.get("logprob")
+        tokens.append({"id": int(token), "text": text, "logprob": logprob, "special": token in special})
+    reason = piece.finish_reason
+    if reason == "stop":
+        reason = "eos_token" if piece.stop_reason is None else "stop_sequence"
+    details: dict[str, Any] = {"finish_reason": reason, "logprobs": tokens}
+    if streamed:
+        details["token"] = tokens[-1] if tokens else None
+    return details
+
+
+@contextlib.asynccontextmanager
+async def _within(timeout_s: float | None) -> AsyncIterator[None]:
+    """Give up what is done inside after `timeout_s` seconds.
+
+    Raises:
+        DeadlinePassed: it took longer.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise _deadline_passed(timeout_s) from None
+
+
+def _deadline_passed(timeout_s: float | None) -> DeadlinePassed:
+    return DeadlinePassed(f"the request's timeout of {timeout_s:g} s ran out", field="timeout", reason="timeout")
+
+
+async def _until(pieces: AsyncGenerator[Piece, None], timeout_s: float | None) -> AsyncIterator[Piece]:
+    """The pieces that come within `timeout_s` seconds.
+
+    Raises:
+        DeadlinePassed: the last one did not.
+    """
+    if timeout_s is None:
+        async for piece in pieces:
+            yield piece
+        return
+    until = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        try:
+            async with asyncio.timeout_at(until):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise _deadline_passed(timeout_s) from None
+        yield piece
+
+
+def _timeout_s(value: Any) -> float | None:
+    """Triton's `timeout`, in microseconds; 0 is none.
+
+    Raises:
+        InvalidRequest: it is no number of microseconds.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest("timeout must be a number of microseconds", field="timeout")
+    return value / 1e6 or None
+
+
 async def collect(engine: VLLMEngine, job: TextJob) -> list[Piece]:
     """Run an unstreamed job; one piece per continuation, in order of index."""
     pieces = [piece async for piece in engine.generate(job)]
@@ -337,38 +504,6 @@ async def collect_all(engine: VLLMEngine, jobs: Sequence[TextJob]) -> list[list[
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-def _text_outputs(text: TextRequest, results: Sequence[Sequence[Piece]]) -> list[InferOutput]:
-    """Output tensors of the batch's shape, with a last axis for `n` where it is above 1."""
-    flat = [piece for pieces in results for piece in pieces]
-    n = len(results[0])
-    shape = list(text.shape) + ([n] if n > 1 else [])
-    wanted = text.wanted
-    outputs = []
-    if text.as_ids:
-        width = max(len(piece.token_ids) for piece in flat)
-        ids = np.zeros((len(flat), width), dtype=tensors.DTYPES[text.ids_dtype])
-        for row, piece in zip(ids, flat, strict=True):
-            row[: len(piece.token_ids)] = piece.token_ids
-        outputs.append(tensors.output("output_ids", text.ids_dtype, ids, [*shape, width]))
-        outputs.append(tensors.output("output_lengths", "INT32", [len(p.token_ids) for p in flat], shape))
-    else:
-        prompts = [prompt if wanted.repeat_prompt else "" for prompt in text.prompts for _ in range(n)]
-        texts = [f"{prompt}{piece.text}" for prompt, piece in zip(prompts, flat, strict=True)]
-        outputs.append(tensors.output("text_output", "BYTES", texts, shape))
-    if wanted.finish_reason:
-        outputs.append(tensors.output("finish_reason", "BYTES", [p.finish_reason or "" for p in flat], shape))
-    if wanted.cumulative_logprob:
-        values = [p.cumulative_logprob or 0.0 for p in flat]
-        outputs.append(tensors.output("cumulative_logprob", "FP32", values, shape))
-    if wanted.logprobs:
-        outputs.append(tensors.output("logprobs", "BYTES", [json.dumps(p.logprobs) for p in flat], shape))
-    if wanted.num_input_tokens:
-        outputs.append(tensors.output("num_input_tokens", "UINT32", [p.prompt_tokens for p in flat], shape))
-    if wanted.num_output_tokens:
-        outputs.append(tensors.output("num_output_tokens", "UINT32", [len(p.token_ids) for p in flat], shape))
-    return outputs
 
 
 def _by_name(request: InferRequest) -> dict[str, InferInput]:

@@ -8,10 +8,32 @@ from typing import Any
 
 import orjson
 
-from kserve_vllm.errors import InvalidRequest, MethodNotAllowed, RequestError
+from kserve_vllm.errors import (
+    MODEL_NOT_FOUND,
+    OPENAI_ALIAS,
+    InvalidRequest,
+    MethodNotAllowed,
+    RequestError,
+    anthropic_error,
+    is_anthropic_path,
+)
+
+__all__ = [
+    "OPENAI_ALIAS",
+    "REQUEST_ID",
+    "WRITTEN_PATH",
+    "check_single",
+    "error_body",
+    "error_headers",
+    "is_anthropic_path",
+    "is_form",
+    "is_kserve_path",
+    "whole_number",
+]
 
 KSERVE_PREFIXES = ("/v2", "/v1/models/")
-OPENAI_ALIAS = "/openai"
+WRITTEN_PATH = "kserve_vllm.path"
+"""Key of an ASGI scope: the path as the client wrote it, where the scope's own has lost a prefix."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a caller may name its request: that, and nothing beside it, can stand in a log and a header."""
 
@@ -67,22 +89,26 @@ def is_kserve_path(path: str) -> bool:
     return path.startswith("/v1/models")
 
 
-def error_body(path: str, error: RequestError) -> bytes:
-    """The JSON body of an error, in the shape of the protocol that `path` belongs to."""
+def error_body(path: str, error: RequestError, request_id: str | None = None) -> bytes:
+    """The JSON body of an error, in the shape of the protocol that `path` belongs to.
+
+    Args:
+        path: as the client wrote it: below `/openai`, errors have OpenAI's shape also where V1 has the same path.
+        error: what to answer.
+        request_id: shown to Anthropic's clients, whose envelope has a field for it.
+    """
     tree: dict[str, Any]
     if is_kserve_path(path):
         tree = {"error": error.message}
-    elif path.startswith("/v1/messages"):
-        tree = {"type": "error", "error": {"type": _anthropic_type(error), "message": error.message}}
+    elif is_anthropic_path(path):
+        tree = anthropic_error(error.http_status, error.message)
+        if request_id is not None:
+            tree["request_id"] = request_id
     else:
-        tree = {
-            "error": {
-                "message": error.message,
-                "type": error.openai_type,
-                "param": error.field,
-                "code": error.http_status,
-            }
-        }
+        code = error.openai_code
+        if code is None and error.http_status == 404 and error.field in ("model", "model_name"):
+            code = MODEL_NOT_FOUND
+        tree = {"error": {"message": error.message, "type": error.openai_type, "param": error.field, "code": code}}
     return orjson.dumps(tree)
 
 
@@ -97,19 +123,8 @@ def error_headers(error: RequestError, request_id: str) -> list[tuple[bytes, byt
         headers.append((b"connection", b"close"))
     if isinstance(error, MethodNotAllowed) and error.allow:
         headers.append((b"allow", ", ".join(error.allow).encode()))
+    if error.http_status == 415:
+        headers.append((b"accept-encoding", b"gzip, deflate"))
     if error.http_status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers
-
-
-def _anthropic_type(error: RequestError) -> str:
-    return {
-        400: "invalid_request_error",
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        408: "timeout_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        503: "overloaded_error",
-    }.get(error.http_status, "api_error")

@@ -119,11 +119,15 @@ def configuration(chosen: str, level: str, access_log: bool = False) -> dict[str
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"kserve_vllm": {"()": "kserve_vllm.telemetry.logs.formatter", "chosen": chosen}},
-        "filters": {"no_probes": {"()": "kserve_vllm.telemetry.logs.NoProbes"}},
+        "filters": {
+            "no_probes": {"()": "kserve_vllm.telemetry.logs.NoProbes"},
+            "client_faults": {"()": "kserve_vllm.engine.faults.ClientFaults"},
+        },
         "handlers": {
             "kserve_vllm": {
                 "class": "logging.StreamHandler",
                 "formatter": "kserve_vllm",
+                "filters": ["client_faults"],
                 "stream": "ext://sys.stderr",
             }
         },

@@ -1,0 +1,212 @@
+"""Bodies as clients send them become bodies that vLLM's routes take, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from kserve_vllm.engine.faults import ClientFaults, is_client_fault
+from kserve_vllm.engine.mending import Mender, Route, mender_of, with_null_usage
+from kserve_vllm.engine.messages import mend_messages
+from kserve_vllm.errors import InvalidRequest, NotFound, Unavailable
+
+CHAT = Route(
+    frozenset(
+        {"model", "messages", "n", "top_p", "max_tokens", "max_completion_tokens", "structured_outputs", "tools"}
+    ),
+    frozenset({"n"}),
+)
+COMPLETION = Route(
+    frozenset({"model", "prompt", "n", "top_p", "max_tokens", "suffix", "structured_outputs"}), frozenset()
+)
+PLAIN = Route(frozenset({"model", "input"}), frozenset())
+ROUTES = {"/chat": CHAT, "/completion": COMPLETION, "/plain": PLAIN}
+
+
+def mender(knows_developer: bool = False) -> Mender:
+    return Mender(ROUTES, "xgrammar", knows_developer)
+
+
+MENDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("/chat", {"n": None, "tools": None}, {"tools": None}),
+    ("/chat", {"top_p": 0}, {"top_p": 1e-6}),
+    ("/chat", {"top_p": 0.0}, {"top_p": 1e-6}),
+    ("/completion", {"max_completion_tokens": 3}, {"max_tokens": 3}),
+    ("/completion", {"max_completion_tokens": 3, "max_tokens": None}, {"max_tokens": 3}),
+    ("/completion", {"max_completion_tokens": 3, "max_tokens": 4}, {"max_tokens": 4}),
+    ("/completion", {"suffix": "", "best_of": 2, "n": 2}, {"n": 2}),
+    ("/completion", {"guided_regex": "a"}, {"structured_outputs": {"regex": "a"}}),
+    ("/completion", {"guided_choice": ["a"], "structured_outputs": {"choice": None}},
+     {"structured_outputs": {"choice": ["a"]}}),
+    ("/completion", {"guided_json": {"a": 1}, "guided_decoding_backend": "xgrammar:no-fallback"},
+     {"structured_outputs": {"json": {"a": 1}}}),
+    ("/chat", {"functions": [], "function_call": "auto", "audio": None, "modalities": ["text"]}, {}),
+    ("/chat", {"messages": [{"role": "developer", "content": "a", "name": None}]},
+     {"messages": [{"role": "system", "content": "a"}]}),
+    ("/plain", {"input": [{"role": "developer", "content": None}]}, {"input": [{"role": "system", "content": None}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "mended"), MENDED)
+def test_a_body_is_mended_once(path: str, body: dict[str, Any], mended: dict[str, Any]) -> None:
+    tree = copy.deepcopy(body)
+    assert mender().mend(path, tree)
+    assert tree == mended
+    assert not mender().mend(path, tree)
+    assert tree == mended
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/chat", {"messages": [{"role": "user", "content": None}], "top_p": 0.5, "n": 1, "unknown": 1}),
+        ("/chat", {"top_p": False}),
+        ("/chat", {"messages": "text", "max_completion_tokens": 3}),
+        ("/elsewhere", {"guided_json": {}, "top_p": 0}),
+        ("/plain", {"input": "text", "top_p": 0}),
+    ],
+)
+def test_other_bodies_are_left_alone(path: str, body: dict[str, Any]) -> None:
+    tree = copy.deepcopy(body)
+    assert not mender().mend(path, tree)
+    assert tree == body
+
+
+def test_a_template_that_knows_developers_gets_them() -> None:
+    tree = {"messages": [{"role": "developer", "content": "a"}]}
+    assert not mender(knows_developer=True).mend("/chat", tree)
+    assert tree["messages"][0]["role"] == "developer"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/completion", {"best_of": 3}, "best_of"),
+        ("/completion", {"guided_json": {}, "structured_outputs": {"json": {}}}, "guided_json"),
+        ("/completion", {"guided_json": {}, "structured_outputs": 3}, "structured_outputs"),
+        ("/completion", {"guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
+        ("/plain", {"guided_regex": "a"}, "guided_regex"),
+        ("/chat", {"functions": [1]}, "functions"),
+        ("/chat", {"modalities": ["audio"]}, "modalities"),
+        ("/chat", {"web_search_options": {"a": 1}}, "web_search_options"),
+    ],
+)
+def test_what_is_not_done_is_refused(path: str, body: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        mender().mend(path, body)
+    assert refused.value.field == field
+    assert field in refused.value.message
+
+
+class One(BaseModel):
+    prompt: str
+    n: int = 1
+    heat: float | None = None
+
+
+class Other(BaseModel):
+    messages: list[str]
+    whole: bool = False
+    anything: Any = None
+
+
+def test_what_a_route_takes_is_read_from_its_model() -> None:
+    app = FastAPI()
+
+    @app.post("/both")
+    async def both(body: One | Other) -> None: ...
+
+    @app.get("/none")
+    async def none() -> None: ...
+
+    found = mender_of(app, "auto", None)
+    assert found.covers("/both")
+    assert not found.covers("/none")
+    tree = {"n": None, "heat": None, "whole": None, "anything": None, "prompt": None}
+    assert found.mend("/both", tree)
+    assert tree == {"heat": None, "anything": None, "prompt": None}
+
+
+@pytest.mark.parametrize(
+    ("frame", "mended"),
+    [
+        (b'data: {"choices":[{"text":"\\"usage\\":"}]}', b'data: {"choices":[{"text":"\\"usage\\":"}],"usage":null}'),
+        (b'data: {"choices":[],"usage":{"a":1}}', b'data: {"choices":[],"usage":{"a":1}}'),
+        (b"data: [DONE]", b"data: [DONE]"),
+        (b'data: {"error":{"message":"a"}}', b'data: {"error":{"message":"a"}}'),
+        (b"", b""),
+    ],
+)  # fmt: skip
+def test_chunks_without_usage_get_null(frame: bytes, mended: bytes) -> None:
+    assert with_null_usage(frame) == mended
+    assert with_null_usage(frame + b"\n\n") == mended + b"\n\n"
+
+
+class VLLMError(Exception):
+    """Named as vLLM's."""
+
+
+class VLLMClientError(VLLMError):
+    """Named as vLLM's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [(VLLMClientError("a"), True), (VLLMError("a"), False), (InvalidRequest("a"), True), (NotFound("a"), True),
+     (Unavailable("a"), False), (ValueError("a"), True), (RuntimeError("a"), False), (None, False)],
+)  # fmt: skip
+def test_whose_fault_an_exception_is(error: BaseException | None, fault: bool) -> None:
+    assert is_client_fault(error, taken_up=False) is fault
+
+
+def test_a_clients_fault_is_written_at_level_info() -> None:
+    def filtered(name: str, text: str, error: BaseException | None, level: int = logging.ERROR) -> logging.LogRecord:
+        exc_info = (type(error), error, None) if error is not None else None
+        record = logging.LogRecord(name, level, "", 1, text, (), exc_info)
+        assert ClientFaults().filter(record)
+        return record
+
+    faults = filtered("vllm.entrypoints.anthropic.api_router", "Error in create_messages: a", VLLMClientError("a"))
+    assert (faults.levelname, faults.exc_info) == ("INFO", None)
+    assert "Error in create_messages" in faults.getMessage()
+    spoken = filtered("vllm.entrypoints.openai.serving", "Error with model nobody", None)
+    assert spoken.levelno == logging.INFO
+    for record in (
+        filtered("vllm.entrypoints.anthropic.api_router", "Error", RuntimeError("a")),
+        filtered("kserve_vllm.bootstrap", "Error", VLLMClientError("a")),
+        filtered("vllm.v1.engine.core", "EngineCore encountered a fatal error.", None),
+    ):
+        assert record.levelno == logging.ERROR
+
+
+def test_an_error_within_anthropics_stream_is_an_event_of_its_own() -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield 'data: {"id": "a"}\n\n'
+        yield 'data: {"error": {"message": "no text", "type": "InternalServerError", "param": null, "code": null}}\n\n'
+        yield "data: [DONE]\n\n"
+
+    async def converted(source: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        async for chunk in source:
+            yield chunk.upper()
+
+    handler = SimpleNamespace(messages_full_converter=None, message_stream_converter=converted)
+    app = SimpleNamespace(state=SimpleNamespace(anthropic_serving_messages=handler))
+    mend_messages(app)  # type: ignore[arg-type]
+
+    async def read() -> list[str]:
+        return [event async for event in handler.message_stream_converter(chunks())]  # type: ignore[misc]
+
+    first, last = asyncio.run(read())
+    assert first == 'DATA: {"ID": "A"}\n\n'
+    assert last.startswith("event: error\ndata: ")
+    error = json.loads(last.partition("data: ")[2])
+    assert error == {"type": "error", "error": {"type": "api_error", "message": "no text"}}

@@ -1,0 +1,88 @@
+"""What pydantic finds becomes one sentence that names the field as the client wrote it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from kserve_vllm.engine.sentences import sentence_of_validation
+
+
+class Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Image(BaseModel):
+    type: Literal["image"]
+    url: str
+    width: int
+
+
+class Body(BaseModel):
+    prompt: str | list[int] | list[list[int]]
+    n: int = Field(1, ge=1, le=8)
+    heat: float | None = None
+    kind: Literal["a", "b"] = "a"
+    parts: list[Text | Image] = []
+    tagged: Annotated[Text | Image, Field(discriminator="type")] | None = None
+    bias: dict[str, float] | None = None
+    few: list[str] = Field([], max_length=2)
+    stream: bool = False
+
+    @field_validator("heat")
+    @classmethod
+    def check(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:
+            raise ValueError("heat can't be below 0\nand more")
+        return value
+
+
+CASES: list[tuple[Any, str, str | None]] = [
+    ({}, "prompt is missing", "prompt"),
+    ({"prompt": 1}, "prompt must be a string or a list", "prompt"),
+    ({"prompt": ["a"]}, "prompt[0] must be an integer or a list", "prompt[0]"),
+    ({"prompt": [[1, "a"]]}, "prompt[0][1] must be an integer", "prompt[0][1]"),
+    ({"prompt": "a", "n": "two"}, "n must be an integer", "n"),
+    ({"prompt": "a", "n": 2.5}, "n must be an integer", "n"),
+    ({"prompt": "a", "n": 0}, "n must be at least 1", "n"),
+    ({"prompt": "a", "n": 9}, "n must be at most 8", "n"),
+    ({"prompt": "a", "heat": "hot"}, "heat must be a number", "heat"),
+    ({"prompt": "a", "heat": -1}, "heat can't be below 0", "heat"),
+    ({"prompt": "a", "kind": "c"}, 'kind must be "a" or "b"', "kind"),
+    ({"prompt": "a", "parts": [{"type": "text"}]}, "parts[0].text is missing", "parts[0].text"),
+    ({"prompt": "a", "parts": [{"type": "image", "url": "u"}]}, "parts[0].width is missing", "parts[0].width"),
+    ({"prompt": "a", "tagged": {"type": "x"}}, 'tagged must be "text", "image"', "tagged"),
+    ({"prompt": "a", "tagged": {}}, "tagged.type is missing", "tagged.type"),
+    ({"prompt": "a", "bias": {"7": "x"}}, "bias.7 must be a number", "bias.7"),
+    ({"prompt": "a", "bias": []}, "bias must be an object", "bias"),
+    ({"prompt": "a", "few": ["a"] * 3}, "few has more than 2 elements", "few"),
+    ({"prompt": "a", "stream": "maybe"}, "stream must be true or false", "stream"),
+    ([], "the body must be a JSON object", "the body"),
+    ("text", "the body must be a JSON object", "the body"),
+]
+
+
+@pytest.mark.parametrize(("body", "sentence", "field"), CASES, ids=[str(body)[:50] for body, _, _ in CASES])
+def test_a_fault_is_one_sentence(body: Any, sentence: str, field: str | None) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Body.model_validate(body)
+    assert sentence_of_validation(refused.value.errors(), body) == (sentence, field)
+
+
+def test_places_as_fastapi_writes_them_begin_with_body() -> None:
+    found = [{"type": "missing", "loc": ("body", "prompt"), "msg": "Field required", "input": {}}]
+    assert sentence_of_validation(found, {}) == ("prompt is missing", "prompt")
+    broken = [{"type": "json_invalid", "loc": ("body", 1), "msg": "JSON decode error", "ctx": {"error": "Expecting"}}]
+    assert sentence_of_validation(broken, "{x") == ("the body is not valid JSON: Expecting", None)
+    assert sentence_of_validation(["Only JSON is taken"], None) == ("Only JSON is taken", None)
+    assert sentence_of_validation([], None)[1] is None
+
+
+def test_a_long_value_is_not_echoed() -> None:
+    body = {"prompt": "a", "kind": "c" * 100_000}
+    with pytest.raises(ValidationError) as refused:
+        Body.model_validate(body)
+    assert len(sentence_of_validation(refused.value.errors(), body)[0]) < 400
