@@ -66,7 +66,7 @@ def check_gpu() -> None:
     Raises:
         RuntimeError: it can't be compiled.
     """
-    import triton
+    import triton  # type: ignore[import-not-found]
 
     compiler = next(
         (found for each in (os.environ.get("CC", ""), *_C_COMPILERS) if (found := shutil.which(each))), None
