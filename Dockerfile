@@ -40,6 +40,8 @@ ENV PATH=/opt/kserve-vllm/bin:$PATH \
     PYTHONUNBUFFERED=1
 WORKDIR /tmp
 USER 1000:0
+# What is compiled at run time: a base without its compiler or headers fails here, and not in a pod.
+RUN python -m kserve_vllm.engine.compilers cpu && rm -rf /tmp/* /tmp/.cache /tmp/.config
 EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["kserve-vllm", "health", "--ready"]
@@ -70,6 +72,8 @@ ENV PATH=/opt/kserve-vllm/bin:$PATH \
     PYTHONUNBUFFERED=1
 WORKDIR /tmp
 USER 1000:0
+# What is compiled at run time: a base without its compiler or headers fails here, and not in a pod.
+RUN python -m kserve_vllm.engine.compilers gpu && rm -rf /tmp/* /tmp/.cache /tmp/.config
 EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["kserve-vllm", "health", "--ready"]

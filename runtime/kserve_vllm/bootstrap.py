@@ -41,7 +41,11 @@ _PROGRESS_EVERY_S = 10.0
 _CLOSE_GRACE_S = 2.0
 _USAGE_GRACE_S = 10.0
 _TELL_EVERY_S = 1.0
-_OF_SEVERAL_NODES = frozenset({"nnodes", "data-parallel-size-local", "data-parallel-address", "data-parallel-rank"})
+_OF_SEVERAL_NODES = frozenset(
+    "nnodes n data-parallel-size-local dpl data-parallel-address dpa data-parallel-rank dpn data-parallel-start-rank "
+    "dpr data-parallel-hybrid-lb dph data-parallel-external-lb dpe kv-transfer-config".split()
+)
+"""Engine flags with which a start may have to wait for other machines."""
 _GIVE_UP_WITHIN_S = 10.0
 """How long a start that has failed may take to close what it has opened."""
 

@@ -1,6 +1,6 @@
 """Say what a version of vLLM changes for this project, from a wheel, of which nothing is imported.
 
-Usage: vllm_check.py [--accept] WHEEL      a wheel's file
+Usage: vllm_check.py [--accept] WHEEL        a wheel's file, of vLLM or of a library that is in the table
        vllm_check.py [--accept] --installed  what is installed here, with uvicorn, h2, hpack, kserve, prometheus-client
 
 Shown are: imports of ours that are gone; touchpoints (kserve_vllm/engine/compat.py) that have changed, with what
@@ -82,12 +82,14 @@ def main() -> int:
                    for file in sorted((place / "entrypoints").rglob("*.py"))]  # fmt: skip
     else:
         wheel = Wheel(args.wheel)
-        inspector, packages = Inspector(wheel), {"vllm"}
-        version = args.wheel.name.split("-")[1].partition("+")[0]
+        name, version = args.wheel.name.split("-")[:2]
+        version = version.partition("+")[0]
+        inspector, packages = Inspector(wheel), {name.removesuffix("_cpu")}
         modules = wheel.modules("vllm.entrypoints")
     known = json.loads(compat.FINGERPRINTS.read_text()) if compat.FINGERPRINTS.exists() else {}
     rows = [row for row in compat.TABLE if row.package in packages]
-    print(f"vLLM {version}: {len(rows)} touchpoints, written for {' and '.join(compat.KNOWN_VERSIONS)}")
+    subject = "vLLM" if "vllm" in packages else next(iter(packages))
+    print(f"{subject} {version}: {len(rows)} touchpoints, written for vLLM {' and '.join(compat.KNOWN_VERSIONS)}")
     todo = 0
 
     def section(title: str, lines: list[str]) -> None:
@@ -97,28 +99,31 @@ def main() -> int:
         for line in lines:
             print(f"  {line}")
 
-    section("imports that are gone", missing_imports(inspector))
+    if "vllm" in packages:
+        section("imports that are gone", missing_imports(inspector))
     changed = []
     for row in rows:
         now = compat.fingerprint(inspector, row)
         if now is None or now not in known.get(row.key, {}):
             changed.append(_explain(row, now, known.get(row.key, {})))
         if now is not None:
-            label = version if row.package == "vllm" else compat.installed_version(row.package)
+            label = compat.installed_version(row.package) if args.installed else version
             versions = known.setdefault(row.key, {}).setdefault(now, [])
             if label not in versions:
                 versions.append(label)
     section("touchpoints that differ", changed)
-    section("routes that nobody has classified (for administrators until then)", new_routes(inspector, modules))
+    if "vllm" in packages:
+        section("routes that nobody has classified (for administrators until then)", new_routes(inspector, modules))
     unknown = []
-    for kind, names in request_fields(inspector).items():
+    for kind, names in request_fields(inspector).items() if "vllm" in packages else ():
         before = set(known.get(_FIELDS + kind, {}))
         unknown += [f"{kind}: {name}" for name in sorted(names - before)]
         entry = known.setdefault(_FIELDS + kind, {})
         for name in names:
             if version not in entry.setdefault(name, []):
                 entry[name].append(version)
-    section("fields of requests that nobody has classified (the fast path leaves them to vLLM)", unknown)
+    if "vllm" in packages:
+        section("fields of requests that nobody has classified (the fast path leaves them to vLLM)", unknown)
     if args.accept:
         keys = {row.key for row in compat.TABLE} | {_FIELDS + kind for kind in _REQUESTS.values()}
         kept = {

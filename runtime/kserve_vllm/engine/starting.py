@@ -70,7 +70,8 @@ class Movement:
                     times.user + times.system,
                     _bytes(Path(f"/proc/{process.pid}/io")),
                 )
-        for thread in Path("/proc/self/task").iterdir():
+        tasks = Path("/proc/self/task")
+        for thread in tasks.iterdir() if tasks.is_dir() else ():
             if int(thread.name) not in (os.getpid(), threading.get_native_id()):
                 used[int(thread.name), 0.0] = _seconds(thread / "stat"), _bytes(thread / "io")
         return used

@@ -14,7 +14,6 @@ import contextlib
 import difflib
 import logging
 import os
-import shutil
 import signal
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import orjson
 import psutil
 
-from kserve_vllm.engine import cpu_binding, demo, guards
+from kserve_vllm.engine import compilers, cpu_binding, demo, guards
 from kserve_vllm.engine.accounts import Accounts
 from kserve_vllm.engine.adapters import Adapter, Adapters
 from kserve_vllm.engine.compat import Shortcuts
@@ -244,12 +243,11 @@ def _compact_json(config: VllmConfig) -> None:
 
 
 def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
-    """torch.compile writes C++ on a CPU; without a compiler, serve eagerly instead of failing."""
+    """torch.compile writes C++ on a CPU; without a compiler or headers, serve eagerly instead of failing."""
     from vllm.platforms import current_platform
 
-    compilers = ("g++", "c++", "clang++", os.environ.get("CXX", "g++"))
-    if current_platform.is_cpu() and not args.enforce_eager and not any(map(shutil.which, compilers)):
-        log.warning("no C++ compiler is installed: serving with --enforce-eager, which is slower")
+    if current_platform.is_cpu() and not args.enforce_eager and (lacking := compilers.missing_for_cpu()) is not None:
+        log.warning("%s: serving with --enforce-eager, which is slower", lacking)
         args.enforce_eager = True
 
 
