@@ -18,9 +18,8 @@ _ARGUMENTS = [
     *("--max-model-len", "1024"),
     "--allow-model-control",
     *("--max-body-mib", "4"),
+    *("--allowed-origins", '["https://chat.example"]'),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    # A model this small would fill its JSON with blanks.
-    *("--structured-outputs-config.backend=xgrammar", "--structured-outputs-config.disable_any_whitespace=true"),
 ]
 
 

@@ -43,7 +43,7 @@ ASKED = [
 @pytest.mark.parametrize(("method", "path", "body"), ASKED, ids=[f"{m} {p}" for m, p, _ in ASKED])
 def test_a_browser_may_read_every_answer(server: Server, method: str, path: str, body: Any) -> None:
     answer = httpx.request(method, server.url + path, json=body, headers=ORIGIN, timeout=60)
-    assert answer.headers.get_list("access-control-allow-origin") == ["*"]
+    assert answer.headers.get_list("access-control-allow-origin") == [ORIGIN["origin"]]
     assert "x-request-id" in answer.headers["access-control-expose-headers"]
     plain = httpx.request(method, server.url + path, json=body, timeout=60)
     assert "access-control-allow-origin" not in plain.headers
@@ -51,9 +51,14 @@ def test_a_browser_may_read_every_answer(server: Server, method: str, path: str,
     asked = {"access-control-request-method": method, "access-control-request-headers": "authorization,content-type"}
     preflight = httpx.options(server.url + path, headers={**ORIGIN, **asked})
     assert preflight.status_code == 200
-    assert preflight.headers["access-control-allow-origin"] == "*"
+    assert preflight.headers["access-control-allow-origin"] == ORIGIN["origin"]
     assert method in preflight.headers["access-control-allow-methods"]
     assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+    other = {"origin": "https://elsewhere.example"}
+    assert (
+        "access-control-allow-origin" not in httpx.request(method, server.url + path, json=body, headers=other).headers
+    )
+    assert httpx.options(server.url + path, headers={**other, **asked}).status_code == 400
 
 
 COMPRESSED = [each for each in ASKED if each[0] == "POST" and each[1] != "/v2/models/nobody/infer"]

@@ -87,6 +87,14 @@ def test_a_template_that_knows_developers_gets_them() -> None:
     assert tree["messages"][0]["role"] == "developer"
 
 
+def test_a_server_that_chooses_the_backend_takes_those_it_has() -> None:
+    chooses = Mender(ROUTES, "auto", knows_developer=False)
+    for name in ("auto", "xgrammar", "guidance:disable-any-whitespace"):
+        assert chooses.mend("/completion", {"guided_decoding_backend": name})
+    with pytest.raises(InvalidRequest):
+        chooses.mend("/completion", {"guided_decoding_backend": "outlines"})
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [

@@ -132,7 +132,9 @@ class Mender:
         if value is None:
             return
         if name == _BACKEND:
-            if str(value).split(":")[0] not in ("auto", self._backend):
+            # Where the server chooses by request, it is between these two.
+            own = ("xgrammar", "guidance") if self._backend == "auto" else (self._backend,)
+            if str(value).split(":")[0] not in ("auto", *own):
                 sentence = f"{name}: the server decides on it (--structured-outputs-config): {self._backend}"
                 raise InvalidRequest(sentence, field=name)
             return

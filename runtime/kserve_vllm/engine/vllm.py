@@ -596,6 +596,11 @@ class VLLMEngine:
         return bool(self._args.scheduling_policy == "priority")
 
     @property
+    def shows_logprobs(self) -> bool:
+        """Whether answers may have log probabilities."""
+        return True
+
+    @property
     def special_tokens(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens, which stand for no text."""
         if self._special_tokens is None:

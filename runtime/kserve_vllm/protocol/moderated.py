@@ -97,6 +97,9 @@ class Hooks(Protocol):
     def looks_at(self, where: Any, tenant: str) -> bool:
         """Whether any hook looks at prompts, or answers, of a tenant."""
 
+    def reads(self, where: Any) -> bool:
+        """Whether any hook looks at prompts, or answers, of anyone."""
+
     async def prompt(self, texts: list[str], tenant: str) -> list[str]:
         """The texts as the model may see them; the same list where nothing was changed."""
 
@@ -279,6 +282,11 @@ class ModeratedEngine:
     def classifies(self) -> bool:
         """Whether the model gives class probabilities, or scores of text pairs."""
         return bool(self._engine.classifies)
+
+    @property
+    def shows_logprobs(self) -> bool:
+        """Whether answers may have log probabilities, which spell them out."""
+        return not self._moderation.reads("answer")
 
     async def generate(self, job: TextJob) -> AsyncGenerator[Any, None]:
         """Continue one prompt; as the engine's."""

@@ -252,7 +252,8 @@ class V2Text:
             null_logprobs=bool(flags["return_logprobs"]) and not given,
         )
         by_name_alone = wanted.logprobs and not flags["return_logprobs"]
-        if (wanted.cumulative_logprob or by_name_alone or details) and not given:
+        shown = details and self._engine.shows_logprobs
+        if (wanted.cumulative_logprob or by_name_alone or shown) and not given:
             options["logprobs"] = 0
         if chat and as_ids:
             raise InvalidRequest("apply_chat_template takes text_input, not input_ids", field="apply_chat_template")

@@ -191,8 +191,8 @@ class Requests:
                 return "unavailable", _STATES.get(self._lifecycle.state, "queue_full")
             return ("client_error" if status < 500 else "server_error"), None
         if ticket.failed:
-            # A stream that began with 200 and whose engine then failed.
-            return "server_error", None
+            # A stream that began with 200 and whose engine then failed, or whose grammar no text could satisfy.
+            return ("client_error" if ticket.stuck else "server_error"), None
         if ticket.cut_off:
             # The engine was stopped by us, not by the client.
             return "refused", "moderation"
