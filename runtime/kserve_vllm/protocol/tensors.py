@@ -247,7 +247,9 @@ def decode_texts(tensor: InferInput) -> list[str]:
 def _check_count(count: int, datatype: str, name: str) -> None:
     most = MAX_TEXTS if datatype == "BYTES" else MAX_ELEMENTS
     if count > most:
-        raise InvalidRequest(f"input {name!r} has {count} elements; at most {most} of {datatype} are read", field=name)
+        raise InvalidRequest(
+            f"input {name!r} has {count} elements by its shape; at most {most} of {datatype} are read", field=name
+        )
 
 
 def _decode_raw(raw: bytes, datatype: str, name: str, count: int) -> np.ndarray[Any, np.dtype[Any]]:
