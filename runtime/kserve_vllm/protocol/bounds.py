@@ -24,7 +24,7 @@ from kserve_vllm.errors import InvalidRequest
 
 MAX_STRINGS = 50_000
 """Strings of one body, names of fields included."""
-MAX_CONTAINERS = 20_000
+MAX_CONTAINERS = 10_000
 """Objects and lists of one body."""
 MAX_VALUES = 1_000_000
 """Values of one body."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from kserve_vllm.engine.items import check_items
 from kserve_vllm.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
 from kserve_vllm.gate import Gate, Kind
 from kserve_vllm.lifecycle import Lifecycle
@@ -286,12 +287,13 @@ class Edge:
 class _Arrival:
     """One request on its way in: its body as it came, then as the model may see it."""
 
-    __slots__ = ("_body", "_edge", "_headers", "_held", "_receive", "_scope", "_ticket", "_to_vllm")
+    __slots__ = ("_body", "_edge", "_endpoint", "_headers", "_held", "_receive", "_scope", "_ticket", "_to_vllm")
 
     def __init__(
         self, edge: Edge, scope: Scope, headers: dict[bytes, bytes], receive: Receive, ticket: Ticket, to_vllm: bool
     ) -> None:
         self._edge = edge
+        self._endpoint = ticket.endpoint
         self._headers = headers
         self._receive = receive
         self._scope = scope
@@ -317,6 +319,7 @@ class _Arrival:
         await bounds.check_values(body if self._to_vllm or json_length is None else memoryview(body)[:json_length])
         if self._to_vllm:
             await bounds.check_unicode(body)
+            await check_items(self._endpoint, body)
 
     def _hold(self, size: int) -> None:
         self._edge.bodies.take(self._ticket, size)
