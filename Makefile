@@ -10,6 +10,7 @@ BIN := .venv/bin
 help:
 	@echo "make serve [MODEL=hub-id-or-folder] [ARGS='flags']   serve the demo model, or MODEL"
 	@echo "make test [TESTS='paths and pytest flags']           all checks and tests, against the real engine"
+	@echo "make fuzz MINUTES=10                                 try made-up input against all parsers"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
 	@echo "make lock                                            resolve the lock files again"
@@ -42,6 +43,10 @@ check: setup-dev
 .PHONY: test
 test: check
 	$(BIN)/python -m pytest $(or $(TESTS),-n 2)
+
+.PHONY: fuzz
+fuzz: setup-dev
+	$(BIN)/python -m tests.robustness.fuzz --minutes $(or $(MINUTES),10)
 
 .PHONY: bench
 bench: setup-dev
