@@ -325,7 +325,7 @@ class _Loud(logging.Handler):
         self.found: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "without end" not in record.getMessage():
+        if "its connection is closed" not in record.getMessage():
             self.found.append(self.format(record))
 
 
