@@ -148,6 +148,15 @@ def _rest(draw: st.DrawFn) -> tuple[bytes, str | None]:
             "inputs": [_tensor(draw) for _ in range(draw(st.integers(0, 3)))],
             "parameters": draw(st.dictionaries(st.sampled_from(_OPTIONS), _JUNK, max_size=4)),
         }
+    if draw(st.integers(0, 3)) == 0:
+        # Nearly right, so that what comes after the tensors is read too.
+        good = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["x"]}
+        words = st.sampled_from(["9" * 5000, '{"seed": ' + "9" * 5000 + "}", "[" * 5000, "{}", '"\\ud800"', "{", ""])
+        options = {**good, "name": "sampling_parameters", "data": [draw(st.one_of(words, st.text(max_size=9)))]}
+        tree = {
+            "inputs": [good, options] if draw(st.booleans()) else [good],
+            "parameters": draw(st.dictionaries(st.sampled_from(_OPTIONS), st.one_of(_JUNK, words), max_size=3)),
+        }
     head = json.dumps(tree).encode()
     tail = draw(st.one_of(st.just(b""), st.binary(max_size=60)))
     length = draw(st.sampled_from([None, str(len(head)), str(len(head) + 1), "-1", "0", "9" * 5000]))
