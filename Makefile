@@ -13,6 +13,7 @@ help:
 	@echo "make test [TESTS='paths and pytest flags']           all checks and tests, against the real engine"
 	@echo "make e2e [ARGS='--keep']                             the suite against the current kubeconfig's cluster; E2E_IMAGE, E2E_GATEWAY"
 	@echo "make e2e-kind [ARGS='-k standard']                   the same on a cluster in Docker, which it makes"
+	@echo "make fuzz MINUTES=10                                 try made-up input against all parsers"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
 	@echo "make vllm-check VERSION=0.33.0                        what another version of vLLM changes here; --installed without VERSION"
@@ -55,6 +56,9 @@ e2e: setup-dev
 e2e-kind: setup-dev
 	tests/e2e/kind.sh up
 	tests/e2e/kind.sh test $(ARGS)
+.PHONY: fuzz
+fuzz: setup-dev
+	$(BIN)/python -m tests.robustness.fuzz --minutes $(or $(MINUTES),10)
 
 .PHONY: bench
 bench: setup-dev

@@ -270,6 +270,18 @@ def test_the_oldest_stranger_goes_when_there_are_too_many_connections(
         each.sock.close()
 
 
+def test_who_comes_where_all_have_shown_a_key_is_sent_away(own: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "MAX_CONNECTIONS", 1)
+    known = Raw(own.port)
+    known.status(known.ask("", framed(b""), **with_key("alpha")))
+    late = Raw(own.port)
+    assert any(isinstance(e, ConnectionTerminated) for e in late.events(lambda e: isinstance(e, ConnectionTerminated)))
+    trailers = known.status(known.ask("", framed(b""), **with_key("alpha")))
+    assert trailers["grpc-status"] == str(Code.INVALID_ARGUMENT.value[0])
+    for each in (known, late):
+        each.sock.close()
+
+
 # Between callers
 
 

@@ -1,0 +1,52 @@
+"""The table of bounds in the threat model says what the code does."""
+
+from __future__ import annotations
+
+import pytest
+
+from kserve_vllm.hosting import grpc_calls, http2
+from kserve_vllm.protocol import grpc as servicer
+from kserve_vllm.protocol import moderated, protobuf, tensors
+from kserve_vllm.settings import ServerSettings
+from tests.support import ROOT
+
+TABLE = dict(
+    (cell.strip() for cell in line.split("|")[1:3])
+    for line in (ROOT / "docs/operations/threat-model.md").read_text().split("## Bounds")[1].splitlines()
+    if line.startswith("| ") and not line.startswith("|---")
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "numbers"),
+    [
+        ("gRPC: open connections", [http2.MAX_CONNECTIONS]),
+        ("gRPC: calls at once on one connection", [http2._MAX_STREAMS]),
+        ("gRPC: calls that need no key, on one connection", [http2.MAX_KEYLESS_STREAMS]),
+        ("gRPC: calls that need no key, on all connections", [grpc_calls.MAX_KEYLESS_CALLS]),
+        ("gRPC: metadata of a call", [http2.MAX_HEADERS >> 10]),
+        ("gRPC: a block of headers, from its first frame to its last", [http2._HEADER_TIMEOUT_S]),
+        ("gRPC: the first frames of a connection", [http2._PREFACE_TIMEOUT_S]),
+        ("gRPC: a message", [ServerSettings().max_body_mib, grpc_calls.KEYLESS_MESSAGE >> 10]),
+        ("gRPC: time for a message", [ServerSettings().body_timeout]),
+        ("gRPC: the same, of calls that need no key", [grpc_calls._KEYLESS_HELD >> 20]),
+        ("gRPC: what every caller may hold of it, however many there are", [grpc_calls.Budget(1).least >> 10]),
+        ("gRPC: streams that are taken back or refused", [http2._RESETS, http2._RESETS_PER_S]),
+        ("gRPC: changes of settings", [http2._SETTINGS, http2._SETTINGS_PER_S]),
+        ("gRPC: requests of one `ModelStreamInfer` call at once", [servicer._MAX_OPEN]),
+        ("gRPC: fields and texts in one message", [protobuf.MAX_FIELDS]),
+        ("V2: tensors of a request, and outputs asked for", [tensors.MAX_TENSORS]),
+        ("V2: parameters of a request or tensor", [tensors.MAX_PARAMETERS]),
+        ("V2: numbers in one tensor", [tensors.MAX_ELEMENTS]),
+        ("V2: texts in one tensor", [ServerSettings().max_batch, tensors.MAX_TEXTS]),
+        ("V2, V1, generate: JSON of one request", [tensors.MAX_JSON >> 20, tensors.MAX_JSON_VALUES]),
+        ("moderated bodies: values", [moderated._MAX_VALUES]),
+        (
+            "gRPC: frames that move nothing (pings, priorities, unknown ones, empty data)",
+            [http2._IDLE_FRAMES, http2._IDLE_FRAMES_PER_S],
+        ),
+    ],
+)
+def test_a_bound_is_what_the_table_says(what: str, numbers: list[float]) -> None:
+    for number in numbers:
+        assert f"{number:,.0f}" in TABLE[what]
