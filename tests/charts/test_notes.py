@@ -23,6 +23,7 @@ Document = dict[str, Any]
 KINDS = {
     "v1": [("configmaps", "ConfigMap", True), ("pods", "Pod", True), ("secrets", "Secret", True),
            ("serviceaccounts", "ServiceAccount", True), ("persistentvolumeclaims", "PersistentVolumeClaim", True)],
+    "networking.k8s.io/v1": [("networkpolicies", "NetworkPolicy", True)],
     "apps/v1": [("deployments", "Deployment", True)],
     "batch/v1": [("jobs", "Job", True)],
     "serving.kserve.io/v1alpha1": [("clusterservingruntimes", "ClusterServingRuntime", False),

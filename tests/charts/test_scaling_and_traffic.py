@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.charts import kserve_merge
 from tests.charts.support import CHART, Document, load, of_kind, predictor, render, render_ci, service, standard
 
 CI = CHART / "ci"
@@ -173,6 +174,23 @@ def test_tag_routing_is_an_annotation() -> None:
     key = "serving.kserve.io/enable-tag-routing"
     assert annotation(service(canary=NEW, tagRouting=True), key) == "true"
     assert annotation(service(canary=NEW), key) is None
+
+
+@pytest.mark.parametrize("tag_routing", [True, False])
+@pytest.mark.parametrize("way", ["storageUri", "model"])
+def test_promoting_or_undoing_a_canary_gives_the_revision_that_is_there(way: str, tag_routing: bool) -> None:
+    def template(**values: object) -> tuple[Document, str | None]:
+        documents = render({"inferenceServices": {"chat": {"tagRouting": tag_routing, **values}}})
+        isvc = of_kind(documents, "InferenceService")["chat"]
+        runtime = of_kind(documents, "ClusterServingRuntime")["kserve-vllm-gpu"]
+        made: Document = kserve_merge.knative_service(isvc, kserve_merge.pod(isvc, runtime))["spec"]["template"]
+        # KServe notes what it fetches in an annotation of the template.
+        return made, isvc["spec"]["predictor"]["model"].get("storageUri")
+
+    canary = template(**{way: "hf://org/model"}, canary={"percent": 10, way: "hf://org/new"})
+    assert canary == template(**{way: "hf://org/model"}, canary={"percent": 0, way: "hf://org/new"})
+    assert canary == template(**{way: "hf://org/new"})
+    assert canary != template(**{way: "hf://org/model"})
 
 
 # Access.

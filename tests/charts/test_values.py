@@ -22,6 +22,7 @@ from tests.charts import upgrades
 from tests.charts.support import CHART, Document, HelmError, helm, load, load_all, refused, render
 
 DEFAULTS: Document = load(CHART / "values.yaml")
+SCHEMA: Document = json.loads((CHART / "values.schema.json").read_text())
 NAMES: Document = load(CHART / "files" / "names.yaml")
 
 # Another setting for values whose default says nothing of what they may be. By the end of the path.
@@ -67,8 +68,7 @@ def leaves(node: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def schema_at(top: str, path: tuple[str, ...]) -> Document:
-    schema = load(CHART / "values.schema.json")
-    node: Document = schema["definitions"].get(top) or schema["properties"][top]
+    node: Document = SCHEMA["definitions"].get(top) or SCHEMA["properties"][top]
     for key in path:
         node = node["properties"][key]
     return node
@@ -169,8 +169,8 @@ LOOKED_UP = {"deploymentMode", "claim.accessModes", "claim.storageClassName", "l
 
 def objects_of(documents: list[Document], name: str) -> list[Document]:
     """The objects that an entry makes, with `name` in place of its name."""
-    mine = [d for d in documents if re.search(rf"\b{name}\b", json.dumps(d))]
-    cleaned: list[Document] = json.loads(json.dumps(mine).replace(name, "NAME"))
+    mine = [text for d in documents if name in (text := json.dumps(d))]
+    cleaned: list[Document] = [json.loads(text.replace(name, "NAME")) for text in mine]
     return sorted(cleaned, key=lambda d: (d["kind"], d["metadata"]["name"]))
 
 
@@ -279,7 +279,7 @@ def test_defaults_are_for_an_entry_what_its_own_values_are() -> None:
         "serviceAccounts": {"a": {"secrets": ["s"]}},
     }
     defaults = {f"{top[:-1]}Defaults": value for top, named in entries.items() for value in named.values()}
-    empty = {top: {name: {} for name in named} for top, named in entries.items()}
+    empty: Document = {top: {name: {} for name in named} for top, named in entries.items()}
     assert render({**AROUND, **entries}) == render({**AROUND, **defaults, **empty})
 
 
@@ -352,20 +352,20 @@ def test_values_kept_from_an_earlier_chart_lack_blocks_and_work(tmp_path: Path) 
 
 
 def test_an_earlier_name_means_the_new_one_and_notes_say_so() -> None:
-    old = changed(MODEL, ("sharing",), {
+    old: Document = changed(MODEL, ("sharing",), {
         "keys": {"secret": "s", "key": "a"}, "redis": {"secret": "r", "key": "b"},
         "adapters": {"configMap": "c", "key": "d"}, "warmup": {"configMap": "e", "key": "f"},
         "moderation": {"configMap": "g", "key": "h"},
     })  # fmt: skip
     old["canary"] = {"percent": 1, "storageUri": "hf://org/new", "tagRouting": True}
-    new = {
+    new: Document = {
         **MODEL, "apiKeys": {"secretName": "s", "key": "a"}, "redis": {"secretName": "r", "key": "b"},
         "lora": {"watched": {"configMap": "c", "key": "d"}}, "warmup": {"configMap": "e", "key": "f"},
         "moderation": {"configMap": "g", "key": "h"}, "tagRouting": True,
         "canary": {"percent": 1, "storageUri": "hf://org/new"},
     }  # fmt: skip
     standard = {"cluster": {"gatewayAPI": True}}
-    pairs = [
+    pairs: list[tuple[Document, Document]] = [
         ({"inferenceServices": {"chat": old}}, {"inferenceServices": {"chat": new}}),
         (
             {**standard, "inferenceServices": {"chat": {**STANDARD, "canary": {**new["canary"], "name": "x"}}}},
