@@ -1,7 +1,10 @@
-"""Write the chart's values.schema.json and README.md from its commented values.yaml.
+"""Write what the chart derives from its commented values.yaml: values.schema.json, README.md and files/defaults.json.
 
-Run it without arguments after a change of values.yaml or README.in.md; with --check it writes nothing
-and fails when a file is not what it would write.
+Run it without arguments after a change of values.yaml, README.in.md or files/names.yaml; with --check it writes
+nothing and fails when a file is not what it would write.
+
+files/defaults.json holds the defaults once more, for the templates: Helm takes a value out that is null in an overlay
+and knows nothing of new blocks with --reuse-values, and the templates put the defaults back.
 
 The comments directly above a key say what it is:
 
@@ -12,7 +15,11 @@ The comments directly above a key say what it is:
 The type comes from the default. `@schema` is one line of YAML whose keywords are laid over the schema.
 Two keywords are this script's own: `entries: NAME` makes a map whose entries have the schema of the
 top-level key NAME, and `namePattern`/`nameMaxLength` bound the names in such a map. An object takes no
-keys but those that are listed, unless its `@schema` says otherwise.
+keys but those that are listed, unless its `@schema` says otherwise. Null is taken everywhere and means the default; a
+number is taken where text without a pattern is asked for (the templates write it as text), unless `@schema` has a type.
+
+files/names.yaml lists names that values had in an earlier version (`renamed`) and names that people try (`instead`).
+The schema takes both, so that the templates can move or explain them.
 """
 
 from __future__ import annotations
@@ -38,7 +45,8 @@ SHARED: dict[str, Any] = {
         "required": ["name"],
         "properties": {
             "name": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
-            "value": {"type": "string"},
+            # A number or true is written as text.
+            "value": {"type": ["string", "number", "boolean"]},
             "valueFrom": {
                 "type": "object",
                 "additionalProperties": False,
@@ -74,7 +82,7 @@ SHARED: dict[str, Any] = {
         "properties": {
             "key": {"type": "string"},
             "operator": {"enum": ["Exists", "Equal"]},
-            "value": {"type": "string"},
+            "value": {"type": ["string", "number", "boolean"]},
             "effect": {"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
             "tolerationSeconds": {"type": "integer"},
         },
@@ -148,7 +156,8 @@ def schema_of(value: Value) -> dict[str, Any]:
     if "entries" in overlay:
         names = {"pattern": overlay.pop("namePattern"), "maxLength": overlay.pop("nameMaxLength")}
         schema |= {"type": "object", "propertyNames": names}
-        schema["additionalProperties"] = {"$ref": f"#/definitions/{overlay.pop('entries')}"}
+        entry = {"$ref": f"#/definitions/{overlay.pop('entries')}"}
+        schema["additionalProperties"] = {"anyOf": [entry, {"type": "null"}]}
     elif isinstance(default, bool):
         schema["type"] = "boolean"
     elif isinstance(default, int):
@@ -156,7 +165,7 @@ def schema_of(value: Value) -> dict[str, Any]:
     elif isinstance(default, float):
         schema["type"] = "number"
     elif isinstance(default, str):
-        schema["type"] = "string"
+        schema["type"] = "string" if {"pattern", "enum"} & set(overlay) else ["string", "number"]
     elif isinstance(default, list):
         schema["type"] = "array"
         if "items" not in overlay:
@@ -169,11 +178,33 @@ def schema_of(value: Value) -> dict[str, Any]:
             raise ValuesError(f"{'.'.join(value.path)} is an empty map; its @schema must say what is in it")
     elif "type" not in overlay:
         raise ValuesError(f"{'.'.join(value.path)} is null by default; its @schema must have a type")
-    return schema | overlay
+    return nullable(schema | overlay)
 
 
-def build_schema(values: list[Value]) -> dict[str, Any]:
-    """Return the whole values.schema.json."""
+def nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return `schema` with null taken too, in its type and in its list of choices."""
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if "null" not in kinds:
+        schema["type"] = [*kinds, "null"]
+    if "enum" in schema and None not in schema["enum"]:
+        schema["enum"] = [*schema["enum"], None]
+    return schema
+
+
+def take_other_names(definition: dict[str, Any], names: list[str], description: str) -> None:
+    """Let `definition`, the schema of an object, take dotted `names` with any content."""
+    for name in names:
+        node = definition
+        *parents, last = name.split(".")
+        for parent in parents:
+            child = {"type": ["object", "null"], "additionalProperties": False, "description": description}
+            node = node.setdefault("properties", {}).setdefault(parent, child)
+        # A value whose name stays and whose content is another one is described by the new content.
+        node.setdefault("properties", {}).setdefault(last, {"description": description})
+
+
+def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
+    """Return the whole values.schema.json. `names` is files/names.yaml."""
     shared_names = {value.overlay["entries"] for value in values if "entries" in value.overlay}
     definitions: dict[str, Any] = dict(SHARED)
     # Helm hands a chart that is a dependency the key `global`, whether it wants it or not.
@@ -185,6 +216,10 @@ def build_schema(values: list[Value]) -> dict[str, Any]:
             properties[name] = {"$ref": f"#/definitions/{name}"}
         else:
             properties[name] = schema_of(value)
+    for top, renames in names["renamed"].items():
+        take_other_names({**properties, **definitions}[top], list(renames), "An earlier name; still taken.")
+    for top, others in names["instead"].items():
+        take_other_names({**properties, **definitions}[top], list(others), "Not a value; the chart says what to write.")
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the kserve-vllm chart",
@@ -233,9 +268,12 @@ def outputs(chart: Path) -> dict[Path, str]:
     prose = (chart / "README.in.md").read_text(encoding="utf-8")
     if PLACEHOLDER not in prose:
         raise ValuesError(f"README.in.md lacks {PLACEHOLDER}")
+    names = yaml.safe_load((chart / "files" / "names.yaml").read_text(encoding="utf-8"))
+    defaults = yaml.safe_load((chart / "values.yaml").read_text(encoding="utf-8"))
     return {
-        chart / "values.schema.json": json.dumps(build_schema(values), indent=2, ensure_ascii=False) + "\n",
+        chart / "values.schema.json": json.dumps(build_schema(values, names), indent=2, ensure_ascii=False) + "\n",
         chart / "README.md": prose.replace(PLACEHOLDER, build_table(values)),
+        chart / "files" / "defaults.json": json.dumps(defaults, indent=1, ensure_ascii=False) + "\n",
     }
 
 

@@ -29,12 +29,52 @@ class HelmError(Exception):
 
 
 class _CoreLoader(yaml.CSafeLoader):
-    """YAML as Kubernetes reads it, and quick enough for the schemas of megabytes."""
+    """YAML as Kubernetes reads it, and quick enough for the schemas of megabytes. A key twice in one map is refused, as
+    Flux and kustomize refuse it: the API server would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"found {sorted(twice)} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# Lists of Kubernetes whose items have a key, by the field's name; the API server refuses an item twice.
+LIST_KEYS: dict[str, tuple[str, ...]] = {
+    "containers": ("name",),
+    "env": ("name",),
+    "imagePullSecrets": ("name",),
+    "initContainers": ("name",),
+    "ports": ("containerPort", "port", "protocol"),
+    "resourceClaims": ("name",),
+    "secrets": ("name",),
+    "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
+    "volumeMounts": ("mountPath",),
+    "volumes": ("name",),
+}
+
+
+def listed_twice(node: Any, at: str = "") -> list[str]:
+    """Where a list with keys names an item twice."""
+    found: list[str] = []
+    if isinstance(node, dict):
+        for name, child in node.items():
+            if name in LIST_KEYS and isinstance(child, list) and all(isinstance(item, dict) for item in child):
+                keys = [tuple(item.get(part) for part in LIST_KEYS[name]) for item in child]
+                found += [f"{at}.{name}: {key} twice" for key in sorted(set(keys), key=str) if keys.count(key) > 1]
+            found += listed_twice(child, f"{at}.{name}")
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            found += listed_twice(child, f"{at}[{index}]")
+    return found
 
 
 def load_all(text: str) -> list[Document]:
-    """The documents of a YAML stream, without empty ones."""
-    return [document for document in yaml.load_all(text, Loader=_CoreLoader) if document]
+    """The documents of a YAML stream, without empty ones; raises where a key, or an item of a keyed list, is twice."""
+    documents = [document for document in yaml.load_all(text, Loader=_CoreLoader) if document]
+    if twice := listed_twice(documents):
+        raise yaml.constructor.ConstructorError(None, None, "; ".join(twice), None)
+    return documents
 
 
 def load(path: Path) -> Any:
@@ -79,15 +119,16 @@ def render_ci(path: Path) -> tuple[Document, ...]:
 
 
 def refused(values: Mapping[str, Any]) -> str:
-    """The sentence with which the chart refuses `values`, without helm's frame; raises when it takes them."""
+    """The sentences, a line each, with which the chart refuses `values`; raises when it takes them."""
     try:
         render(values)
     except HelmError as error:
         text = str(error)
     else:
         raise AssertionError(f"the chart takes {values}")
-    sentence = re.search(r"execution error at \(.*?\): (.*?)(?:Use --debug|$)", text, re.DOTALL)
-    return " ".join((sentence.group(1) if sentence else text).split())
+    sentences = re.search(r"execution error at \(.*?\):(.*?)(?:Use --debug|$)", text, re.DOTALL)
+    lines = (sentences.group(1) if sentences else text).splitlines()
+    return "\n".join(line.strip() for line in lines if line.strip())
 
 
 def of_kind(documents: Sequence[Document], kind: str) -> dict[str, Document]:

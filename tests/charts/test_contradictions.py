@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.charts.support import CHART, Document, refused, render, service, standard
+from tests.charts.support import CHART, Document, HelmError, refused, render, service, standard
 
 GATEWAY: Document = {"cluster": {"gatewayAPI": True}}
+DEMO: Document = {"demo": True, "device": "cpu"}
 NEW: Document = {"storageUri": "hf://org/new"}
 PAIR: Document = {
     "chat": {"storageUri": "hf://org/model"},
@@ -54,14 +55,17 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a token that nothing reads": (
         service(huggingFaceToken={"secretName": "s"}),
-        "huggingFaceToken is for a model that the engine downloads",
+        "huggingFaceToken.secretName does nothing with a storageUri or demo",
     ),
     "adapters of both kinds": (
-        service(lora={"adapters": [{"name": "a", "path": "/mnt/a"}]}, sharing={"adapters": {"configMap": "c"}}),
-        "list all of them in the ConfigMap of sharing.adapters",
+        service(lora={"adapters": [{"name": "a", "path": "/mnt/a"}], "watched": {"configMap": "c"}}),
+        "list all of them in the ConfigMap of lora.watched",
     ),
-    "adapters in a batch without adapters": (service(lora={"maxLoras": 2}), "lora.maxLoras without lora.adapters"),
-    "a rank without adapters": (service(lora={"maxRank": 16}), "lora.maxRank without lora.adapters"),
+    "adapters in a batch without adapters": (
+        service(lora={"maxLoras": 2}),
+        "lora.maxLoras does nothing without lora.adapters",
+    ),
+    "a rank without adapters": (service(lora={"maxRank": 16}), "lora.maxRank does nothing without lora.adapters"),
     "a runtime that is off": (
         {**service(), "runtimes": {"gpu": {"enabled": False}}},
         "it runs on runtimes.gpu, which is not enabled",
@@ -72,7 +76,7 @@ CASES: dict[str, tuple[Document, str]] = {
         "extraArgs has --max-num-seqs; set maxNumSeqs instead, other values are derived from it",
     ),
     "a flag that the ports rely on": (service(extraArgs=["--http-port", "9000"]), "extraArgs has --http-port, which"),
-    "a key in plain text": (service(extraArgs=["--api-key=x"]), "extraArgs has a key in plain text"),
+    "a key in plain text": (service(extraArgs=["--api-key=x"]), "extraArgs has --api-key with a secret in plain text"),
     "a template on the command line": (
         service(extraArgs=["--override-generation-config={{ x }}"]),
         "has two opening braces; KServe fills placeholders",
@@ -103,20 +107,71 @@ CASES: dict[str, tuple[Document, str]] = {
         "runtimes.gpu: HF_TOKEN looks like a secret",
     ),
     "a flag in another spelling": (service(extraArgs=["--max_model_len", "4"]), "extraArgs has --max-model-len; set"),
+    "a flag in vLLM's short spelling": (service(extraArgs=["-tp=4"]), "extraArgs has --tensor-parallel-size; set"),
+    "a flag that takes GPUs": (
+        service(extraArgs=["--data-parallel-size-local", "2"]),
+        "extraArgs has --data-parallel-size-local; set parallelism or multiNode instead, GPUs are counted by them",
+    ),
+    "copies of the model by a flag": (
+        service(extraArgs=["--data-parallel-size=2"]),
+        "extraArgs has --data-parallel-size; set parallelism.data instead",
+    ),
+    "a flag of a runtime that takes GPUs": (
+        {"runtimes": {"gpu": {"extraArgs": ["-tp", "4"]}}},
+        "runtimes.gpu: extraArgs has --tensor-parallel-size, which belongs to each InferenceService or to the chart",
+    ),
+    "a setting by its variable": (
+        service(env=[{"name": "KSERVE_VLLM_MAX_NUM_SEQS", "value": 4}]),
+        "KSERVE_VLLM_MAX_NUM_SEQS in env is --max-num-seqs; set maxNumSeqs instead",
+    ),
+    "a port by its variable": (
+        service(env=[{"name": "KSERVE_VLLM_HTTP_PORT", "value": "9000"}]),
+        "KSERVE_VLLM_HTTP_PORT in env is --http-port, which GPUs, probes and ports of the chart rely on",
+    ),
+    "a variable that KServe sets": (
+        {
+            "inferenceServices": {
+                "chat": {
+                    "deploymentMode": "Standard",
+                    "storageUri": "pvc://v/m",
+                    "multiNode": {"enabled": True},
+                    "parallelism": {"pipeline": 2},
+                    "env": [{"name": "TENSOR_PARALLEL_SIZE", "value": "2"}],
+                }
+            }
+        },
+        "KServe sets TENSOR_PARALLEL_SIZE of a multiNode service itself; set parallelism",
+    ),
+    "a cloud's secret as plain text": (
+        service(env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]),
+        "AWS_SECRET_ACCESS_KEY looks like a secret and is given as plain text",
+    ),
+    "a password in an address": (
+        service(env=[{"name": "KSERVE_VLLM_REDIS_URL", "value": "redis://:pw@redis:6379/0"}]),
+        "KSERVE_VLLM_REDIS_URL looks like a secret and is given as plain text",
+    ),
+    "a password on the command line": (
+        service(extraArgs=["--usage-sink=https://user:pw@sink.example.com"]),
+        "extraArgs has --usage-sink with a secret in plain text",
+    ),
+    "a token on a runtime's command line": (
+        {"runtimes": {"cpu": {"extraArgs": ["--hf-token=hf_abc"]}}},
+        "runtimes.cpu: extraArgs has --hf-token with a secret in plain text",
+    ),
     # GPUs.
     "GPUs fewer than tensor parallel size": (
         service(gpu={"count": 2}, parallelism={"tensor": 4}),
-        "gpu.count is 2, but the parallelism (tensor 4, pipeline 1) needs 4 GPUs in a pod",
+        "gpu.count is 2, but the parallelism (tensor 4, pipeline 1, data 1) needs 4 GPUs in a pod",
     ),
     "GPUs fewer than tensor times pipeline": (
         service(gpu={"count": 2}, parallelism={"tensor": 2, "pipeline": 2}),
-        "gpu.count is 2, but the parallelism (tensor 2, pipeline 2) needs 4 GPUs in a pod",
+        "gpu.count is 2, but the parallelism (tensor 2, pipeline 2, data 1) needs 4 GPUs in a pod",
     ),
     "a share of a GPU for several": (
         service(gpu={"resource": "aliyun.com/gpu-mem", "count": 8}, parallelism={"tensor": 2}),
         "aliyun.com/gpu-mem is a share of one GPU, but the parallelism needs 2 GPUs",
     ),
-    "GPUs on a CPU": (service(device="cpu", gpu={"count": 1}), "gpu.count and gpu.products do nothing with device cpu"),
+    "GPUs on a CPU": (service(device="cpu", gpu={"count": 1}), "gpu.count does nothing with device cpu"),
     # Multi-node.
     "multi-node in Knative": (
         only(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}),
@@ -153,14 +208,111 @@ CASES: dict[str, tuple[Document, str]] = {
         standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}, gpu={"count": 2}),
         "with multiNode KServe gives each node parallelism.tensor GPUs",
     ),
-    "multi-node on slices": (
+    "multi-node on shares": (
         standard(
             storageUri="pvc://v/m",
             multiNode={"enabled": True},
             parallelism={"pipeline": 2},
-            gpu={"resource": "nvidia.com/mig-1g.10gb"},
+            gpu={"resource": "aliyun.com/gpu-mem"},
         ),
-        "KServe does not know nvidia.com/mig-1g.10gb as a GPU of a multi-node service",
+        "aliyun.com/gpu-mem is a share of a GPU, and a multiNode service takes whole ones",
+    ),
+    "multi-node on a KServe that deletes its workers": (
+        {
+            **standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}),
+            "cluster": {"kserveVersion": "v0.20.1"},
+        },
+        "KServe 0.20.1 deletes the workers of a multiNode service at every reconcile",
+    ),
+    # Names.
+    "a name too long for Standard": (
+        {"inferenceServices": {"a" * 49: {"demo": True, "device": "cpu", "deploymentMode": "Standard"}}},
+        "the name has 49 characters and may have 48: KServe labels its pods isvc.NAME-predictor in Standard mode",
+    ),
+    "a name too long for several nodes": (
+        {
+            "inferenceServices": {
+                "a" * 42: {
+                    "deploymentMode": "Standard",
+                    "storageUri": "pvc://v/m",
+                    "multiNode": {"enabled": True},
+                    "parallelism": {"pipeline": 2},
+                }
+            }
+        },
+        "the name has 42 characters and may have 41: KServe labels the workers of a multiNode service",
+    ),
+    "a name too long for tags": (
+        {"inferenceServices": {"a" * 47: {"demo": True, "device": "cpu", "tagRouting": True}}},
+        "the name has 47 characters and may have 46: with tagRouting Knative calls a revision latest-NAME-predictor",
+    ),
+    "a name too long for a canary": (
+        {"inferenceServices": {"a" * 49: {"storageUri": "hf://a/b", "canary": {**NEW, "percent": 1}}}},
+        "the name has 49 characters and may have 48: with a canary Knative calls the other revision",
+    ),
+    "a name too long for Knative": (
+        {"inferenceServices": {"a" * 54: {"demo": True, "device": "cpu"}}},
+        "the name has 54 characters and may have 53: Knative's Service of it ends in -predictor",
+    ),
+    "a name too long for its variant": (
+        {
+            "inferenceServices": {
+                "a" * 43: {
+                    "deploymentMode": "Standard",
+                    "storageUri": "hf://a/b",
+                    "canary": {**NEW, "percent": 1, "variant": "quick"},
+                }
+            },
+            **GATEWAY,
+        },
+        "name and canary.variant together may have 47 characters",
+    ),
+    "a name too long with its namespace": (
+        {
+            **standard(),
+            "cluster": {"domainTemplate": "{{ .Name }}-{{.Namespace}}-" + "a" * 50 + ".{{ .IngressDomain }}"},
+        },
+        "KServe's host name for it would begin with chat-predictor-models-aaaaa",
+    ),
+    "a canary that is called as another service": (
+        {
+            "inferenceServices": {
+                "chat": {"deploymentMode": "Standard", "storageUri": "hf://a/b", "canary": {**NEW, "percent": 1}},
+                "chat-canary": {"deploymentMode": "Standard", "storageUri": "hf://a/b"},
+            },
+            **GATEWAY,
+        },
+        "its canary's objects would be called as those of inferenceServices.chat-canary; change canary.variant",
+    ),
+    "a route that is called as KServe's own": (
+        {
+            "inferenceServices": {"chat-route": {"storageUri": "hf://a/b", "deploymentMode": "Standard"}},
+            "routes": {"chat": {"hosts": ["a.example.com"], "inferenceService": "chat-route"}},
+        },
+        "its object would be called chat-route, as the one that KServe writes for inferenceServices.chat-route",
+    ),
+    "an earlier name beside its new one": (
+        service(canary={"percent": 1, "storageUri": "hf://org/new", "name": "a", "variant": "b"}),
+        "canary.name is the earlier name of canary.variant, and both are given; take canary.name out",
+    ),
+    "a name of KServe's": (service(args=["--seed=1"]), "there is no args; write extraArgs"),
+    # Runtimes.
+    "no runtime at all": (
+        {**service(), "runtimes": {"enabled": False}},
+        "this release writes no runtimes (runtimes.enabled); name one of another release in `runtime`",
+    ),
+    "a runtime by name that follows": (
+        service(runtime="kserve-vllm-cpu"),
+        "runtime kserve-vllm-cpu is this release's own; leave `runtime` empty",
+    ),
+    # Nothing.
+    "a default that no service uses": (
+        {**service(), "inferenceServiceDefaults": {"rollout": "surge"}},
+        "inferenceServiceDefaults: rollout does nothing for any InferenceService: it does nothing in Knative mode",
+    ),
+    "monitoring that is off": (
+        {"monitoring": {"podMonitor": {"interval": "5s"}}},
+        "monitoring.podMonitor.interval does nothing while monitoring.podMonitor.enabled is false",
     ),
     # Time.
     "a timeout over the cluster's limit": (
@@ -169,7 +321,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a grace in Knative": (
         service(terminationGracePeriodSeconds=300),
-        "Knative refuses terminationGracePeriodSeconds, its grace is timeoutSeconds",
+        "terminationGracePeriodSeconds does nothing in Knative mode",
     ),
     "a drain longer than the grace": (
         standard(terminationGracePeriodSeconds=60, drain={"timeoutSeconds": 120}),
@@ -182,13 +334,13 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a progress deadline in Standard": (
         standard(progressDeadlineSeconds=1200),
-        "progressDeadlineSeconds is Knative's",
+        "progressDeadlineSeconds does nothing in Standard mode",
     ),
     "a deadline before the startup probe's": (
         service(progressDeadlineSeconds=1200),
         "Knative would give up after 1200 s, while the startup probe still allows 2400 s",
     ),
-    "a rollout in Knative": (service(rollout="replace"), "rollout is for Standard mode"),
+    "a rollout in Knative": (service(rollout="replace"), "rollout does nothing in Knative mode"),
     "a rollout of several nodes": (
         standard(storageUri="pvc://v/m", multiNode={"enabled": True}, parallelism={"pipeline": 2}, rollout="surge"),
         "KServe replaces all nodes of a multiNode service at once",
@@ -222,7 +374,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a target for a fixed number": (
         standard(autoscaling={"target": 3}),
-        "autoscaling.target does nothing with class none",
+        "autoscaling.target does nothing with autoscaling.class none",
     ),
     "requests per second without a target": (
         service(autoscaling={"metric": "rps"}),
@@ -250,23 +402,23 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "retention of a pod that stays": (
         service(autoscaling={"knative": {"scaleToZeroRetentionSeconds": 60}}),
-        "autoscaling.knative.scaleToZeroRetentionSeconds does nothing while minReplicas is 1",
+        "autoscaling.knative.scaleToZeroRetentionSeconds does nothing while autoscaling.minReplicas is more than 0",
     ),
     "stabilization in Knative": (
         service(autoscaling={"stabilization": {"scaleDownSeconds": 60}}),
-        "autoscaling.stabilization.scaleDownSeconds is for hpa and keda",
+        "autoscaling.stabilization.scaleDownSeconds does nothing except with autoscaling.class hpa or keda",
     ),
     "KEDA's credentials for an HPA": (
         standard(autoscaling={"class": "hpa", "kedaAuthentication": {"name": "x"}}),
-        "autoscaling.kedaAuthentication is for keda",
+        "autoscaling.kedaAuthentication.name does nothing except with autoscaling.class keda",
     ),
     "a mode of credentials without a name": (
         standard(autoscaling={"class": "keda", "kedaAuthentication": {"mode": "basic"}}),
-        "autoscaling.kedaAuthentication.mode needs a name",
+        "autoscaling.kedaAuthentication.mode does nothing without autoscaling.kedaAuthentication.name",
     ),
     "a metric's name for KServe's own HPA": (
         standard(autoscaling={"class": "hpa", "metric": "cpu", "hpaMetricName": "x"}),
-        "autoscaling.hpaMetricName is for hpa on a metric of vLLM",
+        "autoscaling.hpaMetricName does nothing except with autoscaling.class hpa on a metric of vLLM",
     ),
     # Canary.
     "a canary percent in Standard without the Gateway API": (
@@ -276,7 +428,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a canary without a percent": (
         service(canary={"storageUri": "hf://org/new"}),
-        "the canary needs canary.percent; without it nothing of it is used",
+        "canary.storageUri does nothing without canary.percent",
     ),
     "a canary without a model": (service(canary={"percent": 10}), "the canary's model must come the same way"),
     "a canary of a demo": (only(demo=True, canary={"percent": 10}), "the canary needs a model of its own"),
@@ -290,11 +442,11 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "pods of a canary in Knative": (
         service(canary={"percent": 10, "storageUri": "hf://org/new", "replicas": 1}),
-        "canary.replicas is for Standard mode",
+        "canary.replicas does nothing in Knative mode",
     ),
     "a tag in Standard": (
-        {**standard(canary={"percent": 10, "storageUri": "hf://org/new", "tagRouting": True}), **GATEWAY},
-        "canary.tagRouting is Knative's",
+        standard(tagRouting=True),
+        "tagRouting does nothing in Standard mode",
     ),
     "a canary of several nodes": (
         {
@@ -318,6 +470,13 @@ CASES: dict[str, tuple[Document, str]] = {
         },
         "KServe does not fetch adapters for a canary in Standard mode",
     ),
+    "a canary on a KServe that does not split": (
+        {
+            **standard(canary={"percent": 10, "storageUri": "hf://org/new"}),
+            "cluster": {"gatewayAPI": True, "kserveVersion": "0.20.0"},
+        },
+        "KServe 0.20.0 sends no traffic to a Standard canary",
+    ),
     "more pods of the canary than of the service": (
         {**standard(canary={"percent": 50, "storageUri": "hf://org/new", "replicas": 2}), **GATEWAY},
         "canary.replicas 2 is more than minReplicas 1, which KServe refuses",
@@ -329,14 +488,15 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a disruption budget in Knative": (
         service(podDisruptionBudget={"enabled": True}),
-        "Knative manages its pods itself; podDisruptionBudget is for Standard mode",
+        "podDisruptionBudget.enabled does nothing in Knative mode",
     ),
     "open blocks without closed egress": (
         service(networkPolicy={"enabled": True, "egressCIDRs": ["203.0.113.0/24"]}),
-        "networkPolicy.egressCIDRs does nothing without restrictEgress",
+        "networkPolicy.egressCIDRs does nothing while networkPolicy.restrictEgress is false",
     ),
     # Routes.
     "a route without a host": ({**service(), "routes": {"r": {"inferenceService": "chat"}}}, "give at least one host"),
+    "a route without a service": (route(), "give inferenceService, the name of the one that answers"),
     "a route to nowhere": (route(inferenceService="other"), "there is no inferenceServices.other"),
     "an HTTPRoute to Knative": (
         route(inferenceService="chat"),
@@ -366,11 +526,11 @@ CASES: dict[str, tuple[Document, str]] = {
             localModelCache={"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]},
             huggingFace={"repository": "a/b"},
         ),
-        "huggingFace, files and claim are for type PersistentVolumeClaim",
+        "huggingFace.repository does nothing with type LocalModelCache",
     ),
     "a claim with node groups": (
         cache(huggingFace={"repository": "a/b"}, localModelCache={"nodeGroups": ["g"]}),
-        "localModelCache is for type LocalModelCache",
+        "localModelCache.nodeGroups does nothing with type PersistentVolumeClaim",
     ),
 }
 
@@ -381,20 +541,45 @@ def said(case: str) -> str:
     return refused(CASES[case][0])
 
 
+# What needs a cluster to be said; tests/charts/test_notes.py has them.
+BY_LOOKUP = ("ClusterServingRuntime ", "claim %s has", "LocalModelCache %s", "it is there in %s mode")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
-    assert CASES[case][1] in said(case)
-    assert said(case).startswith(("inferenceServices.chat: ", "routes.r: ", "modelCaches.m: ", "runtimes."))
+    assert CASES[case][1] in " ".join(said(case).split())
+    places = ("inferenceService", "routes.", "modelCaches.m: ", "runtimes.", "monitoring.")
+    assert all(line.startswith(places) for line in said(case).splitlines())
 
 
 def test_every_sentence_of_the_chart_has_a_case() -> None:
-    templates = "".join(path.read_text() for path in (CHART / "templates").rglob("*") if path.is_file())
-    formats = re.findall(r'fail \(printf "((?:[^"\\]|\\.)*)"', templates)
-    assert len(formats) == templates.count("fail (")
-    answers = [said(case) for case in CASES]
+    templates = "".join(path.read_text() for path in (CHART / "templates").rglob("_*.tpl"))
+    formats = re.findall(r'^ *\{\{ printf "((?:[^"\\]|\\.)*%s(?:[^"\\]|\\.)*[.](?:\)[.])?)"', templates, re.MULTILINE)
+    formats += re.findall(r'append \$internal\.misnamed \(printf "((?:[^"\\]|\\.)*)"', templates)
+    assert len(formats) > 70
+    answers = [line for case in CASES for line in said(case).splitlines()]
     for text in formats:
+        if any(beginning in text for beginning in BY_LOOKUP):
+            continue
         pattern = ".*".join(re.escape(part) for part in re.split(r"%[sdq]", text))
-        assert any(re.fullmatch(pattern, answer.rstrip()) for answer in answers), f"no case for: {text}"
+        assert any(re.fullmatch(pattern, answer.strip()) for answer in answers), f"no case for: {text}"
+
+
+def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
+    with pytest.raises(HelmError) as error:
+        render({"inferenceServices": {"a": {}, "b": {"demo": True, "gpu": {"count": 1}, "device": "cpu"}}})
+    assert "templates/inferenceservices.yaml" in str(error.value)
+    assert "inferenceServices.a: give exactly one" in str(error.value)
+    assert "inferenceServices.b: gpu.count does nothing with device cpu." in str(error.value)
+    for values, file in (
+        (route(inferenceService="other"), "httproutes"),
+        (route(type="Istio", inferenceService="other"), "virtualservices"),
+        (cache(), "persistentvolumeclaims"),
+        (cache(type="LocalModelCache"), "localmodelcaches"),
+        ({"runtimes": {"gpu": {"extraArgs": ["--port=1"]}}}, "runtimes"),
+    ):
+        with pytest.raises(HelmError, match=f"templates/{file}[.]yaml"):
+            render(values)
 
 
 @pytest.mark.parametrize(
@@ -408,8 +593,13 @@ def test_every_sentence_of_the_chart_has_a_case() -> None:
         {**service(timeoutSeconds=900), "cluster": {"maxRevisionTimeoutSeconds": 900}},
         standard(terminationGracePeriodSeconds=130, drain={"timeoutSeconds": 120}),
         service(env=[{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]),
+        service(env=[{"name": "HF_TOKEN_PATH", "value": "/x"}, {"name": "AWS_ACCESS_KEY_ID", "value": "x"}]),
+        service(extraArgs=["--usage-sink=https://sink.example.com/a:b@c", "--max-concurrent=4"]),
+        {"inferenceServices": {"a" * 53: DEMO}, "cluster": {"domainTemplate": "{{.Name}}.x"}},
+        {"inferenceServices": {"a" * 46: {**DEMO, "tagRouting": True}}},
     ],
-    ids=["Knative", "Standard", "canary", "enough GPUs", "a share", "a raised limit", "just in time", "a reference"],
+    ids=["Knative", "Standard", "canary", "enough GPUs", "a share", "a raised limit", "just in time", "a reference",
+         "a path of a token", "an address without a password", "the longest name", "the longest tag"],
 )  # fmt: skip
 def test_the_neighbours_of_contradictions_are_taken(values: Document) -> None:
     assert render(values)

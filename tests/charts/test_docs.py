@@ -1,20 +1,18 @@
-"""The schema and the README are what the generator makes of values.yaml, and every value does something."""
+"""The schema, the README and the defaults are what the generator makes of values.yaml."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.charts.support import CHART, CI_FILES, ROOT, HelmError, load, render_text
+from tests.charts.support import CHART, ROOT
 
 GENERATOR = ROOT / "runtime" / "tools" / "gen_chart_docs.py"
 
@@ -67,7 +65,7 @@ def test_a_value_that_says_too_little_is_refused(copy_of_chart: Path, addition: 
 def objects(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema of an object, with where it is."""
     if isinstance(schema, dict):
-        if schema.get("type") == "object":
+        if schema.get("type") == "object" or "object" in (schema.get("type") or ()):
             yield at, schema
         for key, child in schema.items():
             yield from objects(child, f"{at}/{key}")
@@ -87,64 +85,3 @@ def test_no_object_of_the_schema_takes_any_key() -> None:
     }
     open_objects = {at for at, schema in objects(schema) if schema.get("additionalProperties", True) is True}
     assert open_objects == free
-
-
-def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of everything that is set in a tree of maps."""
-    if isinstance(node, dict) and node:
-        for key, child in node.items():
-            yield from leaves(child, (*path, str(key)))
-    else:
-        yield path
-
-
-ENTRIES = {
-    "inferenceServices": "inferenceServiceDefaults",
-    "serviceAccounts": "serviceAccountDefaults",
-    "routes": "routeDefaults",
-    "modelCaches": "modelCacheDefaults",
-}
-
-
-def documented(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The path in values.yaml that documents a path in a scenario: entries are described by their defaults."""
-    return (ENTRIES[path[0]], *path[2:]) if path[0] in ENTRIES else path
-
-
-def without(values: Any, path: tuple[str, ...]) -> Any:
-    """A copy of `values` without one leaf."""
-    changed = copy.deepcopy(values)
-    node = changed
-    for key in path[:-1]:
-        node = node[key]
-    del node[path[-1]]
-    return changed
-
-
-def show(values: Any) -> str:
-    """What helm prints for `values`, be it objects or a refusal."""
-    try:
-        return render_text(values)
-    except HelmError as error:
-        return str(error)
-
-
-def test_every_value_is_in_a_scenario_and_changes_what_it_renders() -> None:
-    everywhere: dict[tuple[str, ...], list[tuple[Path, tuple[str, ...]]]] = {}
-    for path in CI_FILES:
-        for leaf in leaves(load(path) or {}):
-            # A map may be documented as a whole (labels) or key by key (requests).
-            for length in range(1, len(leaf) + 1):
-                everywhere.setdefault(documented(leaf)[:length], []).append((path, leaf))
-    tree = load(CHART / "values.yaml")
-    wanted = {leaf for leaf in leaves(tree) if leaf[0] not in ENTRIES}
-    assert not wanted - set(everywhere), "in no scenario"
-    before = {path: show(load(path) or {}) for path in CI_FILES}
-
-    def does_something(value: tuple[str, ...]) -> bool:
-        return any(show(without(load(path), leaf)) != before[path] for path, leaf in everywhere[value])
-
-    # Threads wait for helm; two keep both cores of a small machine busy.
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(sorted(wanted), pool.map(does_something, sorted(wanted)), strict=True))
-    assert not [".".join(value) for value, useful in found.items() if not useful]

@@ -16,15 +16,18 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from tests.charts.support import CHART, helm, tool
+from tests.charts.support import CHART, HelmError, helm, tool
 
 Document = dict[str, Any]
 # Groups and kinds that the chart writes or looks up: (plural, kind, namespaced).
 KINDS = {
     "v1": [("configmaps", "ConfigMap", True), ("pods", "Pod", True), ("secrets", "Secret", True),
            ("serviceaccounts", "ServiceAccount", True), ("persistentvolumeclaims", "PersistentVolumeClaim", True)],
+    "networking.k8s.io/v1": [("networkpolicies", "NetworkPolicy", True)],
+    "apps/v1": [("deployments", "Deployment", True)],
     "batch/v1": [("jobs", "Job", True)],
-    "serving.kserve.io/v1alpha1": [("clusterservingruntimes", "ClusterServingRuntime", False)],
+    "serving.kserve.io/v1alpha1": [("clusterservingruntimes", "ClusterServingRuntime", False),
+                                   ("localmodelcaches", "LocalModelCache", False)],
     "serving.kserve.io/v1beta1": [("inferenceservices", "InferenceService", True)],
 }  # fmt: skip
 
@@ -119,8 +122,8 @@ def features(cluster: Cluster, **data: str) -> None:
     }
 
 
-def notes(cluster: Cluster, tmp_path: Path, scenario: str) -> str:
-    """NOTES of an installation of a scenario into the cluster, with nothing written there."""
+def installed(cluster: Cluster, tmp_path: Path, *arguments: str, stdin: str | None = None) -> str:
+    """What helm prints for an installation into the cluster, with nothing written there."""
     config = tmp_path / "kubeconfig"
     address = f"http://127.0.0.1:{cluster.server_port}"
     config.write_text(
@@ -135,12 +138,25 @@ def notes(cluster: Cluster, tmp_path: Path, scenario: str) -> str:
             }
         )
     )
-    values = str(CHART / "ci" / f"{scenario}-values.yaml")
-    text = helm(
-        "install", "release", str(CHART), "--namespace", "models", "--dry-run=server", "--values", values,
-        "--kubeconfig", str(config), "--disable-openapi-validation",
+    return helm(
+        "install", "release", str(CHART), "--namespace", "models", "--dry-run=server", "--kubeconfig", str(config),
+        "--disable-openapi-validation", *arguments, stdin=stdin,
     )  # fmt: skip
-    return text.split("NOTES:")[1]
+
+
+def notes(cluster: Cluster, tmp_path: Path, scenario: str) -> str:
+    """NOTES of an installation of a scenario into the cluster."""
+    values = str(CHART / "ci" / f"{scenario}-values.yaml")
+    return installed(cluster, tmp_path, "--values", values).split("NOTES:")[1]
+
+
+def put(cluster: Cluster, path: str, document: Document) -> None:
+    """Put an object of this release, as far as its metadata does not say otherwise, into the cluster."""
+    ours = {"meta.helm.sh/release-name": "release", "meta.helm.sh/release-namespace": "models"}
+    metadata = document["metadata"]
+    metadata["annotations"] = {**ours, **metadata.get("annotations", {})}
+    metadata["labels"] = {"app.kubernetes.io/managed-by": "Helm"}
+    cluster.objects[path] = document
 
 
 def test_flags_that_are_on_are_not_spoken_of(cluster: Cluster, tmp_path: Path) -> None:
@@ -208,3 +224,86 @@ def test_the_curl_of_the_notes_asks_what_the_model_does(cluster: Cluster, tmp_pa
     assert body is not None
     assert json.loads(body.group(1)) == {"model": "chat", "prompt": "Hello", "max_tokens": 16}
     assert "$URL/openai/v1/embeddings" in notes(cluster, tmp_path, "embeddings")
+
+
+# What can't change, what another release has, and what a version of KServe breaks.
+
+KSERVE = "/apis/apps/v1/namespaces/kserve/deployments/kserve-controller-manager"
+LOOKUPS: dict[str, tuple[str, Document, Document, str]] = {
+    "another release's runtime": (
+        "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-gpu",
+        {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "ClusterServingRuntime",
+         "metadata": {"name": "kserve-vllm-gpu", "annotations": {"meta.helm.sh/release-name": "platform",
+                                                                 "meta.helm.sh/release-namespace": "ml"}}},
+        {},
+        "runtimes.gpu: ClusterServingRuntime kserve-vllm-gpu belongs to release platform in namespace ml. To run on "
+        "it, set runtimes.enabled to false and `runtime: kserve-vllm-gpu` in the services",
+    ),
+    "a service in another mode": (
+        "/apis/serving.kserve.io/v1beta1/namespaces/models/inferenceservices/chat",
+        {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService",
+         "metadata": {"name": "chat", "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment"}}},
+        {"inferenceServices": {"chat": {"demo": True, "device": "cpu"}}},
+        "inferenceServices.chat: it is there in Standard mode, and KServe does not let the mode change",
+    ),
+    "a claim of another class": (
+        "/api/v1/namespaces/models/persistentvolumeclaims/m",
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "m"},
+         "spec": {"storageClassName": "slow", "accessModes": ["ReadWriteMany"]}},
+        {"modelCaches": {"m": {"huggingFace": {"repository": "a/b"}, "claim": {"storageClassName": "quick"}}}},
+        'modelCaches.m: claim m has storage class "slow", which can\'t change',
+    ),
+    "a claim with other modes": (
+        "/api/v1/namespaces/models/persistentvolumeclaims/m",
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "m"},
+         "spec": {"storageClassName": "slow", "accessModes": ["ReadWriteOnce"]}},
+        {"modelCaches": {"m": {"huggingFace": {"repository": "a/b"}}}},
+        "modelCaches.m: claim m has access modes ReadWriteOnce, which can't change",
+    ),
+    "a local cache of another model": (
+        "/apis/serving.kserve.io/v1alpha1/localmodelcaches/m",
+        {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "LocalModelCache", "metadata": {"name": "m"},
+         "spec": {"sourceModelUri": "hf://a/old"}},
+        {"modelCaches": {"m": {"type": "LocalModelCache",
+                               "localModelCache": {"sourceModelUri": "hf://a/new", "nodeGroups": ["g"]}}}},
+        "modelCaches.m: LocalModelCache m is there with the model hf://a/old, which can't change",
+    ),
+    "KServe 0.20 and several nodes": (
+        KSERVE,
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "kserve-controller-manager"},
+         "spec": {"template": {"spec": {"containers": [
+             {"name": "kube-rbac-proxy", "image": "quay.io/brancz/kube-rbac-proxy:v0.18.0"},
+             {"name": "manager", "image": "docker.io/kserve/kserve-controller:v0.20.0@sha256:" + "0" * 64}]}}}},
+        {"inferenceServices": {"big": {"deploymentMode": "Standard", "storageUri": "pvc://v/m",
+                                       "multiNode": {"enabled": True}, "parallelism": {"pipeline": 2}}}},
+        "inferenceServices.big: KServe 0.20.0 deletes the workers of a multiNode service at every reconcile",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOOKUPS)
+def test_what_the_cluster_would_refuse_is_refused_first(case: str, cluster: Cluster, tmp_path: Path) -> None:
+    path, document, values, sentence = LOOKUPS[case]
+    text = json.dumps(values)
+    assert "NOTES:" in installed(cluster, tmp_path, "--values", "-", stdin=text)
+    put(cluster, path, json.loads(json.dumps(document)))
+    with pytest.raises(HelmError) as refusal:
+        installed(cluster, tmp_path, "--values", "-", stdin=text)
+    assert sentence in str(refusal.value)
+    # Without a look at the cluster the chart says nothing.
+    text = json.dumps({**values, "cluster": {"lookup": False}})
+    try:
+        answer = installed(cluster, tmp_path, "--values", "-", stdin=text)
+    except HelmError as error:
+        # Helm itself may say whose an object is.
+        answer = str(error)
+    assert sentence not in answer
+
+
+def test_a_version_that_is_not_known_is_warned_of_and_one_that_works_is_not(cluster: Cluster, tmp_path: Path) -> None:
+    for scenario in ("multi-node", "canary-standard"):
+        assert "WARNING: KServe 0.20" in notes(cluster, tmp_path, scenario)
+    document = json.loads(json.dumps(LOOKUPS["KServe 0.20 and several nodes"][1]).replace("v0.20.0", "v0.21.0"))
+    put(cluster, KSERVE, document)
+    for scenario in ("multi-node", "canary-standard"):
+        assert "WARNING: KServe 0.20" not in notes(cluster, tmp_path, scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.charts import kserve_merge
 from tests.charts.support import CHART, Document, load, of_kind, predictor, render, render_ci, service, standard
 
 CI = CHART / "ci"
@@ -106,7 +107,7 @@ def test_hpa_on_cpu_is_the_charts_since_kserves_own_would_lose_its_pace() -> Non
     documents = render_ci(CI / "hpa-cpu-values.yaml")
     isvc = of_kind(documents, "InferenceService")["small"]
     assert isvc["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
-    spec = of_kind(documents, "HorizontalPodAutoscaler")["small-predictor"]["spec"]
+    spec = of_kind(documents, "HorizontalPodAutoscaler")["small-kserve-vllm"]["spec"]
     target = {"type": "Utilization", "averageUtilization": 70}
     assert spec["metrics"] == [{"type": "Resource", "resource": {"name": "cpu", "target": target}}]
     assert spec["behavior"] == {"scaleDown": {"stabilizationWindowSeconds": 120}}
@@ -118,17 +119,17 @@ def test_hpa_on_cpu_is_the_charts_since_kserves_own_would_lose_its_pace() -> Non
 def test_hpa_on_a_metric_of_vllm_is_the_charts_and_kserve_leaves_it_alone() -> None:
     documents = render_ci(CI / "hpa-vllm-metric-values.yaml")
     scalers = of_kind(documents, "HorizontalPodAutoscaler")
-    assert set(scalers) == {"chat-predictor", "code-predictor"}
+    assert set(scalers) == {"chat-kserve-vllm", "code-kserve-vllm"}
     for isvc in of_kind(documents, "InferenceService").values():
         assert isvc["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
         assert "scaleMetric" not in isvc["spec"]["predictor"]
-    spec = scalers["chat-predictor"]["spec"]
+    spec = scalers["chat-kserve-vllm"]["spec"]
     assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "chat-predictor"}
     (metric,) = spec["metrics"]
     assert metric["pods"]["metric"]["name"] == "vllm_kv_cache_usage_perc"
     assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "750m"}
     assert spec["behavior"] == {"scaleDown": {"stabilizationWindowSeconds": 600}}
-    (metric,) = scalers["code-predictor"]["spec"]["metrics"]
+    (metric,) = scalers["code-kserve-vllm"]["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == "queue_depth"
 
 
@@ -171,8 +172,25 @@ def test_a_canary_of_a_model_that_the_engine_loads_changes_its_argument() -> Non
 
 def test_tag_routing_is_an_annotation() -> None:
     key = "serving.kserve.io/enable-tag-routing"
-    assert annotation(service(canary={**NEW, "tagRouting": True}), key) == "true"
+    assert annotation(service(canary=NEW, tagRouting=True), key) == "true"
     assert annotation(service(canary=NEW), key) is None
+
+
+@pytest.mark.parametrize("tag_routing", [True, False])
+@pytest.mark.parametrize("way", ["storageUri", "model"])
+def test_promoting_or_undoing_a_canary_gives_the_revision_that_is_there(way: str, tag_routing: bool) -> None:
+    def template(**values: object) -> tuple[Document, str | None]:
+        documents = render({"inferenceServices": {"chat": {"tagRouting": tag_routing, **values}}})
+        isvc = of_kind(documents, "InferenceService")["chat"]
+        runtime = of_kind(documents, "ClusterServingRuntime")["kserve-vllm-gpu"]
+        made: Document = kserve_merge.knative_service(isvc, kserve_merge.pod(isvc, runtime))["spec"]["template"]
+        # KServe notes what it fetches in an annotation of the template.
+        return made, isvc["spec"]["predictor"]["model"].get("storageUri")
+
+    canary = template(**{way: "hf://org/model"}, canary={"percent": 10, way: "hf://org/new"})
+    assert canary == template(**{way: "hf://org/model"}, canary={"percent": 0, way: "hf://org/new"})
+    assert canary == template(**{way: "hf://org/new"})
+    assert canary != template(**{way: "hf://org/model"})
 
 
 # Access.
@@ -180,7 +198,7 @@ def test_tag_routing_is_an_annotation() -> None:
 
 def test_a_network_policy_of_knative_opens_the_queue_proxy_and_not_the_model() -> None:
     policies = of_kind(render_ci(CI / "network-policy-values.yaml"), "NetworkPolicy")
-    rules = policies["open-predictor"]["spec"]["ingress"]
+    rules = policies["open-kserve-vllm"]["spec"]["ingress"]
     assert [p["port"] for p in rules[0]["ports"]] == [8012, 8013, 8022, 8112]
     assert 8080 in [p["port"] for p in rules[1]["ports"]]
     namespaces = [f["namespaceSelector"]["matchLabels"] for f in rules[0]["from"] if "namespaceSelector" in f]
@@ -189,7 +207,7 @@ def test_a_network_policy_of_knative_opens_the_queue_proxy_and_not_the_model() -
 
 def test_a_closed_network_policy_lets_out_names_and_downloads_alone() -> None:
     policies = of_kind(render_ci(CI / "network-policy-values.yaml"), "NetworkPolicy")
-    spec = policies["closed-predictor"]["spec"]
+    spec = policies["closed-kserve-vllm"]["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert [p["port"] for p in spec["ingress"][0]["ports"]] == [8080, 8081]
     assert len(spec["ingress"]) == 1
@@ -201,7 +219,7 @@ def test_a_closed_network_policy_lets_out_names_and_downloads_alone() -> None:
 
 
 def test_nodes_of_one_model_may_talk_to_each_other() -> None:
-    policy = of_kind(render_ci(CI / "multi-node-values.yaml"), "NetworkPolicy")["large-predictor"]
+    policy = of_kind(render_ci(CI / "multi-node-values.yaml"), "NetworkPolicy")["large-kserve-vllm"]
     inner = policy["spec"]["ingress"][-1]
     assert "ports" not in inner
     assert inner["from"] == [{"podSelector": {"matchLabels": {"serving.kserve.io/inferenceservice": "large"}}}]
@@ -237,7 +255,7 @@ def test_credentials_are_names_of_secrets() -> None:
 
 
 def test_header_routes_come_before_the_default_and_streams_have_their_time() -> None:
-    spec = of_kind(render_ci(CI / "routes-gateway-values.yaml"), "HTTPRoute")["chat"]["spec"]
+    spec = of_kind(render_ci(CI / "routes-gateway-values.yaml"), "HTTPRoute")["chat-route"]["spec"]
     assert spec["hostnames"] == ["chat.example.com"]
     headers = [rule["matches"][0].get("headers", [{}])[0].get("value") for rule in spec["rules"]]
     assert headers == ["long", None, None]
@@ -247,7 +265,7 @@ def test_header_routes_come_before_the_default_and_streams_have_their_time() -> 
 
 
 def test_istio_routes_to_knative_by_the_host_that_its_gateway_knows() -> None:
-    route = of_kind(render_ci(CI / "routes-istio-values.yaml"), "VirtualService")["small"]["spec"]["http"][0]
+    route = of_kind(render_ci(CI / "routes-istio-values.yaml"), "VirtualService")["small-route"]["spec"]["http"][0]
     assert route["rewrite"] == {"authority": "small-predictor.models.svc.cluster.local"}
     assert route["route"][0]["destination"]["host"] == "knative-local-gateway.istio-system.svc.cluster.local"
     assert route["timeout"] == "600s"
@@ -256,7 +274,7 @@ def test_istio_routes_to_knative_by_the_host_that_its_gateway_knows() -> None:
 
 def test_pods_that_fail_are_taken_out_of_the_balance_for_every_backend() -> None:
     documents = render_ci(CI / "routes-istio-values.yaml")
-    route = of_kind(documents, "VirtualService")["chat"]["spec"]["http"]
+    route = of_kind(documents, "VirtualService")["chat-route"]["spec"]["http"]
     assert route[0]["match"] == [{"headers": {"x-context": {"exact": "long"}}}]
     rules = of_kind(documents, "DestinationRule")
     hosts = {r["spec"]["host"] for r in rules.values()}
@@ -309,5 +327,5 @@ def test_helm_test_has_a_pod_for_each_inferenceservice() -> None:
         pod = pods[f"{name}-test"]
         assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
         arguments = pod["spec"]["containers"][0]["args"]
-        assert arguments == [f"http://{name}-predictor.models.svc.cluster.local", name, "generate", "300"]
+        assert arguments == [f"http://{name}-predictor.models.svc.cluster.local", name, "generate", "300", "open"]
     assert not of_kind(render({**service(), "tests": {"enabled": False}}), "Pod")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.charts.support import CHART, of_kind, render, render_ci
+from tests.charts.support import CHART, of_kind, render, render_ci, service
 
 SCRIPTS = CHART / "files" / "scripts"
 
@@ -327,6 +327,7 @@ class _Service(BaseHTTPRequestHandler):
     ready_after = 1
     tokens = 8
     bodies: list[dict[str, Any]] = []
+    key = ""
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
@@ -345,14 +346,15 @@ class _Service(BaseHTTPRequestHandler):
             "/openai/v1/completions": {"usage": {"completion_tokens": self.tokens}},
             "/openai/v1/embeddings": {"data": [{"embedding": [0.5] * self.tokens}]},
         }
-        self.send_response(200)
+        allowed = not self.key or self.headers.get("Authorization") == f"Bearer {self.key}"
+        self.send_response(200 if allowed else 401)
         self.end_headers()
-        self.wfile.write(json.dumps(answers[self.path]).encode())
+        self.wfile.write(json.dumps(answers[self.path] if allowed else {"error": "no key"}).encode())
 
 
 @pytest.fixture
 def answering() -> Iterator[int]:
-    _Service.ready_after, _Service.tokens, _Service.bodies = 1, 8, []
+    _Service.ready_after, _Service.tokens, _Service.bodies, _Service.key = 1, 8, [], ""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Service)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -362,14 +364,19 @@ def answering() -> Iterator[int]:
     thread.join()
 
 
-def smoke(port: int, name: str, scenario: str, patience: str = "30") -> subprocess.CompletedProcess[str]:
-    """Run the test pod's own command against this machine."""
+def smoke(
+    port: int, name: str, scenario: str, patience: str = "30", key: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the test pod's own command against this machine; `key` is what its Secret holds."""
     pod = of_kind(render_ci(CHART / "ci" / f"{scenario}-values.yaml"), "Pod")[f"{name}-test"]
     container = pod["spec"]["containers"][0]
-    arguments = [f"http://127.0.0.1:{port}", *container["args"][1:3], patience]
+    arguments = [f"http://127.0.0.1:{port}", *container["args"][1:3], patience, container["args"][4]]
+    environment = {name: value for name, value in os.environ.items() if name != "API_KEY"}
     return subprocess.run(
-        [sys.executable, *container["command"][1:], *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
+        [sys.executable, *container["command"][1:], *arguments],
+        capture_output=True, text=True, timeout=60, check=False,
+        env=environment if key is None else {**environment, "API_KEY": key},
+    )  # fmt: skip
 
 
 def test_helm_test_waits_for_readiness_and_asks_for_one_completion(answering: int) -> None:
@@ -393,3 +400,33 @@ def test_helm_test_fails_when_the_service_is_not_ready_or_says_nothing(answering
     done = smoke(answering, "chat", "gpu-single")
     assert done.returncode == 1
     assert "answered with nothing" in done.stderr
+
+
+def test_helm_test_of_a_service_with_keys_sends_one_or_is_content_with_401(answering: int) -> None:
+    _Service.key = "secret"
+    done = smoke(answering, "chat", "sharing")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "asks for an API key; give one in tests.apiKey" in done.stdout
+    done = smoke(answering, "chat", "sharing", key="secret")
+    assert done.returncode == 0, done.stderr
+    assert "wrote 8 tokens" in done.stdout
+    # A wrong key, a service that lets everybody in, and one that should be open and is not.
+    assert smoke(answering, "chat", "sharing", key="wrong").returncode == 1
+    assert smoke(answering, "chat", "gpu-single").returncode == 1
+    _Service.key = ""
+    done = smoke(answering, "chat", "sharing")
+    assert "should ask for an API key, and answered without one" in done.stderr
+
+
+def test_the_test_pod_takes_its_key_from_the_service_or_from_the_tests() -> None:
+    reference = {"secretKeyRef": {"name": "s", "key": "k"}}
+    own = service(env=[{"name": "KSERVE_VLLM_API_KEY", "valueFrom": reference}])
+    (pod,) = of_kind(render(own), "Pod").values()
+    (variable,) = pod["spec"]["containers"][0]["env"]
+    assert variable == {"name": "API_KEY", "valueFrom": reference}
+    (pod,) = of_kind(
+        render({**service(apiKeys={"secretName": "keys"}), "tests": {"apiKey": {"secretName": "plain"}}}), "Pod"
+    ).values()
+    (variable,) = pod["spec"]["containers"][0]["env"]
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "plain", "key": "api-key"}}
+    assert pod["spec"]["containers"][0]["args"][-1] == "keys"

@@ -1,19 +1,3 @@
-{{/* Labels of every object of the chart. */}}
-{{- define "kserve-vllm.labels" -}}
-app.kubernetes.io/name: kserve-vllm
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- end }}
-
-{{/* Labels of what KServe copies onto pods: without a version, or each upgrade of the chart would restart every model. */}}
-{{- define "kserve-vllm.stableLabels" -}}
-app.kubernetes.io/name: kserve-vllm
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-{{- end }}
-
 {{/* Image of a flavour. Takes (list $ "cpu"|"gpu"). */}}
 {{- define "kserve-vllm.image" -}}
 {{- $root := index . 0 -}}
@@ -21,16 +5,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $image := $root.Values.image -}}
 {{- printf "%s/%s:%s-%s" $image.registry $image.repository (default $root.Chart.AppVersion $image.tag) $flavour -}}
 {{- with index $image.digests $flavour }}@{{ . }}{{ end -}}
-{{- end }}
-
-{{/* Name of a runtime. Takes (list $ "cpu"|"gpu"|"multinode"). */}}
-{{- define "kserve-vllm.runtimeName" -}}
-{{- $root := index . 0 -}}
-{{- $name := (index $root.Values.runtimes (index . 1)).name -}}
-{{- if $root.Values.runtimes.versionInName -}}
-{{- $name = printf "%s-%s" $name (default $root.Chart.AppVersion $root.Values.image.tag | lower | replace "." "-" | replace "_" "-" | replace "+" "-") -}}
-{{- end -}}
-{{- $name | trunc 63 | trimSuffix "-" -}}
 {{- end }}
 
 {{/* Not root, nothing to gain, nothing to write on. The uid is the image's. */}}
@@ -65,17 +39,44 @@ seccompProfile:
 {{- mul (int $probe.periodSeconds) (int $probe.failureThreshold) -}}
 {{- end }}
 
-{{/* A string as YAML writes it in a list, safe for any content. */}}
-{{- define "kserve-vllm.stringList" -}}
-{{- range $i, $item := . }}{{ if $i }}{{ "\n" }}{{ end }}- {{ $item | quote }}{{ end }}
+{{/*
+An object of the cluster. Takes a dict with $root, api, kind, namespace and name; sets `object` in it, empty where there
+is none or where the cluster may not be asked.
+*/}}
+{{- define "kserve-vllm.lookup" -}}
+{{- $object := dict -}}
+{{- if .root.Values.cluster.lookup }}{{ $object = lookup .api .kind .namespace .name | default dict }}{{ end -}}
+{{- $_ := set . "object" $object -}}
 {{- end }}
 
-{{/* An entry's values: the defaults with what the entry changes. Takes (list $defaults $entry). */}}
-{{- define "kserve-vllm.entry" -}}
-{{- mergeOverwrite (deepCopy (index . 0)) (deepCopy (default dict (index . 1))) | toJson -}}
+{{/* Version of KServe as MAJOR.MINOR.PATCH, from the values or from its controller's image; empty where it is not known. */}}
+{{- define "kserve-vllm.kserveVersion" -}}
+{{- $version := .Values.cluster.kserveVersion -}}
+{{- if not $version -}}
+{{- $at := dict "root" . "api" "apps/v1" "kind" "Deployment" "namespace" .Values.cluster.kserveNamespace "name" "kserve-controller-manager" -}}
+{{- include "kserve-vllm.lookup" $at -}}
+{{- range dig "spec" "template" "spec" "containers" list $at.object -}}
+{{- if regexMatch "kserve-controller.*:v?[0-9]+[.][0-9]+" .image }}{{ $version = regexReplaceAll "^.*:" (regexReplaceAll "@.*$" .image "") "" }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- regexFind "[0-9]+[.][0-9]+([.][0-9]+)?" $version -}}
 {{- end }}
 
-{{/* Name of the Deployment, Service and pods' prefix of an InferenceService in both modes. */}}
-{{- define "kserve-vllm.predictorName" -}}
-{{- printf "%s-predictor" . -}}
+{{/* `yes` when a service answers 401 to who has no key. Takes the service. */}}
+{{- define "kserve-vllm.asksForKeys" -}}
+{{- $keys := ne .apiKeys.secretName "" -}}
+{{- range .env }}{{ if eq .name "KSERVE_VLLM_API_KEY" }}{{ $keys = true }}{{ end }}{{ end -}}
+{{- if $keys }}yes{{ end -}}
+{{- end }}
+
+{{/* Where the test of a service finds a key: its own variable, or the Secret of the tests. Takes (list $ service). */}}
+{{- define "kserve-vllm.testKey" -}}
+{{- $tests := (index . 0).Values.tests -}}
+{{- $s := index . 1 -}}
+{{- $own := dict -}}
+{{- range $s.env }}{{ if eq .name "KSERVE_VLLM_API_KEY" }}{{ $own = .valueFrom }}{{ end }}{{ end -}}
+{{- if and (not $own) $s.apiKeys.secretName $tests.apiKey.secretName -}}
+{{- $own = dict "secretKeyRef" (dict "name" $tests.apiKey.secretName "key" $tests.apiKey.key) -}}
+{{- end -}}
+{{- if $own }}{{ toYaml $own }}{{ end -}}
 {{- end }}

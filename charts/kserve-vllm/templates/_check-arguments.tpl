@@ -1,0 +1,78 @@
+{{/* Name of a flag, in vLLM's long spelling: --max_num_seqs=4, -tp=4 and --no-x are --max-num-seqs, --tensor-parallel-size, --x. */}}
+{{- define "kserve-vllm.flag" -}}
+{{- $short := dict "-tp" "tensor-parallel-size" "-pp" "pipeline-parallel-size" "-dp" "data-parallel-size" "-pcp" "prefill-context-parallel-size" "-dpn" "data-parallel-rank" "-dpr" "data-parallel-start-rank" "-dpl" "data-parallel-size-local" "-dpa" "data-parallel-address" "-dpp" "data-parallel-rpc-port" "-dpb" "data-parallel-backend" "-dph" "data-parallel-hybrid-lb" "-dpe" "data-parallel-external-lb" "-dpm" "data-parallel-multi-port-external-lb" "-n" "nnodes" "-r" "node-rank" "-q" "quantization" "-sc" "speculative-config" "-asc" "api-server-count" -}}
+{{- $word := regexReplaceAll "[=.].*" . "" -}}
+{{- if hasPrefix "--" $word -}}
+{{- $word | trimPrefix "--" | replace "_" "-" | trimPrefix "no-" -}}
+{{- else if hasKey $short $word -}}
+{{- index $short $word -}}
+{{- end -}}
+{{- end }}
+
+{{/* Not empty for a flag that lays the model over GPUs, of which the chart has to know. */}}
+{{- define "kserve-vllm.parallelFlag" -}}
+{{- if regexMatch "^((tensor|pipeline)-parallel-size|prefill-context-parallel-size|data-parallel-.*|nnodes|node-rank|master-(addr|port)|distributed-executor-backend)$" . }}yes{{ end -}}
+{{- end }}
+
+{{/* Not empty for text that is a secret by its looks: a password in an address, a token's known beginning. */}}
+{{- define "kserve-vllm.secretText" -}}
+{{- if regexMatch "(://[^/@ ]*:[^/@ ]+@|(?i)^(bearer|basic) +[^ ]|(^|[=, ])(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,})" . }}yes{{ end -}}
+{{- end }}
+
+{{/* Not empty for a word of the command line that holds a secret. */}}
+{{- define "kserve-vllm.secretWord" -}}
+{{- if or (regexMatch "^--?(api[-_]key|hf[-_]token)(=|$)" .) (include "kserve-vllm.secretText" .) }}yes{{ end -}}
+{{- end }}
+
+{{/* Not empty for a variable with a secret in plain text. Names of files, addresses and ids are none. */}}
+{{- define "kserve-vllm.secretVariable" -}}
+{{- if hasKey . "value" -}}
+{{- $value := include "kserve-vllm.string" .value -}}
+{{- $named := regexMatch "(?i)(token|secret|passw(or)?d|passphrase|credentials?|(api|access|private|account|signing|encryption)_?key)$" .name -}}
+{{- if and $value (or $named (include "kserve-vllm.secretText" $value)) }}yes{{ end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Of extra arguments and environment. */}}
+{{- define "kserve-vllm.check.arguments" -}}
+{{- $at := .at -}}
+{{- $s := .s -}}
+{{- $owned := dict "model" "model" "model-id" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "data-parallel-size" "parallelism.data" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "keys-file" "apiKeys" "redis-url" "redis" "adapters-file" "lora.watched" "warmup-file" "warmup" "moderation-file" "moderation" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
+{{- $fixed := list "host" "http-port" "grpc-port" "port" "headless" "config" -}}
+{{- range $s.extraArgs }}
+{{- $flag := include "kserve-vllm.flag" . }}
+{{- if hasKey $owned $flag }}
+{{ printf "%s: extraArgs has --%s; set %s instead, other values are derived from it." $at $flag (index $owned $flag) }}
+{{- else if include "kserve-vllm.parallelFlag" $flag }}
+{{ printf "%s: extraArgs has --%s; set parallelism or multiNode instead, GPUs are counted by them." $at $flag }}
+{{- else if has $flag $fixed }}
+{{ printf "%s: extraArgs has --%s, which probes, ports and Services of the chart rely on." $at $flag }}
+{{- end }}
+{{- if include "kserve-vllm.secretWord" . }}
+{{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef (--api-key is KSERVE_VLLM_API_KEY)." $at $flag }}
+{{- end }}
+{{- end }}
+{{- range concat $s.args (list (toJson $s.env)) }}
+{{- if contains "{{" . }}
+{{ printf "%s: %q has two opening braces; KServe fills placeholders in arguments and environment, and would fail on it. Put a template into a ConfigMap (chatTemplate)." $at . }}
+{{- end }}
+{{- end }}
+{{- range $s.env }}
+{{- $flag := "" }}
+{{- if hasPrefix "KSERVE_VLLM_" .name }}{{ $flag = trimPrefix "KSERVE_VLLM_" .name | lower | replace "_" "-" }}{{ end }}
+{{- if and (hasKey $owned $flag) (ne $flag "redis-url") }}
+{{ printf "%s: %s in env is --%s; set %s instead, other values are derived from it." $at .name $flag (index $owned $flag) }}
+{{- else if or (include "kserve-vllm.parallelFlag" $flag) (has $flag $fixed) }}
+{{ printf "%s: %s in env is --%s, which GPUs, probes and ports of the chart rely on." $at .name $flag }}
+{{- end }}
+{{- if eq .name "PYTHONPATH" }}
+{{ printf "%s: KServe refuses PYTHONPATH in the environment." $at }}
+{{- end }}
+{{- if and $s.multiNode.enabled (has .name (list "PIPELINE_PARALLEL_SIZE" "TENSOR_PARALLEL_SIZE")) }}
+{{ printf "%s: KServe sets %s of a multiNode service itself; set parallelism." $at .name }}
+{{- end }}
+{{- if include "kserve-vllm.secretVariable" . }}
+{{ printf "%s: %s looks like a secret and is given as plain text; use valueFrom.secretKeyRef." $at .name }}
+{{- end }}
+{{- end }}
+{{- end }}

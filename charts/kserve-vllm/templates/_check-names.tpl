@@ -1,0 +1,39 @@
+{{/*
+Of names. KServe makes labels and host names of an InferenceService's, and each of them may have 63 characters:
+`isvc.NAME-predictor` in Standard mode, `isvc.NAME-predictor-worker` with multiNode, `isvc.NAME-VARIANT-predictor` for a
+canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the first label of cluster.domainTemplate.
+*/}}
+{{- define "kserve-vllm.check.names" -}}
+{{- $root := .root -}}
+{{- $s := .s -}}
+{{- $at := .at -}}
+{{- $limit := 53 -}}
+{{- $why := "Knative's Service of it ends in -predictor" -}}
+{{- if $s.multiNode.enabled -}}
+{{- $limit = 41 -}}{{ $why = "KServe labels the workers of a multiNode service isvc.NAME-predictor-worker" -}}
+{{- else if not $s.knative -}}
+{{- $limit = 48 -}}{{ $why = "KServe labels its pods isvc.NAME-predictor in Standard mode" -}}
+{{- else if $s.tagRouting -}}
+{{- $limit = 46 -}}{{ $why = "with tagRouting Knative calls a revision latest-NAME-predictor" -}}
+{{- else if $s.canaryOn -}}
+{{- $limit = 48 -}}{{ $why = "with a canary Knative calls the other revision prev-NAME-predictor" -}}
+{{- end -}}
+{{- if gt (len $s.name) $limit }}
+{{ printf "%s: the name has %d characters and may have %d: %s, and 63 are taken." $at (len $s.name) $limit $why }}
+{{- end }}
+{{- if and $s.canaryOn (not $s.knative) (gt (len (printf "%s-%s" $s.name $s.canary.variant)) 48) }}
+{{ printf "%s: name and canary.variant together may have 47 characters, since KServe labels the canary's pods isvc.NAME-VARIANT-predictor, and 63 are taken." $at }}
+{{- end }}
+{{- if and $s.canaryOn (not $s.knative) (hasKey $root.Values.internal.services (printf "%s-%s" $s.name $s.canary.variant)) }}
+{{ printf "%s: its canary's objects would be called as those of inferenceServices.%s-%s; change canary.variant." $at $s.name $s.canary.variant }}
+{{- end }}
+{{- $hosts := list (ternary $s.name (include "kserve-vllm.predictorName" $s.name) $s.knative) -}}
+{{- range $hosts }}
+{{- $host := regexReplaceAll "{{ *[.]Name *}}" $root.Values.cluster.domainTemplate . }}
+{{- $host = regexReplaceAll "{{ *[.]Namespace *}}" $host $root.Release.Namespace }}
+{{- $label := regexReplaceAll "{{[^}]*}}" $host "x" | splitList "." | first }}
+{{- if gt (len $label) 63 }}
+{{ printf "%s: KServe's host name for it would begin with %s, %d characters of 63 at most. Shorten name or namespace, or set cluster.domainTemplate when the cluster's is another." $at $label (len $label) }}
+{{- end }}
+{{- end }}
+{{- end }}

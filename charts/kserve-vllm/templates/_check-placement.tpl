@@ -1,0 +1,50 @@
+{{/* Of GPUs, nodes and ports. */}}
+{{- define "kserve-vllm.check.placement" -}}
+{{- $root := .root -}}
+{{- $s := .s -}}
+{{- $at := .at -}}
+{{/* GPUs. */}}
+{{- if eq $s.device "cpu" }}
+{{- if $s.multiNode.enabled }}
+{{ printf "%s: multiNode needs device gpu." $at }}
+{{- end }}
+{{- else if $s.sharedGpu }}
+{{- if gt (int $s.gpusNeeded) 1 }}
+{{ printf "%s: %s is a share of one GPU, but the parallelism needs %d GPUs." $at $s.gpu.resource (int $s.gpusNeeded) }}
+{{- end }}
+{{- else if lt (int $s.gpus) (int $s.gpusNeeded) }}
+{{ printf "%s: gpu.count is %d, but the parallelism (tensor %d, pipeline %d, data %d) needs %d GPUs in a pod." $at (int $s.gpus) (int $s.parallelism.tensor) (int $s.parallelism.pipeline) (int $s.parallelism.data) (int $s.gpusNeeded) }}
+{{- end }}
+
+{{/* Multi-node. */}}
+{{- if $s.multiNode.enabled }}
+{{- if $s.knative }}
+{{ printf "%s: multiNode works in Standard mode only; set deploymentMode: Standard." $at }}
+{{- end }}
+{{- if not (or (hasPrefix "pvc://" $s.storageUri) (hasPrefix "oci://" $s.storageUri)) }}
+{{ printf "%s: multiNode takes the model from pvc:// or oci:// only." $at }}
+{{- end }}
+{{- if ne $s.class "none" }}
+{{ printf "%s: multiNode does not scale; set autoscaling.class to none." $at }}
+{{- end }}
+{{- if lt (int $s.parallelism.pipeline) 2 }}
+{{ printf "%s: multiNode takes one node for each pipeline stage; parallelism.pipeline must be 2 or more." $at }}
+{{- end }}
+{{- if gt (int $s.min) 1 }}
+{{ printf "%s: KServe runs one group of nodes for a multiNode service; autoscaling.minReplicas must be 1." $at }}
+{{- end }}
+{{- if ne (int $s.gpus) (int $s.gpusNeeded) }}
+{{ printf "%s: with multiNode KServe gives each node parallelism.tensor GPUs; leave gpu.count empty." $at }}
+{{- end }}
+{{- if $s.sharedGpu }}
+{{ printf "%s: %s is a share of a GPU, and a multiNode service takes whole ones." $at $s.gpu.resource }}
+{{- end }}
+{{- if hasPrefix "0.20." (printf "%s." (include "kserve-vllm.kserveVersion" $root)) }}
+{{ printf "%s: KServe %s deletes the workers of a multiNode service at every reconcile; upgrade KServe to 0.21 or later." $at (include "kserve-vllm.kserveVersion" $root) }}
+{{- end }}
+{{- end }}
+{{/* Ports and the objects around the pods. */}}
+{{- if and $s.grpc.enabled $s.knative }}
+{{ printf "%s: Knative takes one port, and gRPC needs a second one beside HTTP; set deploymentMode: Standard." $at }}
+{{- end }}
+{{- end }}

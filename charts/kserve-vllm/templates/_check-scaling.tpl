@@ -1,0 +1,35 @@
+{{/* Of autoscaling. */}}
+{{- define "kserve-vllm.check.scaling" -}}
+{{- $root := .root -}}
+{{- $s := .s -}}
+{{- $at := .at -}}
+{{- $a := $s.autoscaling -}}
+{{- if eq $s.class "kpa" }}
+{{ printf "%s: KServe refuses kpa as autoscalerClass. Knative's autoscaler needs none: leave autoscaling.class empty in Knative mode." $at }}
+{{- end }}
+{{- $classes := ternary (list "knative") (list "none" "hpa" "keda") $s.knative -}}
+{{- if not (has $s.class $classes) }}
+{{ printf "%s: autoscaling.class %s does not exist in %s mode; it takes %s." $at $s.class $s.mode (join ", " $classes) }}
+{{- end }}
+{{- if has $s.class $classes }}
+{{- $metrics := index (dict "knative" (list "concurrency" "rps") "hpa" (list "cpu" "memory" "queue-depth" "kv-cache" "ttft-p99") "keda" (list "queue-depth" "kv-cache" "ttft-p99") "none" (list "")) $s.class -}}
+{{- if not (has $s.metric $metrics) }}
+{{ printf "%s: autoscaling.metric %s cannot be used by %s in %s mode; it takes %s." $at $s.metric $s.class $s.mode (join ", " $metrics | default "none") }}
+{{- end }}
+{{- end }}
+{{- if and (eq $s.metric "rps") (not $a.target) }}
+{{ printf "%s: requests per second cannot be derived from a profile; give autoscaling.target." $at }}
+{{- end }}
+{{- if and (has $s.metric (list "concurrency" "rps" "cpu" "memory")) (ne (float64 (int $s.target)) (float64 $s.target)) }}
+{{ printf "%s: autoscaling.target for %s must be a whole number." $at $s.metric }}
+{{- end }}
+{{- if lt (int $s.max) (int $s.min) }}
+{{ printf "%s: autoscaling.maxReplicas %d is below minReplicas %d." $at (int $s.max) (int $s.min) }}
+{{- end }}
+{{- if and (eq $s.class "none") (gt (int $s.max) (int $s.min)) }}
+{{ printf "%s: autoscaling.class none keeps minReplicas pods; maxReplicas %d would never be reached." $at (int $s.max) }}
+{{- end }}
+{{- if and (not $s.knative) (eq (int $s.min) 0) }}
+{{ printf "%s: only Knative scales to zero: without a pod there is no metric that could bring one back. Set autoscaling.minReplicas to 1." $at }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,26 @@
+{{/* Of time: timeouts, grace, deadlines. */}}
+{{- define "kserve-vllm.check.time" -}}
+{{- $root := .root -}}
+{{- $s := .s -}}
+{{- $at := .at -}}
+{{- if and $s.knative (gt (int $s.timeout) (int $root.Values.cluster.maxRevisionTimeoutSeconds)) }}
+{{ printf "%s: timeoutSeconds is %d, but Knative refuses more than the cluster's max-revision-timeout-seconds of %d. Raise it in config-defaults and in cluster.maxRevisionTimeoutSeconds, or use Standard mode." $at (int $s.timeout) (int $root.Values.cluster.maxRevisionTimeoutSeconds) }}
+{{- end }}
+{{- if gt (add (int $s.drainTimeout) (int $s.drainDelay)) (int $s.grace) }}
+{{ printf "%s: the drain takes %d s (delay %d, timeout %d), but the pod is killed after %d s; raise %s or shorten the drain." $at (add (int $s.drainTimeout) (int $s.drainDelay)) (int $s.drainDelay) (int $s.drainTimeout) (int $s.grace) (ternary "timeoutSeconds" "terminationGracePeriodSeconds" $s.knative) }}
+{{- end }}
+{{- if and $s.knative (lt (int $s.progressDeadline) (int (include "kserve-vllm.startupBudget" $root))) }}
+{{ printf "%s: Knative would give up after %d s, while the startup probe still allows %s s; raise progressDeadlineSeconds or lower runtimes.probes.startup." $at (int $s.progressDeadline) (include "kserve-vllm.startupBudget" $root) }}
+{{- end }}
+
+{{- if and $s.rollout $s.multiNode.enabled }}
+{{ printf "%s: KServe replaces all nodes of a multiNode service at once; leave rollout empty." $at }}
+{{- end }}
+{{- $found := dict "root" $root "api" "serving.kserve.io/v1beta1" "kind" "InferenceService" "namespace" $root.Release.Namespace "name" $s.name }}
+{{- include "kserve-vllm.lookup" $found }}
+{{- $mode := dig "metadata" "annotations" "serving.kserve.io/deploymentMode" $s.mode $found.object }}
+{{- $mode = index (dict "Serverless" "Knative" "RawDeployment" "Standard") $mode | default $mode }}
+{{- if ne $mode $s.mode }}
+{{ printf "%s: it is there in %s mode, and KServe does not let the mode change. Delete the InferenceService first, or write this one under another name." $at $mode }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,166 @@
+{{/*
+Values that contradict each other, or that KServe or Knative would ignore or refuse, end with sentences that say what to
+do: all of them at once, from the file of the object that they are about. A check prints a line for each sentence.
+*/}}
+
+{{/* End the render when there is a sentence. Takes what checks have printed. */}}
+{{- define "kserve-vllm.fail" -}}
+{{- $lines := list -}}
+{{- range splitList "\n" . }}{{ with trim . }}{{ $lines = append $lines . }}{{ end }}{{ end -}}
+{{- if $lines }}{{ fail (join "\n" ($lines | uniq)) }}{{ end -}}
+{{- end }}
+
+{{/* All about the InferenceServices. */}}
+{{- define "kserve-vllm.check.services" -}}
+{{- range .Values.internal.misnamed }}{{ if hasPrefix "inferenceService" . }}
+{{ . }}
+{{- end }}{{ end }}
+{{- range $name, $s := .Values.internal.services }}
+{{- $check := dict "root" $ "s" $s "at" (printf "inferenceServices.%s" $name) }}
+{{ include "kserve-vllm.check.names" $check }}
+{{ include "kserve-vllm.check.model" $check }}
+{{ include "kserve-vllm.check.arguments" $check }}
+{{ include "kserve-vllm.check.placement" $check }}
+{{ include "kserve-vllm.check.time" $check }}
+{{ include "kserve-vllm.check.scaling" $check }}
+{{ include "kserve-vllm.check.canary" $check }}
+{{- end }}
+{{ include "kserve-vllm.idle.services" . }}
+{{- end }}
+
+{{/* All about the runtimes, and values that belong to no object. */}}
+{{- define "kserve-vllm.check.runtimes" -}}
+{{- range .Values.internal.misnamed }}{{ if hasPrefix "runtimes" . }}
+{{ . }}
+{{- end }}{{ end }}
+{{- if .Values.runtimes.enabled }}
+{{- range $kind := list "cpu" "gpu" "multinode" }}
+{{- if (index $.Values.runtimes $kind).enabled }}
+{{ include "kserve-vllm.check.runtime" (list $ $kind) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{ include "kserve-vllm.idle.release" . }}
+{{- end }}
+
+{{/* Of one runtime: its arguments and environment, and whether another release has it. Takes (list $ kind). */}}
+{{- define "kserve-vllm.check.runtime" -}}
+{{- $root := index . 0 -}}
+{{- $at := printf "runtimes.%s" (index . 1) -}}
+{{- $runtime := index $root.Values.runtimes (index . 1) -}}
+{{- $owned := list "model" "model-id" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "max-num-seqs" "drain-timeout" "drain-delay" "api-key" "config" -}}
+{{- range $runtime.extraArgs }}
+{{- $word := include "kserve-vllm.string" . }}
+{{- $flag := include "kserve-vllm.flag" $word }}
+{{- if or (has $flag $owned) (include "kserve-vllm.parallelFlag" $flag) }}
+{{ printf "%s: extraArgs has --%s, which belongs to each InferenceService or to the chart: targets, ports, GPUs and grace are derived from it." $at $flag }}
+{{- end }}
+{{- if include "kserve-vllm.secretWord" $word }}
+{{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef." $at $flag }}
+{{- end }}
+{{- end }}
+{{- if contains "{{" (toJson (list $runtime.extraArgs $runtime.env)) }}
+{{ printf "%s: two opening braces in extraArgs or env would be taken for a placeholder of KServe." $at }}
+{{- end }}
+{{- range $runtime.env }}
+{{- if has .name (list "PYTHONPATH" "PIPELINE_PARALLEL_SIZE" "TENSOR_PARALLEL_SIZE") }}
+{{ printf "%s: KServe refuses %s in the environment of a runtime." $at .name }}
+{{- end }}
+{{- if include "kserve-vllm.secretVariable" . }}
+{{ printf "%s: %s looks like a secret and is given as plain text; use valueFrom.secretKeyRef." $at .name }}
+{{- end }}
+{{- end }}
+{{- if eq $root.Values.runtimes.scope "Cluster" }}
+{{- $name := include "kserve-vllm.runtimeName" . }}
+{{- $found := dict "root" $root "api" "serving.kserve.io/v1alpha1" "kind" "ClusterServingRuntime" "namespace" "" "name" $name }}
+{{- include "kserve-vllm.lookup" $found }}
+{{- $owner := dig "metadata" "annotations" "meta.helm.sh/release-name" "" $found.object }}
+{{- $home := dig "metadata" "annotations" "meta.helm.sh/release-namespace" "" $found.object }}
+{{- if and $owner (or (ne $owner $root.Release.Name) (ne $home $root.Release.Namespace)) }}
+{{ printf "%s: ClusterServingRuntime %s belongs to release %s in namespace %s. To run on it, set runtimes.enabled to false and `runtime: %s` in the services; for runtimes of your own, set runtimes.scope to Namespaced, or another name." $at $name $owner $home $name }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of routes of one type. Takes (list $ type). */}}
+{{- define "kserve-vllm.check.routes" -}}
+{{- $root := index . 0 -}}
+{{- range $name, $r := $root.Values.internal.routes }}
+{{- $at := printf "routes.%s" $name }}
+{{- if eq $r.type (index $ 1) }}
+{{- if not $r.hosts }}
+{{ printf "%s: give at least one host." $at }}
+{{- end }}
+{{- range $r.targets }}
+{{- $s := index $root.Values.internal.services .inferenceService }}
+{{- if not .inferenceService }}
+{{ printf "%s: give inferenceService, the name of the one that answers." $at }}
+{{- else if not $s }}
+{{ printf "%s: there is no inferenceServices.%s." $at .inferenceService }}
+{{- else }}
+{{- if and $s.knative (eq $r.type "GatewayAPI") }}
+{{ printf "%s: in Knative mode the Service of %s points at Knative's gateway and cannot be the backend of an HTTPRoute; use type Istio, or Standard mode." $at .inferenceService }}
+{{- end }}
+{{- if and $s.knative $r.outlierEjection.enabled (eq $r.type "Istio") }}
+{{ printf "%s: outlierEjection needs the pods behind the route, but those of %s are behind Knative's gateway." $at .inferenceService }}
+{{- end }}
+{{- if lt (int $r.timeoutSeconds) (int $s.timeout) }}
+{{ printf "%s: its timeoutSeconds %d would cut streams of %s, which may take %d s." $at (int $r.timeoutSeconds) .inferenceService (int $s.timeout) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and $r.outlierEjection.enabled (ne $r.type "Istio") }}
+{{ printf "%s: outlierEjection is Istio's; set type: Istio." $at }}
+{{- end }}
+{{- $object := include "kserve-vllm.routeName" $name }}
+{{- range $service, $_ := $root.Values.internal.services }}
+{{- if has $object (list $service (include "kserve-vllm.predictorName" $service)) }}
+{{ printf "%s: its object would be called %s, as the one that KServe writes for inferenceServices.%s; give the route another name." $at $object $service }}
+{{- end }}
+{{- end }}
+{{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "routes" "chart" "routeDefaults" "entry" $r) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of model caches of one type. Takes (list $ type). */}}
+{{- define "kserve-vllm.check.caches" -}}
+{{- $root := index . 0 -}}
+{{- range $name, $c := $root.Values.internal.caches }}
+{{- $at := printf "modelCaches.%s" $name }}
+{{- if eq $c.type (index $ 1) }}
+{{- if eq $c.type "LocalModelCache" }}
+{{- if not (and $c.localModelCache.sourceModelUri $c.localModelCache.nodeGroups) }}
+{{ printf "%s: a LocalModelCache needs localModelCache.sourceModelUri and localModelCache.nodeGroups." $at }}
+{{- end }}
+{{- $found := dict "root" $root "api" "serving.kserve.io/v1alpha1" "kind" "LocalModelCache" "namespace" "" "name" $name }}
+{{- include "kserve-vllm.lookup" $found }}
+{{- $source := dig "spec" "sourceModelUri" $c.localModelCache.sourceModelUri $found.object }}
+{{- if ne $source $c.localModelCache.sourceModelUri }}
+{{ printf "%s: LocalModelCache %s is there with the model %s, which can't change; give the cache another name." $at $name $source }}
+{{- end }}
+{{- else }}
+{{- if eq (empty $c.huggingFace.repository) (empty $c.files) }}
+{{ printf "%s: give one of huggingFace.repository and files." $at }}
+{{- end }}
+{{ include "kserve-vllm.check.claim" (dict "root" $root "c" $c "at" $at) }}
+{{- end }}
+{{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "modelCaches" "chart" "modelCacheDefaults" "entry" $c) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A claim that is there keeps its class and its modes, and its size only grows. */}}
+{{- define "kserve-vllm.check.claim" -}}
+{{- $c := .c -}}
+{{- $found := dict "root" .root "api" "v1" "kind" "PersistentVolumeClaim" "namespace" .root.Release.Namespace "name" $c.name -}}
+{{- if not $c.claim.existing }}{{ include "kserve-vllm.lookup" $found }}{{ end -}}
+{{- with dig "spec" dict (default dict $found.object) }}
+{{- if and $c.claim.storageClassName (ne $c.claim.storageClassName (default "" .storageClassName)) }}
+{{ printf "%s: claim %s has storage class %q, which can't change; take claim.storageClassName back, or give the cache another name." $.at $c.name (default "" .storageClassName) }}
+{{- end }}
+{{- if ne (sortAlpha .accessModes | join ", ") (sortAlpha $c.claim.accessModes | join ", ") }}
+{{ printf "%s: claim %s has access modes %s, which can't change; take claim.accessModes back, or give the cache another name." $.at $c.name (join ", " .accessModes) }}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,59 @@
+{{/*
+Names. KServe writes objects of its own into the namespace of an InferenceService: NAME, NAME-predictor,
+NAME-VARIANT-predictor, NAME-predictor-worker, NAME-head-N, NAME-workers-N, modelconfig-NAME-N and the same for
+transformers and explainers. It overwrites or deletes what has these names, so nothing of the chart may.
+*/}}
+
+{{/* Name of the Deployment and Service that KServe writes for an InferenceService. */}}
+{{- define "kserve-vllm.predictorName" -}}
+{{- printf "%s-predictor" . -}}
+{{- end }}
+
+{{/* Name of what the chart itself writes for an InferenceService: HPA, PodDisruptionBudget, NetworkPolicy. */}}
+{{- define "kserve-vllm.ownName" -}}
+{{- printf "%s-kserve-vllm" . -}}
+{{- end }}
+
+{{/* Name of the object of a route. */}}
+{{- define "kserve-vllm.routeName" -}}
+{{- printf "%s-route" . -}}
+{{- end }}
+
+{{/* At most 63 characters; what is cut is made up for by a hash, so that two names stay two. */}}
+{{- define "kserve-vllm.shorten" -}}
+{{- if gt (len .) 63 }}{{ printf "%s-%s" (trunc 54 . | trimSuffix "-") (sha256sum . | trunc 8) }}{{ else }}{{ . }}{{ end -}}
+{{- end }}
+
+{{/* Name of a runtime. Takes (list $ "cpu"|"gpu"|"multinode"). */}}
+{{- define "kserve-vllm.runtimeName" -}}
+{{- $root := index . 0 -}}
+{{- $name := (index $root.Values.runtimes (index . 1)).name -}}
+{{- if $root.Values.runtimes.versionInName -}}
+{{- $name = printf "%s-%s" $name (default $root.Chart.AppVersion $root.Values.image.tag | lower | replace "." "-" | replace "_" "-" | replace "+" "-") -}}
+{{- end -}}
+{{- include "kserve-vllm.shorten" $name -}}
+{{- end }}
+
+{{/* Value of the label by which a release's PodMonitor finds the pods of its runtimes, whoever wrote the services. */}}
+{{- define "kserve-vllm.runtimesOf" -}}
+{{- include "kserve-vllm.shorten" (printf "%s.%s" .Release.Namespace .Release.Name) -}}
+{{- end }}
+
+{{/* Labels of an object of the chart; labels of the values win. Takes (list $ labels...). */}}
+{{- define "kserve-vllm.labels" -}}
+{{- $root := first . -}}
+{{- $own := include "kserve-vllm.stableLabels.own" $root | fromYaml -}}
+{{- $own = merge (dict "app.kubernetes.io/version" $root.Chart.AppVersion "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | trimSuffix "_")) $own -}}
+{{- include "kserve-vllm.mergeMaps" (concat (list $own) (rest .)) -}}
+{{- end }}
+
+{{/* The same without versions, for what reaches pods: else each upgrade of the chart would restart every model. */}}
+{{- define "kserve-vllm.stableLabels" -}}
+{{- include "kserve-vllm.mergeMaps" (concat (list (include "kserve-vllm.stableLabels.own" (first .) | fromYaml)) (rest .)) -}}
+{{- end }}
+
+{{- define "kserve-vllm.stableLabels.own" -}}
+app.kubernetes.io/name: kserve-vllm
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
