@@ -186,7 +186,7 @@ def _gateway(cluster: Cluster) -> str:
 def _clean_all(cluster: Cluster) -> None:
     names = [n.metadata.name for n in cluster.core.list_namespace(label_selector=RUN_LABEL).items]
     for name in names:
-        for release in helm("list", "--namespace", name, "--all", "--short").split():
+        for release in helm("list", "--namespace", name, "--short").split():
             helm("uninstall", release, "--namespace", name, "--wait", "--timeout", "180s")
     if left := remove_namespaces(cluster, names):
         pytest.exit(f"not removed: {left}", returncode=1)

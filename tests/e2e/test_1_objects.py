@@ -114,12 +114,11 @@ def _same(have: Any, want: Any) -> bool:
 
 def _written(cluster: Cluster, namespace: str, isvc: Object) -> bool:
     """Whether KServe has made the workload of a service."""
-    name = f"{isvc['metadata']['name']}-predictor"
-    path = "/apis/serving.knative.dev/v1" if _is_knative(isvc) else "/apis/apps/v1"
-    return (
-        cluster.get(f"{path}/namespaces/{namespace}/{'services' if _is_knative(isvc) else 'deployments'}/{name}")
-        is not None
-    )
+    variant = isvc["spec"]["predictor"].get("name", "")
+    group, plural = ("serving.knative.dev", "services") if _is_knative(isvc) else ("apps", "deployments")
+    listing = cluster.get(f"/apis/{group}/v1/namespaces/{namespace}/{plural}") or {"items": []}
+    name = "-".join(part for part in (isvc["metadata"]["name"], variant, "predictor") if part)
+    return any(item["metadata"]["name"] == name for item in listing["items"])
 
 
 def _wait_written(cluster: Cluster, namespace: str, isvc: Object) -> None:

@@ -304,7 +304,7 @@ def test_a_container_killed_for_memory_comes_back(service: Service, cluster: Clu
 def canary(service: Service, cluster: Cluster) -> str:
     """A canary at 10 %, ready; the fingerprint of the stable model."""
     stable = fingerprint(service.target)
-    canary = {"percent": 10, "model": OTHER_MODEL, "name": "canary"}
+    canary = {"percent": 10, "model": OTHER_MODEL, "name": "canary", "replicas": 1}
     service.release.upgrade({"inferenceServices": {NAME: {"canary": canary}}})
     name = f"{NAME}-canary-predictor"
     wait(
