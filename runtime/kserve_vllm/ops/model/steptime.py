@@ -214,6 +214,8 @@ def roofline(architecture: Architecture, weights: Weights, gpu: GPU, settings: E
     merged: dict[float, float] = {}
     for size, window in windows:
         merged[window] = merged.get(window, 0.0) + size / total
+    if len(merged) == 1:  # not 0.999...: `function` has a quicker way for it
+        merged = dict.fromkeys(merged, 1.0)
     layers_per_stage = architecture.depth / pp
     reductions = 2 * layers_per_stage if tp > 1 else 0.0
     ring = 2 * (tp - 1) / tp
