@@ -156,6 +156,10 @@ def test_a_hub_id_comes_from_the_cache_and_offline_the_message_says_what_to_do(
         ("llama-3.1-405b", 405.85),
         ("qwen3-235b-a22b", 235.09),
         ("qwen3-30b-a3b", 30.53),
+        ("deepseek-v3", 671.0),
+        ("mixtral-8x7b", 46.70),
+        ("gpt-oss-20b", 20.91),
+        ("llama-4-scout", 107.77),
     ],
 )
 def test_parameters_are_counted_as_the_makers_do(name: str, billions: float) -> None:
@@ -193,38 +197,28 @@ def test_quantization_is_read_from_the_config(config: dict[str, Any], method: st
 # ---- cache --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What vLLM says of its cache, for the demo model and for one model of each kind of attention."""
-    root = tmp_path_factory.mktemp("models")
-    folders = {"demo": DEMO / "model"} | {name: capacity.write(name, root) for name in capacity.CONFIGS}
-    found = {}
-    for name, folder in folders.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.ops.capacity", str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.mark.parametrize("name", ["demo", *capacity.CONFIGS])
-def test_the_engine_reports_as_many_tokens_of_cache(name: str, reported: dict[str, dict[str, Any]]) -> None:
-    config = json.loads((DEMO / "model" / "config.json").read_text()) if name == "demo" else capacity.CONFIGS[name]
-    own = reported[name]
+def test_the_engine_reports_as_many_tokens_of_cache(name: str, tmp_path: Path) -> None:
+    """The demo model, and one model of each kind of attention; an engine for each."""
+    folder = DEMO / "model" if name == "demo" else capacity.write(name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.capacity", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    own = json.loads(done.stdout.splitlines()[-1])
     settings = memory.EngineSettings(
         block_size=128,
         async_scheduling=own["async_scheduling"],
         prefix_caching=own["prefix_caching"],
         **capacity.ENGINE,
     )
-    predicted = memory.cache_of(architecture.parse(config, name), settings).tokens(capacity.CACHE_BYTES)
-    assert predicted == pytest.approx(own["tokens"], rel=0.02)
+    shape = architecture.parse(json.loads((folder / "config.json").read_text()), name)
+    assert memory.cache_of(shape, settings).tokens(capacity.CACHE_BYTES) == pytest.approx(own["tokens"], rel=0.02)
 
 
 def test_cache_of_a_published_start_up_log() -> None:
@@ -232,6 +226,43 @@ def test_cache_of_a_published_start_up_log() -> None:
         settings = memory.EngineSettings(tensor_parallel_size=entry["tp"], max_model_len=entry["max_model_len"])
         cache = memory.cache_of(published_model(entry).architecture, settings)
         assert cache.tokens(entry["available_gib"] * memory.GIB) == pytest.approx(entry["tokens"], rel=0.02)
+
+
+def test_layers_are_told_apart() -> None:
+    """Every fourth layer of Llama 4 sees all, the others a chunk; gpt-oss alternates; Nemotron-H mixes three kinds."""
+    scout = architecture.parse(PUBLISHED["models"]["llama-4-scout"])
+    assert [layer.kind for layer in scout.layers[:4]] == ["chunked", "chunked", "chunked", "full"]
+    oss = architecture.parse(PUBLISHED["models"]["gpt-oss-20b"])
+    assert [(layer.kind, layer.window) for layer in oss.layers[:2]] == [("sliding", 128), ("full", 0)]
+    hybrid = architecture.parse(
+        {
+            "hidden_size": 256,
+            "vocab_size": 512,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "model_type": "nemotron_h",
+            "hybrid_override_pattern": "ME*-ME",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "conv_kernel": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "intermediate_size": 512,
+        }
+    )
+    assert [layer.kind for layer in hybrid.layers] == ["state", "full", "state"]
+    assert hybrid.parameters.experts == 2 * 4 * 2 * 256 * 128
+    assert hybrid.layers[0].state == (((8 * 32 + 2 * 2 * 16) * 3, None), (8 * 32 * 16, 4.0))
+
+
+def test_modelopt_says_in_a_file_of_its_own_what_it_did(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(capacity.CONFIGS["mistral"]))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert weights.read_model(str(tmp_path)).architecture.quantization.method == "nvfp4"
 
 
 def test_windows_compressed_vectors_and_eight_bits_take_less() -> None:
@@ -511,6 +542,16 @@ def test_the_values_render_and_say_what_the_plan_says(
             assert (own["maxReplicas"], own["scaleTarget"]) == (predictor["maxReplicas"], predictor["scaleTarget"])
     else:
         assert predictor["workerSpec"]["pipelineParallelSize"] == chosen["pipeline_parallel_size"]
+
+
+def test_experts_that_can_not_be_cut_stay_whole(tmp_path: Path) -> None:
+    model = published_model({"model": "qwen3-235b-a22b", "quantization": "fp8"})
+    assert memory.whole_experts(model.architecture, 8)
+    assert not memory.whole_experts(model.architecture, 4)
+    own = planner.Wish(model=model, traffic=wish().traffic, tensor=8, pipeline=1)
+    chosen = planner.best(planner.options(own, hardware.gpu("H100"), hardware.prices()))
+    assert chosen
+    assert "--enable-expert-parallel" in plan.service_values(own, chosen, "s3://models/x", None)["extraArgs"]
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:

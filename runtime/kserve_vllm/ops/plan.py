@@ -17,7 +17,7 @@ import yaml
 from kserve_vllm.errors import ConfigError
 from kserve_vllm.ops.model import hardware, measured, traffic, weights
 from kserve_vllm.ops.model.architecture import QUANTIZATIONS, Architecture
-from kserve_vllm.ops.model.memory import EngineSettings
+from kserve_vllm.ops.model.memory import EngineSettings, whole_experts
 from kserve_vllm.ops.model.steptime import StepTime
 from kserve_vllm.ops.planner import LOAD, EngineFit, Lever, Option, Wish, best, engines, levers, options
 from kserve_vllm.ops.tables import gib, money, seconds, table
@@ -377,6 +377,7 @@ def _machine(
             "weights_source": wish.model.weights.source,
             "weights_exact": wish.model.weights.exact,
             "quantization": architecture.quantization.method,
+            "approximate": architecture.approximate or None,
             "max_len": architecture.max_len,
         },
         "traffic": asdict(wish.traffic),
@@ -493,6 +494,8 @@ def _human(
             )
         )
     lines += ["", "Engines:", table([("", "FITS", "WHY"), *((fit.engine, fit.fit, fit.why) for fit in fits)])]
+    if architecture.approximate:
+        lines += ["", f"note: {architecture.family}: {architecture.approximate}; trust the weights, measure the rest"]
     if refusals:
         lines += ["", *(f"note: {name}: {why}" for name, why in refusals.items())]
     return "\n".join(lines)
@@ -524,6 +527,8 @@ def service_values(wish: Wish, option: Option, storage_uri: str | None, model: s
         f"--gpu-memory-utilization={settings.gpu_memory_utilization:g}",
         f"--max-num-batched-tokens={settings.max_num_batched_tokens}",
     ]
+    if whole_experts(architecture, settings.tensor_parallel_size):
+        extra.append("--enable-expert-parallel")
     if settings.kv_cache_dtype != "auto":
         extra.append(f"--kv-cache-dtype={settings.kv_cache_dtype}")
     entry["extraArgs"] = extra

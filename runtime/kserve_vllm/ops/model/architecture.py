@@ -136,11 +136,13 @@ class Architecture:
         intermediate: inner width of the dense feed-forward layer.
         experts: routed experts of one layer, 0 for a dense model.
         experts_per_token: how many of them a token passes.
+        expert_width: inner width of one expert.
         parameters: counts, by part.
         dtype_bytes: bytes of an unquantized weight and of the KV cache by default.
         quantization: as the config says.
         max_len: longest context that the config allows.
         exact: False when the shape was guessed from a number of parameters.
+        approximate: why the cache or the counts are only near for this family, or "".
         generates: False for encoders, which keep no cache.
     """
 
@@ -156,10 +158,12 @@ class Architecture:
     parameters: Parameters
     experts: int = 0
     experts_per_token: int = 0
+    expert_width: int = 0
     dtype_bytes: float = 2.0
     quantization: Quantization = field(default_factory=Quantization)
     max_len: int = 8192
     exact: bool = True
+    approximate: str = ""
     generates: bool = True
 
     @property
@@ -179,6 +183,16 @@ class Architecture:
         return replace(self, quantization=QUANTIZATIONS[name])
 
 
+# Families whose caches are laid out in ways that are not modelled here.
+_APPROXIMATE = {
+    "deepseek_v4": "its cache is compressed in a way that is not modelled",
+    "mimo_v2": "its layers differ in ways that are not modelled",
+    "kimi_k3": "its layers differ in ways that are not modelled",
+    "nemotron-nas": "its blocks differ in ways that are not modelled",
+    "deci": "its blocks differ in ways that are not modelled",
+}
+
+
 def parse(config: Mapping[str, Any], name: str = "") -> Architecture:
     """Read a config.json.
 
@@ -191,6 +205,8 @@ def parse(config: Mapping[str, Any], name: str = "") -> Architecture:
     family = str(inner.get("model_type") or outer.get("model_type") or "unknown")
     hidden = _first(inner, "hidden_size", "n_embd", "d_model", "dim")
     depth = _first(inner, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    listed = _first(inner, "hybrid_override_pattern", "layers_block_type", "layer_types")
+    depth = depth or (len(listed) if listed else None)
     vocab = _first(inner, "vocab_size", fallback=outer.get("vocab_size"))
     if not (hidden and depth and vocab):
         missing = [
@@ -228,11 +244,15 @@ def parse(config: Mapping[str, Any], name: str = "") -> Architecture:
         parameters=Parameters(),
         experts=experts,
         experts_per_token=per_token if experts else 0,
+        expert_width=int(_first(inner, "moe_intermediate_size", "expert_ffn_hidden_size") or intermediate)
+        if experts
+        else 0,
         # vLLM runs float32 checkpoints in bfloat16 unless told otherwise.
         dtype_bytes=min(DTYPE_BYTES.get(dtype.removeprefix("torch."), 2.0), 2.0),
         quantization=quantization,
         max_len=max_len or 8192,
         generates=_generates(outer),
+        approximate=next((why for start, why in _APPROXIMATE.items() if family.startswith(start)), ""),
     )
     kinds = _layer_kinds(inner, depth)
     layers = tuple(_layer(inner, kind, index, kv_heads, head_dim, base) for index, kind in enumerate(kinds))
@@ -373,15 +393,15 @@ def _layer_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
         "mamba2": "state",
         "conv": "state",
         "hybrid": "full",
-        "mlp": "none",
-        "moe": "none",
+        "mlp": "mlp",
+        "moe": "moe",
     }
     listed = _first(config, "layer_types", "layers_block_type")
     if isinstance(listed, Sequence) and not isinstance(listed, str) and len(listed) >= depth:
         kinds = [names.get(str(kind), "full") for kind in listed[:depth]]
         return kinds if config.get("sliding_window") else ["full" if kind == "sliding" else kind for kind in kinds]
     if pattern := config.get("hybrid_override_pattern"):  # Nemotron-H: M Mamba, * attention, - and E feed-forward
-        return [{"M": "state", "*": "full"}.get(mark, "none") for mark in str(pattern)[:depth]]
+        return [{"M": "state", "*": "full", "E": "moe"}.get(mark, "mlp") for mark in str(pattern)[:depth]]
     if indices := config.get("attn_layer_indices"):
         return ["full" if i in indices else "state" for i in range(depth)]
     if (period := config.get("attn_layer_period")) and config.get("mamba_d_state"):  # Jamba
@@ -391,6 +411,11 @@ def _layer_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
     family = str(config.get("model_type") or "")
     if family in ("mamba", "mamba2", "falcon_mamba"):
         return ["state"] * depth
+    if config.get("attention_chunk_size") and family.startswith(
+        "llama4"
+    ):  # every fourth layer sees all, without positions
+        rotary = config.get("no_rope_layers") or [int((i + 1) % 4 != 0) for i in range(depth)]
+        return ["chunked" if uses else "full" for uses in rotary[:depth]]
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return ["full"] * depth
     if pattern := _first(config, "sliding_window_pattern", "_sliding_window_pattern"):  # Gemma 3: every sixth is full
@@ -406,7 +431,7 @@ def _layer_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
 def _layer(
     config: Mapping[str, Any], kind: str, index: int, kv_heads: int, head_dim: int, base: Architecture
 ) -> LayerCache | None:
-    if kind == "none":
+    if kind in ("mlp", "moe"):
         return None
     if kind == "state":
         return LayerCache("state", state=_state(config, base))
@@ -486,36 +511,47 @@ def _count(
         else 1
     )
     only_dense = set(config.get("mlp_only_layers") or ())
+    apart = "mlp" in kinds or "moe" in kinds  # Nemotron-H: a layer is a mixer or a feed-forward part, not both
+    if base.family.startswith("nemotron_h"):
+        matrices = 2
     for index, kind in enumerate(kinds):
         other += 2 * base.hidden
         if kind == "state":
-            if config.get("linear_num_value_heads"):
-                keys = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
-                values = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
-                linear += base.hidden * (2 * keys + 3 * values)
-            elif config.get("conv_L_cache"):
-                linear += 4 * base.hidden**2
-            else:
-                conv = _state(config, base)
-                inner = conv[0][0] // max(int(_first(config, "mamba_d_conv", "conv_kernel", "d_conv") or 4) - 1, 1)
-                linear += 3 * base.hidden * inner
-        elif kind != "none":
+            linear += _mixer(config, base)
+        elif kind not in ("mlp", "moe"):
             linear += _attention(config, kv_heads, base, kind)
-        if kind == "none" or (kind == "state" and str(config.get("model_type")).endswith(("mamba", "mamba2"))):
-            if kind == "none":
-                linear += 2 * base.hidden * base.intermediate
+        if kind not in ("mlp", "moe") and (apart or base.family in ("mamba", "mamba2", "falcon_mamba")):
             continue
-        sparse = base.experts and index >= dense_first and index not in only_dense and (index + 1) % step == 0
-        if sparse:
-            experts += base.experts * matrices * base.hidden * moe_size
-            shared = int(config.get("shared_expert_intermediate_size") or 0) or moe_size * int(
-                _first(config, "n_shared_experts", "num_shared_experts") or 0
-            )
+        own = base.experts and index >= dense_first and index not in only_dense and (index + 1) % step == 0
+        if kind == "moe" or (own and not apart):
+            narrow = int(config.get("moe_latent_size") or 0)  # experts work on a narrower copy of the stream
+            experts += base.experts * matrices * (narrow or base.hidden) * moe_size
+            linear += 2 * base.hidden * narrow
+            shared = int(_first(config, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size") or 0)
+            shared = shared or moe_size * int(_first(config, "n_shared_experts", "num_shared_experts") or 0)
+            if base.family.startswith("llama4"):
+                shared = base.intermediate
             linear += matrices * base.hidden * shared + base.hidden * base.experts
         else:
             width = int(config.get("intermediate_size_mlp") or base.intermediate)
             linear += matrices * base.hidden * width
     return Parameters(table * (1 if tied else 2), table, linear, experts, other)
+
+
+def _mixer(config: Mapping[str, Any], base: Architecture) -> int:
+    """Parameters of a recurrent layer's projections."""
+    if config.get("linear_num_value_heads"):
+        keys = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
+        values = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
+        return base.hidden * (2 * keys + 3 * values)
+    if config.get("conv_L_cache"):
+        return 4 * base.hidden**2
+    state = _state(config, base)
+    kernel = int(_first(config, "mamba_d_conv", "conv_kernel", "d_conv") or 4)
+    size = int(_first(config, "mamba_d_state", "ssm_state_size", "state_size", "d_state") or 16)
+    inner = state[1][0] // size
+    conv = state[0][0] // max(kernel - 1, 1)  # what the convolution sees: the inner width and, in Mamba 2, B and C
+    return base.hidden * (inner + conv) + inner * base.hidden
 
 
 def _attention(config: Mapping[str, Any], kv_heads: int, base: Architecture, kind: str) -> int:

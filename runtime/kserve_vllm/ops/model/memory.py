@@ -214,6 +214,17 @@ def _blocks(layer: LayerCache, tokens: int, settings: EngineSettings, in_flight:
     return -(-length // tokens)
 
 
+def whole_experts(architecture: Architecture, tensor: int) -> bool:
+    """Whether ranks must hold whole experts (`--enable-expert-parallel`) rather than a slice of each.
+
+    FP8 checkpoints scale blocks of 128 weights; a slice that is no multiple of 128 wide can't be cut, and vLLM refuses
+    it (Qwen3-235B-A22B-FP8 over eight GPUs: 1536 / 8 = 192).
+    """
+    if not architecture.experts or tensor == 1 or architecture.quantization.bits > 8:
+        return False
+    return architecture.expert_width > 0 and architecture.expert_width / tensor % 128 != 0
+
+
 # What is allocated outside of torch: the CUDA context, cuBLAS' and NCCL's buffers. Seen in vLLM's start-up logs: 0.25
 # GiB for two ranks of Qwen2 14B (vllm-project/vllm#13061); NCCL's buffers grow with ranks. GiB.
 OUTSIDE_GIB = 0.25

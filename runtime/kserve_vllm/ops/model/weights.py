@@ -89,6 +89,13 @@ def read_model(source: str, quantization: str | None = None) -> Model:
         raise ConfigError(f"{config_path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{config_path}: not an object")
+    own = folder / "hf_quant_config.json"  # where ModelOpt writes what it did
+    if "quantization_config" not in config and own.exists():
+        try:
+            found = json.loads(own.read_text(encoding="utf-8"))["quantization"]
+            config["quantization_config"] = {"quant_method": "modelopt", **found}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{own}: {error}") from None
     architecture = parse(config, source.rstrip("/"))
     tensors = list(safetensors_of(folder))
     if not tensors:
