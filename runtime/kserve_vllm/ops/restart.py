@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     try:
-        restart = Restart(cluster, namespace, args.name, say, args.timeout)
+        restart = Restart(cluster, namespace, args.name, say, args.timeout, _POLL_S)
         method, why = restart.method(args.method)
         old = sorted(restart.pods())
         say(f"{args.name}: {len(old)} pods, by {method}{f' ({why})' if why else ''}: {', '.join(old) or 'none'}")
