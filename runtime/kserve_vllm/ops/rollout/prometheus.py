@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,7 @@ class Prometheus:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(headers=headers, timeout=timeout_s)
+        weakref.finalize(self, self._http.close)
 
     def query(self, expression: str, at: float) -> list[tuple[Mapping[str, str], float]]:
         """The series of an instant query at a moment (seconds of the wall clock).
