@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import urlencode
@@ -111,6 +112,8 @@ class Cluster:
         # A cluster that is away is told at once, not after three tries.
         settings.retries = False  # type: ignore[assignment]
         self._client = client.ApiClient(settings)
+        # Its connections are closed with it.
+        weakref.finalize(self, self._client.rest_client.pool_manager.clear)
         self._timeout_s = timeout_s
         self.server = str(settings.host)
 

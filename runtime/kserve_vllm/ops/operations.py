@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+# 128 and SIGPIPE.
+_NO_READER = 141
 COMMANDS = {
     "plan": ("GPUs, parallel sizes, replicas and cost for a model and its traffic", "kserve_vllm.ops.plan"),
     "simulate": ("try an autoscaler on recorded or made-up traffic", "kserve_vllm.ops.simulate"),
@@ -26,8 +30,15 @@ def register(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one of them; returns its exit code."""
-    return int(importlib.import_module(COMMANDS[arguments[0]][1]).main(list(arguments[1:])))
+    """Run one of them; returns its exit code, or what a shell says of a reader that went away (`| head`)."""
+    try:
+        code = int(importlib.import_module(COMMANDS[arguments[0]][1]).main(list(arguments[1:])))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would try to flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NO_READER
+    return code
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:

@@ -231,7 +231,7 @@ CAUSES = (
     Cause(
         "rights-half",
         "Some of it may not be read by you",
-        5,
+        9,
         "The service is not ready, and these could not be read: $lost. The cause may lie there.",
         ("# someone who may: kubectl -n $ns create rolebinding diagnose --clusterrole=view --user=YOU",),
         _half_blind,

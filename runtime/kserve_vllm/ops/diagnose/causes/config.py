@@ -132,6 +132,13 @@ def _worker_image(f: Facts) -> Match | None:
     return None
 
 
+def _not_ready(f: Facts) -> Match | None:
+    if not f.isvc or f.ready or f.annotation("serving.kserve.io/stop") == "true":
+        return None
+    words = [f"{each.where}: {each.reason} {each.text}".strip() for each in f.said if each.reason or each.text]
+    return {"evidence": "; ".join(dict.fromkeys(words)) or "the InferenceService has no status yet"}
+
+
 _PRIORITY = r"same priority assigned for the model format (?P<format>\S+)(?P<rest>.*)"
 
 CAUSES = (
@@ -314,6 +321,16 @@ CAUSES = (
         ("kubectl -n $ns get inferenceservice $name -o yaml --show-managed-fields | grep -E 'manager:|time:'",),
         lambda f: _generations(f),
         DEGRADED,
+    ),
+    Cause(
+        "not-ready",
+        "The service is not ready, and no row of the table knows why",
+        8,
+        "Nothing that is known to go wrong was found. A service that was just applied needs a moment; otherwise the "
+        "words of its conditions and events stand below.",
+        ("kubectl -n $ns describe inferenceservice $name", "kubectl -n $ns get events --sort-by=.lastTimestamp | tail"),
+        _not_ready,
+        last_resort=True,
     ),
     Cause(
         "refused",
