@@ -68,5 +68,5 @@ def running(server: Server) -> float:
 def assert_unharmed(server: Server) -> None:
     """The server is ready, and nothing is in flight at the edge or in the engine."""
     assert server.health("/v2/health/ready")["ready"]
-    # The scrape itself does not pass the gate.
+    # The scrape itself does not pass enforcement.
     until(lambda: server.metric("kserve_vllm_requests_in_flight") == 0 and running(server) == 0, 5)

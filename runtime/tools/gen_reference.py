@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from kserve_vllm import settings
-from kserve_vllm.engine.profiles import PROFILES
+from kserve_vllm.config import settings
+from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.telemetry.metrics import DECLARED
 
 README = Path(__file__).resolve().parents[2] / "README.md"

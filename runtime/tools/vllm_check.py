@@ -4,7 +4,8 @@ Usage: vllm_check.py [--accept] WHEEL        a wheel's file, of vLLM or of a lib
        vllm_check.py [--accept] --installed  what is installed here, with uvicorn, h2, hpack, kserve, prometheus-client
 
 Shown are: imports of ours that are gone; touchpoints (kserve_vllm/engine/compat.py) that have changed, with what
-happens then; routes that nobody has classified (kserve_vllm/protocol/endpoints.py); fields of requests that nobody
+happens then; routes that nobody has classified (kserve_vllm/protocols/http/endpoints.py); fields of requests that
+nobody
 has. `--accept` adds what was found to the fingerprints that are known, once someone has read the changes.
 Exit code 0: nothing to do; 1: there is.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from kserve_vllm.engine import compat
 from kserve_vllm.engine.inspection import Inspector, Installed, Wheel, imports_of, routes_of
-from kserve_vllm.protocol.endpoints import is_classified
+from kserve_vllm.protocols.http.endpoints import is_classified
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "runtime" / "kserve_vllm"

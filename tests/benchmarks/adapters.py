@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.adapters
 
-Real are the table of adapters, its side in vLLM, the engine's door, the books and vLLM's output processor. What stands
+Real are the table of adapters, its side in vLLM, the engine, the accounting and vLLM's output processor. What stands
 in for the engine answers each request with one token.
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 
 import uvloop
 
-from kserve_vllm.engine.accounts import Accounts
-from kserve_vllm.engine.adapter_files import Declaration
-from kserve_vllm.engine.adapters import Adapter, Adapters, State, Version
-from kserve_vllm.engine.intake import Intake
+from kserve_vllm.adapters.files import Declaration
+from kserve_vllm.adapters.registry import Adapter, AdapterRegistry, State, Version
+from kserve_vllm.core.lifecycle import Lifecycle
+from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.engine.hooks.accounting import TokenAccounting
+from kserve_vllm.engine.hooks.submission import SubmissionHooks
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.gate import Door, Gate, Policies
-from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.policy.enforcement import Enforcement, Policies, SequencePolicy
 from kserve_vllm.telemetry.metrics import Metrics
-from kserve_vllm.ticket import Ticket, current
 from tests.benchmarks.policies import RUNS, TIMES
 
 BASE = "demo"
@@ -79,23 +79,28 @@ class Site:
         self.engine._app = SimpleNamespace(state=SimpleNamespace(openai_serving_models=self.registry))
         loras = self.engine._loras = LoRAs(self.client)
         loras.attach(self.registry)
-        self.table = self.engine._adapters = loras.adapters = Adapters(loras)
+        self.table = self.engine._adapters = loras.adapters = AdapterRegistry(loras)
         for number in range(1, count + 1):
             name, version = f"adapter-{number}", Version(f"adapter-{number}@0123456789ab", number, Path("/none"))
             self.table._all[name] = Adapter(Declaration(name, "/none"), "file", State.LOADED, version=version)
             loras.publish(name, version)
-        Accounts(self.client.output_processor, lambda: BASE, loras)
+        TokenAccounting(self.client.output_processor, lambda: BASE, loras)
         lifecycle, policies = Lifecycle(), Policies()
-        Intake(self.client, Door(Gate(lifecycle, policies), policies, self.engine), False, plain=loras.plain)
+        SubmissionHooks(
+            self.client,
+            SequencePolicy(Enforcement(lifecycle, policies), policies, self.engine),
+            False,
+            plain=loras.plain,
+        )
         from prometheus_client import CollectorRegistry
 
         self.metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
         self.metrics.attach("", self.engine.serves, self.engine.adapters_by_state)
 
-    async def ask(self, name: str) -> Ticket:
+    async def ask(self, name: str) -> RequestContext:
         """One request, from the look for its model to its books."""
-        ticket = Ticket("r", "v2", "ModelInfer", model=name)
-        current.set(ticket)
+        context = RequestContext("r", "v2", "ModelInfer", model=name)
+        current.set(context)
         found = self.engine.find(name)
         assert found is not None
         assert found.loaded
@@ -104,9 +109,9 @@ class Site:
         async for _ in self.client.generate(prompt, self.params, "r", lora_request=lora):
             pass
         self.registry.model_name(lora)
-        self.metrics.model_label(ticket.model)  # for the metrics
-        self.metrics.model_label(ticket.model)  # for the log
-        return ticket
+        self.metrics.model_label(context.model)  # for the metrics
+        self.metrics.model_label(context.model)  # for the log
+        return context
 
 
 async def main() -> None:
@@ -114,8 +119,8 @@ async def main() -> None:
     for count in COUNTS:
         site = Site(count)
         name = f"adapter-{count // 2}"
-        ticket = await site.ask(f"{BASE}:{name}")
-        assert (ticket.adapter, site.table.find(name).requests) == (name, 1)  # type: ignore[union-attr]
+        context = await site.ask(f"{BASE}:{name}")
+        assert (context.adapter, site.table.find(name).requests) == (name, 1)  # type: ignore[union-attr]
         least = dict.fromkeys((BASE, name, f"{BASE}:{name}"), float("inf"))
         # In turns, since what is compared is small beside what other programs do to all of it.
         for _ in range(RUNS * TURNS):

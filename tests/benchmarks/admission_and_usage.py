@@ -18,10 +18,10 @@ from typing import Any
 
 import uvloop
 
-from kserve_vllm.policy.admission import Admission
+from kserve_vllm.core.types import Priority
+from kserve_vllm.policy.priority_queue import PriorityQueue
 from kserve_vllm.policy.usage import Usage, UsageRecord, timestamp
 from kserve_vllm.telemetry import logs
-from kserve_vllm.types import Priority
 
 RUNS, TIMES = 7, 20_000
 
@@ -35,7 +35,7 @@ async def median_us(what: str, work: Callable[[], Awaitable[float]]) -> float:
 
 async def one_after_the_other(slots: int) -> float:
     """Nobody waits."""
-    queue = Admission(slots, 1024, {}, 30.0, {})
+    queue = PriorityQueue(slots, 1024, {}, 30.0, {})
     begin = time.thread_time()
     for _ in range(TIMES):
         (await queue.acquire(Priority.NORMAL)).release()
@@ -44,7 +44,7 @@ async def one_after_the_other(slots: int) -> float:
 
 async def all_at_once(admission: bool) -> float:
     """All but four wait, in five classes; without the queue, the same tasks wait once for the loop."""
-    queue = Admission(4, TIMES, {}, 30.0, {Priority.BATCH: 0.5})
+    queue = PriorityQueue(4, TIMES, {}, 30.0, {Priority.BATCH: 0.5})
 
     async def request(priority: Priority) -> None:
         if admission:
@@ -60,7 +60,7 @@ async def all_at_once(admission: bool) -> float:
 
 async def evictions() -> float:
     """A full queue of batch requests, each evicted by a critical one."""
-    queue = Admission(1, TIMES, {}, math.inf, {})
+    queue = PriorityQueue(1, TIMES, {}, math.inf, {})
     first = await queue.acquire(Priority.NORMAL)
 
     async def request(priority: Priority) -> None:

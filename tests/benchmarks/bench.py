@@ -45,7 +45,7 @@ def engine_flags(args: argparse.Namespace) -> list[str]:
 
 def vllm_bench(server: Running, concurrency: int, requests: int, args: argparse.Namespace) -> dict[str, Any]:
     """Load with `vllm bench serve`, the client that people trust. It parses every frame."""
-    from kserve_vllm.engine import demo
+    from kserve_vllm.config import demo
 
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -94,7 +94,7 @@ def measure(server: Running, mode: str, concurrency: int, args: argparse.Namespa
 
 def offline(args: argparse.Namespace) -> dict[str, Any]:
     """The ceiling: the engine alone, in one process with its caller, with as many sequences as 64 streams have."""
-    from kserve_vllm.engine import demo
+    from kserve_vllm.config import demo
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"

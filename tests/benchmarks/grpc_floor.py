@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import uvloop
 
-from kserve_vllm.hosting.grpc_calls import Call, Services
+from kserve_vllm.grpc_server.calls import Call, Services
 from tests.benchmarks.load import H2Connection
 
 _SERVICE, _METHOD = "floor.Floor", "Stream"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import uvloop
 
-from kserve_vllm.policy.counters import MemoryCounters, RedisCounters
-from kserve_vllm.policy.limits import Limits, Quota
-from kserve_vllm.policy.moderation import Moderation
-from kserve_vllm.policy.remote import Remote
+from kserve_vllm.policy.moderation.hooks import Moderation
+from kserve_vllm.policy.quotas.counters import MemoryCounters, RedisCounters
+from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.redis_connection import RedisConnection
 from kserve_vllm.policy.tenants import Tenants, digest
 from tests.support_redis import RedisServer
 
@@ -84,7 +84,7 @@ async def main() -> None:
         folder = Path(name)
         await keys(folder)
         await limits(MemoryCounters(), "in memory")
-        remote = Remote(redis.url)
+        remote = RedisConnection(redis.url)
         await limits(RedisCounters(remote), "in Redis")
         await remote.close()
         await moderation(folder)

@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from kserve_vllm.engine.records import Record, RecordCodec, canonical, records, replay
-from kserve_vllm.policy.remote import Remote
-from kserve_vllm.policy.response_cache import Asking, MemoryStore, RedisStore, ResponseCache
+from kserve_vllm.engine.hooks.cache_codec import CacheCodec, Record, canonical, records, replay
+from kserve_vllm.policy.redis_connection import RedisConnection
+from kserve_vllm.policy.response_cache import CacheLookup, MemoryStore, RedisStore, ResponseCache
 from tests.support_redis import RedisServer
 
 PROMPT = list(range(20_000, 21_000))
@@ -42,9 +42,9 @@ async def measure(redis_url: str) -> None:
     """Print one line per figure."""
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
     prompt = {"type": "token", "prompt_token_ids": PROMPT}
-    remote = Remote(redis_url)
-    memory = ResponseCache[Record](MemoryStore(1 << 24, 600), RecordCodec(), "tenant")
-    redis = ResponseCache[Record](RedisStore(remote, 600), RecordCodec(), "tenant")
+    remote = RedisConnection(redis_url)
+    memory = ResponseCache[Record](MemoryStore(1 << 24, 600), CacheCodec(), "tenant")
+    redis = ResponseCache[Record](RedisStore(remote, 600), CacheCodec(), "tenant")
 
     def key() -> str:
         request = canonical(prompt, params)
@@ -56,7 +56,7 @@ async def measure(redis_url: str) -> None:
 
     async def ask(cache: ResponseCache[Record], kind: RequestOutputKind, fresh: bool = False, tokens: int = 0) -> None:
         tokens = tokens or ANSWER_TOKENS
-        source = cache.answer(f"{same}{tokens}", lambda: records(generation(tokens)), Asking(fresh=fresh))
+        source = cache.answer(f"{same}{tokens}", lambda: records(generation(tokens)), CacheLookup(fresh=fresh))
         async for _ in replay(source, kind, "r", PROMPT):
             pass
 

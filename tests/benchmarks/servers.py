@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
-from kserve_vllm.engine import demo
+from kserve_vllm.config import demo
 from kserve_vllm.policy import tenants
 from tests.support import end, free_port
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kserve_vllm import cli, errors
-from kserve_vllm.engine.profiles import PROFILES
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.config.profiles import PROFILES
+from kserve_vllm.core import errors
 from tests.charts import kserve_merge
 from tests.charts.support import (
     CATALOGUE,

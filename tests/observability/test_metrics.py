@@ -17,12 +17,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as classic
 
-from kserve_vllm.errors import EngineGone, Forbidden, InternalError, InvalidRequest, QueueFull, Unavailable
-from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.core.errors import EngineGone, Forbidden, InternalError, InvalidRequest, QueueFull, Unavailable
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.telemetry.metrics import DECLARED, OUTCOMES, Metrics
-from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
-from kserve_vllm.ticket import Ticket
 from tests.clients import until
 from tests.observability.conftest import KEY
 from tests.observability.load import LONG, Client
@@ -30,7 +30,7 @@ from tests.support import ROOT, Server
 
 
 class Books:
-    """The books on a registry of their own."""
+    """The accounting on a registry of their own."""
 
     def __init__(self, **limits: int) -> None:
         self.registry = CollectorRegistry()
@@ -38,7 +38,7 @@ class Books:
         self.in_flight = 0
         self.metrics = Metrics(self.lifecycle, lambda: self.in_flight, "1", self.registry, **limits)
         self.metrics.attach("0.32", lambda name: name in ("demo", "upper"), lambda: {"loaded": 1, "unloaded": 2})
-        self.requests = Requests(self.metrics, Tracing(), self.lifecycle)
+        self.requests = RequestRecorder(self.metrics, Tracing(), self.lifecycle)
 
     def value(self, name: str, **labels: str) -> float | None:
         """One sample."""
@@ -69,10 +69,10 @@ def test_a_metric_is_named_by_prometheus_conventions(each: Any) -> None:
 
 
 def test_promtool_finds_nothing_to_improve_in_our_metrics(promtool: str) -> None:
-    books = Books()
-    with books.requests.open("v2", "/v2", "id", {}, "demo") as ticket:
-        ticket.status, ticket.sequences, ticket.finished, ticket.first_token_at = 200, 1, 1, time.time()
-    text = generate_latest(books.registry)
+    recorder = Books()
+    with recorder.requests.open("v2", "/v2", "id", {}, "demo") as context:
+        context.status, context.sequences, context.finished, context.first_token_at = 200, 1, 1, time.time()
+    text = generate_latest(recorder.registry)
     done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
     complaints = [line for line in (done.stdout + done.stderr).decode().splitlines() if "_created" not in line]
     # A state's age and a drain's rest are seconds, and no ratio of seconds.
@@ -80,17 +80,19 @@ def test_promtool_finds_nothing_to_improve_in_our_metrics(promtool: str) -> None
 
 
 def test_a_flood_of_tenants_or_models_ends_in_the_label_other() -> None:
-    books = Books(most_tenants=3, most_models=1)
+    recorder = Books(most_tenants=3, most_models=1)
     for number in range(500):
-        with books.requests.open("v2", "/v2", "id", {}, f"invented-{number}") as ticket:
-            ticket.tenant, ticket.status = f"tenant-{number}", 200
+        with recorder.requests.open("v2", "/v2", "id", {}, f"invented-{number}") as context:
+            context.tenant, context.status = f"tenant-{number}", 200
     for model in ("demo", "upper"):
-        with books.requests.open("v2", "/v2", "id", {}, model) as ticket:
-            ticket.status = 200
-    labels = [s.labels for f in books.registry.collect() for s in f.samples if s.name == "kserve_vllm_requests_total"]
+        with recorder.requests.open("v2", "/v2", "id", {}, model) as context:
+            context.status = 200
+    labels = [
+        s.labels for f in recorder.registry.collect() for s in f.samples if s.name == "kserve_vllm_requests_total"
+    ]
     assert {label["tenant"] for label in labels} == {"tenant-0", "tenant-1", "tenant-2", "other"}
     assert {label["model"] for label in labels} == {"demo", "other"}
-    assert books.value("kserve_vllm_requests_total", protocol="v2", endpoint="/v2", model="other", tenant="other",
+    assert recorder.value("kserve_vllm_requests_total", protocol="v2", endpoint="/v2", model="other", tenant="other",
                        outcome="ok") == 498  # fmt: skip
 
 
@@ -120,68 +122,68 @@ def test_a_flood_of_tenants_or_models_ends_in_the_label_other() -> None:
 def test_every_way_to_end_has_an_outcome_and_every_refusal_a_reason(
     state: State, status: Any, error: Exception | None, outcome: str, reason: str | None
 ) -> None:
-    books = Books()
-    books.lifecycle.to(state)
-    with books.requests.open("v1", "/x", "id", {}) as ticket:
-        ticket.status, ticket.error = status, error
-    assert books.outcomes() == {outcome: 1}
+    recorder = Books()
+    recorder.lifecycle.to(state)
+    with recorder.requests.open("v1", "/x", "id", {}) as context:
+        context.status, context.error = status, error
+    assert recorder.outcomes() == {outcome: 1}
     assert outcome in OUTCOMES
     if reason is not None:
-        assert books.value("kserve_vllm_rejections_total", protocol="v1", reason=reason) == 1
+        assert recorder.value("kserve_vllm_rejections_total", protocol="v1", reason=reason) == 1
 
 
 def test_an_answer_that_the_moderation_cut_off_counts_as_refused_and_not_as_given_up() -> None:
-    books = Books()
-    with books.requests.open("openai", "/x", "id", {}) as ticket:
-        ticket.status, ticket.sequences, ticket.aborted, ticket.cut_off = 200, 1, 1, True
-    assert books.outcomes() == {"refused": 1}
-    assert books.value("kserve_vllm_rejections_total", protocol="openai", reason="moderation") == 1
+    recorder = Books()
+    with recorder.requests.open("openai", "/x", "id", {}) as context:
+        context.status, context.sequences, context.aborted, context.cut_off = 200, 1, 1, True
+    assert recorder.outcomes() == {"refused": 1}
+    assert recorder.value("kserve_vllm_rejections_total", protocol="openai", reason="moderation") == 1
 
 
 def test_a_stream_that_began_well_and_whose_engine_died_counts_as_server_error() -> None:
-    books = Books()
-    with books.requests.open("openai", "/x", "id", {}) as ticket:
-        ticket.status, ticket.sequences, ticket.failed = 200, 1, 1
-    assert books.outcomes() == {"server_error": 1}
+    recorder = Books()
+    with recorder.requests.open("openai", "/x", "id", {}) as context:
+        context.status, context.sequences, context.failed = 200, 1, 1
+    assert recorder.outcomes() == {"server_error": 1}
 
 
 def test_an_exception_that_nobody_caught_still_closes_the_ticket() -> None:
-    books = Books()
-    with pytest.raises(RuntimeError), books.requests.open("openai", "/x", "id", {}):
+    recorder = Books()
+    with pytest.raises(RuntimeError), recorder.requests.open("openai", "/x", "id", {}):
         raise RuntimeError
-    assert books.outcomes() == {"server_error": 1}
+    assert recorder.outcomes() == {"server_error": 1}
 
 
 def test_times_come_from_the_ticket_and_the_mean_gap_leaves_the_first_token_out() -> None:
-    ticket = Ticket("id", "v2", "/x")
-    assert ticket.ttft_s is None
-    assert ticket.itl_s is None
-    ticket.first_token_at, ticket.decode_s, ticket.gaps = ticket.started_at + 0.25, 1.0, 10
-    assert ticket.ttft_s == pytest.approx(0.25)
-    assert ticket.itl_s == pytest.approx(0.1)
+    context = RequestContext("id", "v2", "/x")
+    assert context.ttft_s is None
+    assert context.itl_s is None
+    context.first_token_at, context.decode_s, context.gaps = context.started_at + 0.25, 1.0, 10
+    assert context.ttft_s == pytest.approx(0.25)
+    assert context.itl_s == pytest.approx(0.1)
 
 
 def test_drain_progress_goes_from_0_to_1_while_draining_and_is_0_otherwise() -> None:
-    books = Books()
-    books.lifecycle.to(State.READY)
-    books.in_flight = 4
-    assert books.value("kserve_vllm_drain_progress_ratio") == 0
-    books.lifecycle.to(State.DRAINING)
-    books.metrics.begin_drain(60)
-    assert books.value("kserve_vllm_drain_progress_ratio") == 0
-    assert 50 < (books.value("kserve_vllm_drain_remaining_seconds") or 0) <= 60
-    books.in_flight = 1
-    assert books.value("kserve_vllm_drain_progress_ratio") == 0.75
-    books.in_flight = 0
-    assert books.value("kserve_vllm_drain_progress_ratio") == 1
+    recorder = Books()
+    recorder.lifecycle.to(State.READY)
+    recorder.in_flight = 4
+    assert recorder.value("kserve_vllm_drain_progress_ratio") == 0
+    recorder.lifecycle.to(State.DRAINING)
+    recorder.metrics.begin_drain(60)
+    assert recorder.value("kserve_vllm_drain_progress_ratio") == 0
+    assert 50 < (recorder.value("kserve_vllm_drain_remaining_seconds") or 0) <= 60
+    recorder.in_flight = 1
+    assert recorder.value("kserve_vllm_drain_progress_ratio") == 0.75
+    recorder.in_flight = 0
+    assert recorder.value("kserve_vllm_drain_progress_ratio") == 1
 
 
 def test_several_processes_with_a_shared_folder_are_put_together(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from kserve_vllm.lifecycle import Lifecycle, State\n"
+        "from kserve_vllm.core.lifecycle import Lifecycle, State\n"
         "from kserve_vllm.telemetry.metrics import Metrics\n"
-        "from kserve_vllm.ticket import Ticket\n"
+        "from kserve_vllm.core.request_context import Ticket\n"
         "life = Lifecycle(); metrics = Metrics(life, lambda: 2, '1'); life.to(State.READY)\n"
         "ticket = Ticket('id', 'v2', '/x', model='m', sequences=1, output_tokens=5, queue_s=0.01)\n"
         "metrics.attach('0.32', lambda name: name == 'm', dict)\n"

@@ -16,9 +16,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from kserve_vllm.protocol.grpc import Messages
+from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.protocols.oip.grpc_servicer import Messages
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
-from kserve_vllm.ticket import Ticket
 from tests.clients import until
 from tests.observability.conftest import KEY
 from tests.observability.load import LONG, Client
@@ -174,14 +174,14 @@ def test_the_ratio_is_kept() -> None:
     try:
         for ratio, least, most in ((0.0, 0, 0), (0.25, 20, 100), (1.0, 200, 200)):
             tracing = OTLPTracing(receiver.endpoint, ratio, "1")
-            tickets = [Ticket(str(number), "v2", "/x") for number in range(200)]
-            for ticket in tickets:
-                tracing.open(ticket, {})
-                tracing.close(ticket, "ok")
+            contexts = [RequestContext(str(number), "v2", "/x") for number in range(200)]
+            for context in contexts:
+                tracing.open(context, {})
+                tracing.close(context, "ok")
             tracing.shutdown()
-            got = sum(bool(receiver.trace(ticket.trace_id or "", 1, timeout_s=0)) for ticket in tickets)
+            got = sum(bool(receiver.trace(context.trace_id or "", 1, timeout_s=0)) for context in contexts)
             assert least <= got <= most, ratio
-            assert got == sum(ticket.sampled for ticket in tickets)
+            assert got == sum(context.sampled for context in contexts)
     finally:
         receiver.stop()
 
@@ -204,9 +204,9 @@ def test_a_receiver_over_http_gets_them_too() -> None:
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         tracing = OTLPTracing(f"http://127.0.0.1:{http.server_address[1]}", 1.0, "1", "http/protobuf")
-        ticket = Ticket("1", "v2", "/x", model="demo", sequences=1)
-        tracing.open(ticket, {})
-        tracing.close(ticket, "ok")
+        context = RequestContext("1", "v2", "/x", model="demo", sequences=1)
+        tracing.open(context, {})
+        tracing.close(context, "ok")
         tracing.shutdown()
         http.shutdown()
     assert paths == ["/v1/traces"]
@@ -215,19 +215,19 @@ def test_a_receiver_over_http_gets_them_too() -> None:
 
 def test_a_receiver_that_is_gone_costs_a_request_nothing() -> None:
     tracing = OTLPTracing("http://127.0.0.1:1", 1.0, "1")
-    ticket = Ticket("1", "v2", "/x")
-    tracing.open(ticket, {})
-    tracing.close(ticket, "ok")
+    context = RequestContext("1", "v2", "/x")
+    tracing.open(context, {})
+    tracing.close(context, "ok")
     with contextlib.suppress(Exception):
         tracing.shutdown()
-    assert ticket.trace_id
+    assert context.trace_id
 
 
 def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() -> None:
     code = (
         "import sys, json\n"
         "from kserve_vllm.telemetry.tracing import Tracing\n"
-        "from kserve_vllm.ticket import Ticket\n"
+        "from kserve_vllm.core.request_context import Ticket\n"
         "t = Ticket('1', 'v2', '/x'); tracing = Tracing()\n"
         "tracing.open(t, {'traceparent': '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'})\n"
         "tracing.close(t, 'ok')\n"
@@ -244,6 +244,6 @@ def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() 
      "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"],
 )  # fmt: skip
 def test_a_broken_traceparent_is_passed_over(header: str) -> None:
-    ticket = Ticket("1", "v2", "/x")
-    Tracing().open(ticket, {"traceparent": header})
-    assert ticket.trace_id is None
+    context = RequestContext("1", "v2", "/x")
+    Tracing().open(context, {"traceparent": header})
+    assert context.trace_id is None

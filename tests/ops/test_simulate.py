@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kserve_vllm import cli
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import simulate
 from kserve_vllm.ops.model import steptime
 from kserve_vllm.ops.model.traffic import Request, Shape
@@ -130,16 +130,16 @@ def test_the_queue_refuses_times_out_and_knows_classes() -> None:
 
 
 def test_a_replica_that_is_taken_away_drains_and_is_cut() -> None:
-    class Away:
+    class RedisUnavailable:
         activator = False
 
         def look(self, sight: Sight) -> int:
             return 2 if sight.now < 2 else 1
 
     slow = [Request(0.1 * i, 10, 2000) for i in range(10)]
-    cut = fleet(slow, Away(), initial=2, drain_s=5.0).run()
+    cut = fleet(slow, RedisUnavailable(), initial=2, drain_s=5.0).run()
     assert counts(cut)["cut"] >= 1
-    kept = fleet(slow, Away(), initial=2, drain_s=600.0).run()
+    kept = fleet(slow, RedisUnavailable(), initial=2, drain_s=600.0).run()
     assert counts(kept) == {"ok": 10}
     assert kept.replica_hours > cut.replica_hours * 0 + 10 / 3600 / 10
 

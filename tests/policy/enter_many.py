@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from kserve_vllm.errors import RateLimited
-from kserve_vllm.policy.counters import RedisCounters
-from kserve_vllm.policy.limits import Limits, Quota
-from kserve_vllm.policy.remote import Remote
+from kserve_vllm.core.errors import RateLimited
+from kserve_vllm.policy.quotas.counters import RedisCounters
+from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.redis_connection import RedisConnection
 
 
 def quota(kind: str, tenant: str) -> Quota:
@@ -37,7 +37,7 @@ async def passes(limits: Limits, kind: str, tenant: str) -> bool:
 
 async def main(url: str, kind: str) -> None:
     """Count those of 100 that pass, for each tenant that is named."""
-    remote = Remote(url, timeout_s=10.0)  # as long as it takes on a busy machine
+    remote = RedisConnection(url, timeout_s=10.0)  # as long as it takes on a busy machine
     limits = Limits(RedisCounters(remote), "deny")
     await remote.call(lambda redis: redis.ping())
     print("ready", flush=True)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kserve_vllm import cli
-from kserve_vllm.engine import adapter_files as adapters
+from kserve_vllm.adapters import files as adapters
+from kserve_vllm.adapters.files import Broken, Declaration
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.core.watched_file import WatchedFile
 from kserve_vllm.engine import warmup
-from kserve_vllm.engine.adapter_files import Broken, Declaration
-from kserve_vllm.engine.files import Watched
-from kserve_vllm.errors import ConfigError
 from tests.support import ROOT
 
 DEMO = ROOT / "runtime" / "kserve_vllm" / "demo"
@@ -185,9 +185,9 @@ def test_a_watched_file_is_compared_by_content(tmp_path: Path) -> None:
 
     async def follow() -> None:
         with pytest.raises(ConfigError, match=r"--x .*file can't be read"):
-            await Watched(str(file), "--x").first()
+            await WatchedFile(str(file), "--x").first()
         file.write_bytes(b"1")
-        watched = Watched(str(file), "--x")
+        watched = WatchedFile(str(file), "--x")
         assert await watched.first() == b"1"
         file.write_bytes(b"1")
         assert await watched.changed() is None

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.engine import adapters
-from kserve_vllm.engine.adapter_files import Broken, read_shapes
-from kserve_vllm.engine.adapters import Adapters, State, Version
-from kserve_vllm.errors import ConfigError, InvalidRequest, NotFound
-from kserve_vllm.types import TextJob
+from kserve_vllm.adapters import registry as adapters
+from kserve_vllm.adapters.files import Broken, read_shapes
+from kserve_vllm.adapters.registry import AdapterRegistry, State, Version
+from kserve_vllm.core.errors import ConfigError, InvalidRequest, NotFound
+from kserve_vllm.core.types import TextJob
 from tests.support import ROOT
 
 DEMO = ROOT / "runtime" / "kserve_vllm" / "demo"
@@ -79,7 +79,7 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self.host = StandIn()
-        self.table = Adapters(self.host)
+        self.table = AdapterRegistry(self.host)
         self.folder = Path(shutil.copytree(DEMO / "adapters" / "upper", folder / "a"))
         self.other = Path(shutil.copytree(DEMO / "adapters" / "french", folder / "b"))
         self.file = folder / "adapters.json"
@@ -300,6 +300,6 @@ def test_a_file_needs_lora(tmp_path: Path) -> None:
         host = StandIn()
         host.max_rank = None
         with pytest.raises(ConfigError, match="--enable-lora"):
-            await Adapters(host).start(str(tmp_path / "a"))
+            await AdapterRegistry(host).start(str(tmp_path / "a"))
 
     asyncio.run(start())

@@ -13,22 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kserve_vllm.errors import ConfigError, EngineGone, QueueTimeout, RateLimited, RequestError, Unavailable
-from kserve_vllm.policy.admission import Admission, Slot, class_values
-from kserve_vllm.types import Priority
+from kserve_vllm.core.errors import ConfigError, EngineGone, QueueTimeout, RateLimited, RequestError, Unavailable
+from kserve_vllm.core.types import Priority
+from kserve_vllm.policy.priority_queue import PriorityQueue, Slot, class_values
 from tests.policy.virtual import clock, run, settle
 
 CRITICAL, HIGH, NORMAL, LOW, BATCH = Priority
 
 
-def admission(slots: int = 1, queue_size: int = 100, timeout_s: float = math.inf, **more: Any) -> Admission:
-    return Admission(slots, queue_size, more.get("sizes", {}), timeout_s, more.get("shares", {}), clock)
+def admission(slots: int = 1, queue_size: int = 100, timeout_s: float = math.inf, **more: Any) -> PriorityQueue:
+    return PriorityQueue(slots, queue_size, more.get("sizes", {}), timeout_s, more.get("shares", {}), clock)
 
 
 class Crowd:
     """Requests that ask for slots; remembers in which order they got in."""
 
-    def __init__(self, queue: Admission) -> None:
+    def __init__(self, queue: PriorityQueue) -> None:
         self.queue = queue
         self.entered: list[str] = []
         self.slots: dict[str, Slot] = {}
@@ -54,7 +54,7 @@ class Crowd:
             await self.leave(next(iter(self.slots)))
 
 
-def nothing_is_held(queue: Admission) -> bool:
+def nothing_is_held(queue: PriorityQueue) -> bool:
     stats = queue.stats()
     return (
         (stats["in_use"], stats["waiting"]) == (0, 0)
@@ -392,14 +392,14 @@ def test_classes_are_read_from_flags(items: list[str], expected: dict[Priority, 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Admission(-1, 1, {}, 1, {}),
-        lambda: Admission(1, -1, {}, 1, {}),
-        lambda: Admission(1, 1, {}, math.nan, {}),
-        lambda: Admission(1, 1, {BATCH: 1.5}, 1, {}),
-        lambda: Admission(1, 1, {}, 1, {BATCH: 1.1}),
+        lambda: PriorityQueue(-1, 1, {}, 1, {}),
+        lambda: PriorityQueue(1, -1, {}, 1, {}),
+        lambda: PriorityQueue(1, 1, {}, math.nan, {}),
+        lambda: PriorityQueue(1, 1, {BATCH: 1.5}, 1, {}),
+        lambda: PriorityQueue(1, 1, {}, 1, {BATCH: 1.1}),
     ],
 )
-def test_numbers_out_of_range_are_refused(make: Callable[[], Admission]) -> None:
+def test_numbers_out_of_range_are_refused(make: Callable[[], PriorityQueue]) -> None:
     with pytest.raises(ConfigError):
         make()
 
@@ -486,7 +486,7 @@ def test_whatever_happens_agrees_with_the_rules(
     timeout_s = 5.5
 
     async def work() -> None:
-        queue = Admission(slots, size, sizes, timeout_s, shares, clock)
+        queue = PriorityQueue(slots, size, sizes, timeout_s, shares, clock)
         model = Model(
             slots,
             size,
@@ -548,7 +548,7 @@ def test_no_slot_is_lost_when_clients_go_away_at_any_moment(seed: int) -> None:
 
     async def work() -> None:
         slots = chance.randint(1, 5)
-        queue = Admission(slots, 10, {BATCH: 4}, 0.5, {BATCH: 0.5, CRITICAL: 0.8}, clock)
+        queue = PriorityQueue(slots, 10, {BATCH: 4}, 0.5, {BATCH: 0.5, CRITICAL: 0.8}, clock)
         caps = {name: c["slots"] for name, c in queue.stats()["classes"].items()}
         inside: list[Priority] = []
         done = {"served": 0, "refused": 0}

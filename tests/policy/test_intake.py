@@ -1,4 +1,4 @@
-"""The door of the engine, with a stand-in for vLLM's client that notes what it is asked."""
+"""Before the engine, with a stand-in for vLLM's client that notes what it is asked."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kserve_vllm import cli
-from kserve_vllm.assemble import Assembly
-from kserve_vllm.engine.intake import Intake
-from kserve_vllm.errors import Forbidden, RateLimited
-from kserve_vllm.gate import Door as TheDoor
-from kserve_vllm.gate import Gate, Policies
-from kserve_vllm.lifecycle import Lifecycle
+from kserve_vllm.app.compose import Composition
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.core.errors import Forbidden, RateLimited
+from kserve_vllm.core.lifecycle import Lifecycle
+from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.core.types import Priority, Work
+from kserve_vllm.engine.hooks.submission import SubmissionHooks
+from kserve_vllm.policy.enforcement import Enforcement, Policies
+from kserve_vllm.policy.enforcement import SequencePolicy as TheDoor
 from kserve_vllm.policy.tenants import Caller
 from kserve_vllm.telemetry.metrics import Metrics
-from kserve_vllm.ticket import Ticket, current
-from kserve_vllm.types import Priority, Work
 
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 PARAMS = SimpleNamespace(max_tokens=10, n=2, output_kind=SimpleNamespace(name="DELTA"))
@@ -43,62 +43,62 @@ class Client:
         yield "output"
 
 
-class Door:
+class SequencePolicy:
     """Lets pass, or refuses."""
 
     def __init__(self, refusal: RateLimited | None = None) -> None:
         self.refusal = refusal
         self.work: list[Work] = []
 
-    def permit(self, ticket: Ticket, adapter: str | None, asked: str | None = None) -> None:
+    def permit(self, context: RequestContext, adapter: str | None, asked: str | None = None) -> None:
         """Every model is open."""
 
-    def knows_base(self, ticket: Ticket) -> bool:
+    def knows_base(self, context: RequestContext) -> bool:
         """Everybody knows."""
         return True
 
-    async def take_up(self, ticket: Ticket, work: Work) -> None:
+    async def take_up(self, context: RequestContext, work: Work) -> None:
         """Note the work."""
         self.work.append(work)
         if self.refusal is not None:
             raise self.refusal
 
-    def answer_filter(self, ticket: Ticket) -> None:
+    def answer_filter(self, context: RequestContext) -> None:
         """Nobody looks at answers."""
 
-    def asking(self, ticket: Ticket, request_id: str) -> None:
+    def asking(self, context: RequestContext, request_id: str) -> None:
         """There is no cache."""
 
 
 def ask(
-    door: Door,
+    sequences: SequencePolicy,
     prioritized: bool,
     method: str = "generate",
     priority_of: Priority | None = Priority.BATCH,
     **options: Any,
-) -> tuple[Client, Ticket, list[Any]]:
+) -> tuple[Client, RequestContext, list[Any]]:
     """One request of a class."""
     client = Client()
-    Intake(client, door, prioritized)
-    ticket = Ticket("r", "openai", "/v1/completions", priority=priority_of)
+    SubmissionHooks(client, sequences, prioritized)
+    context = RequestContext("r", "openai", "/v1/completions", priority=priority_of)
 
     async def run() -> list[Any]:
-        current.set(ticket)
+        current.set(context)
         return [output async for output in getattr(client, method)(PROMPT, PARAMS, "r", **options)]
 
-    return client, ticket, asyncio.run(run())
+    return client, context, asyncio.run(run())
 
 
 @pytest.mark.parametrize("method", ["generate", "encode"])
 def test_the_class_becomes_vllms_priority_whatever_the_client_asked_for(method: str) -> None:
-    client, _, outputs = ask(Door(), True, method, priority=-100)
+    client, _, outputs = ask(SequencePolicy(), True, method, priority=-100)
     assert client.asked[0]["priority"] == 4
     assert outputs == ["output"]
 
 
 @pytest.mark.parametrize("method", ["generate", "encode"])
 def test_where_no_class_is_set_the_clients_priority_counts_for_nothing(method: str) -> None:
-    client, _, _ = ask(Door(), True, method, None, priority=-100)
+    client, _, _ = ask(SequencePolicy(), True, method, None, priority=-100)
     assert client.asked[0]["priority"] == Priority.NORMAL
 
 
@@ -115,7 +115,7 @@ def test_where_no_class_is_set_the_clients_priority_counts_for_nothing(method: s
 def test_who_schedules_by_priority_has_classes(arguments: list[str], classes: bool) -> None:
     settings = cli.resolve(["--demo", *arguments], {})
     lifecycle = Lifecycle()
-    assembly = Assembly(settings, Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()))
+    assembly = Composition(settings, Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()))
     assert (assembly.policies.default_priority is not None) == classes
     assert assembly.decides == classes
 
@@ -140,45 +140,45 @@ def test_a_key_uses_and_knows_the_models_that_it_is_limited_to(
     models: list[str], adapter: str | None, allowed: bool, knows: bool
 ) -> None:
     policies = Policies()
-    door = TheDoor(Gate(Lifecycle(), policies), policies, Names())
-    ticket = Ticket("r", "openai", "/tokenize", caller=Caller(models=(tuple(models),)))
-    assert door.knows_base(ticket) == knows
+    sequences = TheDoor(Enforcement(Lifecycle(), policies), policies, Names())
+    context = RequestContext("r", "openai", "/tokenize", caller=Caller(models=(tuple(models),)))
+    assert sequences.knows_base(context) == knows
     if allowed:
-        door.permit(ticket, adapter)
+        sequences.permit(context, adapter)
         return
     with pytest.raises(Forbidden) as caught:
-        door.permit(ticket, adapter)
+        sequences.permit(context, adapter)
     assert not any(name in caught.value.message for name in Names.names)
 
 
 def test_without_priority_scheduling_nothing_is_set() -> None:
-    client, _, _ = ask(Door(), False)
+    client, _, _ = ask(SequencePolicy(), False)
     assert "priority" not in client.asked[0]
 
 
 def test_prompt_and_all_continuations_are_reserved_under_the_adapters_name() -> None:
-    door = Door()
-    ask(door, True, lora_request=SimpleNamespace(lora_name="upper"))
-    assert door.work == [Work("upper", 3 + 2 * 10)]
-    ask(door, True, "encode")
-    assert door.work[1] == Work(None, 3)
+    sequences = SequencePolicy()
+    ask(sequences, True, lora_request=SimpleNamespace(lora_name="upper"))
+    assert sequences.work == [Work("upper", 3 + 2 * 10)]
+    ask(sequences, True, "encode")
+    assert sequences.work[1] == Work(None, 3)
 
 
 def test_what_is_refused_is_left_on_the_ticket_and_never_reaches_the_engine() -> None:
     refusal = RateLimited("no")
-    door = Door(refusal)
+    sequences = SequencePolicy(refusal)
     client = Client()
-    Intake(client, door, True)
-    ticket = Ticket("r", "openai", "/v1/completions")
+    SubmissionHooks(client, sequences, True)
+    context = RequestContext("r", "openai", "/v1/completions")
 
     async def run() -> None:
-        current.set(ticket)
+        current.set(context)
         async for _ in client.generate(PROMPT, PARAMS, "r"):
             pass
 
     with pytest.raises(RateLimited):
         asyncio.run(run())
-    assert ticket.refusal is refusal
+    assert context.refusal is refusal
     assert client.asked == []
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kserve_vllm.errors import RateLimited, Unavailable
-from kserve_vllm.policy.counters import MemoryCounters, RedisCounters
-from kserve_vllm.policy.limits import Grant, Limits, Quota
-from kserve_vllm.policy.remote import Remote
+from kserve_vllm.core.errors import RateLimited, Unavailable
+from kserve_vllm.policy.quotas.counters import MemoryCounters, RedisCounters
+from kserve_vllm.policy.quotas.limiter import Grant, Limits, Quota
+from kserve_vllm.policy.redis_connection import RedisConnection
 from tests.policy.enter_many import passes
 from tests.support import ROOT
 from tests.support_redis import RedisServer
@@ -41,8 +41,8 @@ class Clock:
 @asynccontextmanager
 async def redis_limits(
     url: str, away: Literal["allow", "deny"] = "deny", timeout_s: float = PATIENT_S, **settings: Any
-) -> AsyncIterator[tuple[Limits, Remote]]:
-    remote = Remote(url, timeout_s=timeout_s)
+) -> AsyncIterator[tuple[Limits, RedisConnection]]:
+    remote = RedisConnection(url, timeout_s=timeout_s)
     limits = Limits(RedisCounters(remote, **settings), away)
     try:
         yield limits, remote
@@ -425,7 +425,7 @@ def test_deny_refuses_while_redis_is_away_and_goes_on_when_it_is_back(redis_serv
     quota = Quota(ACME, requests_per_minute=3, tokens_per_minute=100)
 
     async def main() -> None:
-        remote = Remote(redis_server.url, timeout_s=PATIENT_S)
+        remote = RedisConnection(redis_server.url, timeout_s=PATIENT_S)
         limits = Limits(RedisCounters(remote), "deny")
         grant = await limits.enter([quota])
         redis_server.stop()
@@ -497,7 +497,7 @@ def test_closing_waits_until_redis_knows_what_was_settled(redis_server: RedisSer
     quota = Quota(ACME, tokens_per_minute=100_000, concurrent=1000)
 
     async def main() -> None:
-        remote = Remote(redis_server.url, timeout_s=PATIENT_S)
+        remote = RedisConnection(redis_server.url, timeout_s=PATIENT_S)
         limits = Limits(RedisCounters(remote))
         grants = await asyncio.gather(*[limits.enter([quota]) for _ in range(300)])
         await asyncio.gather(*[limits.reserve(grant, 10) for grant in grants])

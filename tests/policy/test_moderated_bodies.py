@@ -13,10 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_vllm.errors import InvalidRequest, Refused
-from kserve_vllm.policy.moderation import Moderation
-from kserve_vllm.protocol import moderated
-from kserve_vllm.types import TextJob
+from kserve_vllm.core.errors import InvalidRequest, Refused
+from kserve_vllm.core.types import TextJob
+from kserve_vllm.policy.moderation.hooks import Moderation
+from kserve_vllm.protocols import moderation as moderated
 
 BAD = "a falcon flies"
 GOOD = "a bird flies"

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kserve_vllm.errors import ConfigError, Refused, RequestError, Unavailable
-from kserve_vllm.policy.moderation import Moderation
+from kserve_vllm.core.errors import ConfigError, Refused, RequestError, Unavailable
+from kserve_vllm.policy.moderation.hooks import Moderation
 from tests.policy.services import Endpoint
 
 CARD = {"regex": r"\b(?:\d[ -]?){12,15}\d\b", "replacement": "[card]"}
@@ -380,7 +380,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         textwrap.dedent(
             """
             import asyncio, sys, threading, time
-            from kserve_vllm.policy.moderation import Refusal
+            from kserve_vllm.policy.moderation.hooks import Refusal
 
             def upper(text, where, tenant):
                 return f"{where}:{tenant}:{text.upper()}" if "loud" in text else None
@@ -500,8 +500,8 @@ def test_a_call_that_never_comes_back_does_not_keep_the_process_from_ending(tmp_
     (tmp_path / "m.yaml").write_text("hooks: [{name: ours, entry_point: 'hangs:call', timeout_s: 0.1}]")
     code = """
         import asyncio
-        from kserve_vllm.errors import Unavailable
-        from kserve_vllm.policy.moderation import Moderation
+        from kserve_vllm.core.errors import Unavailable
+        from kserve_vllm.policy.moderation.hooks import Moderation
         moderation = Moderation("m.yaml")
         for _ in range(20):  # more than there are threads
             try:

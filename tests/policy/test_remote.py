@@ -7,23 +7,23 @@ import time
 
 import pytest
 
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.policy.remote import Away, Remote
+from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.policy.redis_connection import RedisConnection, RedisUnavailable
 from tests.support_redis import RedisServer
 
 # Where a server that is there must not be taken for lost, however busy the machine is.
 PATIENT_S = 10.0
 
 
-async def ping(remote: Remote) -> float:
-    """Seconds until `Away`; fails if the call is answered."""
+async def ping(remote: RedisConnection) -> float:
+    """Seconds until `RedisUnavailable`; fails if the call is answered."""
     started = time.monotonic()
-    with pytest.raises(Away):
+    with pytest.raises(RedisUnavailable):
         await remote.call(lambda redis: redis.get("x"))
     return time.monotonic() - started
 
 
-async def until_there(remote: Remote, limit_s: float = 5.0) -> None:
+async def until_there(remote: RedisConnection, limit_s: float = 5.0) -> None:
     async with asyncio.timeout(limit_s):
         while not remote.there:
             await asyncio.sleep(0.02)
@@ -34,7 +34,7 @@ def test_a_server_that_is_stopped_and_started_is_found_again(redis_server: Redis
     states: list[bool] = []
 
     async def main() -> None:
-        remote = Remote(redis_server.url, states.append, PATIENT_S)
+        remote = RedisConnection(redis_server.url, states.append, PATIENT_S)
         await remote.call(lambda redis: redis.set("x", "1"))
         redis_server.stop(crash)
         assert await ping(remote) < 0.5
@@ -53,7 +53,7 @@ def test_a_server_that_was_started_again_between_two_calls_was_never_away(redis_
     states: list[bool] = []
 
     async def main() -> None:
-        remote = Remote(redis_server.url, states.append, PATIENT_S)
+        remote = RedisConnection(redis_server.url, states.append, PATIENT_S)
         await asyncio.gather(*[remote.call(lambda redis: redis.get("x")) for _ in range(20)])
         redis_server.stop()
         redis_server.start()
@@ -67,7 +67,7 @@ def test_a_server_that_was_started_again_between_two_calls_was_never_away(redis_
 
 def test_a_server_that_hangs_is_given_up_within_half_a_second_by_every_caller(redis_server: RedisServer) -> None:
     async def main() -> None:
-        remote = Remote(redis_server.url)
+        remote = RedisConnection(redis_server.url)
         await remote.call(lambda redis: redis.set("x", "1"))
         redis_server.freeze()
         started = time.monotonic()
@@ -87,7 +87,7 @@ def test_a_server_that_is_away_at_the_start_is_found_when_it_comes() -> None:
     server = RedisServer()
 
     async def main() -> None:
-        remote = Remote(server.url, timeout_s=PATIENT_S)
+        remote = RedisConnection(server.url, timeout_s=PATIENT_S)
         assert await ping(remote) < 0.5
         server.start()
         await until_there(remote)
@@ -102,7 +102,7 @@ def test_a_server_that_is_away_at_the_start_is_found_when_it_comes() -> None:
 
 def test_a_busy_event_loop_is_not_taken_for_a_lost_server(redis_server: RedisServer) -> None:
     async def main() -> None:
-        remote = Remote(redis_server.url)
+        remote = RedisConnection(redis_server.url)
         # The first call: it has to connect, which takes several answers.
         asking = asyncio.create_task(remote.call(lambda redis: redis.echo("x")))
         await asyncio.sleep(0)
@@ -116,9 +116,9 @@ def test_a_busy_event_loop_is_not_taken_for_a_lost_server(redis_server: RedisSer
 
 def test_a_server_that_takes_no_writes_is_away_until_it_does(redis_server: RedisServer) -> None:
     async def main() -> None:
-        remote = Remote(redis_server.url, timeout_s=PATIENT_S)
+        remote = RedisConnection(redis_server.url, timeout_s=PATIENT_S)
         redis_server.command("REPLICAOF", "127.0.0.1", "1")
-        with pytest.raises(Away, match="read only"):
+        with pytest.raises(RedisUnavailable, match="read only"):
             await remote.call(lambda redis: redis.set("x", "1"))
         await asyncio.sleep(0.5)
         assert not remote.there
@@ -132,7 +132,7 @@ def test_a_server_that_takes_no_writes_is_away_until_it_does(redis_server: Redis
 
 def test_many_calls_at_once_wait_for_their_turn(redis_server: RedisServer) -> None:
     async def main() -> None:
-        remote = Remote(redis_server.url, timeout_s=PATIENT_S)
+        remote = RedisConnection(redis_server.url, timeout_s=PATIENT_S)
         answers = await asyncio.gather(*[remote.call(lambda redis: redis.incr("n")) for _ in range(1000)])
         assert sorted(answers) == list(range(1, 1001))
         await remote.close()
@@ -142,7 +142,7 @@ def test_many_calls_at_once_wait_for_their_turn(redis_server: RedisServer) -> No
 
 def test_valkey_urls_are_understood(redis_server: RedisServer) -> None:
     async def main() -> None:
-        remote = Remote(redis_server.url.replace("redis://", "valkey://"), timeout_s=PATIENT_S)
+        remote = RedisConnection(redis_server.url.replace("redis://", "valkey://"), timeout_s=PATIENT_S)
         assert await remote.call(lambda redis: redis.echo("x")) == b"x"
         await remote.close()
 
@@ -152,5 +152,5 @@ def test_valkey_urls_are_understood(redis_server: RedisServer) -> None:
 def test_a_url_that_is_none_is_refused_without_its_password() -> None:
     for url in ("http://:secret@somewhere", "redis://user:secret/pass@host:6379", "redis://user:secret#@host"):
         with pytest.raises(ConfigError, match="--redis-url") as refused:
-            Remote(url)
+            RedisConnection(url)
         assert "secret" not in str(refused.value)

@@ -34,7 +34,7 @@ from tests.support_redis import RedisServer
 MANY, ATTEMPTS = 100, 3
 PASSWORD, VENDOR_KEY = "receivers-password", "vendors-key"
 RULES = """
-from kserve_vllm.policy.moderation import Refusal
+from kserve_vllm.policy.moderation.hooks import Refusal
 
 def check(text, where, tenant):
     assert tenant == "ours"

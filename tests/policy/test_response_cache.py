@@ -11,10 +11,11 @@ from typing import Any
 import orjson
 import pytest
 
-from kserve_vllm.errors import Unavailable
-from kserve_vllm.policy.remote import Remote
+from kserve_vllm.core.errors import Unavailable
+from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.policy.redis_connection import RedisConnection
 from kserve_vllm.policy.response_cache import (
-    Asking,
+    CacheLookup,
     MemoryStore,
     Outcome,
     RedisStore,
@@ -22,7 +23,6 @@ from kserve_vllm.policy.response_cache import (
     Use,
     allowed_use,
 )
-from kserve_vllm.ticket import Ticket, current
 from tests.support_redis import RedisServer
 
 PIECES = ["one ", "two ", "three."]
@@ -50,7 +50,7 @@ class Engine:
     def __init__(self, pieces: list[str] = PIECES, error: Exception | None = None, fail_at: int = 0) -> None:
         self.pieces, self.error, self.fail_at = pieces, error, fail_at
         self.calls = self.ended = self.aborted = 0
-        self.tickets: list[Ticket | None] = []
+        self.contexts: list[RequestContext | None] = []
         self.go = asyncio.Semaphore(0)
         self.free_running = True
 
@@ -66,7 +66,7 @@ class Engine:
 
     async def generate(self) -> AsyncGenerator[str, None]:
         self.calls += 1
-        self.tickets.append(current.get())
+        self.contexts.append(current.get())
         try:
             for at, piece in enumerate(self.pieces):
                 if not self.free_running:
@@ -97,26 +97,28 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def ticket(name: str) -> Ticket:
-    return Ticket(name, "openai", "/v1/completions")
+def context(name: str) -> RequestContext:
+    return RequestContext(name, "openai", "/v1/completions")
 
 
 def memory_cache(max_bytes: int = 1 << 20, **more: Any) -> ResponseCache[str]:
     return ResponseCache(MemoryStore(max_bytes, 60), Texts(), "tenant", **more)
 
 
-async def read(cache: ResponseCache[str], engine: Engine, asking: Asking | None = None, key: str = "k") -> list[str]:
-    asking = asking or Asking()
+async def read(
+    cache: ResponseCache[str], engine: Engine, asking: CacheLookup | None = None, key: str = "k"
+) -> list[str]:
+    asking = asking or CacheLookup()
     return [piece async for piece in cache.answer(key, engine.generate, asking)]
 
 
 def reader(
-    cache: ResponseCache[str], engine: Engine, asking: Asking, got: list[str] | None = None
+    cache: ResponseCache[str], engine: Engine, asking: CacheLookup, got: list[str] | None = None
 ) -> asyncio.Task[list[str]]:
-    """A client in a task of its own, with its ticket in the context."""
+    """A client in a task of its own, with its request context in the context."""
 
     async def run() -> list[str]:
-        current.set(asking.ticket)
+        current.set(asking.context)
         mine = got if got is not None else []
         async for piece in cache.answer("k", engine.generate, asking):
             mine.append(piece)
@@ -255,7 +257,7 @@ def test_cache_control_is_understood(header: str | None, use: Use) -> None:
 @run
 async def test_the_second_request_is_answered_from_the_store_piece_by_piece() -> None:
     cache, engine = memory_cache(), Engine()
-    first, second = Asking(), Asking()
+    first, second = CacheLookup(), CacheLookup()
     assert await read(cache, engine, first) == PIECES
     assert await read(cache, engine, second) == PIECES
     assert engine.calls == 1
@@ -289,7 +291,7 @@ def test_an_answer_that_is_not_whole_or_not_fit_is_given_but_not_stored(pieces: 
 async def test_a_fresh_answer_is_generated_and_replaces_the_stored_one() -> None:
     cache = memory_cache()
     await read(cache, Engine(["old."]))
-    asking = Asking(fresh=True)
+    asking = CacheLookup(fresh=True)
     assert await read(cache, Engine(["new."]), asking) == ["new."]
     assert asking.outcome is Outcome.MISS
     assert await read(cache, Engine(["newer."])) == ["new."]
@@ -301,7 +303,7 @@ async def test_a_stored_answer_that_cannot_be_read_is_generated_anew() -> None:
     cache = ResponseCache(store, Texts(), "tenant")
     for broken in (b"{", b"{}"):
         await store.put("k", broken)
-        asking = Asking()
+        asking = CacheLookup()
         assert await read(cache, Engine(), asking) == PIECES
         assert asking.outcome is Outcome.MISS
         assert await store.get("k") == orjson.dumps(PIECES)
@@ -332,7 +334,7 @@ async def test_a_long_replay_lets_others_run() -> None:
 @run
 async def test_a_thousand_who_ask_together_cost_one_generation() -> None:
     cache, engine = memory_cache(), Engine(["word "] * 200 + ["."])
-    askings = [Asking() for _ in range(1000)]
+    askings = [CacheLookup() for _ in range(1000)]
     answers = await asyncio.gather(*(read(cache, engine, asking) for asking in askings))
     assert engine.calls == 1
     assert all(answer == engine.pieces for answer in answers)
@@ -346,7 +348,7 @@ async def test_who_joins_gets_every_piece_when_the_first_one_gets_it() -> None:
     cache, engine = memory_cache(), Engine().hold()
     first: list[str] = []
     second: list[str] = []
-    tasks = [reader(cache, engine, Asking(), first), reader(cache, engine, Asking(), second)]
+    tasks = [reader(cache, engine, CacheLookup(), first), reader(cache, engine, CacheLookup(), second)]
     for count in (1, 2, 3):
         await engine.step()
         assert first == second == PIECES[:count]
@@ -359,11 +361,11 @@ def test_who_joins_late_gets_all_that_was_before(already: int) -> None:
     async def scene() -> None:
         engine = Engine([f"{number} " for number in range(160)] + ["."]).hold()
         cache = memory_cache()
-        first = reader(cache, engine, Asking())
+        first = reader(cache, engine, CacheLookup())
         for _ in range(already):
             await engine.step()
         got: list[str] = []
-        asking = Asking()
+        asking = CacheLookup()
         late = reader(cache, engine, asking, got)
         await settle()
         assert got == engine.pieces[:already]
@@ -381,10 +383,10 @@ def test_who_joins_late_gets_all_that_was_before(already: int) -> None:
 async def test_pieces_that_cannot_be_stored_reach_a_late_reader_too() -> None:
     engine = Engine(["bad! "] * 150 + ["."]).hold()
     cache = memory_cache()
-    first = reader(cache, engine, Asking())
+    first = reader(cache, engine, CacheLookup())
     for _ in range(120):
         await engine.step()
-    late = reader(cache, engine, Asking())
+    late = reader(cache, engine, CacheLookup())
     for _ in range(31):
         await engine.step()
     assert await first == await late == engine.pieces
@@ -399,7 +401,7 @@ def test_nobody_who_joined_notices_that_the_first_client_left(before: int) -> No
             hand_over=lambda left, stays, name: moved.append((left.request_id, stays.request_id, name))
         )
         engine = Engine().hold()
-        asked = [Asking(ticket(name), f"{name}-0") for name in "abc"]
+        asked = [CacheLookup(context(name), f"{name}-0") for name in "abc"]
         tasks = [reader(cache, engine, asking) for asking in asked]
         await settle()
         for _ in range(before):
@@ -435,7 +437,7 @@ async def test_what_is_booked_by_context_after_the_first_left_goes_to_who_stayed
     engine = Engine()
     engine.generate = generate  # type: ignore[method-assign]
     cache = memory_cache()
-    tasks = [reader(cache, engine, Asking(ticket(name))) for name in "abc"]
+    tasks = [reader(cache, engine, CacheLookup(context(name))) for name in "abc"]
     for left in (0, 1, None):
         await settle()
         step.release()
@@ -449,13 +451,13 @@ async def test_what_is_booked_by_context_after_the_first_left_goes_to_who_stayed
 @run
 async def test_the_generation_is_aborted_when_the_last_client_has_left() -> None:
     cache, engine = memory_cache(), Engine().hold()
-    tasks = [reader(cache, engine, Asking()) for _ in range(3)]
+    tasks = [reader(cache, engine, CacheLookup()) for _ in range(3)]
     await engine.step()
     for count, task in enumerate(tasks, 1):
         task.cancel()
         await settle()
         assert engine.aborted == (count == 3)
-    again = reader(cache, engine, Asking())
+    again = reader(cache, engine, CacheLookup())
     for _ in range(3):
         await engine.step()
     assert await again == PIECES
@@ -465,7 +467,7 @@ async def test_the_generation_is_aborted_when_the_last_client_has_left() -> None
 @run
 async def test_who_comes_in_the_moment_in_which_the_last_client_leaves_is_answered() -> None:
     cache, engine = memory_cache(), Engine().hold()
-    pieces = cache.answer("k", engine.generate, Asking())
+    pieces = cache.answer("k", engine.generate, CacheLookup())
     engine.go.release()
     assert await anext(pieces) == PIECES[0]
     await pieces.aclose()
@@ -479,9 +481,9 @@ async def test_who_comes_in_the_moment_in_which_the_last_client_leaves_is_answer
 @run
 async def test_who_wants_a_fresh_answer_does_not_join_one_that_is_running() -> None:
     cache, old, new = memory_cache(), Engine(["old."]).hold(), Engine(["new."])
-    first = reader(cache, old, Asking())
+    first = reader(cache, old, CacheLookup())
     await settle()
-    assert await reader(cache, new, Asking(fresh=True)) == ["new."]
+    assert await reader(cache, new, CacheLookup(fresh=True)) == ["new."]
     await old.step()
     assert await first == ["old."]
 
@@ -489,9 +491,9 @@ async def test_who_wants_a_fresh_answer_does_not_join_one_that_is_running() -> N
 @run
 async def test_a_client_that_leaves_before_anything_ran_leaves_nothing_behind() -> None:
     cache, engine = memory_cache(), Engine()
-    pieces = cache.answer("k", engine.generate, Asking())
+    pieces = cache.answer("k", engine.generate, CacheLookup())
     await pieces.aclose()
-    task = reader(cache, engine, Asking())
+    task = reader(cache, engine, CacheLookup())
     await asyncio.sleep(0)
     task.cancel()
     await settle()
@@ -502,7 +504,7 @@ async def test_a_client_that_leaves_before_anything_ran_leaves_nothing_behind() 
 async def test_a_client_that_reads_slowly_holds_nobody_up() -> None:
     engine = Engine([f"{number} " for number in range(200)] + ["."])
     cache = memory_cache()
-    slow = cache.answer("k", engine.generate, Asking())
+    slow = cache.answer("k", engine.generate, CacheLookup())
     got = [await anext(slow)]
     assert await read(cache, engine) == engine.pieces
     got += [piece async for piece in slow]
@@ -522,7 +524,7 @@ async def test_when_a_generation_fails_in_the_middle_all_are_told_and_the_next_o
 @run
 async def test_when_a_generation_fails_before_its_first_piece_the_others_try_once_more_together() -> None:
     cache, failing, working = memory_cache(), Engine(error=RuntimeError("mine alone")), Engine()
-    asked = [Asking() for _ in range(50)]
+    asked = [CacheLookup() for _ in range(50)]
     first = reader(cache, failing, asked[0])
     others = [reader(cache, working, asking) for asking in asked[1:]]
     with pytest.raises(RuntimeError, match="mine alone"):
@@ -557,17 +559,17 @@ async def test_the_traceback_of_a_shared_error_does_not_grow() -> None:
 @run
 async def test_the_more_urgent_does_not_wait_for_the_less_urgent() -> None:
     cache, slow, quick = memory_cache(), Engine().hold(), Engine()
-    batch = reader(cache, slow, Asking(priority=10))
+    batch = reader(cache, slow, CacheLookup(priority=10))
     await settle()
-    urgent = Asking(priority=0)
+    urgent = CacheLookup(priority=0)
     assert await reader(cache, quick, urgent) == PIECES
     assert urgent.outcome is Outcome.MISS
     for _ in range(3):
         await slow.step()
     assert await batch == PIECES
     cache = memory_cache()
-    urgent_task = reader(cache, slow, Asking(priority=0))
-    joined = Asking(priority=10)
+    urgent_task = reader(cache, slow, CacheLookup(priority=0))
+    joined = CacheLookup(priority=10)
     batch = reader(cache, quick, joined)
     for _ in range(3):
         await slow.step()
@@ -582,7 +584,7 @@ def test_a_stop_ends_what_runs_and_says_so(pieces: int) -> None:
 
 async def _stop(pieces: int) -> None:
     cache, engine = memory_cache(), Engine().hold()
-    tasks = [reader(cache, engine, Asking()) for _ in range(3)]
+    tasks = [reader(cache, engine, CacheLookup()) for _ in range(3)]
     await settle()
     for _ in range(pieces):
         await engine.step()
@@ -601,16 +603,16 @@ def redis_server() -> Iterator[RedisServer]:
         yield server
 
 
-def redis_cache(remote: Remote, **more: Any) -> ResponseCache[str]:
+def redis_cache(remote: RedisConnection, **more: Any) -> ResponseCache[str]:
     return ResponseCache(RedisStore(remote, 60), Texts(), "tenant", **more)
 
 
 def test_answers_in_redis_are_shared_by_replicas_and_end(redis_server: RedisServer) -> None:
     @run
     async def scene() -> None:
-        remotes = [Remote(redis_server.url), Remote(redis_server.url)]
+        remotes = [RedisConnection(redis_server.url), RedisConnection(redis_server.url)]
         one, two = (redis_cache(remote) for remote in remotes)
-        first, second = Asking(), Asking()
+        first, second = CacheLookup(), CacheLookup()
         engine = Engine()
         assert await read(one, engine, first) == PIECES
         await one.close()
@@ -629,11 +631,11 @@ def test_answers_in_redis_are_shared_by_replicas_and_end(redis_server: RedisServ
 def test_a_thousand_who_ask_together_ask_redis_once(redis_server: RedisServer) -> None:
     @run
     async def scene() -> None:
-        remote = Remote(redis_server.url)
+        remote = RedisConnection(redis_server.url)
         cache, engine = redis_cache(remote), Engine()
         for calls in (1, 1):
             before = (await remote.call(lambda redis: redis.info("commandstats"))).get("cmdstat_get", {"calls": 0})
-            askings = [Asking() for _ in range(1000)]
+            askings = [CacheLookup() for _ in range(1000)]
             answers = await asyncio.gather(*(read(cache, engine, asking) for asking in askings))
             assert answers == [PIECES] * 1000
             after = (await remote.call(lambda redis: redis.info("commandstats")))["cmdstat_get"]
@@ -652,10 +654,10 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
     @run
     async def scene() -> None:
         states: list[bool] = []
-        remote = Remote(redis_server.url, states.append)
+        remote = RedisConnection(redis_server.url, states.append)
         cache, engine = redis_cache(remote), Engine()
         await read(cache, engine)
-        hit = Asking()
+        hit = CacheLookup()
         await asyncio.sleep(0.1)
         await read(cache, engine, hit)
         assert (hit.outcome, engine.calls) == (Outcome.HIT, 1)
@@ -664,7 +666,7 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
         loop = asyncio.get_running_loop()
         for calls in (2, 3):
             started = loop.time()
-            askings = [Asking() for _ in range(20)]
+            askings = [CacheLookup() for _ in range(20)]
             assert await asyncio.gather(*(read(cache, engine, asking) for asking in askings)) == [PIECES] * 20
             assert [a.outcome for a in askings] == [Outcome.BYPASS] + [Outcome.JOINED] * 19
             assert engine.calls == calls
@@ -675,7 +677,7 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
             if states[-1:] == [True]:
                 break
             await asyncio.sleep(0.05)
-        asking = Asking()
+        asking = CacheLookup()
         assert await read(cache, engine, asking) == PIECES
         assert asking.outcome is Outcome.MISS  # the server was killed and has forgotten
         await asyncio.sleep(0.1)
@@ -690,10 +692,10 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
 def test_who_comes_while_the_answer_is_written_to_redis_gets_it(redis_server: RedisServer) -> None:
     @run
     async def scene() -> None:
-        remote = Remote(redis_server.url)
+        remote = RedisConnection(redis_server.url)
         cache, engine = redis_cache(remote), Engine()
         await read(cache, engine)  # returns with the last piece, before the answer is stored
-        late = Asking()
+        late = CacheLookup()
         assert await read(cache, engine, late) == PIECES
         assert engine.calls == 1
         assert late.outcome is Outcome.JOINED

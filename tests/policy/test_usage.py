@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.policy.usage import Usage, UsageRecord, timestamp
 from tests.policy.services import Receiver, ids
 from tests.support import ROOT, wait_until

@@ -26,14 +26,15 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from kserve_vllm.errors import ConfigError, RequestError
-from kserve_vllm.hosting import self_test
-from kserve_vllm.hosting.grpc_calls import Services
+from kserve_vllm.core.errors import ConfigError, RequestError
+from kserve_vllm.grpc_server import self_test
+from kserve_vllm.grpc_server.calls import Services
 from kserve_vllm.policy import tenants
-from kserve_vllm.policy.moderation import Moderation
-from kserve_vllm.protocol import generate, moderated, tensors
-from kserve_vllm.protocol.grpc import Messages, _decoder
-from kserve_vllm.protocol.v2 import V2Text
+from kserve_vllm.policy.moderation.hooks import Moderation
+from kserve_vllm.protocols import moderation as moderated
+from kserve_vllm.protocols.oip import generate, tensors
+from kserve_vllm.protocols.oip.grpc_servicer import Messages, _decoder
+from kserve_vllm.protocols.oip.text import V2Text
 
 MESSAGES = Messages()
 

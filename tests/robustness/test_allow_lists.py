@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from kserve_vllm.engine.intake import Intake, unclassified
-from kserve_vllm.engine.openai_stream import Call, Kind, Streams, _caught
+from kserve_vllm.engine.hooks.submission import SubmissionHooks, unclassified
+from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, _caught
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.protocol.moderated import _APART, _TOKENS, ModeratedEngine
+from kserve_vllm.protocols.moderation import _APART, _TOKENS, ModeratedEngine
 
 NOTHING: Any = None
 
@@ -78,7 +78,7 @@ def test_a_method_that_a_newer_vllm_adds_is_no_way_past_the_policies() -> None:
             return "past every policy"
 
     client: Any = Client()
-    Intake(client, NOTHING, prioritized=False)
+    SubmissionHooks(client, NOTHING, prioritized=False)
     with pytest.raises(NotImplementedError, match="generate_faster"):
         client.generate_faster()
 
@@ -112,7 +112,7 @@ class Handler:
 
 
 def test_no_request_gets_another_ones_prompt_whatever_is_awaited_in_between() -> None:
-    streams: Any = Streams.__new__(Streams)
+    streams: Any = StreamHandler.__new__(StreamHandler)
     streams.client = SimpleNamespace()
     streams._shape = lambda *_: ()
     kind: Kind = "chat"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kserve_vllm.hosting import grpc_calls, http2
-from kserve_vllm.protocol import grpc as servicer
-from kserve_vllm.protocol import moderated, protobuf, tensors
-from kserve_vllm.settings import ServerSettings
+from kserve_vllm.config.settings import ServerSettings
+from kserve_vllm.grpc_server import calls as grpc_calls
+from kserve_vllm.grpc_server import http2
+from kserve_vllm.protocols import moderation as moderated
+from kserve_vllm.protocols.oip import grpc_servicer as servicer
+from kserve_vllm.protocols.oip import protobuf, tensors
 from tests.support import ROOT
 
 TABLE = dict(

@@ -14,9 +14,9 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 
-from kserve_vllm.errors import MethodNotAllowed, NotFound
-from kserve_vllm.gate import Kind
-from kserve_vllm.protocol.endpoints import NOT_SERVED, Endpoints, Target, choose, kind_of, normalize, templates
+from kserve_vllm.core.errors import MethodNotAllowed, NotFound
+from kserve_vllm.policy.enforcement import Kind
+from kserve_vllm.protocols.http.endpoints import NOT_SERVED, Endpoints, Target, choose, kind_of, normalize, templates
 
 ANSWERED_BEFORE = {"/metrics", "/health", "/ping", "/version"}
 CHAT = "/v1/chat/completions"
@@ -36,9 +36,9 @@ def apps() -> tuple[FastAPI, FastAPI]:
     """Our app and one with all of vLLM's routes."""
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
-    from kserve_vllm.engine.demo import folder
+    from kserve_vllm.config.demo import folder
     from kserve_vllm.engine.vllm import parse_engine_args
-    from kserve_vllm.protocol.http import Routes, build_app
+    from kserve_vllm.protocols.http.routes import Routes, build_app
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")

@@ -19,15 +19,16 @@ from h2.stream import H2Stream
 from h2.windows import WindowManager
 from hpack import Encoder
 
-from kserve_vllm.errors import ConfigError, InvalidRequest
-from kserve_vllm.gate import Gate, Policies
-from kserve_vllm.hosting import grpc_calls, http2, self_test
-from kserve_vllm.hosting.grpc_inbox import Budget, Share
-from kserve_vllm.hosting.server import GRPCServer
-from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.config.settings import ServerSettings
+from kserve_vllm.core.errors import ConfigError, InvalidRequest
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.grpc_server import calls as grpc_calls
+from kserve_vllm.grpc_server import http2, self_test
+from kserve_vllm.grpc_server.receive_buffer import Budget, Share
+from kserve_vllm.policy.enforcement import Enforcement, Policies
 from kserve_vllm.policy.tenants import Tenants
-from kserve_vllm.protocol.grpc import SERVICE, Servicer
-from kserve_vllm.settings import ServerSettings
+from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
+from kserve_vllm.servers.listeners import GRPCServer
 from tests.runtime.test_errors import books
 from tests.runtime.test_grpc_server import Raw, Running, framed, until
 
@@ -61,11 +62,11 @@ class Product:
         (folder / "keys.json").write_text(json.dumps({"keys": keys}))
         self.backend = Backend()
         self.lifecycle = Lifecycle()
-        gate = Gate(self.lifecycle, Policies(tenants=Tenants(str(folder / "keys.json"))))
+        enforcement = Enforcement(self.lifecycle, Policies(tenants=Tenants(str(folder / "keys.json"))))
         for state in (State.LOADING, State.WARMING, State.READY):
             self.lifecycle.to(state)
         self._loop = Running("ours")
-        self._servicer = Servicer(self.lifecycle, gate, books(self.lifecycle))
+        self._servicer = Servicer(self.lifecycle, enforcement, books(self.lifecycle))
         self._servicer.attach(self.backend)
         settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server=kind, max_body_mib=1)  # type: ignore[arg-type]
         self._loop.do(self._start(settings))
@@ -474,7 +475,7 @@ def test_our_own_server_is_not_replaced_where_it_was_asked_for(monkeypatch: pyte
 @contextlib.asynccontextmanager
 async def serving(wanted: Any, told: Callable[[bool], None]) -> AsyncIterator[GRPCServer]:
     lifecycle = Lifecycle()
-    servicer = Servicer(lifecycle, Gate(lifecycle), books(lifecycle))
+    servicer = Servicer(lifecycle, Enforcement(lifecycle), books(lifecycle))
     settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server=wanted)
     server = GRPCServer(servicer, settings, lifecycle, on_fallback=told)
     await server.start()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.hosting import http1
-from kserve_vllm.hosting.server import HTTPServer
+from kserve_vllm.servers import http1
+from kserve_vllm.servers.listeners import HTTPServer
 from tests.robustness.wire import ask, read_all, read_answer, served, statuses
 
 HOST = b"Host: x\r\n"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 from hpack import Decoder, Encoder
 
-from kserve_vllm.hosting import http2
+from kserve_vllm.grpc_server import http2
 from tests.runtime.test_grpc_server import LIMIT, Running, framed
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)

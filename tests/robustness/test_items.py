@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from kserve_vllm.core.errors import InvalidRequest
 from kserve_vllm.engine.items import MAX_INPUT_ITEMS, check_items
-from kserve_vllm.errors import InvalidRequest
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 ITEM = {"role": "user", "content": "a"}

@@ -10,8 +10,6 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
-from tests.robustness.test_places import edge
-
 
 def apps() -> tuple[FastAPI, FastAPI]:
     """Ours and vLLM's, in small."""
@@ -54,7 +52,7 @@ def test_a_method_and_a_path_are_answered_as_they_are_meant(
     method: str, path: str, status: int, text: str | None
 ) -> None:
     async def ask() -> httpx.Response:
-        found = edge()
+        found = middleware()
         found.attach(*apps())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(found), base_url="http://edge") as client:
             return await client.request(method, path, json={"a": 1} if method == "POST" else None)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.engine import guards
-from kserve_vllm.errors import Forbidden
-from kserve_vllm.ticket import Ticket, current
+from kserve_vllm.core.errors import Forbidden
+from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.engine.hooks import guards
 
 
 class Permits:
@@ -20,13 +20,13 @@ class Permits:
     def __init__(self) -> None:
         self.asked: list[tuple[str | None, str | None]] = []
 
-    def permit(self, ticket: Ticket, adapter: str | None, asked: str | None = None) -> None:
+    def permit(self, context: RequestContext, adapter: str | None, asked: str | None = None) -> None:
         """Note what is asked for."""
         self.asked.append((adapter, asked))
         if adapter != "upper":
             raise Forbidden("not this one")
 
-    def knows_base(self, ticket: Ticket) -> bool:
+    def knows_base(self, context: RequestContext) -> bool:
         """The base model is unknown to it."""
         return False
 
@@ -49,7 +49,7 @@ def permits(classes: list[Any]) -> Iterator[Permits]:
         cls._check_model = original
 
 
-def look(cls: Any, model: str | None, ticket: Ticket | None) -> Any:
+def look(cls: Any, model: str | None, context: RequestContext | None) -> Any:
     """What a handler of a class finds."""
     bases = [SimpleNamespace(name="served"), SimpleNamespace(name="served-alias")]
     models = SimpleNamespace(
@@ -63,7 +63,7 @@ def look(cls: Any, model: str | None, ticket: Ticket | None) -> Any:
     handler.models, handler.request_logger = models, None
 
     async def run() -> Any:
-        current.set(ticket)
+        current.set(context)
         return await handler._check_model(SimpleNamespace(model=model))
 
     return asyncio.run(run())
@@ -71,17 +71,17 @@ def look(cls: Any, model: str | None, ticket: Ticket | None) -> Any:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["generating", "pooling"])
 def test_a_model_that_is_there_is_permitted_or_not(classes: list[Any], permits: Permits, which: int) -> None:
-    ticket = Ticket("r", "openai", "/tokenize")
-    assert look(classes[which], "upper", ticket) is None
+    context = RequestContext("r", "openai", "/tokenize")
+    assert look(classes[which], "upper", context) is None
     for model in ("french", "served", None, ""):
         with pytest.raises(Forbidden):
-            look(classes[which], model, ticket)
-        assert isinstance(ticket.refusal, Forbidden)
+            look(classes[which], model, context)
+        assert isinstance(context.refusal, Forbidden)
     assert permits.asked == [("upper", "upper"), ("french", "french"), (None, "served"), (None, None), (None, None)]
     assert look(classes[which], "served", None) is None, "a request of the server's own"
 
 
 def test_a_model_that_is_not_there_names_no_other(classes: list[Any], permits: Permits) -> None:
-    found = look(classes[0], "none", Ticket("r", "openai", "/tokenize"))
+    found = look(classes[0], "none", RequestContext("r", "openai", "/tokenize"))
     assert found.error.code == 404
     assert found.error.message == "The model `none` does not exist."

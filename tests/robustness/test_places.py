@@ -9,18 +9,18 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from kserve_vllm.errors import Unavailable
-from kserve_vllm.gate import Gate, Policies
-from kserve_vllm.lifecycle import Lifecycle, State
-from kserve_vllm.policy.admission import Admission
-from kserve_vllm.policy.counters import MemoryCounters
-from kserve_vllm.policy.limits import Limits, Quota
-from kserve_vllm.protocol.body import BodyBudget
-from kserve_vllm.protocol.edge import Edge
+from kserve_vllm.core.errors import Unavailable
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.policy.enforcement import Enforcement, Policies
+from kserve_vllm.policy.priority_queue import PriorityQueue
+from kserve_vllm.policy.quotas.counters import MemoryCounters
+from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.protocols.http.body import BodyBudget
+from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.telemetry.metrics import Metrics
-from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
-from kserve_vllm.ticket import Ticket
 from tests.robustness.wire import ask, echo, read_answer, served, statuses
 from tests.support import Routed
 
@@ -29,20 +29,22 @@ BODY = json.dumps({"model": "demo"}).encode()
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n".encode()
 
 
-def edge(**policies: Any) -> Edge:
+def middleware(**policies: Any) -> RequestMiddleware:
     """An edge before an app that answers at once."""
     lifecycle = Lifecycle()
     lifecycle.to(State.READY)
-    gate = Gate(lifecycle, Policies(**policies))
+    enforcement = Enforcement(lifecycle, Policies(**policies))
     metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
-    found = Edge(lifecycle, gate, 1 << 20, metrics.render, dict, Requests(metrics, Tracing(), lifecycle))
+    found = RequestMiddleware(
+        lifecycle, enforcement, 1 << 20, metrics.render, dict, RequestRecorder(metrics, Tracing(), lifecycle)
+    )
     found.attach(Routed(echo), Routed(echo, CHAT))
     return found
 
 
 def test_heads_without_a_body_hold_no_place_in_the_queue() -> None:
-    admission = Admission(2, 4, {}, 5, {})
-    with served(edge(admission=admission)) as server:
+    admission = PriorityQueue(2, 4, {}, 5, {})
+    with served(middleware(admission=admission)) as server:
         socks = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(70)]
         for sock in socks:
             sock.sendall(HEAD + b"\r\n")
@@ -59,7 +61,7 @@ def test_heads_without_a_body_hold_no_place_in_the_queue() -> None:
 
 def test_nor_one_of_a_limits_requests_at_once() -> None:
     limits = {"limits": Limits(MemoryCounters()), "service": Quota("service", None, None, 2)}
-    with served(edge(**limits)) as server:
+    with served(middleware(**limits)) as server:
         socks = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(10)]
         for sock in socks:
             sock.sendall(HEAD + b"\r\n")
@@ -71,17 +73,17 @@ def test_nor_one_of_a_limits_requests_at_once() -> None:
 def test_bodies_together_are_bounded_for_all_and_for_each_key() -> None:
     budget = BodyBudget(100)
 
-    def refused(ticket: Ticket, size: int) -> bool:
+    def refused(context: RequestContext, size: int) -> bool:
         try:
-            budget.take(ticket, size)
+            budget.take(context, size)
         except Unavailable:
             return True
         return False
 
-    one, other, third = (Ticket("r", "v2", "e", key_id=key) for key in ("one", "other", "third"))
+    one, other, third = (RequestContext("r", "v2", "e", key_id=key) for key in ("one", "other", "third"))
     assert [refused(one, 30), refused(one, 30), refused(one, 20), refused(other, 50)] == [False, True, False, False]
     assert refused(third, 1)
-    assert refused(Ticket("r", "v2", "e"), 1)
+    assert refused(RequestContext("r", "v2", "e"), 1)
     budget.give(other, 50)
     assert not refused(third, 1)
     budget.give(one, 50)
@@ -90,7 +92,7 @@ def test_bodies_together_are_bounded_for_all_and_for_each_key() -> None:
 
 
 def test_what_a_request_held_is_given_back_however_it_ends() -> None:
-    app = edge()
+    app = middleware()
     with served(app) as server:
         head = HEAD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 1000000")
         for _ in range(20):

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kserve_vllm.protocol import bounds
+from kserve_vllm.protocols.http import bounds
 from kserve_vllm.telemetry.watchdog import HOLD_S, watch_loop
 from tests.robustness.wire import ask, read_answer, statuses
 from tests.support import Server

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.engine.guards import take_up_whole
+from kserve_vllm.engine.hooks.guards import take_up_whole
 
 
 class Client:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kserve_vllm.errors import BodyTooLarge, InvalidRequest, RequestError
-from kserve_vllm.protocol import generate, protobuf, tensors
-from kserve_vllm.protocol.grpc import Messages, Servicer
-from kserve_vllm.protocol.v2 import V2Text
+from kserve_vllm.core.errors import BodyTooLarge, InvalidRequest, RequestError
+from kserve_vllm.protocols.oip import generate, protobuf, tensors
+from kserve_vllm.protocols.oip.grpc_servicer import Messages, Servicer
+from kserve_vllm.protocols.oip.text import V2Text
 
 MESSAGES = Messages()
 DIGITS = "9" * 5000
@@ -245,14 +245,14 @@ def test_half_a_surrogate_pair_in_an_error_is_answered() -> None:
 
 def test_a_stream_goes_on_after_a_message_that_is_too_much() -> None:
     """The refusal has no id to answer with; that must not end the other requests of the stream."""
-    from kserve_vllm.gate import Gate
-    from kserve_vllm.lifecycle import Lifecycle, State
+    from kserve_vllm.core.lifecycle import Lifecycle, State
+    from kserve_vllm.policy.enforcement import Enforcement
     from tests.runtime.test_errors import books
 
     lifecycle = Lifecycle()
     for state in (State.LOADING, State.WARMING, State.READY):
         lifecycle.to(state)
-    servicer = Servicer(lifecycle, Gate(lifecycle), books(lifecycle))
+    servicer = Servicer(lifecycle, Enforcement(lifecycle), books(lifecycle))
     answers: list[Any] = []
     asyncio.run(servicer._answer_one(InvalidRequest("more than is taken"), answers.append, {"x-request-id": "r"}))
     assert answers[0].error_message == "more than is taken"

@@ -14,8 +14,8 @@ from typing import Any
 
 import uvloop
 
-from kserve_vllm.hosting.server import HTTPServer
-from kserve_vllm.settings import ServerSettings
+from kserve_vllm.config.settings import ServerSettings
+from kserve_vllm.servers.listeners import HTTPServer
 
 
 def ask(port: int, *parts: bytes, within_s: float = 20.0, pause_s: float = 0.0, eof: bool = False) -> bytes:

@@ -16,19 +16,19 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 
-from kserve_vllm import cli
-from kserve_vllm.gate import Gate, Policies
-from kserve_vllm.hosting.server import HTTPServer
-from kserve_vllm.lifecycle import Lifecycle, State
-from kserve_vllm.policy.admission import Admission
-from kserve_vllm.protocol.body import TimedBody
-from kserve_vllm.protocol.edge import Edge
-from kserve_vllm.settings import ServerSettings
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.config.settings import ServerSettings
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.types import Priority
+from kserve_vllm.policy.enforcement import Enforcement, Policies
+from kserve_vllm.policy.priority_queue import PriorityQueue
+from kserve_vllm.protocols.http.body import TimedBody
+from kserve_vllm.protocols.http.middleware import RequestMiddleware
+from kserve_vllm.servers.listeners import HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
-from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
-from kserve_vllm.ticket import Ticket
-from kserve_vllm.types import Priority
 from tests.support import Routed
 
 CHAT, MESSAGES, EMBEDDINGS, PREDICT = "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/models/m:predict"
@@ -89,23 +89,25 @@ class Served:
     def __init__(self, limit_s: float) -> None:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        self.admission = Admission(1, 8, {}, 60, {})
-        self.gate = Gate(lifecycle, Policies(admission=self.admission))
+        self.admission = PriorityQueue(1, 8, {}, 60, {})
+        self.enforcement = Enforcement(lifecycle, Policies(admission=self.admission))
         self.metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
-        self.closed: list[Ticket] = []
-        books = Requests(self.metrics, Tracing(), lifecycle, self.closed.append)
-        edge = Edge(lifecycle, self.gate, 1 << 20, self.metrics.render, dict, books, body_timeout_s=limit_s)
+        self.closed: list[RequestContext] = []
+        recorder = RequestRecorder(self.metrics, Tracing(), lifecycle, self.closed.append)
+        middleware = RequestMiddleware(
+            lifecycle, self.enforcement, 1 << 20, self.metrics.render, dict, recorder, body_timeout_s=limit_s
+        )
         app = frameworks()
 
         async def vllm(scope: Any, receive: Any, send: Any) -> None:
             await (plain if scope["path"] == EMBEDDINGS else app)(scope, receive, send)
 
-        edge.attach(
+        middleware.attach(
             Routed(app, "/v1/models/{model_name}:predict"),
             Routed(vllm, CHAT, EMBEDDINGS, FORM, MESSAGES),
             {CHAT: Fast()},  # type: ignore[dict-item]
         )
-        self.server = HTTPServer(edge, ServerSettings(host="127.0.0.1"), 0)
+        self.server = HTTPServer(middleware, ServerSettings(host="127.0.0.1"), 0)
 
     async def ask(self, head: bytes, *parts: bytes, path: str = CHAT, every_s: float = 0.0) -> tuple[int, bytes]:
         """Send a request's parts and read to the connection's end; the status and the whole answer."""
@@ -124,7 +126,7 @@ class Served:
 
     def nothing_is_held(self) -> bool:
         stats = self.admission.stats()
-        return (self.gate.in_flight, stats["in_use"], stats["waiting"]) == (0, 0, 0)
+        return (self.enforcement.in_flight, stats["in_use"], stats["waiting"]) == (0, 0, 0)
 
 
 @asynccontextmanager
@@ -185,8 +187,8 @@ def test_a_body_that_does_not_come_is_answered_408_and_holds_nothing(path: str, 
             MESSAGES: {"type": "error", "error": {"type": "timeout_error", "message": sentence}},
         }.get(path, {"error": {"message": sentence, "type": "RequestTimeoutError", "param": "body", "code": None}})
         assert served.nothing_is_held()
-        (ticket,) = served.closed
-        assert (ticket.status, ticket.outcome) == (408, "refused")
+        (context,) = served.closed
+        assert (context.status, context.outcome) == (408, "refused")
         assert b'reason="body_timeout"} 1.0' in served.metrics.render("")[0]
 
     run(ask)
@@ -232,7 +234,7 @@ def test_a_body_that_does_not_come_while_its_request_waits_leaves_the_queue() ->
             status, _ = await served.ask(LENGTH, BODY[:5])
             assert status == 408
             assert served.admission.stats()["waiting"] == 0
-            assert served.gate.in_flight == 0
+            assert served.enforcement.in_flight == 0
 
     run(ask)
 
@@ -245,7 +247,7 @@ def test_a_client_that_leaves_before_its_body_is_complete_is_gone_and_not_late()
         assert not served.nothing_is_held()
         writer.close()
         await asyncio.sleep(0.1)
-        assert [ticket.outcome for ticket in served.closed] == ["cancelled"]
+        assert [context.outcome for context in served.closed] == ["cancelled"]
         del reader
 
     run(ask)
@@ -255,8 +257,8 @@ def test_a_drain_waits_for_no_body_longer_than_that() -> None:
     async def ask(served: Served) -> None:
         asking = asyncio.ensure_future(served.ask(LENGTH, BODY[:5]))
         await asyncio.sleep(0.1)
-        served.gate.close()
-        assert await served.gate.wait_idle(LIMIT_S + 1)
+        served.enforcement.close()
+        assert await served.enforcement.wait_idle(LIMIT_S + 1)
         assert (await asking)[0] == 408
 
     run(ask)
@@ -272,7 +274,7 @@ def test_a_body_that_is_there_sets_no_timer(monkeypatch: pytest.MonkeyPatch) -> 
         for message in messages:
             queue.put_nowait(message)
         monkeypatch.setattr(asyncio, "timeout_at", timer)
-        receive = TimedBody(queue.get, 60, Ticket("r", "openai", CHAT))
+        receive = TimedBody(queue.get, 60, RequestContext("r", "openai", CHAT))
         assert [await receive(), await receive()] == messages
         asyncio.get_running_loop().call_soon(queue.put_nowait, {"type": "http.disconnect"})
         assert (await receive())["type"] == "http.disconnect"  # not the body's time any more
@@ -283,9 +285,9 @@ def test_a_body_that_is_there_sets_no_timer(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_came_too_late_does_not_bring_a_request_back() -> None:
     async def ask() -> None:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        receive = TimedBody(queue.get, 0.05, ticket := Ticket("r", "openai", CHAT))
+        receive = TimedBody(queue.get, 0.05, context := RequestContext("r", "openai", CHAT))
         for _ in range(2):
-            with pytest.raises(type(ticket.refusal) if ticket.refusal else Exception, match="did not come"):
+            with pytest.raises(type(context.refusal) if context.refusal else Exception, match="did not come"):
                 await receive()
             queue.put_nowait({"type": "http.request", "body": b"", "more_body": False})
 

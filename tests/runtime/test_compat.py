@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from kserve_vllm.config.settings import SHORTCUTS, ServerSettings
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.engine import compat, inspection
 from kserve_vllm.engine.compat import TABLE, Shortcuts, Touchpoint
 from kserve_vllm.engine.inspection import Inspector, Installed, Wheel
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.settings import SHORTCUTS, ServerSettings
 from tests.support import ROOT
 
 PACKAGE = ROOT / "runtime" / "kserve_vllm"

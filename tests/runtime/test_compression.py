@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.errors import InvalidRequest, UnsupportedCoding
-from kserve_vllm.protocol.compression import Compressed, inflated, wanted
+from kserve_vllm.core.errors import InvalidRequest, UnsupportedCoding
+from kserve_vllm.protocols.http.compression import Compressed, inflated, wanted
 
 TEXT = b"".join(b"%d " % n for n in range(500_000))  # more than one part
 

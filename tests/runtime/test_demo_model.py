@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kserve_vllm.engine import demo
+from kserve_vllm.config import demo
 from tests.support import ROOT, Server
 
 TRAINING = ROOT / "runtime" / "tools" / "train_demo_model.py"

@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 
-from kserve_vllm.engine import demo
+from kserve_vllm.config import demo
 from tests.clients import assert_unharmed, infer, post, tensor
 from tests.support import Server
 from tests.triton import service_pb2, service_pb2_grpc

@@ -14,13 +14,13 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kserve_vllm.errors import InternalError
-from kserve_vllm.gate import Gate
-from kserve_vllm.lifecycle import Lifecycle, State
-from kserve_vllm.protocol.edge import Edge
-from kserve_vllm.protocol.grpc import Servicer
+from kserve_vllm.core.errors import InternalError
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.policy.enforcement import Enforcement
+from kserve_vllm.protocols.http.middleware import RequestMiddleware
+from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.telemetry.metrics import Metrics
-from kserve_vllm.telemetry.requests import Requests
+from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
 from tests.clients import SUM, assert_unharmed, infer, post, tensor, texts
 from tests.support import Routed, Server
@@ -523,19 +523,19 @@ def test_an_unknown_call_is_unimplemented(server: Server) -> None:
 SECRET = "the secret is in /etc/secret.py"
 
 
-def books(lifecycle: Lifecycle) -> Requests:
-    """The books of requests, on a registry of their own."""
-    return Requests(Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()), Tracing(), lifecycle)
+def recorder(lifecycle: Lifecycle) -> RequestRecorder:
+    """The accounting of requests, on a registry of their own."""
+    return RequestRecorder(Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()), Tracing(), lifecycle)
 
 
-def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Gate]:
+def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Enforcement]:
     lifecycle = Lifecycle()
     lifecycle.to(State.READY)
-    gate = Gate(lifecycle)
+    enforcement = Enforcement(lifecycle)
     routed = Routed(app, CHAT, "/v1/messages", "/v1/models/{model_name}:predict", "/v2/models/{model_name}/infer")
-    edge = Edge(lifecycle, gate, 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
-    edge.attach(routed, routed)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://edge"), gate
+    middleware = RequestMiddleware(lifecycle, enforcement, 1 << 20, lambda accept: (b"", ""), dict, recorder(lifecycle))
+    middleware.attach(routed, routed)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://edge"), enforcement
 
 
 async def _raises(scope: Any, receive: Any, send: Any) -> None:
@@ -558,10 +558,10 @@ async def _raises_after_answering_500(scope: Any, receive: Any, send: Any) -> No
 @pytest.mark.parametrize("path", [CHAT, INFER, V1, "/v1/messages"])
 def test_a_fault_of_ours_is_answered_with_a_request_id_and_no_internals(app: Any, path: str) -> None:
     async def ask() -> httpx.Response:
-        client, gate = failing_edge(app)
+        client, enforcement = failing_edge(app)
         async with client:
             answer = await client.post(path, json={}, headers={"x-request-id": "the-id"})
-        assert gate.in_flight == 0
+        assert enforcement.in_flight == 0
         return answer
 
     answer = asyncio.run(ask())
@@ -593,7 +593,7 @@ def test_a_fault_of_ours_over_grpc_has_a_request_id_and_no_internals() -> None:
     async def ask() -> tuple[Any, Any]:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        servicer = Servicer(lifecycle, Gate(lifecycle), books(lifecycle))
+        servicer = Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle))
         servicer.attach(Backend())
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((servicer.handler(),))
@@ -626,14 +626,16 @@ def test_an_answer_that_fails_in_its_middle_is_cut_off_and_not_mended() -> None:
     async def ask() -> None:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
-        edge = Edge(lifecycle, Gate(lifecycle), 1 << 20, lambda accept: (b"", ""), dict, books(lifecycle))
-        edge.attach(Routed(app, CHAT), Routed(app, CHAT))
+        middleware = RequestMiddleware(
+            lifecycle, Enforcement(lifecycle), 1 << 20, lambda accept: (b"", ""), dict, recorder(lifecycle)
+        )
+        middleware.attach(Routed(app, CHAT), Routed(app, CHAT))
 
         async def send(message: Any) -> None:
             sent.append(message)
 
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-        await edge(scope, lambda: asyncio.sleep(60), send)
+        await middleware(scope, lambda: asyncio.sleep(60), send)
 
     asyncio.run(ask())
     assert [part["type"] for part in sent] == ["http.response.start", "http.response.body"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kserve_vllm.engine.starting import Movement, stall
+from kserve_vllm.engine.start_watchdog import Movement, stall
 from tests.support import DEMO, ROOT, Server
 
 

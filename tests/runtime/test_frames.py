@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
-from kserve_vllm.engine import openai_stream
+from kserve_vllm.engine.patches import openai_stream
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])

@@ -26,13 +26,13 @@ import httpx
 import psutil
 import pytest
 
-from kserve_vllm import cli
-from kserve_vllm.engine import cores
-from kserve_vllm.engine.adapters import Adapters
+from kserve_vllm.adapters.registry import AdapterRegistry
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.core.errors import ConfigError, InvalidRequest
+from kserve_vllm.engine import processes as cores
 from kserve_vllm.engine.loras import LoRAs
-from kserve_vllm.errors import ConfigError, InvalidRequest
-from kserve_vllm.hosting.server import reserve
 from kserve_vllm.policy.tenants import digest
+from kserve_vllm.servers.listeners import reserve
 from tests.policy.calls import call
 from tests.support import DEMO, ROOT, Server, free_port, wait_until
 from tests.support_redis import RedisServer
@@ -110,7 +110,7 @@ def test_what_vllm_can_not_share_is_refused_before_an_engine_is_started(
         parallel_config=parts["parallel"], model_config=SimpleNamespace(multimodal_config=parts["multimodal"])
     )
     monkeypatch.setattr(cores, "configure", lambda *_: (config, SimpleNamespace(disable_log_stats=True)))
-    started = cores.Cores(Namespace(), 2)
+    started = cores.EngineProcesses(Namespace(), 2)
     with pytest.raises(ConfigError, match=f"^{flag} wants one front end: leave it out, or use --api-server-count 1$"):
         started.start(lambda *_: pytest.fail("an engine was started"))
     assert not started.started
@@ -133,9 +133,9 @@ def test_the_count_is_a_setting_of_the_runtime_and_not_an_engine_flag(tmp_path: 
 
 def test_loading_and_counting_by_http_is_refused_where_it_would_reach_one_of_several() -> None:
     host = SimpleNamespace(foreign=dict, base_names=["base"], published=lambda name: True)
-    Adapters(host).check_alone()  # type: ignore[arg-type]
+    AdapterRegistry(host).check_alone()  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=r"2 front-end processes .* Change the adapters file"):
-        Adapters(host, 2).check_alone()  # type: ignore[arg-type]
+        AdapterRegistry(host, 2).check_alone()  # type: ignore[arg-type]
 
 
 def test_an_adapters_version_has_the_same_number_in_every_process_and_another_content_another_one() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kserve_vllm.engine import compilers, demo
+from kserve_vllm.config import demo
+from kserve_vllm.engine import compilers
 from tests.support import ROOT, free_port, not_checked, wait_until
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

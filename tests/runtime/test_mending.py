@@ -14,10 +14,10 @@ import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from kserve_vllm.core.errors import InvalidRequest, NotFound, Unavailable
 from kserve_vllm.engine.faults import ClientFaults, is_client_fault
-from kserve_vllm.engine.mending import Mender, Route, mender_of, with_null_usage
-from kserve_vllm.engine.messages import mend_messages
-from kserve_vllm.errors import InvalidRequest, NotFound, Unavailable
+from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
+from kserve_vllm.engine.hooks.request_repair import Mender, Route, mender_of, with_null_usage
 
 CHAT = Route(
     frozenset(
@@ -190,7 +190,7 @@ def test_a_clients_fault_is_written_at_level_info() -> None:
     assert spoken.levelno == logging.INFO
     for record in (
         filtered("vllm.entrypoints.anthropic.api_router", "Error", RuntimeError("a")),
-        filtered("kserve_vllm.bootstrap", "Error", VLLMClientError("a")),
+        filtered("kserve_vllm.app.process", "Error", VLLMClientError("a")),
         filtered("vllm.v1.engine.core", "EngineCore encountered a fatal error.", None),
     ):
         assert record.levelno == logging.ERROR

@@ -15,7 +15,7 @@ from tests.support import Server, not_checked
 # thread, one that ran before and one that began later may run.
 _SCRIPT = """
 import json, os, subprocess, sys, threading, psutil
-from kserve_vllm.engine.placement import leave_processors_of
+from kserve_vllm.engine.cpu_affinity import leave_processors_of
 bound = json.loads(sys.argv[1])
 worker = subprocess.Popen(["sleep", "60"])
 os.sched_setaffinity(worker.pid, bound)

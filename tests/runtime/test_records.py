@@ -24,11 +24,20 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
-from kserve_vllm.engine import demo, records
-from kserve_vllm.engine.accounts import Accounts
-from kserve_vllm.engine.records import Figures, Record, RecordCodec, canonical, flight_params, replay, to_record
-from kserve_vllm.policy.response_cache import Asking, MemoryStore, Outcome, ResponseCache
-from kserve_vllm.ticket import Ticket, current
+from kserve_vllm.config import demo
+from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.engine.hooks import cache_codec as records
+from kserve_vllm.engine.hooks.accounting import TokenAccounting
+from kserve_vllm.engine.hooks.cache_codec import (
+    CacheCodec,
+    Figures,
+    Record,
+    canonical,
+    flight_params,
+    replay,
+    to_record,
+)
+from kserve_vllm.policy.response_cache import CacheLookup, MemoryStore, Outcome, ResponseCache
 
 PROMPT = [5, 6, 7, 8]
 ANSWER = "The quick brown fox jumps over the lazy dog, and then it does so again, until the evening comes."
@@ -125,7 +134,7 @@ def replayed(items: Iterable[Record], kind: RequestOutputKind, figures: Figures 
 
 def stored(items: Iterable[Record]) -> list[Record]:
     """The same records from bytes."""
-    codec = RecordCodec()
+    codec = CacheCodec()
     packed = [codec.pack(item) for item in items]
     assert None not in packed
     return codec.unpack(b"[" + b",".join(filter(None, packed)) + b"]")
@@ -211,11 +220,11 @@ def test_what_one_client_does_with_its_outputs_is_not_seen_by_another() -> None:
     items = [
         to_record(output) for output in Processor().run(flight_params(greedy(output_kind=RequestOutputKind.DELTA)))
     ]
-    before = [RecordCodec().pack(item) for item in items]
+    before = [CacheCodec().pack(item) for item in items]
     for output in replayed(items, RequestOutputKind.DELTA):
         output.outputs[0].token_ids.append(0)  # type: ignore[attr-defined]
         output.outputs[0].text = ""
-    assert [RecordCodec().pack(item) for item in items] == before
+    assert [CacheCodec().pack(item) for item in items] == before
 
 
 @pytest.mark.parametrize(
@@ -224,22 +233,22 @@ def test_what_one_client_does_with_its_outputs_is_not_seen_by_another() -> None:
 )
 def test_an_output_that_says_more_than_a_record_is_not_stored(name: str, value: object) -> None:
     (output,) = Processor().run(greedy(output_kind=RequestOutputKind.FINAL_ONLY))
-    assert RecordCodec().pack(to_record(output)) is not None
+    assert CacheCodec().pack(to_record(output)) is not None
     setattr(output, name, value)
-    assert RecordCodec().pack(to_record(output)) is None
+    assert CacheCodec().pack(to_record(output)) is None
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_an_aborted_or_failed_generation_is_not_stored(reason: str) -> None:
     (output,) = Processor().run(greedy(output_kind=RequestOutputKind.FINAL_ONLY))
     output.outputs[0].finish_reason = reason
-    assert RecordCodec().pack(to_record(output)) is None
+    assert CacheCodec().pack(to_record(output)) is None
 
 
 @pytest.mark.parametrize("value", [b"{}", b"[1]", b"[[1,2,3]]", b"[[true,0,0,5]]", b"nonsense", b""])
 def test_bytes_that_hold_no_records_are_refused(value: bytes) -> None:
     with pytest.raises(ValueError):
-        RecordCodec().unpack(value)
+        CacheCodec().unpack(value)
 
 
 # What is the same
@@ -372,7 +381,7 @@ def test_a_prompt_that_is_more_or_less_than_tokens_is_not_cacheable(prompt: obje
     assert canonical(prompt, greedy()) is None
 
 
-# With the cache, and the books
+# With the cache, and the accounting
 
 
 class NoLoRAs:
@@ -392,8 +401,8 @@ class NoLoRAs:
 
 def test_a_realtime_session_whose_last_input_comes_late_is_booked() -> None:
     processor = Processor()
-    accounts = Accounts(processor.vllm, lambda: "base", NoLoRAs())
-    ticket = Ticket("r", "openai", "realtime")
+    accounts = TokenAccounting(processor.vllm, lambda: "base", NoLoRAs())
+    context = RequestContext("r", "openai", "realtime")
     queue = RequestOutputCollector(RequestOutputKind.DELTA, "inner")
 
     def add(resumable: bool) -> None:
@@ -402,27 +411,27 @@ def test_a_realtime_session_whose_last_input_comes_late_is_booked() -> None:
         )
         processor.vllm.add_request(request, "text", None, 0, queue)
 
-    token = current.set(ticket)
+    token = current.set(context)
     add(resumable=True)
     for each in tokens_of(ANSWER)[:3]:
         processor.vllm.process_outputs([EngineCoreOutput("inner", [each])])
         assert queue.get_nowait()
     processor.vllm.process_outputs([EngineCoreOutput("inner", [], finish_reason=FinishReason.STOP)])
-    assert not ticket.finished
+    assert not context.finished
     add(resumable=False)
     current.reset(token)
     assert not accounts._open
-    assert (ticket.finished, ticket.finish_reasons, ticket.output_tokens) == (1, ["stop"], 3)
-    assert ticket.prompt_tokens == len(PROMPT)
+    assert (context.finished, context.finish_reasons, context.output_tokens) == (1, ["stop"], 3)
+    assert context.prompt_tokens == len(PROMPT)
 
 
 def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None:
     processor = Processor()
-    accounts = Accounts(processor.vllm, lambda: "base", NoLoRAs())
+    accounts = TokenAccounting(processor.vllm, lambda: "base", NoLoRAs())
     cache: ResponseCache[Record] = ResponseCache(
-        MemoryStore(1 << 20, 60), RecordCodec(), "tenant", hand_over=accounts.hand_over
+        MemoryStore(1 << 20, 60), CacheCodec(), "tenant", hand_over=accounts.hand_over
     )
-    gate = asyncio.Event()
+    enforcement = asyncio.Event()
     params = greedy(output_kind=RequestOutputKind.DELTA)
 
     def request_for(name: str, external: str) -> EngineCoreRequest:
@@ -435,24 +444,24 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
         tokens = tokens_of(ANSWER)
         for at, token in enumerate(tokens):
             if at == 5:
-                await gate.wait()
+                await enforcement.wait()
             end = FinishReason.LENGTH if at == len(tokens) - 1 else None
             processor.vllm.process_outputs([EngineCoreOutput("inner", [token], finish_reason=end)])
             output = queue.get_nowait()
             assert isinstance(output, RequestOutput)
             yield output
 
-    async def client(asking: Asking) -> str:
-        current.set(asking.ticket)
+    async def client(asking: CacheLookup) -> str:
+        current.set(asking.context)
         source = cache.answer("k", lambda: records.records(generate()), asking)
         outputs = [o async for o in replay(source, RequestOutputKind.FINAL_ONLY, "r", PROMPT)]
         return outputs[0].outputs[0].text
 
     async def scene() -> None:
-        asked = [Asking(Ticket(name, "openai", "e"), "outer") for name in "abc"]
-        assert asked[0].ticket is not None
+        asked = [CacheLookup(RequestContext(name, "openai", "e"), "outer") for name in "abc"]
+        assert asked[0].context is not None
         # The first client has a second sequence running, which nobody else waits for.
-        token = current.set(asked[0].ticket)
+        token = current.set(asked[0].context)
         processor.vllm.add_request(
             request_for("alone", "other"), "text", None, 0, RequestOutputCollector(KINDS[0], "x")
         )
@@ -461,18 +470,18 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
         await asyncio.sleep(0.01)
         tasks[0].cancel()
         await asyncio.sleep(0.01)
-        gate.set()
+        enforcement.set()
         assert await tasks[1] == await tasks[2] == ANSWER
-        hit = Asking(Ticket("d", "openai", "e"))
+        hit = CacheLookup(RequestContext("d", "openai", "e"))
         assert await client(hit) == ANSWER
         assert hit.outcome is Outcome.HIT
-        tickets = [asking.ticket for asking in [*asked, hit] if asking.ticket]
-        assert [(t.sequences, t.finished, t.output_tokens) for t in tickets] == [
+        contexts = [asking.context for asking in [*asked, hit] if asking.context]
+        assert [(t.sequences, t.finished, t.output_tokens) for t in contexts] == [
             (1, 0, 0),
             (1, 1, len(tokens_of(ANSWER))),
             (0, 0, 0),
             (0, 0, 0),
         ]
-        assert tickets[1].model == "base"
+        assert contexts[1].model == "base"
 
     asyncio.run(scene())

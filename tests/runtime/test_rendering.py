@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.engine import demo, rendering
-from kserve_vllm.engine.rendering import SHORT, characters, render_short_prompts_in_place
+from kserve_vllm.config import demo
+from kserve_vllm.engine.patches import inline_rendering as rendering
+from kserve_vllm.engine.patches.inline_rendering import SHORT, characters, render_short_prompts_in_place
 
 Messages = list[dict[str, Any]]
 

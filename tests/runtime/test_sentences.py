@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from kserve_vllm.engine.sentences import sentence_of_validation
+from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
 
 
 class Text(BaseModel):

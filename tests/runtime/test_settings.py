@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kserve_vllm import cli
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.config.profiles import PROFILES
+from kserve_vllm.config.settings import Settings
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.engine import vllm
-from kserve_vllm.engine.profiles import PROFILES
 from kserve_vllm.engine.vllm import parse_engine_args
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.settings import Settings
 
 Resolve = Callable[..., Settings]
 

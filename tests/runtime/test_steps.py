@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.protocol.steps import ClientGone, until_disconnect
+from kserve_vllm.protocols.http.disconnect import ClientGone, until_disconnect
 
 _SOON_S = 0.05
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from kserve.protocol.infer_type import InferRequest, InferResponse, RequestedOutput
 
-from kserve_vllm.errors import InvalidRequest
-from kserve_vllm.protocol import tensors
-from kserve_vllm.protocol.grpc import Messages
+from kserve_vllm.core.errors import InvalidRequest
+from kserve_vllm.protocols.oip import tensors
+from kserve_vllm.protocols.oip.grpc_servicer import Messages
 
 MESSAGES = Messages()
 PLAIN = [name for name in tensors.DTYPES if name != "BYTES"]

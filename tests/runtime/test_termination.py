@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm import bootstrap, cli, termination
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.settings import Settings
+from kserve_vllm.app import process as bootstrap
+from kserve_vllm.cli.main import main as cli
+from kserve_vllm.config.settings import Settings
+from kserve_vllm.core import termination
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.telemetry import logs
 
 

@@ -193,7 +193,7 @@ def test_a_fault_of_the_server_stays_500_and_its_trace_is_logged(caplog: pytest.
     from starlette.testclient import TestClient
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
-    from kserve_vllm.engine.guards import answer_errors
+    from kserve_vllm.engine.hooks.guards import answer_errors
 
     app = FastAPI()
     answer_errors(app, SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=None)))

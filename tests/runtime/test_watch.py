@@ -36,7 +36,7 @@ class Engine:
             is_paused=self._check,
             output_processor=SimpleNamespace(has_unfinished_requests=lambda: self.in_flight),
         )
-        self._seat = None
+        self._channel = None
 
     async def _check(self, method: str = "is_paused") -> None:
         self.asked.append(method)

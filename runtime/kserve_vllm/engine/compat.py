@@ -4,7 +4,7 @@ prometheus-client, and what happens where one of them differs.
 Each row of `TABLE` names something in their sources, how it is recognized, and the consequence of a difference:
 
 - `refuse`: the server does not start; nothing would work, or something would work wrongly.
-- `fall back`: a shortcut (`kserve_vllm.settings.SHORTCUTS`) is not taken; slower, and the same to clients.
+- `fall back`: a shortcut (`kserve_vllm.config.settings.SHORTCUTS`) is not taken; slower, and the same to clients.
 - `warn`: one line in the log; what leans on it looks by itself, or can do without.
 
 The fingerprints that are known to be right are in `fingerprints.json`, beside this file: those of a version are added
@@ -22,9 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from kserve_vllm.config.settings import SHORTCUTS
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.engine.inspection import Inspector, Installed, Kind
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.settings import SHORTCUTS
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kserve_vllm.errors import RequestError
-from kserve_vllm.ticket import current
+from kserve_vllm.core.errors import RequestError
+from kserve_vllm.core.request_context import current
 
 # What Python raises for data of another shape, type or size than was expected.
 _OF_WRONG_DATA = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError,
@@ -82,12 +82,12 @@ class ClientFaults(logging.Filter):
         """Lets every line through."""
         if record.levelno < logging.ERROR or not record.name.startswith("vllm."):
             return True
-        ticket = current.get()
+        context = current.get()
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
-            fault = is_client_fault(error, taken_up=ticket is None or ticket.sequences > 0)
+            fault = is_client_fault(error, taken_up=context is None or context.sequences > 0)
         else:
-            fault = str(record.msg).startswith(self._SPOKEN) or (ticket is not None and ticket.stuck)
+            fault = str(record.msg).startswith(self._SPOKEN) or (context is not None and context.stuck)
         if fault:
             record.levelno, record.levelname = logging.INFO, "INFO"
             if error is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from kserve_vllm.errors import InvalidRequest
+from kserve_vllm.core.errors import InvalidRequest
 
 MAX_INPUT_ITEMS = 1_000
 """Items of `input` of the Responses API: each takes a tenth of a millisecond to validate."""

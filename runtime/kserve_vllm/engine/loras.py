@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kserve_vllm.engine.adapter_files import Broken, read_shapes
-from kserve_vllm.engine.adapters import Adapters, Version
+from kserve_vllm.adapters.files import Broken, read_shapes
+from kserve_vllm.adapters.registry import AdapterRegistry, Version
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -53,7 +53,7 @@ class LoRAs:
         """A version's number to its `LoRARequest`s, one per name that clients may ask for."""
         self._freed: set[tuple[int, str]] = set()
         """Number and folder of versions that are gone."""
-        self.adapters: Adapters | None = None
+        self.adapters: AdapterRegistry | None = None
         states = client.output_processor.lora_states
         update = states._request_update
         states._request_update = lambda request_id, name, *args, **kwargs: update(
@@ -169,7 +169,7 @@ class LoRAs:
     def published(self, name: str) -> bool:
         return name in self._models.lora_requests
 
-    # For the books
+    # For the accounting
 
     def admit(self, lora: Any) -> Any:
         if (lora.lora_int_id, lora.lora_path) not in self._freed:

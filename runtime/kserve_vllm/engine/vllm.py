@@ -24,22 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import orjson
 import psutil
 
-from kserve_vllm.engine import compilers, cpu_binding, demo, guards
-from kserve_vllm.engine.accounts import Accounts
-from kserve_vllm.engine.adapters import Adapter, Adapters
-from kserve_vllm.engine.compat import Shortcuts
-from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
-from kserve_vllm.engine.fingerprint import fingerprint
-from kserve_vllm.engine.intake import Cache, Door, Intake
-from kserve_vllm.engine.loras import LoRAs
-from kserve_vllm.engine.mending import LEAST_TOP_P, Mender, mender_of
-from kserve_vllm.engine.messages import mend_messages
-from kserve_vllm.engine.outputs import observe_gaps_of, process_plain_outputs_apart
-from kserve_vllm.engine.placement import leave_processors_of
-from kserve_vllm.engine.rendering import render_short_prompts_in_place
-from kserve_vllm.engine.responses import mend_responses
-from kserve_vllm.engine.sentences import sentence_of_validation
-from kserve_vllm.errors import (
+from kserve_vllm.adapters.registry import Adapter, AdapterRegistry
+from kserve_vllm.config import demo
+from kserve_vllm.core.errors import (
     ConfigError,
     EngineGone,
     InternalError,
@@ -49,8 +36,23 @@ from kserve_vllm.errors import (
     RequestError,
     Unavailable,
 )
-from kserve_vllm.seat import Seat
-from kserve_vllm.types import ModelInfo, Piece, TextJob
+from kserve_vllm.core.fingerprint import fingerprint
+from kserve_vllm.core.supervisor_channel import SupervisorChannel
+from kserve_vllm.core.types import ModelInfo, Piece, TextJob
+from kserve_vllm.engine import compilers, cpu_binding
+from kserve_vllm.engine.compat import Shortcuts
+from kserve_vllm.engine.cpu_affinity import leave_processors_of
+from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
+from kserve_vllm.engine.hooks import guards
+from kserve_vllm.engine.hooks.accounting import TokenAccounting
+from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
+from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
+from kserve_vllm.engine.hooks.responses_repair import mend_responses
+from kserve_vllm.engine.hooks.submission import Cache, SequencePolicy, SubmissionHooks
+from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
+from kserve_vllm.engine.loras import LoRAs
+from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
+from kserve_vllm.engine.patches.plain_outputs import observe_gaps_of, process_plain_outputs_apart
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -135,7 +137,7 @@ def _explain_flag(message: str, parser: argparse.ArgumentParser) -> str:
     prefix = "unrecognized arguments: "
     if not message.startswith(prefix):
         return f"vLLM does not take this: {message}"
-    from kserve_vllm.settings import aliases, fields, flag_name
+    from kserve_vllm.config.settings import aliases, fields, flag_name
 
     known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
     known |= {f"--{flag_name(name)}" for _, name, _ in fields()}
@@ -323,27 +325,27 @@ class VLLMEngine:
 
     Args:
         args: vLLM's arguments, from `parse_engine_args`.
-        seat: the place of this front end where several share an engine that their supervisor starts; None where this
+        place: the place of this front end where several share an engine that their supervisor starts; None where this
             process starts an engine of its own.
     """
 
-    def __init__(self, args: argparse.Namespace, seat: Seat | None = None) -> None:
+    def __init__(self, args: argparse.Namespace, channel: SupervisorChannel | None = None) -> None:
         self._args = args
-        self._seat = seat
+        self._channel = channel
         self._client: AsyncLLM | None = None
         self._app: FastAPI | None = None
         self._tasks: tuple[str, ...] = ()
         self._stack = contextlib.AsyncExitStack()
         self._loras: LoRAs | None = None
-        self._adapters: Adapters | None = None
+        self._adapters: AdapterRegistry | None = None
         self._processes: list[psutil.Process] = []
         self._special_tokens: frozenset[int] | None = None
-        self.accounts: Accounts | None = None
-        """The books of what the engine works on; only after `start`."""
+        self.accounts: TokenAccounting | None = None
+        """The accounting of what the engine works on; only after `start`."""
         self.mender: Mender
         """Mends what clients send to vLLM's routes; only after `start`."""
-        self.intake: Intake | None = None
-        """The door of the engine, where policies stand before it."""
+        self.intake: SubmissionHooks | None = None
+        """Before the engine, where policies stand before it."""
         self.served = True
         """False while the base model is unloaded through the repository API."""
 
@@ -357,10 +359,10 @@ class VLLMEngine:
             ConfigError: the flags contradict each other or the model.
             Exception: whatever vLLM raises where loading fails.
         """
-        addresses = None if self._seat is None else await self._seat.addresses()
+        addresses = None if self._channel is None else await self._channel.addresses()
         self._client = client = await asyncio.to_thread(self._start_client, addresses)
-        self._loras = loras = LoRAs(client, shared=self._seat is not None)
-        self.accounts = Accounts(client.output_processor, lambda: self.names[0], loras)
+        self._loras = loras = LoRAs(client, shared=self._channel is not None)
+        self.accounts = TokenAccounting(client.output_processor, lambda: self.names[0], loras)
         guards.guard_engine(client)
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
@@ -379,7 +381,7 @@ class VLLMEngine:
         backend = client.vllm_config.structured_outputs_config.backend
         self.mender = mender_of(self._app, backend, self._chat_template())
         loras.attach(self._app.state.openai_serving_models)
-        self._adapters = loras.adapters = Adapters(loras, 1 if self._seat is None else self._seat.count)
+        self._adapters = loras.adapters = AdapterRegistry(loras, 1 if self._channel is None else self._channel.count)
 
     def _chat_template(self) -> str | None:
         """The text of all chat templates that may be used; None where messages are rendered in code."""
@@ -415,13 +417,15 @@ class VLLMEngine:
         if shortcuts.takes("gaps") and not observe_gaps_of(self.client):
             shortcuts.does_not_apply("gaps")
 
-    def stand_before(self, door: Door, cache: Cache | None = None) -> None:
-        """Let `door` decide about every sequence from now on, and `cache` answer those that it knows."""
+    def stand_before(self, sequences: SequencePolicy, cache: Cache | None = None) -> None:
+        """Let `sequences` decide about every sequence from now on, and `cache` answer those that it knows."""
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
-        guards.check_models(door, self._loras.plain)
-        self.intake = Intake(self.client, door, prioritized, cache, model, lambda: self.names[0], self._loras.plain)
+        guards.check_models(sequences, self._loras.plain)
+        self.intake = SubmissionHooks(
+            self.client, sequences, prioritized, cache, model, lambda: self.names[0], self._loras.plain
+        )
 
     def _fingerprint(self) -> str:
         config = self.client.model_config
@@ -442,12 +446,12 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        index, count = (0, 1) if self._seat is None else (self._seat.index, self._seat.count)
+        index, count = (0, 1) if self._channel is None else (self._channel.index, self._channel.count)
         config, engine_args = configure(self._args, count, index)
         if addresses is not None:
             guards.merge_adapter_gauge()
-            if self._seat is not None and self._seat.counters is not None:
-                addresses["mp_admission_counters"] = self._seat.counters
+            if self._channel is not None and self._channel.counters is not None:
+                addresses["mp_admission_counters"] = self._channel.counters
         # The constructor blocks until the model is loaded; outside the event loop's thread it starts no tasks, they
         # begin with the first request.
         with spared_interrupts():
@@ -473,7 +477,7 @@ class VLLMEngine:
                 pass
         elif self.embeds:
             await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
-        if self._seat is None:
+        if self._channel is None:
             self._processes = psutil.Process().children(recursive=True)
             # Several front ends need more than the one processor that vLLM leaves.
             if current_platform.is_cpu():
@@ -520,8 +524,8 @@ class VLLMEngine:
                 probe.cancel()
                 reason = f"the engine has not answered for {stall_timeout_s:g} s"
                 on_gone(reason)
-                if self._seat is not None:
-                    self._seat.report_hang(reason)
+                if self._channel is not None:
+                    self._channel.report_hang(reason)
                 self.kill()
                 return
 
@@ -651,7 +655,7 @@ class VLLMEngine:
         return body
 
     @property
-    def adapters(self) -> Adapters:
+    def adapters(self) -> AdapterRegistry:
         """The adapters; only after `start`."""
         if self._adapters is None:
             raise RuntimeError("the engine is not started")

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import yaml
 
-from kserve_vllm.engine.files import POLL_S, Watched
-from kserve_vllm.errors import ConfigError, RequestError
-from kserve_vllm.types import Piece, TextJob
+from kserve_vllm.core.errors import ConfigError, RequestError
+from kserve_vllm.core.types import Piece, TextJob
+from kserve_vllm.core.watched_file import POLL_S, WatchedFile
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Warmup:
     """
 
     def __init__(self, path: str, engine: Engine, version: Callable[[str], str], count: Callable[[bool], None]) -> None:
-        self._file = Watched(path, FLAG)
+        self._file = WatchedFile(path, FLAG)
         self._engine = engine
         self._version = version
         self._count = count

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import urlencode
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 
 Json = dict[str, Any]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model import hardware, measured, traffic, weights
 from kserve_vllm.ops.model.architecture import QUANTIZATIONS, Architecture
 from kserve_vllm.ops.model.memory import EngineSettings, whole_experts

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import Architecture
 from kserve_vllm.ops.model.hardware import GPU, HOURS_PER_MONTH, Prices
 from kserve_vllm.ops.model.memory import Budget, EngineSettings, budget, lora_bytes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
 from kserve_vllm.ops.diagnose.facts import MODES, condition, dig
 from kserve_vllm.ops.operations import add_cluster_arguments

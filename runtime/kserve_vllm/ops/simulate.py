@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model import hardware, measured, memory, steptime, traffic, weights
 from kserve_vllm.ops.model.traffic import Request, Shape
 from kserve_vllm.ops.sim.fleet import ColdStart, Fleet, ReplicaSettings, Result

@@ -5,9 +5,10 @@ makes bytes of it. What is the same is the caller's to say, with the bytes that 
 
 While an answer is generated it is a flight: a task of its own runs the engine's generator, and everybody who asked,
 the first one included, reads what the task has got so far. So it is of no account whose client leaves. The task ends
-when the last reader has left. It runs in a copy of the first caller's context, and whatever books by context books to
+when the last reader has left. It runs in a copy of the first caller's context, and whatever is recorded by context is
+recorded to
 the first caller. When that one leaves before the end, the oldest of the other readers takes its place: the context's
-ticket is changed, and `hand_over` is called so that what is already booked to the first can be moved.
+request context is changed, and `hand_over` is called so that what is already booked to the first can be moved.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import orjson
 
-from kserve_vllm.errors import Unavailable
-from kserve_vllm.policy.remote import Away, Remote
-from kserve_vllm.ticket import Ticket, current
+from kserve_vllm.core.errors import Unavailable
+from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.policy.redis_connection import RedisConnection, RedisUnavailable
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -123,7 +124,7 @@ class Store(Protocol):
         """Keep a value; silently not, where that can't be done."""
 
 
-class StoreAway(Exception):
+class StoreUnavailable(Exception):
     """The store can't be asked; the request is answered without it."""
 
 
@@ -197,7 +198,7 @@ class RedisStore:
 
     remote = True
 
-    def __init__(self, remote: Remote, ttl_s: float) -> None:
+    def __init__(self, remote: RedisConnection, ttl_s: float) -> None:
         self._remote = remote
         self._ttl_s = max(1, round(ttl_s))
 
@@ -213,33 +214,34 @@ class RedisStore:
 
         try:
             value = await self._remote.call(read)
-        except Away as error:
-            raise StoreAway from error
+        except RedisUnavailable as error:
+            raise StoreUnavailable from error
         return value if isinstance(value, bytes) else None
 
     async def put(self, key: str, value: bytes) -> None:
         """Keep a value, unless Redis is away."""
         try:
             await self._remote.call(lambda redis: redis.set(_PREFIX + key, value, ex=self._ttl_s))
-        except Away:
+        except RedisUnavailable:
             log.debug("an answer was not stored: Redis is away")
 
 
 @dataclass(eq=False, slots=True)
-class Asking:
+class CacheLookup:
     """One request's side of `ResponseCache.answer`.
 
     Attributes:
-        ticket: the request's ticket, which the engine's figures are booked on while it `pays`.
+        request context: the request's request context, which the engine's figures are booked on while it `pays`.
         request_id: the engine's name for a generation that this request starts.
         priority: vLLM's, the smaller the sooner. Nobody waits for a generation that is less urgent than itself.
         fresh: don't read what is stored or running (`Use.FRESH`).
         outcome: what became of it; set before the first piece is given.
-        pays: whether the engine's figures go to this request's ticket. False for a hit, true for who started the
+        pays: whether the engine's figures go to this request's request context. False for a hit, true for who started
+        the
             generation, and for the one who stayed when that one left.
     """
 
-    ticket: Ticket | None = None
+    request_context: RequestContext | None = None
     request_id: str = ""
     priority: int = 0
     fresh: bool = False
@@ -250,12 +252,12 @@ class Asking:
 class _Flight(Generic[P]):
     """An answer that is being generated, and its readers."""
 
-    def __init__(self, codec: Codec[P], payer: Asking) -> None:
+    def __init__(self, codec: Codec[P], payer: CacheLookup) -> None:
         self._codec = codec
         self.payer = payer
         self.priority = payer.priority
         self.request_id = payer.request_id
-        self.readers: dict[Asking, None] = {}
+        self.readers: dict[CacheLookup, None] = {}
         self.history: list[P | bytes] = []
         self.outcome = Outcome.MISS
         self.error: Exception | None = None
@@ -309,7 +311,8 @@ class ResponseCache(Generic[P]):
         codec: makes bytes of pieces.
         scope: `tenant`: answers are kept apart by tenant; `shared`: all tenants share them.
         max_entry_bytes: answers over this size are not stored.
-        hand_over: called with the ticket of a request that left its running generation, that of the one which takes
+        hand_over: called with the request context of a request that left its running generation, that of the one which
+        takes
             its place, and the engine's name for the generation, of which what is open is to be moved.
     """
 
@@ -319,7 +322,7 @@ class ResponseCache(Generic[P]):
         codec: Codec[P],
         scope: Literal["tenant", "shared"],
         max_entry_bytes: int = MAX_ENTRY_BYTES,
-        hand_over: Callable[[Ticket, Ticket, str], None] = lambda left, stays, request_id: None,
+        hand_over: Callable[[RequestContext, RequestContext, str], None] = lambda left, stays, request_id: None,
     ) -> None:
         self._store = store
         self._codec = codec
@@ -342,7 +345,7 @@ class ResponseCache(Generic[P]):
         whose = tenant if self._scope == "tenant" else None
         return hashlib.sha256(orjson.dumps([_FORMAT, whose, model, adapter]) + request).hexdigest()
 
-    async def answer(self, key: str, start: Callable[[], AsyncGenerator[P]], asking: Asking) -> AsyncGenerator[P]:
+    async def answer(self, key: str, start: Callable[[], AsyncGenerator[P]], asking: CacheLookup) -> AsyncGenerator[P]:
         """Give the pieces of an answer; to be closed when no more of them are wanted.
 
         A generation that fails before its first piece fails for the one who started it. The others try once more,
@@ -409,7 +412,7 @@ class ResponseCache(Generic[P]):
             return flight.outcome
         return Outcome.JOINED
 
-    def _launch(self, key: str, start: Callable[[], AsyncGenerator[P]], asking: Asking) -> _Flight[P]:
+    def _launch(self, key: str, start: Callable[[], AsyncGenerator[P]], asking: CacheLookup) -> _Flight[P]:
         flight = _Flight(self._codec, asking)
         asking.pays = True
         self._flights[key] = flight
@@ -449,7 +452,7 @@ class ResponseCache(Generic[P]):
             return False
         try:
             stored = self._unpacked(key, await self._store.get(key))
-        except StoreAway:
+        except StoreUnavailable:
             flight.outcome = Outcome.BYPASS
             return False
         if not stored:
@@ -468,7 +471,7 @@ class ResponseCache(Generic[P]):
             log.warning("a stored answer can't be read and is generated anew: %s", key)
             return None
 
-    def _leave(self, key: str, flight: _Flight[P], asking: Asking) -> None:
+    def _leave(self, key: str, flight: _Flight[P], asking: CacheLookup) -> None:
         """A reader has everything, or its client is gone."""
         del flight.readers[asking]
         if flight.done:
@@ -483,9 +486,9 @@ class ResponseCache(Generic[P]):
         heir = flight.payer = next(iter(flight.readers))
         heir.pays, asking.pays = True, False
         # The task is waiting somewhere, so its context is free to be entered.
-        flight.context.run(current.set, heir.ticket)
-        if asking.ticket is not None and heir.ticket is not None:
-            self._hand_over(asking.ticket, heir.ticket, flight.request_id)
+        flight.context.run(current.set, heir.request_context)
+        if asking.request_context is not None and heir.request_context is not None:
+            self._hand_over(asking.request_context, heir.request_context, flight.request_id)
 
     def _forget(self, key: str, flight: _Flight[P]) -> None:
         if self._flights.get(key) is flight:

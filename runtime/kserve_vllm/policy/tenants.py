@@ -34,8 +34,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kserve_vllm.errors import ConfigError, Unauthenticated
-from kserve_vllm.types import Priority
+from kserve_vllm.core.errors import ConfigError, Unauthenticated
+from kserve_vllm.core.types import Priority
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import orjson
 import structlog
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from typing import Any
 import orjson
 import structlog
 
-from kserve_vllm.termination import describe
-from kserve_vllm.ticket import current
+from kserve_vllm.core.request_context import current
+from kserve_vllm.core.termination import describe
 
 Event = MutableMapping[str, Any]
 
@@ -179,11 +179,11 @@ def formatter(chosen: str = "json") -> logging.Formatter:
 
 
 def _add_request(logger: Any, name: str, event: Event) -> Event:
-    ticket = current.get()
-    if ticket is not None:
-        event.setdefault("request_id", ticket.request_id)
-        if ticket.trace_id:
-            event.setdefault("trace_id", ticket.trace_id)
+    context = current.get()
+    if context is not None:
+        event.setdefault("request_id", context.request_id)
+        if context.trace_id:
+            event.setdefault("trace_id", context.trace_id)
     return event
 
 

@@ -19,8 +19,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from kserve_vllm.lifecycle import Lifecycle, State
-from kserve_vllm.ticket import Ticket
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.core.request_context import RequestContext
 
 OUTCOMES = ("ok", "client_error", "refused", "unavailable", "cancelled", "server_error")
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -237,28 +237,28 @@ class Metrics:
         """Show from now on how far the drain is."""
         self._drain = self._in_flight(), timeout_s
 
-    def count(self, ticket: Ticket, outcome: str, duration_s: float) -> None:
+    def count(self, context: RequestContext, outcome: str, duration_s: float) -> None:
         """Count a request that is over. The trace id is the exemplar where the trace is recorded."""
-        model, tenant = self.model_label(ticket.model), self._tenant(ticket.tenant)
-        exemplar = {"trace_id": ticket.trace_id} if ticket.sampled and ticket.trace_id else None
-        self._get("kserve_vllm_requests").labels(ticket.protocol, ticket.endpoint, model, tenant, outcome).inc(
+        model, tenant = self.model_label(context.model), self._tenant(context.tenant)
+        exemplar = {"trace_id": context.trace_id} if context.sampled and context.trace_id else None
+        self._get("kserve_vllm_requests").labels(context.protocol, context.endpoint, model, tenant, outcome).inc(
             1, exemplar
         )
-        if ticket.cache is not None:
-            self._get("kserve_vllm_response_cache_requests").labels(ticket.cache).inc()
-        if not ticket.sequences:
+        if context.cache is not None:
+            self._get("kserve_vllm_response_cache_requests").labels(context.cache).inc()
+        if not context.sequences:
             return
-        used = model, "none" if ticket.adapter is None else model, tenant, ticket.protocol
+        used = model, "none" if context.adapter is None else model, tenant, context.protocol
         for name, tokens in (
-            ("kserve_vllm_prompt_tokens", ticket.prompt_tokens),
-            ("kserve_vllm_cached_prompt_tokens", ticket.cached_tokens),
-            ("kserve_vllm_output_tokens", ticket.output_tokens),
+            ("kserve_vllm_prompt_tokens", context.prompt_tokens),
+            ("kserve_vllm_cached_prompt_tokens", context.cached_tokens),
+            ("kserve_vllm_output_tokens", context.output_tokens),
         ):
             self._get(name).labels(*used).inc(tokens)
         for name, value in (
-            ("kserve_vllm_time_to_first_token_seconds", ticket.ttft_s),
-            ("kserve_vllm_inter_token_latency_seconds", ticket.itl_s),
-            ("kserve_vllm_queue_time_seconds", ticket.queue_s),
+            ("kserve_vllm_time_to_first_token_seconds", context.ttft_s),
+            ("kserve_vllm_inter_token_latency_seconds", context.itl_s),
+            ("kserve_vllm_queue_time_seconds", context.queue_s),
             ("kserve_vllm_request_duration_seconds", duration_s),
         ):
             if value is not None:

@@ -1,4 +1,4 @@
-"""Opens a ticket for each request and closes it once, whatever happened: counters, log line, span."""
+"""Opens a request context for each request and closes it once, whatever happened: counters, log line, span."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from kserve_vllm.errors import (
+from kserve_vllm.core.errors import (
     BodyTimeout,
     BodyTooLarge,
     EngineGone,
@@ -24,10 +24,10 @@ from kserve_vllm.errors import (
     Unauthenticated,
     Unavailable,
 )
-from kserve_vllm.lifecycle import Lifecycle, State
+from kserve_vllm.core.lifecycle import Lifecycle, State
+from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.tracing import Tracing
-from kserve_vllm.ticket import Ticket, current
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ _STATES = {State.STARTING: "loading", State.LOADING: "loading", State.WARMING: "
            State.STOPPED: "draining", State.FAILED: "engine_dead"}  # fmt: skip
 
 
-class Requests:
-    """The books of all requests.
+class RequestRecorder:
+    """The accounting of all requests.
 
     Args:
         metrics: counts them.
         tracing: opens and ends their spans.
         lifecycle: says why the server was not available.
-        record: called with each ticket that is closed.
+        record: called with each request context that is closed.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Requests:
         metrics: Metrics,
         tracing: Tracing,
         lifecycle: Lifecycle,
-        record: Callable[[Ticket], None] = lambda _: None,
+        record: Callable[[RequestContext], None] = lambda _: None,
     ) -> None:
         self._record = record
         self._metrics = metrics
         self._tracing = tracing
         self._lifecycle = lifecycle
-        self._late: dict[Ticket, float] = {}
+        self._late: dict[RequestContext, float] = {}
         self._log: Any = structlog.stdlib.get_logger("kserve_vllm.request")
 
     @contextmanager
@@ -81,8 +81,9 @@ class Requests:
         headers: Mapping[str, str],
         model: str | None = None,
         quiet: bool = False,
-    ) -> Iterator[Ticket]:
-        """A ticket for as long as the block runs; it is the current one in the block and in tasks started there.
+    ) -> Iterator[RequestContext]:
+        """A request context for as long as the block runs; it is the current one in the block and in tasks started
+        there.
 
         Args:
             protocol: `openai`, `v2`, `generate`, `v1` or `grpc`.
@@ -92,115 +93,115 @@ class Requests:
             model: the name asked for, where it is known already.
             quiet: write its log line at the level debug.
         """
-        ticket = Ticket(request_id, protocol, endpoint, quiet, model=model)
-        self._tracing.open(ticket, headers)
-        token = current.set(ticket)
+        context = RequestContext(request_id, protocol, endpoint, quiet, model=model)
+        self._tracing.open(context, headers)
+        token = current.set(context)
         try:
-            yield ticket
+            yield context
         except BaseException as error:
-            ticket.error = ticket.error or error
+            context.error = context.error or error
             raise
         finally:
-            duration_s = time.monotonic() - ticket.started
-            if ticket.unfinished and ticket.error is None:
+            duration_s = time.monotonic() - context.started
+            if context.unfinished and context.error is None:
                 # vLLM gives up the request of a client that is gone a moment after its handler returned.
-                self._late[ticket] = duration_s
-                asyncio.get_running_loop().call_later(_LATE_S, self._close_late, ticket)
+                self._late[context] = duration_s
+                asyncio.get_running_loop().call_later(_LATE_S, self._close_late, context)
             else:
-                self._close(ticket, duration_s)
+                self._close(context, duration_s)
             current.reset(token)
 
-    def response_header(self, ticket: Ticket) -> str | None:
+    def response_header(self, context: RequestContext) -> str | None:
         """Value of the `traceresponse` header (W3C Trace Context), or None where nothing is traced."""
-        return self._tracing.response_header(ticket)
+        return self._tracing.response_header(context)
 
     def flush(self) -> None:
-        """Close the tickets that still wait for the engine's last word."""
-        for ticket in list(self._late):
-            self._close_late(ticket)
+        """Close the request contexts that still wait for the engine's last word."""
+        for context in list(self._late):
+            self._close_late(context)
 
-    def _close_late(self, ticket: Ticket) -> None:
-        duration_s = self._late.pop(ticket, None)
+    def _close_late(self, context: RequestContext) -> None:
+        duration_s = self._late.pop(context, None)
         if duration_s is not None:
-            self._close(ticket, duration_s)
+            self._close(context, duration_s)
 
-    def _close(self, ticket: Ticket, duration: float) -> None:
-        outcome, reason = self._outcome(ticket)
-        self._metrics.count(ticket, outcome, duration)
+    def _close(self, context: RequestContext, duration: float) -> None:
+        outcome, reason = self._outcome(context)
+        self._metrics.count(context, outcome, duration)
         if reason is not None:
-            self._metrics.reject(ticket.protocol, reason)
-        self._tracing.close(ticket, outcome)
-        ticket.outcome, ticket.duration_s = outcome, duration
-        for closer in ticket.closers:
+            self._metrics.reject(context.protocol, reason)
+        self._tracing.close(context, outcome)
+        context.outcome, context.duration_s = outcome, duration
+        for closer in context.closers:
             try:
-                closer(ticket)
+                closer(context)
             except Exception:
-                log.exception("request %s: not everything was given back", ticket.request_id)
-        self._record(ticket)
-        self._write(ticket, outcome, reason, duration)
+                log.exception("request %s: not everything was given back", context.request_id)
+        self._record(context)
+        self._write(context, outcome, reason, duration)
 
-    def _write(self, ticket: Ticket, outcome: str, reason: str | None, duration_s: float) -> None:
-        level = logging.DEBUG if ticket.quiet and outcome in ("ok", "client_error") else logging.INFO
+    def _write(self, context: RequestContext, outcome: str, reason: str | None, duration_s: float) -> None:
+        level = logging.DEBUG if context.quiet and outcome in ("ok", "client_error") else logging.INFO
         if outcome == "server_error":
             level = logging.ERROR
         fields: dict[str, Any] = {
-            "protocol": ticket.protocol,
-            "endpoint": ticket.endpoint,
-            "model": self._metrics.model_label(ticket.model),
-            "tenant": ticket.tenant,
-            **({"key_id": ticket.key_id} if ticket.key_id else {}),
-            **({"cache": ticket.cache} if ticket.cache else {}),
+            "protocol": context.protocol,
+            "endpoint": context.endpoint,
+            "model": self._metrics.model_label(context.model),
+            "tenant": context.tenant,
+            **({"key_id": context.key_id} if context.key_id else {}),
+            **({"cache": context.cache} if context.cache else {}),
             "outcome": outcome,
-            "status": ticket.status,
+            "status": context.status,
             "duration_s": round(duration_s, 6),
         }
         if reason is not None:
             fields["reason"] = reason
-        if ticket.sequences:
+        if context.sequences:
             fields |= {
-                "prompt_tokens": ticket.prompt_tokens,
-                "cached_tokens": ticket.cached_tokens,
-                "output_tokens": ticket.output_tokens,
-                "finish_reasons": ticket.finish_reasons,
+                "prompt_tokens": context.prompt_tokens,
+                "cached_tokens": context.cached_tokens,
+                "output_tokens": context.output_tokens,
+                "finish_reasons": context.finish_reasons,
             }
             for name, value in (
-                ("queue_s", ticket.queue_s),
-                ("ttft_s", ticket.ttft_s),
-                ("itl_s", ticket.itl_s),
+                ("queue_s", context.queue_s),
+                ("ttft_s", context.ttft_s),
+                ("itl_s", context.itl_s),
             ):
                 if value is not None:
                     fields[name] = round(value, 6)
-            if ticket.preemptions:
-                fields["preemptions"] = ticket.preemptions
+            if context.preemptions:
+                fields["preemptions"] = context.preemptions
         self._log.log(level, "request", **fields)
 
-    def _outcome(self, ticket: Ticket) -> tuple[str, str | None]:
+    def _outcome(self, context: RequestContext) -> tuple[str, str | None]:
         """What became of a request, and why it was turned away if it was."""
-        error = ticket.error
-        if isinstance(error, (asyncio.CancelledError, GeneratorExit)) or ticket.status in (499, "CANCELLED"):
+        error = context.error
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)) or context.status in (499, "CANCELLED"):
             return "cancelled", None
         if isinstance(error, RequestError):
-            return self._of_request_error(ticket, error)
+            return self._of_request_error(context, error)
         if error is not None:
             return "server_error", None
-        status = ticket.status
+        status = context.status
         if isinstance(status, int) and status >= 400:
             if status in _REFUSED_STATUS:
                 return "refused", _REFUSED_STATUS[status]
             if status == 503:
                 return "unavailable", _STATES.get(self._lifecycle.state, "queue_full")
             return ("client_error" if status < 500 else "server_error"), None
-        if ticket.failed:
+        if context.failed:
             # A stream that began with 200 and whose engine then failed, or whose grammar no text could satisfy.
-            return ("client_error" if ticket.stuck else "server_error"), None
-        if ticket.cut_off:
+            return ("client_error" if context.stuck else "server_error"), None
+        if context.cut_off:
             # The engine was stopped by us, not by the client.
             return "refused", "moderation"
-        if ticket.aborted or ticket.unfinished or status is None:
+        if context.aborted or context.unfinished or status is None:
             return "cancelled", None
         return "ok", None
 
-    def _of_request_error(self, ticket: Ticket, error: RequestError) -> tuple[str, str | None]:
+    def _of_request_error(self, context: RequestContext, error: RequestError) -> tuple[str, str | None]:
         for cls, reason in _REFUSED.items():
             if isinstance(error, cls):
                 return ("unavailable" if issubclass(cls, Unavailable) else "refused"), error.reason or reason

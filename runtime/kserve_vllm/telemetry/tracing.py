@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kserve_vllm.errors import ConfigError
-from kserve_vllm.ticket import Ticket
+from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.core.request_context import RequestContext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -31,19 +31,19 @@ _OPERATIONS = {  # by endpoint; what is not named here generates text
 class Tracing:
     """Opens and ends spans. This class itself is the one for tracing that is switched off."""
 
-    def open(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
-        """Take the caller's trace context from `headers` (lower-case names) to the ticket."""
+    def open(self, request_context: RequestContext, headers: Mapping[str, str]) -> None:
+        """Take the caller's trace context from `headers` (lower-case names) to the request context."""
         match = _TRACEPARENT.match(headers.get("traceparent", ""))
         if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:
             return
-        ticket.trace_id, ticket.sampled = match[1], bool(int(match[3], 16) & 1)
-        ticket.trace_headers = {k: headers[k] for k in ("traceparent", "tracestate") if k in headers}
+        request_context.trace_id, request_context.sampled = match[1], bool(int(match[3], 16) & 1)
+        request_context.trace_headers = {k: headers[k] for k in ("traceparent", "tracestate") if k in headers}
 
-    def response_header(self, ticket: Ticket) -> str | None:
+    def response_header(self, request_context: RequestContext) -> str | None:
         """Value of the `traceresponse` header for the caller, or None."""
         return None
 
-    def close(self, ticket: Ticket, outcome: str) -> None:
+    def close(self, request_context: RequestContext, outcome: str) -> None:
         """End the request's span."""
 
     def shutdown(self) -> None:
@@ -81,42 +81,47 @@ class OTLPTracing(Tracing):
         self._provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
         self._tracer: Tracer = self._provider.get_tracer("kserve_vllm", version)
 
-    def open(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
+    def open(self, request_context: RequestContext, headers: Mapping[str, str]) -> None:
         """Begin the request's span, below the caller's."""
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         context = TraceContextTextMapPropagator().extract(headers)
         span = self._tracer.start_span(
-            ticket.endpoint, context, SpanKind.SERVER, start_time=_nanoseconds(ticket.started_at)
+            request_context.endpoint, context, SpanKind.SERVER, start_time=_nanoseconds(request_context.started_at)
         )
         found = span.get_span_context()
-        ticket.span, ticket.sampled = span, found.trace_flags.sampled
-        ticket.trace_id = f"{found.trace_id:032x}"
-        ticket.trace_headers = {"traceparent": _header(found)}
+        request_context.span, request_context.sampled = span, found.trace_flags.sampled
+        request_context.trace_id = f"{found.trace_id:032x}"
+        request_context.trace_headers = {"traceparent": _header(found)}
         if found.trace_state:
-            ticket.trace_headers = {**ticket.trace_headers, "tracestate": found.trace_state.to_header()}
+            request_context.trace_headers = {
+                **request_context.trace_headers,
+                "tracestate": found.trace_state.to_header(),
+            }
 
-    def response_header(self, ticket: Ticket) -> str | None:
+    def response_header(self, request_context: RequestContext) -> str | None:
         """Trace id, our span's id and the sampling decision."""
-        return _header(ticket.span.get_span_context()) if ticket.span is not None else None
+        return _header(request_context.span.get_span_context()) if request_context.span is not None else None
 
-    def close(self, ticket: Ticket, outcome: str) -> None:
+    def close(self, request_context: RequestContext, outcome: str) -> None:
         """Fill in what is known by now, add the engine's phases, and end the span."""
-        span = ticket.span
+        span = request_context.span
         if span is None:
             return
         if span.is_recording():
             from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
-            operation = _OPERATIONS.get(ticket.endpoint, "text_completion") if ticket.sequences else None
+            operation = (
+                _OPERATIONS.get(request_context.endpoint, "text_completion") if request_context.sequences else None
+            )
             if operation is not None:
-                span.update_name(f"{operation} {ticket.model}")
-            span.set_attributes(_attributes(ticket, operation, outcome))
+                span.update_name(f"{operation} {request_context.model}")
+            span.set_attributes(_attributes(request_context, operation, outcome))
             if outcome in ("server_error", "unavailable"):
                 span.set_status(StatusCode.ERROR)
             context = set_span_in_context(span)
-            for name, start, end in ticket.phases:
+            for name, start, end in request_context.phases:
                 phase = self._tracer.start_span(
                     f"vllm.{name}", context, SpanKind.INTERNAL, start_time=_nanoseconds(start)
                 )
@@ -129,42 +134,44 @@ class OTLPTracing(Tracing):
         self._provider.shutdown()
 
 
-def _attributes(ticket: Ticket, operation: str | None, outcome: str) -> dict[str, Any]:
+def _attributes(request_context: RequestContext, operation: str | None, outcome: str) -> dict[str, Any]:
     attributes: dict[str, Any] = {
-        "kserve_vllm.request_id": ticket.request_id,
-        "kserve_vllm.protocol": ticket.protocol,
-        "kserve_vllm.tenant": ticket.tenant,
+        "kserve_vllm.request_id": request_context.request_id,
+        "kserve_vllm.protocol": request_context.protocol,
+        "kserve_vllm.tenant": request_context.tenant,
         "kserve_vllm.outcome": outcome,
     }
-    if ticket.protocol == "grpc":
-        attributes |= {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": ticket.endpoint}
-        attributes["rpc.response.status_code"] = str(ticket.status)
+    if request_context.protocol == "grpc":
+        attributes |= {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": request_context.endpoint}
+        attributes["rpc.response.status_code"] = str(request_context.status)
     else:
-        attributes["http.route"] = ticket.endpoint
-        if isinstance(ticket.status, int):
-            attributes["http.response.status_code"] = ticket.status
+        attributes["http.route"] = request_context.endpoint
+        if isinstance(request_context.status, int):
+            attributes["http.response.status_code"] = request_context.status
     if outcome != "ok":
-        attributes["error.type"] = type(ticket.error).__name__ if ticket.error is not None else str(ticket.status)
+        attributes["error.type"] = (
+            type(request_context.error).__name__ if request_context.error is not None else str(request_context.status)
+        )
     if operation is None:
         return attributes
     attributes |= {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "vllm",
-        "gen_ai.request.model": ticket.model,
-        "gen_ai.response.model": ticket.model,
-        "gen_ai.usage.input_tokens": ticket.prompt_tokens,
-        "gen_ai.usage.output_tokens": ticket.output_tokens,
-        "gen_ai.usage.cache_read.input_tokens": ticket.cached_tokens,
-        "gen_ai.response.finish_reasons": ticket.finish_reasons,
-        "kserve_vllm.preemptions": ticket.preemptions,
+        "gen_ai.request.model": request_context.model,
+        "gen_ai.response.model": request_context.model,
+        "gen_ai.usage.input_tokens": request_context.prompt_tokens,
+        "gen_ai.usage.output_tokens": request_context.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": request_context.cached_tokens,
+        "gen_ai.response.finish_reasons": request_context.finish_reasons,
+        "kserve_vllm.preemptions": request_context.preemptions,
     }
-    if ticket.ttft_s is not None:
-        attributes["gen_ai.response.time_to_first_chunk"] = ticket.ttft_s
+    if request_context.ttft_s is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = request_context.ttft_s
     for name, key in (("max_tokens", "max_tokens"), ("temperature", "temperature"), ("top_p", "top_p")):
-        if name in ticket.sampling:
-            attributes[f"gen_ai.request.{key}"] = ticket.sampling[name]
-    if ticket.sampling.get("n", 1) != 1:
-        attributes["gen_ai.request.choice.count"] = ticket.sampling["n"]
+        if name in request_context.sampling:
+            attributes[f"gen_ai.request.{key}"] = request_context.sampling[name]
+    if request_context.sampling.get("n", 1) != 1:
+        attributes["gen_ai.request.choice.count"] = request_context.sampling["n"]
     return attributes
 
 

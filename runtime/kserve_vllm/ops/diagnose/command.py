@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.cluster import Cluster, Json
 from kserve_vllm.ops.diagnose import snapshot as snapshots
 from kserve_vllm.ops.diagnose.causes import CAUSES, Finding, judge

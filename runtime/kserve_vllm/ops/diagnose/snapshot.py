@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.cluster import Json
 
 _SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)

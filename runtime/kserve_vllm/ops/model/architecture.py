@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 
 Kind = Literal["full", "sliding", "chunked", "mla", "state"]
 
@@ -572,5 +572,5 @@ def _attention(config: Mapping[str, Any], kv_heads: int, base: Architecture, kin
         kv_heads = int(config.get("num_global_key_value_heads") or kv_heads)
         head_dim = int(config.get("global_head_dim") or head_dim)
     queries, kept = base.heads * head_dim, kv_heads * head_dim
-    gate = queries if config.get("attn_output_gate") or base.family in ("qwen3_next", "qwen3_5_text") else 0
-    return base.hidden * (queries + gate + 2 * kept) + queries * base.hidden
+    enforcement = queries if config.get("attn_output_gate") or base.family in ("qwen3_next", "qwen3_5_text") else 0
+    return base.hidden * (queries + enforcement + 2 * kept) + queries * base.hidden

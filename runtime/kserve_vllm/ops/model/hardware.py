@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 
 HOURS_PER_MONTH = 730.0  # 365 * 24 / 12
 

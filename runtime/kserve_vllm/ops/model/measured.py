@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import Architecture
 from kserve_vllm.ops.model.hardware import GPU
 from kserve_vllm.ops.model.memory import EngineSettings, whole_experts

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 
 _TIME = ("time", "timestamp", "arrived_at", "start", "TIMESTAMP")
 _PROMPT = ("prompt_tokens", "input_tokens", "input_length", "ContextTokens")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import (
     Architecture,
     LayerCache,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.rollout.judge import Check, Phase
 
 # How refusals begin, in the words of common models; --refusal-pattern replaces it.

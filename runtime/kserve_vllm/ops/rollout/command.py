@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
 from kserve_vllm.ops.diagnose.facts import condition, dig
 from kserve_vllm.ops.operations import add_cluster_arguments

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from kserve_vllm.errors import ConfigError
+from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
 from kserve_vllm.ops.diagnose.facts import MODES, condition, dig
 from kserve_vllm.ops.rollout.state import State

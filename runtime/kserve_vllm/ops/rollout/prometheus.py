@@ -134,9 +134,12 @@ class Prometheus:
             for (_, le), value in rise.items():
                 cumulative[float(le)] = cumulative.get(float(le), 0.0) + value
             edges = sorted(cumulative)
-            counts = [cumulative[edge] - (cumulative[edges[at - 1]] if at else 0.0) for at, edge in enumerate(edges)]
+            counts = [
+                cumulative[middleware] - (cumulative[edges[at - 1]] if at else 0.0)
+                for at, middleware in enumerate(edges)
+            ]
             if sum(counts) > 0:
-                out.bounds[metric] = [edge for edge in edges if not math.isinf(edge)]
+                out.bounds[metric] = [middleware for middleware in edges if not math.isinf(middleware)]
                 out.histograms[metric] = [max(0.0, count) for count in counts]
                 rise = self._rise(f"sum by (pod) ({metric}_sum{where})", since, until, anew)
                 out.sums[metric] = sum(rise.values())

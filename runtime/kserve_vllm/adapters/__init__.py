@@ -1,0 +1,1 @@
+"""Adapters (LoRA) that change without a restart."""

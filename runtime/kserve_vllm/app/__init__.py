@@ -1,0 +1,1 @@
+"""Builds every object, and runs the process: signals, start, drain, stop."""

@@ -1,0 +1,1 @@
+"""The commands. The only reader of `sys.argv`."""

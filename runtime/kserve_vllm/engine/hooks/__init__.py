@@ -1,0 +1,1 @@
+"""What policies and accounting hang on to in vLLM."""

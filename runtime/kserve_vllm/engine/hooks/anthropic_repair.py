@@ -1,0 +1,67 @@
+"""Anthropic's Messages as its clients know them, from vLLM's handler.
+
+An error in the middle of a stream is an event with Anthropic's type and the error's own sentence, where vLLM tells what
+its own model of a chunk found wrong with it. A whole answer has `stop_sequence`, also where it is null.
+
+Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from kserve_vllm.core.errors import anthropic_error
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_ERROR = 'data: {"error"'
+_NULLS = ("stop_reason", "stop_sequence")
+
+
+def mend_messages(app: FastAPI) -> None:
+    """Mend the handler of vLLM's app, where the model has one. Before the first request."""
+    handler = getattr(app.state, "anthropic_serving_messages", None)
+    if handler is None:
+        return
+    whole, stream = handler.messages_full_converter, handler.message_stream_converter
+
+    def answered(*args: Any, **kwargs: Any) -> Any:
+        made = whole(*args, **kwargs)
+        return _answer_class()(**{name: getattr(made, name) for name in type(made).model_fields})
+
+    async def streamed(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        errors: list[dict[str, Any]] = []
+        async for event in stream(_until_error(chunks, errors)):
+            yield event
+        if errors:
+            yield f"event: error\ndata: {orjson.dumps(errors[0]).decode()}\n\n"
+
+    handler.messages_full_converter, handler.message_stream_converter = answered, streamed
+
+
+@functools.cache
+def _answer_class() -> Any:
+    """vLLM's class of an answer, written with its fields that are null and that clients read."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+
+    class Answer(AnthropicMessagesResponse):  # type: ignore[misc]
+        def model_dump(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            tree: dict[str, Any] = super().model_dump(*args, **kwargs)
+            return {**dict.fromkeys(_NULLS), **tree}
+
+    return Answer
+
+
+async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, Any]]) -> AsyncGenerator[str, None]:
+    """The chunks of a chat up to an error, which goes into `errors`."""
+    async for chunk in chunks:
+        if chunk.startswith(_ERROR):
+            message = str(orjson.loads(chunk.removeprefix("data: "))["error"]["message"])
+            errors.append(anthropic_error(500, message))
+            return
+        yield chunk

@@ -1,0 +1,258 @@
+"""What clients send to vLLM's OpenAI and Anthropic routes, in the form in which vLLM reads it.
+
+OpenAI's clients write null for what they leave open, and fields and roles that vLLM has under another name, or had. A
+field that would change the answer and that nothing here reads is refused with a sentence: none is dropped in silence.
+What is done is told to users in docs/reference/http.md.
+
+Written against vLLM 0.32. What a route takes is read from the models of the installed version.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+from kserve_vllm.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+LEAST_TOP_P = 1e-6
+"""Stands for a `top_p` of 0, which means the likeliest token alone, and which vLLM refuses."""
+
+NULL_USAGE = b',"usage":null'
+"""In every chunk but the last, where the client asked for the usage: OpenAI's clients read the field."""
+
+# vLLM read these until 0.11, and has them under `structured_outputs` since.
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
+    "structural_tag": "structural_tag",
+}
+_BACKEND = "guided_decoding_backend"
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one of vLLM's routes takes.
+
+    Attributes:
+        fields: names of the body's top-level fields, in any of its forms.
+        not_null: those of them that may be left out, but where null is refused or trips vLLM over.
+    """
+
+    fields: frozenset[str]
+    not_null: frozenset[str]
+
+
+class Mender:
+    """Mends the bodies of requests.
+
+    Args:
+        routes: by path.
+        backend: of structured outputs, as the server is configured.
+        knows_developer: whether chat templates here have the role `developer`; else it becomes `system`.
+    """
+
+    def __init__(self, routes: Mapping[str, Route], backend: str, knows_developer: bool) -> None:
+        self._routes = routes
+        self._backend = backend
+        self._knows_developer = knows_developer
+
+    def covers(self, path: str) -> bool:
+        """Whether bodies for this path are mended."""
+        return path in self._routes
+
+    def mend(self, path: str, tree: dict[str, Any]) -> bool:
+        """Mend a parsed body in place. Returns whether anything was changed.
+
+        Raises:
+            InvalidRequest: a field asks for what is not done here; the sentence names it.
+        """
+        route = self._routes.get(path)
+        if route is None:
+            return False
+        dropped = [name for name, value in tree.items() if value is None and name in route.not_null]
+        for name in dropped:
+            del tree[name]
+        changed = bool(dropped)
+        if tree.get("top_p") == 0 and not isinstance(tree["top_p"], bool) and "top_p" in route.fields:
+            tree["top_p"] = LEAST_TOP_P
+            changed = True
+        if not route.fields.issuperset(tree):
+            changed |= self._mend_unknown(route, tree)
+        for name in ("messages", "input"):
+            items = tree.get(name)
+            if isinstance(items, list):
+                for item in items:
+                    if isinstance(item, dict):
+                        changed |= self._mend_message(item)
+        if tree.get("suffix") == "":
+            del tree["suffix"]
+            changed = True
+        return changed
+
+    def _mend_message(self, message: dict[str, Any]) -> bool:
+        """A message as an SDK writes back what it was answered has null in every field that was not set."""
+        changed = False
+        if message.get("role") == "developer" and not self._knows_developer:
+            message["role"] = "system"
+            changed = True
+        if None in message.values():
+            nulls = [name for name, value in message.items() if value is None and name != "content"]
+            for name in nulls:
+                del message[name]
+            changed |= bool(nulls)
+        return changed
+
+    def _mend_unknown(self, route: Route, tree: dict[str, Any]) -> bool:
+        changed = False
+        for name in [name for name in tree if name not in route.fields]:
+            mend = _UNKNOWN.get(name)
+            if name in _GUIDED or name == _BACKEND:
+                if "structured_outputs" not in route.fields:
+                    raise InvalidRequest(f"{name} has no meaning for this path", field=name)
+                self._translate(name, tree)
+            elif mend is not None:
+                mend(name, tree, route)
+            else:
+                continue
+            changed = True
+        return changed
+
+    def _translate(self, name: str, tree: dict[str, Any]) -> None:
+        """Write a field of the former guided decoding where vLLM reads it now."""
+        value = tree.pop(name)
+        if value is None:
+            return
+        if name == _BACKEND:
+            # Where the server chooses by request, it is between these two.
+            own = ("xgrammar", "guidance") if self._backend == "auto" else (self._backend,)
+            if str(value).split(":")[0] not in ("auto", *own):
+                sentence = f"{name}: the server decides on it (--structured-outputs-config): {self._backend}"
+                raise InvalidRequest(sentence, field=name)
+            return
+        wanted = tree.get("structured_outputs")
+        if wanted is None:
+            wanted = {}
+        if not isinstance(wanted, dict):
+            raise InvalidRequest("structured_outputs must be an object", field="structured_outputs")
+        key = _GUIDED[name]
+        if wanted.get(key) is not None:
+            raise InvalidRequest(f"give one of {name} and structured_outputs.{key}", field=name)
+        tree["structured_outputs"] = {**wanted, key: value}
+
+
+def _drop_if(*harmless: Any, why: str) -> Callable[[str, dict[str, Any], Route], None]:
+    """Drops a field with a value that asks for nothing, and refuses it with any other."""
+
+    def mend(name: str, tree: dict[str, Any], route: Route) -> None:
+        value = tree.pop(name)
+        if value is not None and value not in harmless:
+            raise InvalidRequest(f"{name}: {why}", field=name)
+
+    return mend
+
+
+def _best_of(name: str, tree: dict[str, Any], route: Route) -> None:
+    value = tree.pop(name)
+    if value not in (None, 1, tree.get("n") or 1):
+        raise InvalidRequest(f"{name}: as many answers are made as n says, and none is left out", field=name)
+
+
+def _max_completion_tokens(name: str, tree: dict[str, Any], route: Route) -> None:
+    target = next((each for each in ("max_tokens", "max_output_tokens") if each in route.fields), None)
+    value = tree.pop(name)
+    if target is not None and tree.get(target) is None and value is not None:
+        tree[target] = value
+
+
+def _modalities(name: str, tree: dict[str, Any], route: Route) -> None:
+    value = tree.pop(name)
+    if value is not None and value != ["text"]:
+        raise InvalidRequest(f"{name}: answers are text alone", field=name)
+
+
+_UNKNOWN: Mapping[str, Callable[[str, dict[str, Any], Route], None]] = {
+    "best_of": _best_of,
+    "max_completion_tokens": _max_completion_tokens,
+    "modalities": _modalities,
+    "audio": _drop_if(why="answers are text alone"),
+    "functions": _drop_if([], why="write them as tools"),
+    "function_call": _drop_if("none", "auto", why="write it as tool_choice"),
+    "logits_processors": _drop_if([], why="code of a client is not run here"),
+    "early_stopping": _drop_if(False, why="it belongs to a beam search that stops otherwise here"),
+    "web_search_options": _drop_if({}, why="there is no search of the web here"),
+}
+"""Fields that vLLM or OpenAI has or had, and that would change the answer, where the route does not take them."""
+
+
+def with_null_usage(frame: bytes) -> bytes:
+    """A server-sent event with a chunk that has no usage, with null for it."""
+    if not frame.startswith(b"data: {") or b'"choices":' not in frame or b'"usage":' in frame:
+        return frame
+    end = frame.rfind(b"}")
+    return frame[:end] + NULL_USAGE + frame[end:]
+
+
+def mender_of(app: FastAPI, backend: str, template: str | None) -> Mender:
+    """The mender for the routes of vLLM's app.
+
+    Args:
+        app: vLLM's.
+        backend: of structured outputs.
+        template: the text of the chat templates; None where messages are rendered without one.
+    """
+    routes: dict[str, Route] = {}
+    for route in app.routes:
+        body = getattr(route, "body_field", None)
+        if body is None or "POST" not in (getattr(route, "methods", None) or ()):
+            continue
+        models = [model for model in _models(body.field_info.annotation) if hasattr(model, "model_fields")]
+        if models:
+            routes[getattr(route, "path", "")] = _route(models)
+    return Mender(routes, backend, template is None or "developer" in template)
+
+
+def _models(annotation: Any) -> list[Any]:
+    """The members of a union, or the one type that it is."""
+    if get_origin(annotation) is Annotated:
+        return _models(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [model for each in get_args(annotation) for model in _models(each)]
+    return [annotation]
+
+
+def _route(models: list[Any]) -> Route:
+    fields: set[str] = set()
+    not_null: set[str] = set()
+    for model in models:
+        answer = _answer_of(model)
+        for name, field in model.model_fields.items():
+            names = {name, field.alias or name}
+            fields |= names
+            if field.is_required():
+                continue
+            shown = answer.model_fields.get(name) if answer is not None else None
+            if not _takes_null(field.annotation) or (shown is not None and not _takes_null(shown.annotation)):
+                not_null |= names
+    return Route(frozenset(fields), frozenset(not_null))
+
+
+def _answer_of(model: Any) -> Any:
+    """The model of an answer that repeats fields of its request, which then have to fit it."""
+    if model.__name__ != "ResponsesRequest":
+        return None
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
+    return ResponsesResponse
+
+
+def _takes_null(annotation: Any) -> bool:
+    return annotation is Any or any(member in (None, type(None), Any) for member in _models(annotation))

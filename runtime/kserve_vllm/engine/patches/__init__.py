@@ -1,0 +1,1 @@
+"""Shorter ways through vLLM, each of which falls back by itself."""

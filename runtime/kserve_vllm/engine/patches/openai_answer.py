@@ -1,0 +1,100 @@
+"""Whole answers of vLLM's OpenAI handlers, from a parsed body to JSON, without a web framework around them.
+
+Everything is vLLM's own: its request model, its handler, its answer, its handlers for exceptions. What is left out is
+what FastAPI and its middleware do around those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from kserve_vllm.engine.patches.openai_stream import Kind, app_is_bare, validated
+from kserve_vllm.engine.vllm import VLLMEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes over the wire: an HTTP status and JSON."""
+
+    status: int
+    body: bytes
+
+
+class Question:
+    """A validated request that the engine has not seen.
+
+    Args:
+        handler: vLLM's, for requests of this kind.
+        kind: which of its methods is meant.
+        request: vLLM's model of the body.
+        app: vLLM's.
+        scope: of the HTTP request; its headers are read.
+    """
+
+    __slots__ = ("_app", "_handler", "_kind", "_request", "_scope")
+
+    def __init__(self, handler: Any, kind: Kind, request: Any, app: Any, scope: MutableMapping[str, Any]) -> None:
+        self._handler = handler
+        self._kind = kind
+        self._request = request
+        self._app = app
+        self._scope = scope
+
+    async def answer(self) -> Answer:
+        """Run vLLM's handler. What it raises is answered by the handlers for exceptions that vLLM's app has."""
+        from fastapi import Request
+
+        self._scope["app"] = self._app
+        raw = Request(self._scope)
+        try:
+            if self._kind == "chat":
+                made = await self._handler.create_chat_completion(self._request, raw)
+            else:
+                made = await self._handler.create_completion(self._request, raw)
+        except Exception as error:
+            handlers = self._app.exception_handlers
+            found = next((handlers[cls] for cls in type(error).__mro__ if cls in handlers), None)
+            if found is None:
+                raise
+            response = await found(raw, error)
+            return Answer(response.status_code, response.body)
+        refused = getattr(made, "error", None)
+        return Answer(200 if refused is None else refused.code, made.model_dump_json().encode())
+
+
+class AnswerHandler:
+    """Takes requests for whole answers. Made after the engine has started.
+
+    Args:
+        engine: the started engine.
+    """
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        self._app: Any = engine.app
+        self._handlers: dict[Kind, Any] = {}
+        if app_is_bare(engine):
+            state = engine.app.state
+            found: dict[Kind, Any] = {
+                "chat": getattr(state, "openai_serving_chat", None),
+                "completion": getattr(state, "openai_serving_completion", None),
+            }
+            self._handlers = {kind: handler for kind, handler in found.items() if handler is not None}
+
+    def serves(self, kind: Kind) -> bool:
+        """Whether answers of this kind can be given here at all."""
+        return kind in self._handlers
+
+    def take(self, kind: Kind, body: dict[str, Any], scope: MutableMapping[str, Any]) -> Question | None:
+        """Validate a request.
+
+        Args:
+            body: the parsed JSON, of a request that wants no stream.
+            scope: of the HTTP request.
+
+        Returns:
+            None where vLLM's app has to answer: it refuses the body.
+        """
+        request = validated(kind, body)
+        return None if request is None else Question(self._handlers[kind], kind, request, self._app, scope)

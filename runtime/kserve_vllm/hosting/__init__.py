@@ -1,1 +1,0 @@
-"""What exists because of KServe: the model class, its data plane, and the HTTP and gRPC servers."""

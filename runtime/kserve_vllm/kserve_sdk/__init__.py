@@ -1,0 +1,1 @@
+"""What exists because of KServe's SDK: the `kserve.Model` and its data plane."""

@@ -1,0 +1,1 @@
+"""Hooks that look at prompts and answers."""

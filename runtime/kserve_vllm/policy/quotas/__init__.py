@@ -1,0 +1,1 @@
+"""Limits of rates, tokens and concurrency, counted in memory or in Redis."""

@@ -1,1 +1,0 @@
-"""Translation only: each module turns one wire format into engine calls and back."""

@@ -1,0 +1,1 @@
+"""Translation between protocols and the engine, and nothing else."""

@@ -1,0 +1,151 @@
+"""What a request's body may hold, counted in its bytes before anything decodes it.
+
+Decoding, validating and rendering a body are single calls, during which the event loop answers nobody else. How long
+they take depends on the number of values far more than on the number of bytes: a text of 28 MiB is read in
+milliseconds, a million messages of 28 bytes in seconds. So values are counted first. Counting is cheap for a text of
+any size; only where a body could be over a bound is it looked at closely, and then in a thread and in pieces.
+
+Also here: half of a surrogate pair, which is no character and which no tokenizer takes. vLLM reads JSON with Python's
+parser, which lets it pass; it fails where it is encoded, anywhere up to the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kserve_vllm.core.errors import InvalidRequest
+
+MAX_STRINGS = 50_000
+"""Strings of one body, names of fields included."""
+MAX_CONTAINERS = 10_000
+"""Objects and lists of one body."""
+MAX_VALUES = 1_000_000
+"""Values of one body."""
+
+# No body of less bytes can hold more than is taken.
+_SMALL = 2 * MAX_CONTAINERS
+_AT_ONCE = 1 << 18
+_PIECE = 1 << 16
+_QUOTE, _COMMA, _BRACKET = b'",['
+_HALF_ESCAPE = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F])"
+)
+# Python's parser takes these for half of a pair.
+_HALF_BYTES = re.compile(rb"\xed[\xa0-\xbf]")
+# The end of a piece that the next one may go on with: a first half, an escape, a character of several bytes.
+_UNFINISHED = re.compile(rb"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?\\[^\\]{0,5}\Z|\\u[dD][89abAB][0-9a-fA-F]{2}\Z|\xed\Z")
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+async def check_values(body: bytes | memoryview) -> None:
+    """Refuse JSON that holds more values than are read.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    if len(body) > _SMALL and await _aside(len(body), _may_be_over, body):
+        sentence = await asyncio.to_thread(_over, bytes(body))
+        if sentence is not None:
+            raise InvalidRequest(sentence, field="body")
+
+
+async def check_unicode(body: bytes) -> None:
+    """Refuse JSON with half of a surrogate pair.
+
+    Raises:
+        InvalidRequest: there is one; the message names the top-level field where the body is small enough to look.
+    """
+    if b"\\u" not in body and b"\xed" not in body and b"\x00" not in body:
+        return
+    if not await _aside(len(body), _has_half_pair, body):
+        return
+    field = "body"
+    if len(body) <= _AT_ONCE:
+        with contextlib.suppress(ValueError, RecursionError):
+            field = _field_with_half(json.loads(body)) or field
+    raise InvalidRequest(f"{field}: half of a surrogate pair is no character", field=field)
+
+
+async def _aside(size: int, look: Callable[[Any], bool], body: Any) -> bool:
+    """Look at a small body here, and at a large one in a thread."""
+    return look(body) if size <= _AT_ONCE else await asyncio.to_thread(look, body)
+
+
+def _may_be_over(body: bytes | memoryview) -> bool:
+    """Whether a body could be over a bound, by the bytes that begin or part values, inside of texts too."""
+    data = np.frombuffer(body, dtype=np.uint8)
+    counts = np.zeros(3, dtype=np.int64)
+    for begin in range(0, len(data), _PIECE):
+        counts += _counts(data[begin : begin + _PIECE])
+        if _sentence(counts) is not None:
+            return True
+    return False
+
+
+def _over(body: bytes) -> str | None:
+    """The sentence for a body that is over a bound. What stands in texts is not counted."""
+    counts = np.zeros(3, dtype=np.int64)
+    begin, inside = 0, 0
+    while begin < len(body):
+        piece = body[begin : begin + _PIECE]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            piece = body[begin : begin + _PIECE + 1]  # with what its last backslash escapes
+        begin += len(piece)
+        data = np.frombuffer(piece.replace(b"\\\\", b"__").replace(b'\\"', b"__"), dtype=np.uint8)
+        # Odd from a text's first quote to before its last one.
+        parity = (np.cumsum(data == _QUOTE, dtype=np.uint32) + inside) & 1
+        inside = int(parity[-1])
+        counts += _counts(data[(parity == 0) | (data == _QUOTE)])
+        if (sentence := _sentence(counts)) is not None:
+            return sentence
+    return None
+
+
+def _counts(data: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int, int]:
+    """Numbers of quotes, commas, and opening brackets and braces, which differ in one bit."""
+    return (
+        int(np.count_nonzero(data == _QUOTE)),
+        int(np.count_nonzero(data == _COMMA)),
+        int(np.count_nonzero((data & 0xDF) == _BRACKET)),
+    )
+
+
+def _sentence(counts: Sequence[int] | np.ndarray[Any, Any]) -> str | None:
+    quotes, commas, opened = counts
+    for count, most, what in (
+        (quotes // 2, MAX_STRINGS, "strings"),
+        (opened, MAX_CONTAINERS, "objects and lists"),
+        (commas, MAX_VALUES, "values"),
+    ):
+        if count > most:
+            return f"the body holds more than {most} {what}, which is the most that is read"
+    return None
+
+
+def _has_half_pair(body: bytes) -> bool:
+    """Whether there is half of a surrogate pair, or text that is no UTF-8 at all."""
+    begin = 0
+    while begin < len(body):
+        end = begin + _PIECE
+        # An escaped backslash makes plain text of what follows it.
+        piece = body[begin:end].replace(b"\\\\", b"__")
+        if end < len(body) and (cut := _UNFINISHED.search(piece)):
+            piece = piece[: cut.start()]
+        if b"\x00" in piece or _HALF_BYTES.search(piece) or _HALF_ESCAPE.search(piece):
+            return True
+        begin += len(piece)
+    return False
+
+
+def _field_with_half(tree: Any) -> str | None:
+    for name, value in tree.items() if isinstance(tree, dict) else [("body", tree)]:
+        if any(_HALF.search(json.dumps(part, ensure_ascii=False)) for part in (name, value)):
+            return _HALF.sub("\ufffd", str(name))
+    return None

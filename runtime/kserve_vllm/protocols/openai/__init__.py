@@ -1,0 +1,1 @@
+"""The way of common OpenAI requests past vLLM's web framework."""

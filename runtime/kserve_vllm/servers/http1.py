@@ -1,0 +1,401 @@
+"""HTTP/1.1 on one connection: what uvicorn and its parser leave open, bounded, and what they let pass, refused.
+
+A subclass of uvicorn's protocol, for the time in which a request comes in; what goes out is uvicorn's, but for answers
+to HTTP/1.0. Nothing here runs per streamed token.
+
+Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), named where they decide. Written against uvicorn 0.54 with
+httptools 0.9.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from kserve_vllm.core.errors import InvalidRequest, RequestError
+from kserve_vllm.protocols import errors as wire
+
+MAX_HEAD = 64 << 10
+"""Bytes of a request's head: first line and fields."""
+MAX_TARGET = 16 << 10
+"""Bytes of a request's target, in its first line."""
+MAX_FIELDS = 128
+"""Fields of a head; and of the trailers behind a body."""
+MAX_FRAMING = 64 << 10
+"""Bytes of a chunked body that are not the body itself (sizes, extensions, trailers), beyond one for each that is."""
+HEAD_TIMEOUT_S = 20.0
+"""Seconds from a request's first byte to the end of its head."""
+MAX_PIPELINED = 16
+"""Requests of a connection that wait for the answer to the one before."""
+MAX_REQUESTS = 10_000
+"""Requests of one connection; the last one's answer closes it."""
+MAX_UNREAD = 16 << 20
+"""Bytes that are still read of a body whose request has been answered, before the connection is closed."""
+UNREAD_TIMEOUT_S = 10.0
+"""Seconds for which they are read."""
+
+_LINES = 32  # what else a first line holds, and the empty line
+_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
+# RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]{0,5})?")
+_PATH_AND_QUERY = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+
+
+class Refusal(Exception):
+    """A request that is answered before any app sees it; the connection is closed.
+
+    Args:
+        status: of the answer.
+        sentence: says why.
+    """
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.sentence = sentence
+
+
+class Connections:
+    """The open connections of one port, oldest idle one first.
+
+    Args:
+        most: how many may be open. One more closes the one that has waited longest for a request; where none waits, the
+            new one is answered 503.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open = 0
+        # Ordered by insertion: a connection that becomes idle goes to the end.
+        self._idle: dict[HTTP1, None] = {}
+        self.evicted = 0
+
+    @property
+    def open(self) -> int:
+        """How many are open."""
+        return self._open
+
+    def add(self, connection: HTTP1) -> bool:
+        """Take a new connection in; False where there is no room for it."""
+        self._open += 1
+        if self._open > self._most:
+            if not self._idle:
+                return False
+            oldest = next(iter(self._idle))
+            self._idle.pop(oldest)
+            self.evicted += 1
+            oldest.transport.abort()
+        self._idle[connection] = None
+        return True
+
+    def remove(self, connection: HTTP1) -> None:
+        """Forget a connection that is closed."""
+        self._open -= 1
+        self._idle.pop(connection, None)
+
+    def busy(self, connection: HTTP1) -> None:
+        """A request of it has come."""
+        self._idle.pop(connection, None)
+
+    def idle(self, connection: HTTP1) -> None:
+        """It waits for a request."""
+        self._idle[connection] = None
+
+
+class HTTP1(HttpToolsProtocol):
+    """One connection.
+
+    Args:
+        open_connections: those of the port.
+        arguments: uvicorn's.
+    """
+
+    def __init__(self, open_connections: Connections, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._open = open_connections
+        self._in_head = True
+        self._head_bytes = 0
+        self._target_bytes = 0
+        self._pending = 0
+        """Bytes of a head that is not complete, or of a body's framing, less the body."""
+        self._body_bytes = 0
+        self._unread = 0
+        self._trailers = 0
+        self._requests = 0
+        self._refusal: Refusal | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._head_timed = False
+        self._last = b""
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """asyncio's."""
+        super().connection_made(transport)
+        if not self._open.add(self):
+            self._refuse(Refusal(503, "too many connections are open (--max-connections)"))
+        else:
+            # A connection on which nothing ever comes is closed as one that is kept alive.
+            self._set_timer(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        self._unset_timer()
+        self._open.remove(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's."""
+        if self._refusal is not None:
+            return
+        self._pending += len(data)
+        self._last = data
+        try:
+            super().data_received(data)
+            if self._in_head:
+                if self._pending > 0 and not self._head_timed:
+                    self._head_timed = True
+                    self._set_timer(HEAD_TIMEOUT_S, self._head_timeout)
+                if self._pending > MAX_HEAD:
+                    raise Refusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
+            elif self._pending > MAX_FRAMING + self._body_bytes:
+                raise Refusal(400, "the body is sent in too many and too small chunks, or with too much beside it")
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, for what its parser refuses."""
+        error = sys.exc_info()[1]
+        refused = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
+        if isinstance(refused, Refusal):
+            self._refuse(refused)
+        elif isinstance(error, httptools.HttpParserInvalidMethodError) and _METHOD.match(self._last.lstrip()):
+            # RFC 9110, 9.1.
+            self._refuse(Refusal(501, "this method is not known"))
+        elif "HTTP version" in str(error):
+            self._refuse(Refusal(505, "this is answered in HTTP/1.1 and HTTP/1.0"))
+        else:
+            self._refuse(Refusal(400, "this is no HTTP/1.1 request that can be read"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer, once the answers to requests before are out, and close the connection."""
+        if self._refusal is not None:
+            return
+        self._refusal = refusal
+        self._unset_timer()
+        first_in_line = not self.pipeline
+        self.pipeline.clear()
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._answer_refusal()
+        elif first_in_line and cycle.more_body and not cycle.response_started:
+            # The body of this request is what is refused.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._answer_refusal()
+        else:
+            # It is answered behind the answer to the request before, or cut off behind the one to itself.
+            cycle.keep_alive = not cycle.more_body
+            self.flow.pause_reading()
+
+    def _answer_refusal(self) -> None:
+        if self.transport.is_closing() or self._refusal is None:
+            return
+        refusal = self._refusal
+        error: RequestError = InvalidRequest(refusal.sentence)
+        error.http_status, error.close = refusal.status, True
+        if refusal.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            error.openai_type = "ServiceUnavailableError"
+        body = wire.error_body(_path(self.url) if self.scope else "", error)
+        head = b"HTTP/1.1 %d %b\r\n" % (refusal.status, HTTPStatus(refusal.status).phrase.encode())
+        fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
+                  (b"connection", b"close")]  # fmt: skip
+        self.transport.write(head + b"".join(b"%b: %b\r\n" % field for field in fields) + b"\r\n" + body)
+        self.transport.close()
+
+    def handle_websocket_upgrade(self) -> None:
+        """uvicorn's. The connection counts as open until the protocol that takes it over has lost it."""
+        super().handle_websocket_upgrade()
+        taken_by: Any = self.transport.get_protocol()
+        lost = taken_by.connection_lost
+
+        def connection_lost(exc: Exception | None) -> None:
+            self._open.remove(self)
+            lost(exc)
+
+        taken_by.connection_lost = connection_lost
+
+    def _set_timer(self, after_s: float, then: Callable[[], None]) -> None:
+        self._unset_timer()
+        self._timer = self.loop.call_later(after_s, then)
+
+    def _unset_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _head_timeout(self) -> None:
+        self._refuse(Refusal(408, f"the head of the request did not come within {HEAD_TIMEOUT_S:g} s"))
+
+    def _unread_timeout(self) -> None:
+        self.transport.close()
+
+    # The parser
+
+    def on_message_begin(self) -> None:
+        """httptools'."""
+        super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = self._target_bytes = self._body_bytes = self._trailers = self._unread = 0
+
+    def on_url(self, url: bytes) -> None:
+        """httptools'."""
+        self._target_bytes += len(url)
+        if self._target_bytes > MAX_TARGET:
+            raise Refusal(414, f"the target of the request is longer than {MAX_TARGET >> 10} KiB")
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools'. Fields behind the body are no part of the head, and nobody here wants them (RFC 9110, 6.5.1)."""
+        if not self._in_head:
+            self._trailers += 1
+            if self._trailers > MAX_FIELDS:
+                raise Refusal(431, f"there are more than {MAX_FIELDS} fields behind the body")
+            return
+        self._head_bytes += len(name) + len(value) + 4
+        if len(self.headers) >= MAX_FIELDS:
+            raise Refusal(431, f"the head of the request has more than {MAX_FIELDS} fields")
+        if self._head_bytes > MAX_HEAD:
+            raise Refusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """httptools'."""
+        self._in_head = self._head_timed = False
+        # What came behind the head belongs to the body.
+        self._pending = max(0, self._pending - self._target_bytes - self._head_bytes - _LINES)
+        self._unset_timer()
+        self._check_head()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise Refusal(503, f"more than {MAX_PIPELINED} requests wait on this connection")
+        self._open.busy(self)
+        self._requests += 1
+        before = self.cycle
+        super().on_headers_complete()
+        cycle = self.cycle
+        if cycle is before:  # a websocket's handshake, which is answered elsewhere
+            return
+        if self.scope["http_version"] == "1.0":
+            cycle.__class__ = _UntilClose
+        if self._requests >= MAX_REQUESTS or self.parser.should_upgrade():
+            # What follows a request to upgrade is not parsed as HTTP any more; it is answered without one.
+            cycle.keep_alive = False
+
+    def _check_head(self) -> None:
+        """Refuse what RFC 9112 has refused, and what two servers in a row could read in two ways."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise Refusal(505, "this is answered in HTTP/1.1 and HTTP/1.0")
+        hosts, coding = [], []
+        for name, value in self.headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"transfer-encoding":
+                coding.append(value.lower())
+            elif name == b"expect" and version != "1.0" and value.lower() != b"100-continue":
+                raise Refusal(417, "only 100-continue can be expected")
+        # RFC 9112, 3.2.
+        if len(hosts) > 1 or (not hosts and version == "1.1"):
+            raise Refusal(400, "a request has one Host field")
+        if hosts and not _HOST.fullmatch(hosts[0]):
+            raise Refusal(400, "the Host field holds no host")
+        # RFC 9112, 6.1.
+        if coding and version == "1.0":
+            raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding")
+        if coding and coding != [b"chunked"]:
+            raise Refusal(501, "the only Transfer-Encoding that is understood is chunked")
+        # RFC 9112, 3.2.2: an absolute target's path may be empty.
+        if (origin := _PATH_AND_QUERY.match(self.url)) is not None:
+            self.url = self.url[origin.end() :]
+            if not self.url.startswith(b"/"):
+                self.url = b"/" + self.url
+        if not self.url.startswith(b"/"):
+            raise Refusal(400, "the target of a request is a path")
+
+    def _should_upgrade(self) -> bool:
+        # RFC 6455, 4.1: a handshake is a GET of HTTP/1.1. Every other request is answered as it stands.
+        return (
+            self.parser.get_method() == b"GET" and self.parser.get_http_version() == "1.1" and super()._should_upgrade()
+        )
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn's, which is said for every request of a client that offers HTTP/2."""
+
+    def on_body(self, body: bytes) -> None:
+        """httptools'."""
+        self._body_bytes += len(body)
+        self._pending -= len(body)
+        super().on_body(body)
+        if self.cycle is not None and self.cycle.response_complete:
+            self._unread += len(body)
+            if self._unread > MAX_UNREAD:
+                self.transport.close()
+
+    def on_message_complete(self) -> None:
+        """httptools'."""
+        super().on_message_complete()
+        self._unset_timer()
+        # What follows is another request's head.
+        self._in_head, self._pending = True, 0
+        if self.cycle is not None and self.cycle.response_complete:
+            self._open.idle(self)
+
+    def on_response_complete(self) -> None:
+        """uvicorn's."""
+        if self._refusal is not None:
+            self._answer_refusal()
+            return
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if not self._in_head:
+            # The answer came before the end of its request's body.
+            self._set_timer(UNREAD_TIMEOUT_S, self._unread_timeout)
+        elif self.cycle.response_complete:
+            self._open.idle(self)
+
+    def stalled(self) -> bool:
+        """Whether an answer waits for a client that does not read."""
+        return self.flow is not None and self.flow.write_paused
+
+
+class _UntilClose(RequestResponseCycle):
+    """An answer to HTTP/1.0, which knows no chunks: one without a length ends with the connection (RFC 9112, 6.3)."""
+
+    async def send(self, message: Any) -> None:
+        """ASGI's send."""
+        if message["type"] == "http.response.start":
+            if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
+                self.chunked_encoding, self.expected_content_length = False, sys.maxsize
+        elif not message.get("more_body") and self.expected_content_length > 1 << 62:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
+def abort_stalled(connections: Iterable[Any]) -> int:
+    """Close connections whose clients do not take what is sent; returns how many."""
+    found = [each for each in connections if isinstance(each, HTTP1) and each.stalled()]
+    for each in found:
+        each.transport.abort()
+    return len(found)
+
+
+def _path(target: bytes) -> str:
+    return target.partition(b"?")[0].decode("latin-1")

@@ -1,0 +1,336 @@
+"""The two listeners: HTTP (uvicorn) and gRPC. Both are open before anything is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from kserve_vllm.config.settings import ServerSettings
+from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.core.lifecycle import Lifecycle
+from kserve_vllm.grpc_server.health import Health
+from kserve_vllm.protocols.oip.grpc_enforcement import Metadata, Screened
+from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
+from kserve_vllm.servers import http1
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_MAX_STREAMS = 1000
+# Longer than the idle timeout of the proxies in front (Envoy: 60 s), so that they close first.
+_KEEP_ALIVE_S = 75
+_MAX_WEBSOCKET_MESSAGE = 16 << 20  # a second of audio has 64 KiB
+_MAX_WEBSOCKET_QUEUE = 32
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its own signal handlers; the bootstrap owns those."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HTTPServer:
+    """Serves one ASGI app on one port.
+
+    Args:
+        app: the edge.
+        settings: host and TLS files.
+        port: to listen on; 0 chooses a free one.
+        flag: that sets the port, for the error's sentence.
+        shared: whether other processes listen on the port too.
+
+    Raises:
+        ConfigError: the port can't be had, or the TLS files can't be used.
+    """
+
+    def __init__(
+        self, app: Any, settings: ServerSettings, port: int, flag: str = "--http-port", shared: bool = False
+    ) -> None:
+        self._socket = _bind(settings.host, port, flag, shared)
+        self.connections = http1.Connections(settings.max_connections)
+        """Those that are open."""
+        try:
+            config = uvicorn.Config(
+                app,
+                http=functools.partial(http1.HTTP1, self.connections),  # type: ignore[arg-type]
+                ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+                ws_max_queue=_MAX_WEBSOCKET_QUEUE,
+                log_config=None,
+                access_log=settings.access_log,
+                interface="asgi3",
+                lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                server_header=False,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+                backlog=_BACKLOG,
+            )
+            config.load()
+        except OSError as error:
+            raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
+        self._server = _QuietServer(config)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+        return int(self._socket.getsockname()[1])
+
+    def start(self) -> None:
+        """Begin to serve, in a task of the running loop."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the port, give open connections `grace_s` seconds, then cancel what is left. Clients that do not take
+        what is sent to them had their time, and are not waited for."""
+        http1.abort_stalled(self._server.server_state.connections)
+        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()
+
+
+class GRPCServer:
+    """Serves V2 gRPC, standard health and reflection on one port.
+
+    Args:
+        servicer: answers the calls.
+        settings: host, port, TLS files, the largest message, and whether the server is ours or gRPC's own.
+        lifecycle: the state that health answers read.
+        shared: whether other processes listen on the port too.
+        own: whether the server may be ours, where the settings want that.
+        on_fallback: told once whether gRPC's own server answers since ours failed its test.
+    """
+
+    def __init__(
+        self,
+        servicer: Servicer,
+        settings: ServerSettings,
+        lifecycle: Lifecycle,
+        shared: bool = False,
+        own: bool = True,
+        on_fallback: Callable[[bool], None] = lambda fallen: None,
+    ) -> None:
+        self._own = own and "grpc-server" in settings.shortcuts
+        self._servicer = servicer
+        self._on_fallback = on_fallback
+        self._settings = settings
+        self._shared = shared
+        self._lifecycle = lifecycle
+        self._listener: _OwnListener | _UpstreamListener | None = None
+        self._health = Health()
+        self.port = 0
+
+    async def start(self) -> None:
+        """Open the port.
+
+        Raises:
+            ConfigError: the port can't be had, the TLS files can't be used, or the server that was asked for does not
+                work.
+        """
+        kind = _OwnListener if await self._own_works() else _UpstreamListener
+        listener = kind(self._settings, self._shared, self._servicer)
+        target = listener.target
+        target.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, target)
+        pool = self._servicer.messages.pool
+        pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
+        servicer = reflection.aio.ReflectionServicer(service_names=names, pool=pool)  # type: ignore[attr-defined]
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, target)
+        self.port = await listener.open()
+        self._listener = listener
+        self._publish(self._lifecycle)
+        self._lifecycle.on_change(self._publish)
+
+    async def _own_works(self) -> bool:
+        """Whether our own server is wanted and passes its test."""
+        wanted = self._settings.grpc_server
+        if wanted == "grpcio" or (wanted == "auto" and not self._own):
+            self._on_fallback(False)
+            return False
+        try:
+            from kserve_vllm.grpc_server import self_test
+
+            await self_test.check()
+        except Exception as error:
+            if wanted == "own":
+                raise ConfigError(
+                    f"--grpc-server own: that server failed its test ({error!r}); the installed h2 may be a version "
+                    "that was not tested. Take --grpc-server auto or grpcio"
+                ) from error
+            log.error(
+                "our own gRPC server failed its test, so grpcio's server answers, which takes more CPU for each token; "
+                "the installed h2 may be a version that was not tested",
+                exc_info=error,
+            )
+            self._on_fallback(True)
+            return False
+        self._on_fallback(False)
+        return True
+
+    def _publish(self, lifecycle: Lifecycle) -> None:
+        self._health.set(("", SERVICE), lifecycle.ready)
+
+    def leave(self) -> None:
+        """Send clients that are connected to another server with their next call; open calls go on."""
+        if self._listener is not None:
+            self._listener.leave()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
+        if self._listener is not None:
+            await self._listener.settle(timeout_s)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give open ones `grace_s` seconds, then cancel what is left."""
+        if self._listener is not None:
+            await self._listener.close(grace_s)
+
+
+class _OwnListener:
+    """Our own gRPC server, which costs a tenth of gRPC's for a token."""
+
+    def __init__(self, settings: ServerSettings, shared: bool, servicer: Servicer) -> None:
+        from kserve_vllm.grpc_server.calls import Services
+
+        self.target = Services(settings.max_body_mib << 20, settings.body_timeout, servicer.screen)
+        self._settings = settings
+        self._shared = shared
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> int:
+        settings = self._settings
+        sock = _bind(settings.host, settings.grpc_port, "--grpc-port", self._shared)
+        tls = None
+        if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.set_alpn_protocols(["h2"])
+            try:
+                tls.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+            except OSError as error:
+                sock.close()
+                raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self.target.connect, sock=sock, ssl=tls, backlog=_BACKLOG)
+        return int(sock.getsockname()[1])
+
+    def leave(self) -> None:
+        self.target.leave()
+
+    async def settle(self, timeout_s: float) -> None:
+        await self.target.settle(timeout_s)
+
+    async def close(self, grace_s: float) -> None:
+        if self._server is not None:
+            self._server.close()
+            await self.target.stop(grace_s)
+
+
+class _Screening(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses a call by its headers, before grpcio reads a message of it."""
+
+    def __init__(self, screen: Callable[[str, Metadata], Screened]) -> None:
+        self._screen = screen
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """grpcio's: the handler of a call."""
+        found = self._screen(handler_call_details.method, tuple(handler_call_details.invocation_metadata or ()))
+        if found.refusal is None:
+            return await continuation(handler_call_details)
+        code, details, trailing = found.refusal
+
+        async def refuse(_: Any, context: Any) -> None:
+            await context.abort(code, details, tuple(trailing))
+
+        # Of this kind nothing is read until the handler asks for it.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class _UpstreamListener:
+    """The server of the grpcio package: where it is asked for, or ours does not work."""
+
+    def __init__(self, settings: ServerSettings, shared: bool, servicer: Servicer) -> None:
+        self._settings = settings
+        # Without SO_REUSEPORT a second process on the same port fails instead of taking half of the calls.
+        self.target = grpc.aio.server(
+            interceptors=[_Screening(servicer.screen)],
+            options=[
+                ("grpc.max_concurrent_streams", _MAX_STREAMS),
+                ("grpc.max_receive_message_length", settings.max_body_mib << 20),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", int(shared)),
+            ],
+        )
+
+    async def open(self) -> int:
+        settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{settings.grpc_port}"
+        try:
+            credentials = _credentials(settings)
+            if credentials is None:
+                port = self.target.add_insecure_port(address)
+            else:
+                port = self.target.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"--grpc-port {settings.grpc_port} can't be opened: {error}") from error
+        await self.target.start()
+        return port
+
+    def leave(self) -> None:
+        """gRPC's server says so when it is stopped, and not before."""
+
+    async def settle(self, timeout_s: float) -> None:
+        """gRPC's server does not tell what it still has to send."""
+
+    async def close(self, grace_s: float) -> None:
+        await self.target.stop(grace_s)
+
+
+def reserve(host: str, port: int, flag: str) -> socket.socket:
+    """Hold a port for processes that will listen on it together. The socket itself does not listen.
+
+    Raises:
+        ConfigError: the port can't be had.
+    """
+    # Alone first: with SO_REUSEPORT it would be had even where a stranger listens who allows that.
+    _bind(host, port, flag).close()
+    return _bind(host, port, flag, shared=True)
+
+
+def _bind(host: str, port: int, flag: str, shared: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{flag} {port} can't be opened: {error.strerror}. Choose another one with {flag}") from error
+    return sock
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
+        return None
+    pair = (Path(settings.ssl_keyfile).read_bytes(), Path(settings.ssl_certfile).read_bytes())
+    return grpc.ssl_server_credentials([pair])
