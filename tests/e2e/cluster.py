@@ -82,7 +82,7 @@ class Cluster:
         self.run = run
         # Any: in the client's own types every field of every object may be None.
         self.api: Any = client.ApiClient()
-        self._dynamic: Any = DynamicClient(self.api)
+        self._dynamic: Any = DynamicClient(self.api)  # type: ignore[no-untyped-call]
         self.core: Any = client.CoreV1Api(self.api)
         self.apps: Any = client.AppsV1Api(self.api)
         self.policy: Any = client.PolicyV1Api(self.api)

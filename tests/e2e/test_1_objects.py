@@ -117,7 +117,7 @@ def _same(have: Any, want: Any) -> bool:
 def _quantity(value: Any) -> Decimal | None:
     """A quantity such as `800m` or `0.8` as a number; None for anything else."""
     try:
-        return parse_quantity(value)  # type: ignore[no-any-return]
+        return Decimal(parse_quantity(value))  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError):
         return None
 
