@@ -11,6 +11,7 @@ from typing import Any
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
+from kubernetes.dynamic import DynamicClient
 from kubernetes.stream import stream
 
 Object = dict[str, Any]
@@ -81,6 +82,7 @@ class Cluster:
         self.run = run
         # Any: in the client's own types every field of every object may be None.
         self.api: Any = client.ApiClient()
+        self._dynamic: Any = DynamicClient(self.api)  # type: ignore[no-untyped-call]
         self.core: Any = client.CoreV1Api(self.api)
         self.apps: Any = client.AppsV1Api(self.api)
         self.policy: Any = client.PolicyV1Api(self.api)
@@ -91,17 +93,14 @@ class Cluster:
 
     # -- What there is --------------------------------------------------------------------------------------------
 
+    def _request(self, method: str, path: str, body: str | None = None, content_type: str = "application/json") -> Any:
+        """JSON that the API answers; raises ApiException where it refuses."""
+        return self._dynamic.request(method, path, body, content_type=content_type, serializer=lambda _, tree: tree)
+
     def get(self, path: str) -> Any:
         """The JSON at a path of the API; None where there is nothing."""
         try:
-            return self.api.call_api(
-                path,
-                "GET",
-                header_params={"Accept": "application/json"},
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-            )
+            return self._request("GET", path)
         except ApiException as error:
             if error.status in (404, 405, 503):
                 return None
@@ -126,8 +125,8 @@ class Cluster:
             nodes=len(nodes),
             cpus=sum(float(client_quantity(c.get("cpu", "0"))) for c in capacity),
             gpus=sum(int(count) for c in capacity for name, count in c.items() if name.endswith("/gpu")),
-            kserve=said.get("kserve") or self._kserve_version(settings),
-            knative=said.get("knative") or self._knative_version(groups),
+            kserve=(kserve := self._kserve_version(settings)) and said.get("kserve", kserve),
+            knative=(knative := self._knative_version(groups)) and said.get("knative", knative),
             gateway_api=bool(gateway.get("enableGatewayApi")) and "gateway.networking.k8s.io" in groups,
             gateway_controller=", ".join(sorted(controllers)),
             keda=bool(self._deployments("keda-operator")),
@@ -201,16 +200,14 @@ class Cluster:
     def _resources(self) -> list[tuple[str, str, bool, str]]:
         """(path of the group and version, plural, namespaced, kind) of everything that can be listed and deleted."""
         if self._kinds is None:
-            versions = [
-                "/api/v1",
-                *(f"/apis/{g['preferredVersion']['groupVersion']}" for g in self.get("/apis")["groups"]),
-            ]
-            self._kinds = [
-                (path, r["name"], r["namespaced"], r["kind"])
-                for path in versions
-                for r in self._kinds_of(path)
-                if "/" not in r["name"] and {"list", "delete"} <= set(r["verbs"])
-            ]
+            self._kinds = []
+            for versions in [["/api/v1"], *(_versions(group) for group in self.get("/apis")["groups"])]:
+                seen: set[str] = set()
+                for path in versions:
+                    for r in self._kinds_of(path):
+                        if "/" not in r["name"] and r["name"] not in seen and {"list", "delete"} <= set(r["verbs"]):
+                            seen.add(r["name"])
+                            self._kinds.append((path, r["name"], r["namespaced"], r["kind"]))
         return self._kinds
 
     def left_in(self, namespace: str) -> list[str]:
@@ -234,6 +231,16 @@ class Cluster:
                 left += [f"{plural}/{item['metadata']['name']}" for item in listing["items"]]
         return sorted(left)
 
+    def delete_what_is_left_of(self, release: str) -> None:
+        """Delete what a release has left outside of namespaces, having been told to keep it."""
+        for path, plural, namespaced, _ in self._resources():
+            if not namespaced:
+                listing = self.get(f"{path}/{plural}?labelSelector=app.kubernetes.io/instance={release}") or {
+                    "items": []
+                }
+                for item in listing["items"]:
+                    self._request("DELETE", f"{path}/{plural}/{item['metadata']['name']}")
+
     def path_of(self, thing: Mapping[str, Any], namespace: str) -> str:
         """Path under which an object's kind is listed."""
         version = thing["apiVersion"]
@@ -247,26 +254,13 @@ class Cluster:
     def apply(self, thing: Object, namespace: str) -> Object:
         """Write an object as `kubectl apply --server-side` does."""
         path = f"{self.path_of(thing, namespace)}/{thing['metadata']['name']}?fieldManager=e2e&force=true"
-        written: Object = self.api.call_api(
-            path,
-            "PATCH",
-            body=thing,
-            response_type="object",
-            auth_settings=["BearerToken"],
-            _return_http_data_only=True,
-            header_params={"Accept": "application/json", "Content-Type": "application/apply-patch+yaml"},
-        )
+        written: Object = self._request("PATCH", path, json.dumps(thing), "application/apply-patch+yaml")
         return written
 
     def delete(self, thing: Object, namespace: str) -> None:
         """Delete an object, and whatever it owns."""
-        self.api.call_api(
-            f"{self.path_of(thing, namespace)}/{thing['metadata']['name']}?propagationPolicy=Background",
-            "DELETE",
-            response_type="object",
-            auth_settings=["BearerToken"],
-            _return_http_data_only=True,
-        )
+        path = f"{self.path_of(thing, namespace)}/{thing['metadata']['name']}?propagationPolicy=Background"
+        self._request("DELETE", path)
 
     # -- InferenceServices --------------------------------------------------------------------------------------------
 
@@ -394,6 +388,13 @@ class Cluster:
         if code != 0:
             raise AssertionError(f"{command[:2]} in {pod} ended with {code}:\n{out[-2000:]}\n{err[-2000:]}")
         return out
+
+
+def _versions(group: Object) -> list[str]:
+    """Paths of a group's versions, the preferred one first: a kind may be in another one alone."""
+    preferred = group["preferredVersion"]["groupVersion"]
+    others = [v["groupVersion"] for v in group["versions"] if v["groupVersion"] != preferred]
+    return [f"/apis/{version}" for version in [preferred, *others]]
 
 
 def host_of(url: str) -> str:

@@ -110,6 +110,7 @@ class Suite:
                 left.append(f"release {release.name}: {error}")
         left += remove_namespaces(self.cluster, self.namespaces)
         for release in self.releases:
+            self.cluster.delete_what_is_left_of(release.name)
             left += [f"{release.name}: {what}" for what in self.cluster.left_of_release(release.name)]
         if left:
             raise AssertionError("not removed:\n" + "\n".join(left))
@@ -185,9 +186,10 @@ def _gateway(cluster: Cluster) -> str:
 
 def _clean_all(cluster: Cluster) -> None:
     names = [n.metadata.name for n in cluster.core.list_namespace(label_selector=RUN_LABEL).items]
-    for name in names:
-        for release in helm("list", "--namespace", name, "--short").split():
-            helm("uninstall", release, "--namespace", name, "--wait", "--timeout", "180s")
+    releases = [(name, release) for name in names for release in helm("list", "--namespace", name, "--short").split()]
+    for name, release in releases:
+        helm("uninstall", release, "--namespace", name, "--wait", "--timeout", "180s")
+        cluster.delete_what_is_left_of(release)
     if left := remove_namespaces(cluster, names):
         pytest.exit(f"not removed: {left}", returncode=1)
 

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from kubernetes.client.exceptions import ApiException
+from kubernetes.utils.quantity import parse_quantity
 
 from tests.e2e.cluster import Cluster, Object, wait
 from tests.e2e.conftest import Record, Suite
@@ -109,7 +111,15 @@ def _same(have: Any, want: Any) -> bool:
         return isinstance(have, dict) and all(_same(have.get(key), value) for key, value in want.items())
     if isinstance(want, list):
         return isinstance(have, list) and len(have) == len(want) and all(map(_same, have, want))
-    return bool(str(have) == str(want))
+    return str(have) == str(want) or _quantity(have) == _quantity(want) is not None
+
+
+def _quantity(value: Any) -> Decimal | None:
+    """A quantity such as `800m` or `0.8` as a number; None for anything else."""
+    try:
+        return Decimal(parse_quantity(value))  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def _written(cluster: Cluster, namespace: str, isvc: Object) -> bool:
