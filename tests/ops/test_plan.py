@@ -81,6 +81,28 @@ def test_without_the_shards_the_index_says_the_size(tmp_path: Path) -> None:
     assert weights.read_model(str(tmp_path)).weights.total == 4242
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"num_hidden_layers": None},
+        {"quantization_config": 4},
+        {"layer_types": 7},
+        {"num_experts": [1]},
+    ],
+)
+def test_a_config_that_makes_no_sense_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    """Either it can be read all the same, or the message names the file."""
+    (tmp_path / "config.json").write_text(json.dumps({**capacity.CONFIGS["qwen3_moe"], **change}))
+    message = str(tmp_path)
+    try:
+        weights.read_model(str(tmp_path))
+    except ConfigError as error:
+        message = str(error)
+    assert str(tmp_path) in message
+
+
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(capacity.CONFIGS["mistral"]))
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")

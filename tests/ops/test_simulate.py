@@ -344,6 +344,8 @@ def test_two_files_are_compared_and_a_search_finds_the_cheapest(
         ({"scaler": {"class": "hpa", "metrics": "x"}}, "scaler.metrics: hpa knows metric, target"),
         ({"scaler": {"class": "keda", "metric": "gpu"}}, "none of queue-depth"),
         ({"scaler": {"class": "knative", "window": 2}}, "6 to 3600"),
+        ({"scaler": {"class": "knative", "target": "many"}}, "wrong kind"),
+        ({"scaler": {"class": "rules", "max": 2.5}}, "not a whole number"),
         ({"replicas": {}}, "there is no such field"),
         ({"arrivals": {"rate": -1}}, "not a number of at least 0"),
         ({"arrivals": {"kind": "weekly"}}, "none of constant"),

@@ -343,7 +343,13 @@ def scenario_of(tree: Mapping[str, Any], name: str, folder: Path = Path()) -> Sc
     own_scaler = top.any("scaler") or {"class": "fixed", "replicas": 1}
     if not isinstance(own_scaler, Mapping):
         raise ConfigError("scaler: not a table of fields")
-    scaler(own_scaler)  # speaks up before anything runs
+    try:
+        scaler(own_scaler)  # speaks up before anything runs
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"scaler: a field has a value of the wrong kind ({error})") from None
+    for bound in ("min", "max", "replicas"):
+        if not isinstance(own_scaler.get(bound, 1), int):
+            raise ConfigError(f"scaler.{bound}: {own_scaler[bound]!r} is not a whole number")
     prices = hardware.prices()
     price = top.any("price")
     if price is None and gpu:

@@ -96,7 +96,10 @@ def read_model(source: str, quantization: str | None = None) -> Model:
             config["quantization_config"] = {"quant_method": "modelopt", **found}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{own}: {error}") from None
-    architecture = parse(config, source.rstrip("/"))
+    try:
+        architecture = parse(config, source.rstrip("/"))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{config_path}: a field has a value that no model has ({error})") from None
     tensors = list(safetensors_of(folder))
     if not tensors:
         estimate = architecture.with_quantization(quantization) if quantization else architecture
