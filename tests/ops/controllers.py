@@ -117,6 +117,7 @@ class FakeStandard:
         self.api, self.splits, self.has_canary, self.ready = api, splits, has_canary, ready
         self.weights: list[int] = []
         self.canary_replicas: list[int] = []
+        self.handed_over: list[tuple[int, int]] = []
         api.put(
             "InferenceService",
             {
@@ -164,7 +165,11 @@ class FakeStandard:
         if not self.has_canary:
             isvc["spec"].pop("canary", None)
             self.api.put("InferenceService", isvc)
-        self._deployment(f"{NAME}-predictor", isvc["spec"]["predictor"]["minReplicas"], True)
+        whole = isvc["spec"]["predictor"]["minReplicas"]
+        taken = sum(c["predictor"]["minReplicas"] for c in isvc["spec"].get("canary") or [] if self.ready)
+        # The stable version gives up as many pods as the canary has (KServe's predictor.go).
+        stable = max(whole - taken, 1)
+        self._deployment(f"{NAME}-predictor", stable, True)
         backends = [{"name": f"{NAME}-predictor"}]
         canary = next(iter(isvc["spec"].get("canary") or []), None)
         if canary:
@@ -183,4 +188,7 @@ class FakeStandard:
                 self.weights.append(weight)
         else:
             self.api.drop("Deployment", f"{NAME}-canary-predictor")
+        share = canary["trafficPercent"] if canary else 0
+        if isvc["spec"]["predictor"]["model"]["args"][0].endswith("new"):
+            self.handed_over.append((stable, 100 - share))
         self.api.put("HTTPRoute", {"metadata": {"name": NAME}, "spec": {"rules": [{"backendRefs": backends}]}})

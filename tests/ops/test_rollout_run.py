@@ -120,9 +120,11 @@ def test_a_good_canary_is_promoted_in_standard_mode(api: FakeApi) -> None:
     world = FakeStandard(api, replicas=4)
     run, driver, _ = rollout(api, lambda: GOOD)
     assert run.run(begin(driver, [10, 50, 100])) == PROMOTED
-    assert world.weights == [0, 10, 50, 100]
-    assert world.canary_replicas == sorted(world.canary_replicas)
+    # Up by steps, and back pod by pod once the stable Deployment has the new model too.
+    assert world.weights == [0, 10, 50, 100, 75, 50, 25]
     assert max(world.canary_replicas) == 4, "pods come with the weight"
+    # (pods of the stable Deployment with the new model, percent of the traffic): never more than it can carry.
+    assert world.handed_over == [(1, 0), (1, 25), (2, 50), (3, 75), (4, 100)]
     spec = api.get("InferenceService", NAME)["spec"]
     assert "canary" not in spec
     assert spec["predictor"]["model"]["args"] == ["--model=a/new", "--max-num-seqs", "64"]

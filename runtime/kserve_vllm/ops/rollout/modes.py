@@ -196,15 +196,15 @@ class Standard(_Base):
         least = int(dig(self.isvc(), "spec", "predictor", "minReplicas") or 1)
         return max(1, min(least, math.ceil(least * weight / 100)))
 
-    def _there(self, name: str) -> bool:
-        """Whether a Deployment is rolled out."""
+    def _there(self, name: str, least: int = 1) -> bool:
+        """Whether a Deployment is rolled out, with so many pods at the least."""
         try:
             found = self.cluster.get("Deployment", self.namespace, name)
         except Unreadable as error:
             if error.status == 404:
                 return False
             raise
-        return rolled_out(found)
+        return rolled_out(found) and int(dig(found, "spec", "replicas") or 0) >= least
 
     def ready(self, state: State) -> str:
         try:
@@ -252,22 +252,32 @@ class Standard(_Base):
         return 0.0
 
     def promote(self, state: State) -> bool:
-        """The stable Deployment takes the new model while the canary serves, and then the traffic back."""
-        predictor = self.isvc()["spec"]["predictor"]
+        """The stable Deployment takes the new model while the canary serves, and then the traffic back, pod by pod:
+        KServe keeps the stable version at `minReplicas` less the canary's pods, so taking the canary away at once would
+        leave one pod with all traffic."""
+        isvc = self.isvc()
+        predictor = isvc["spec"]["predictor"]
         if merged(predictor, state.change) != predictor:
             self._patch({"predictor": state.change})
             return False
-        if not self._there(state.stable):
-            return False
-        if dig(self.isvc(), "spec", "canary"):
+        if dig(isvc, "spec", "canary"):
+            _, replicas = self._now()
+            whole = int(predictor.get("minReplicas") or 1)
+            if not self._there(state.stable, max(whole - replicas, 1)):
+                return False
+            if replicas > 1:
+                self._patch(self._canary(state, 100 * (replicas - 1) // whole, replicas - 1))
+                return False
             self._patch({"canary": None})
         return self._share() == 0
 
     def take_back(self, state: State) -> bool:
         now, replicas = self._now()
         if dig(self.isvc(), "spec", "canary"):
-            if now:
-                self._patch(self._canary(state, 0, replicas))
+            if now or replicas > 1:
+                # One pod at once: each one that the canary has is one that KServe takes off the stable version.
+                self._patch(self._canary(state, 0, 1))
+            # The route first: KServe deletes a canary's pods before it rewrites the route.
             if self._share():
                 return False
             self._patch({"canary": None})
