@@ -226,6 +226,10 @@ def test_a_scenario_is_removed_without_rest(uninstalled: Mapping[str, Scenario],
 # -- The catalogue ---
 
 
+def _key(thing: Object) -> tuple[str, str]:
+    return thing["kind"], thing["metadata"]["name"]
+
+
 @pytest.fixture(scope="module")
 def catalogue(suite: Suite) -> Iterator[str]:
     """A namespace for the catalogue, on runtimes of the names that the chart gives by default."""
@@ -260,7 +264,7 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
             try:
                 for thing in objects:
                     cluster.apply(thing, catalogue)
-                    if all(thing["metadata"]["name"] != other["metadata"]["name"] for other in applied):
+                    if all(_key(thing) != _key(other) for other in applied):
                         applied.append(thing)
                 for isvc in (o for o in objects if o["kind"] == "InferenceService"):
                     _wait_written(cluster, catalogue, isvc)

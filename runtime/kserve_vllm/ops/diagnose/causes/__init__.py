@@ -7,7 +7,7 @@ other; where several apply, the one nearest to the root has the higher rank.
 from __future__ import annotations
 
 from kserve_vllm.ops.diagnose.causes import access, config, knative, load, placement, standard, start
-from kserve_vllm.ops.diagnose.causes.table import FAULT, Cause, Finding
+from kserve_vllm.ops.diagnose.causes.table import FAULT, RISK, Cause, Finding
 from kserve_vllm.ops.diagnose.facts import Facts
 from kserve_vllm.ops.diagnose.snapshot import Snapshot
 
@@ -46,7 +46,7 @@ def judge(snapshot: Snapshot, broken: list[str] | None = None) -> list[Finding]:
     told = [finding for finding in found if finding.cause.id not in hidden]
     if any(f.cause.severity == FAULT and not f.cause.last_resort for f in told):
         told = [f for f in told if not f.cause.last_resort]
-    return sorted(told, key=lambda f: -f.cause.rank)
+    return sorted(told, key=lambda f: (f.cause.severity == RISK, -f.cause.rank))
 
 
 __all__ = ["CAUSES", "Cause", "Finding", "judge"]

@@ -53,7 +53,9 @@ def _format_unknown(f: Facts) -> Match | None:
     text = str(dig(f.isvc, "status", "modelStatus", "lastFailureInfo", "message") or "")
     if f.ready or reason != "NoSupportingRuntime" or "protocol" in text or not f.runtimes:
         return None
-    known = sorted({e["name"] for r in f.runtimes for e in dig(r, "spec", "supportedModelFormats") or []})
+    # A runtime that is named has to take the format by itself.
+    asked = [f.runtime] if f.runtime else f.runtimes
+    known = sorted({e["name"] for r in asked for e in dig(r, "spec", "supportedModelFormats") or []})
     version = dig(f.model, "modelFormat", "version")
     return {
         "format": f"{wanted}" + (f" version {version}" if version else ""),
@@ -194,8 +196,8 @@ CAUSES = (
         "format-unsupported",
         "No runtime takes this model format",
         90,
-        "The service asks for the format $format. The runtimes here take: $known. A runtime is chosen by itself only "
-        "where it has autoSelect; name it otherwise.",
+        "The service asks for the format $format. The runtimes that it may use take: $known. A runtime is chosen by "
+        "itself only where it has autoSelect; name it otherwise.",
         (
             'kubectl -n $ns patch inferenceservice $name --type merge -p \'{"spec":{"predictor":{"model":'
             '{"runtime":"kserve-vllm-gpu","modelFormat":{"name":"kserve-vllm"}}}}}\'',

@@ -44,6 +44,15 @@ def _knative(f: Facts) -> bool:
     return f.mode == "Knative"
 
 
+def _no_knative(f: Facts) -> Match | None:
+    """Knative's kinds are not served, or some of them only: left-overs, or custom resource definitions alone."""
+    for kind in ("KnativeService", "Revision"):
+        error = f.refused(kind)
+        if _knative(f) and not f.ready and error.get("status") == 404:
+            return {"evidence": f"{kind}s of serving.knative.dev: {error['message']}"}
+    return None
+
+
 def _refused_field(f: Facts) -> tuple[str, str] | None:
     """(last name of the field, Knative's words)."""
     for each in f.said:
@@ -206,11 +215,7 @@ CAUSES = (
         either(
             said(r"ServerlessModeRejected"),
             said(r"Knative Serving is not available"),
-            lambda f: (
-                {"evidence": f.refused("KnativeService")["message"]}
-                if _knative(f) and not f.ready and f.refused("KnativeService").get("status") == 404
-                else None
-            ),
+            _no_knative,
         ),
     ),
     Cause(

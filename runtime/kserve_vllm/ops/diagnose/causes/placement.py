@@ -328,7 +328,10 @@ CAUSES = (
         85,
         "The node of $pod can't reach the image's registry (name, network, proxy or certificate).",
         ("kubectl -n $ns describe pod $pod | grep -A12 Events:",),
-        _image(r"(?:i/o timeout|no such host|connection refused|x509: |network is unreachable)"),
+        _image(
+            r"(?:i/o timeout|no such host|server misbehaving|failed to do request|"
+            r"connection refused|x509: |network is unreachable)"
+        ),
         explains=("image-absent",),
     ),
     Cause(
