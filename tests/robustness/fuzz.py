@@ -345,7 +345,7 @@ def _check_frames(pieces: list[bytes]) -> None:
 
 async def _send(pieces: list[bytes]) -> None:
     loud = _Loud()
-    log = logging.getLogger("kserve_vllm.hosting")
+    log = logging.getLogger("kserve_vllm.grpc_server")
     log.addHandler(loud)
     unforeseen: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unforeseen.append(context))

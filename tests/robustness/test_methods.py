@@ -10,6 +10,8 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
+from tests.robustness.test_places import middleware
+
 
 def apps() -> tuple[FastAPI, FastAPI]:
     """Ours and vLLM's, in small."""
