@@ -14,6 +14,8 @@ help:
 	@echo "make e2e [ARGS='--keep']                             the suite against the current kubeconfig's cluster; E2E_IMAGE, E2E_GATEWAY"
 	@echo "make e2e-kind [ARGS='-k standard']                   the same on a cluster in Docker, which it makes"
 	@echo "make fuzz MINUTES=10                                 try made-up input against all parsers"
+	@echo "make test-unit                                       the tests that need no engine"
+	@echo "make docs                                            the documentation as a site, in build/site"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
 	@echo "make vllm-check VERSION=0.33.0                        what another version of vLLM changes here; --installed without VERSION"
@@ -45,7 +47,7 @@ check: setup-dev
 	$(BIN)/mypy
 
 .PHONY: test
-test: check
+test: check docs
 	$(BIN)/python -m pytest $(or $(TESTS),-n 2)
 
 .PHONY: e2e
@@ -59,6 +61,15 @@ e2e-kind: setup-dev
 .PHONY: fuzz
 fuzz: setup-dev
 	$(BIN)/python -m tests.robustness.fuzz --minutes $(or $(MINUTES),10)
+
+.PHONY: docs
+docs: python
+	@test -x .tools/docs/bin/mkdocs || { $(PYTHON) -m venv .tools/docs && .tools/docs/bin/pip install -q -r runtime/requirements/lock-docs.txt; }
+	@NO_MKDOCS_2_WARNING=1 .tools/docs/bin/mkdocs build --quiet --strict
+
+.PHONY: test-unit
+test-unit: setup-dev
+	$(BIN)/python -m pytest -q -n 2 --no-engine --ignore=tests/charts --ignore=tests/ops $(TESTS)
 
 .PHONY: bench
 bench: setup-dev

@@ -23,6 +23,26 @@ _ARGUMENTS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--no-engine`: for a quick answer, without the files that start servers."""
+    parser.addoption("--no-engine", action="store_true", help="leave out the files whose tests start an engine")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what `--no-engine` does not want."""
+    if not config.getoption("--no-engine") or collection_path.suffix != ".py" or collection_path.stem == "conftest":
+        return None
+    return True if collection_path.name.startswith("test_") and _starts_engine(collection_path) else None
+
+
+@functools.cache
+def _starts_engine(path: Path) -> bool:
+    """Whether a file starts servers: it takes `Server` or `free_port` from `tests.support`, or starts a command."""
+    text = path.read_text()
+    taken = re.search(r"^from tests\.support import .*\b(Server|free_port)\b", text, re.MULTILINE)
+    return taken is not None or '[sys.executable, "-m", "kserve_vllm", "serve"' in text
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n 2`: all files that start servers in one process, but for a few, and the others file by file."""
@@ -45,11 +65,8 @@ _PATIENT = {"test_embeddings": "embeddings", "test_image": "image", "test_answer
 
 @functools.cache
 def _group(path: Path) -> str:
-    """Who runs with whom. A file starts servers where it takes `Server` or `free_port` from `tests.support`."""
-    if path.stem in _PATIENT:
-        return _PATIENT[path.stem]
-    starts = re.search(r"^from tests\.support import .*\b(Server|free_port)\b", path.read_text(), re.MULTILINE)
-    return "servers" if starts else path.stem
+    """Who runs with whom."""
+    return _PATIENT.get(path.stem) or ("servers" if _starts_engine(path) else path.stem)
 
 
 @pytest.fixture(scope="session")

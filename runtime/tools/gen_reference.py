@@ -1,4 +1,4 @@
-"""Write the README's reference tables from the code.
+"""Write the reference pages' tables from the code.
 
 Usage: gen_reference.py [--check]
 
@@ -15,7 +15,7 @@ from kserve_vllm.config import settings
 from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.telemetry.metrics import DECLARED
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
 
 def settings_table() -> str:
@@ -48,19 +48,22 @@ def metrics_table() -> str:
 
 
 def main() -> int:
-    """Rewrite the tables, or compare them."""
-    before = README.read_text()
-    text = before
-    tables = (("settings", settings_table()), ("profiles", profiles_table()), ("metrics", metrics_table()))
-    for name, table in tables:
-        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
+    """Rewrite the tables, or compare them. Returns 0, or 1 where `--check` finds drift."""
+    drifted = []
+    for name, table in (("settings", settings_table()), ("profiles", profiles_table()), ("metrics", metrics_table())):
+        page = PAGES / f"{name}.md"
+        before = page.read_text()
+        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{table}\n\g<2>", before, flags=re.S)
         if count != 1:
-            raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-    if "--check" in sys.argv:
-        if text != before:
-            print("README.md has drifted; run: .venv/bin/python runtime/tools/gen_reference.py")
-        return int(text != before)
-    README.write_text(text)
+            raise SystemExit(f"{page} has no <!-- {name} --> ... <!-- /{name} -->")
+        if text == before:
+            continue
+        drifted.append(page.name)
+        if "--check" not in sys.argv:
+            page.write_text(text)
+    if drifted and "--check" in sys.argv:
+        print(f"{', '.join(drifted)} drifted; run: .venv/bin/python runtime/tools/gen_reference.py")
+        return 1
     return 0
 
 

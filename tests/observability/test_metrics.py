@@ -64,7 +64,18 @@ def test_a_metric_is_named_by_prometheus_conventions(each: Any) -> None:
         assert list(each.buckets) == sorted(each.buckets)
     assert not each.name.endswith("_total"), "the library adds it"
     units = ("_seconds", "_ratio", "_tokens", "_requests", "_rejections", "_info", "_state", "_adapters", "_in_flight")
-    counted = ("_loads", "_failures", "_prompts", "_verdicts", "_records", "_up", "_holds", "_connections")
+    counted = (
+        "_loads",
+        "_failures",
+        "_prompts",
+        "_verdicts",
+        "_records",
+        "_up",
+        "_holds",
+        "_connections",
+        "_in_force",
+        "_fallback",
+    )
     assert each.name.endswith((*units, *counted))
 
 

@@ -1,4 +1,4 @@
-"""Every block of code in the README is run, and answers what the README says."""
+"""Every block of code in the README and the documentation is run, and answers what its page says."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ import pytest
 
 from tests.support import ROOT, free_port, wait_until
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, code) of a page's fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S)
+
+
+README = blocks(PAGES[0].read_text())
+BLOCKS = list(dict.fromkeys(block for page in PAGES for block in blocks(page.read_text())))
 SERVE = "make serve\n"
 
 
@@ -64,15 +72,21 @@ def _answers(port: int) -> bool:
 
 
 def test_the_readme_starts_with_one_command_and_has_an_answer_for_each_protocol() -> None:
-    assert ("bash", SERVE) in BLOCKS
-    text = "".join(block for _, block in BLOCKS)
+    assert ("bash", SERVE) in README
+    text = "".join(block for _, block in README)
     for what in ("/v1/chat/completions", "/infer", "/generate_stream", ":predict", "tritonclient.grpc", "OpenAI("):
         assert what in text, what
-    assert {language for language, _ in BLOCKS} == {"bash", "python"}, "a block of another language would not be run"
+    assert {language for language, _ in README} == {"bash", "python"}, "a block of another language would not be run"
+    assert len(PAGES[0].read_text().splitlines()) <= 150
+
+
+def test_what_is_not_run_is_a_picture_or_a_session_on_a_cluster() -> None:
+    """`console` shows commands that need a cluster; the suite for clusters (`make e2e`) runs their like."""
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "console", "text"}
 
 
 @pytest.mark.parametrize("block", [b for lang, b in BLOCKS if lang == "bash" and b != SERVE], ids=lambda b: b[:30])
-def test_a_shell_block_of_the_readme_runs(block: str, ports: tuple[int, int]) -> None:
+def test_a_shell_block_runs(block: str, ports: tuple[int, int]) -> None:
     environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", moved(block, ports)],
@@ -86,7 +100,7 @@ def test_a_shell_block_of_the_readme_runs(block: str, ports: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("block", [b for lang, b in BLOCKS if lang == "python"], ids=lambda b: b[:30])
-def test_a_python_block_of_the_readme_runs(block: str, ports: tuple[int, int]) -> None:
+def test_a_python_block_runs(block: str, ports: tuple[int, int]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", moved(block, ports)], capture_output=True, text=True, timeout=120, check=False
     )
@@ -96,7 +110,7 @@ def test_a_python_block_of_the_readme_runs(block: str, ports: tuple[int, int]) -
         assert answer in done.stdout
 
 
-def test_the_readmes_tables_are_what_the_code_says() -> None:
+def test_the_reference_tables_are_what_the_code_says() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "runtime/tools/gen_reference.py"), "--check"], capture_output=True, text=True,
         check=False,
