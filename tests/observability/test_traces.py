@@ -227,8 +227,8 @@ def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() 
     code = (
         "import sys, json\n"
         "from kserve_vllm.telemetry.tracing import Tracing\n"
-        "from kserve_vllm.core.request_context import Ticket\n"
-        "t = Ticket('1', 'v2', '/x'); tracing = Tracing()\n"
+        "from kserve_vllm.core.request_context import RequestContext\n"
+        "t = RequestContext('1', 'v2', '/x'); tracing = Tracing()\n"
         "tracing.open(t, {'traceparent': '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'})\n"
         "tracing.close(t, 'ok')\n"
         "print(json.dumps([t.trace_id, t.span, [m for m in sys.modules if m.startswith('opentelemetry')]]))\n"
