@@ -118,7 +118,7 @@ def reader(
     """A client in a task of its own, with its request context in the context."""
 
     async def run() -> list[str]:
-        current.set(asking.context)
+        current.set(asking.request_context)
         mine = got if got is not None else []
         async for piece in cache.answer("k", engine.generate, asking):
             mine.append(piece)

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import pkgutil
 import random
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from kserve_vllm.engine.hooks.submission import SubmissionHooks, unclassified
 from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, _caught
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.protocols.moderation import _APART, _TOKENS, ModeratedEngine
+from tests.support import ROOT
 
 NOTHING: Any = None
 
@@ -85,11 +87,22 @@ def test_a_method_that_a_newer_vllm_adds_is_no_way_past_the_policies() -> None:
 
 def test_the_moderated_engine_has_what_is_moderated_and_nothing_else() -> None:
     public = {name for name in dir(ModeratedEngine) if not name.startswith("_")}
-    assert public == {"generate", "embed", "classify", "score", "generates", "embeds", "classifies"}
+    assert public == set(
+        "generate embed classify score generates embeds classifies prioritizes shows_logprobs special_tokens".split()
+    )
     assert public <= set(dir(VLLMEngine))
     engine = SimpleNamespace(client="raw", app="raw", dream=lambda prompt: prompt)
     for name in ("client", "app", "dream", "_prepare", "intake"):
         assert not hasattr(ModeratedEngine(engine, NOTHING), name)
+
+
+def test_the_moderated_engine_has_all_that_protocols_ask_an_engine_for() -> None:
+    asked: set[str] = set()
+    for name in ("oip/text", "oip/generate", "v1"):
+        source = (ROOT / "runtime" / "kserve_vllm" / "protocols" / f"{name}.py").read_text()
+        asked |= set(re.findall(r"\bself\._engine\.([a-z]\w*)", source))
+    assert {"generate", "prioritizes"} <= asked
+    assert [name for name in sorted(asked) if not hasattr(ModeratedEngine, name)] == []
 
 
 class Handler:

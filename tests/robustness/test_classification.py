@@ -50,7 +50,7 @@ def apps() -> tuple[FastAPI, FastAPI]:
         vllm.include_router(router)
     engine: Any = SimpleNamespace(app=vllm, adapters=None)
     nothing: Any = None
-    routes = Routes(nothing, nothing, engine, nothing, nothing, dict)
+    routes = Routes(nothing, nothing, engine, nothing, nothing, dict, nothing)
     return build_app(routes, engine, "0"), vllm
 
 

@@ -29,7 +29,7 @@ from kserve_vllm.policy.enforcement import Enforcement, Policies
 from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
 from kserve_vllm.servers.listeners import GRPCServer
-from tests.runtime.test_errors import books
+from tests.runtime.test_errors import recorder
 from tests.runtime.test_grpc_server import Raw, Running, framed, until
 
 Code = grpc.StatusCode
@@ -66,7 +66,7 @@ class Product:
         for state in (State.LOADING, State.WARMING, State.READY):
             self.lifecycle.to(state)
         self._loop = Running("ours")
-        self._servicer = Servicer(self.lifecycle, enforcement, books(self.lifecycle))
+        self._servicer = Servicer(self.lifecycle, enforcement, recorder(self.lifecycle))
         self._servicer.attach(self.backend)
         settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server=kind, max_body_mib=1)  # type: ignore[arg-type]
         self._loop.do(self._start(settings))
@@ -475,7 +475,7 @@ def test_our_own_server_is_not_replaced_where_it_was_asked_for(monkeypatch: pyte
 @contextlib.asynccontextmanager
 async def serving(wanted: Any, told: Callable[[bool], None]) -> AsyncIterator[GRPCServer]:
     lifecycle = Lifecycle()
-    servicer = Servicer(lifecycle, Enforcement(lifecycle), books(lifecycle))
+    servicer = Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle))
     settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server=wanted)
     server = GRPCServer(servicer, settings, lifecycle, on_fallback=told)
     await server.start()

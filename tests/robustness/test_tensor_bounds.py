@@ -22,7 +22,7 @@ DIGITS = "9" * 5000
 class Engine:
     """A model that generates, of which nothing is asked: requests of these tests end before it."""
 
-    generates, embeds, classifies = True, False, False
+    generates, embeds, classifies, prioritizes = True, False, False, False
 
 
 TEXT = V2Text(Engine(), 512)  # type: ignore[arg-type]
@@ -247,12 +247,12 @@ def test_a_stream_goes_on_after_a_message_that_is_too_much() -> None:
     """The refusal has no id to answer with; that must not end the other requests of the stream."""
     from kserve_vllm.core.lifecycle import Lifecycle, State
     from kserve_vllm.policy.enforcement import Enforcement
-    from tests.runtime.test_errors import books
+    from tests.runtime.test_errors import recorder
 
     lifecycle = Lifecycle()
     for state in (State.LOADING, State.WARMING, State.READY):
         lifecycle.to(state)
-    servicer = Servicer(lifecycle, Enforcement(lifecycle), books(lifecycle))
+    servicer = Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle))
     answers: list[Any] = []
     asyncio.run(servicer._answer_one(InvalidRequest("more than is taken"), answers.append, {"x-request-id": "r"}))
     assert answers[0].error_message == "more than is taken"

@@ -45,7 +45,7 @@ from kserve_vllm.policy.enforcement import Enforcement
 from kserve_vllm.protocols.oip import grpc_servicer as servicer_module
 from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.servers.listeners import GRPCServer
-from tests.runtime.test_errors import books
+from tests.runtime.test_errors import recorder
 
 LIMIT = 1 << 20
 Code = grpc.StatusCode
@@ -1018,7 +1018,7 @@ class Refusing:
 @contextlib.asynccontextmanager
 async def served(lifecycle: Lifecycle, backend: Any = None, fast: bool = True) -> AsyncIterator[GRPCServer]:
     """The service of the product over `backend`."""
-    servicer = Servicer(lifecycle, Enforcement(lifecycle), books(lifecycle))
+    servicer = Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle))
     servicer.attach(backend)
     server = GRPCServer(
         servicer, ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server="own" if fast else "grpcio"), lifecycle
@@ -1108,7 +1108,7 @@ def test_calls_over_tls_are_answered(tmp_path: Path, fast: bool) -> None:
         lifecycle = Lifecycle()
         files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
         settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server="own" if fast else "grpcio", **files)
-        server = GRPCServer(Servicer(lifecycle, Enforcement(lifecycle), books(lifecycle)), settings, lifecycle)
+        server = GRPCServer(Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle)), settings, lifecycle)
         await server.start()
         credentials = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
         async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:

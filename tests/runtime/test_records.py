@@ -452,16 +452,16 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
             yield output
 
     async def client(asking: CacheLookup) -> str:
-        current.set(asking.context)
+        current.set(asking.request_context)
         source = cache.answer("k", lambda: records.records(generate()), asking)
         outputs = [o async for o in replay(source, RequestOutputKind.FINAL_ONLY, "r", PROMPT)]
         return outputs[0].outputs[0].text
 
     async def scene() -> None:
         asked = [CacheLookup(RequestContext(name, "openai", "e"), "outer") for name in "abc"]
-        assert asked[0].context is not None
+        assert asked[0].request_context is not None
         # The first client has a second sequence running, which nobody else waits for.
-        token = current.set(asked[0].context)
+        token = current.set(asked[0].request_context)
         processor.vllm.add_request(
             request_for("alone", "other"), "text", None, 0, RequestOutputCollector(KINDS[0], "x")
         )
@@ -475,7 +475,7 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
         hit = CacheLookup(RequestContext("d", "openai", "e"))
         assert await client(hit) == ANSWER
         assert hit.outcome is Outcome.HIT
-        contexts = [asking.context for asking in [*asked, hit] if asking.context]
+        contexts = [asking.request_context for asking in [*asked, hit] if asking.request_context]
         assert [(t.sequences, t.finished, t.output_tokens) for t in contexts] == [
             (1, 0, 0),
             (1, 1, len(tokens_of(ANSWER))),

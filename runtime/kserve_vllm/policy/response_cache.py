@@ -231,14 +231,13 @@ class CacheLookup:
     """One request's side of `ResponseCache.answer`.
 
     Attributes:
-        request context: the request's request context, which the engine's figures are booked on while it `pays`.
+        request_context: of the request, which the engine's figures are booked on while it `pays`.
         request_id: the engine's name for a generation that this request starts.
         priority: vLLM's, the smaller the sooner. Nobody waits for a generation that is less urgent than itself.
         fresh: don't read what is stored or running (`Use.FRESH`).
         outcome: what became of it; set before the first piece is given.
-        pays: whether the engine's figures go to this request's request context. False for a hit, true for who started
-        the
-            generation, and for the one who stayed when that one left.
+        pays: whether the engine's figures go to this request. False for a hit, true for who started the generation,
+            and for the one who stayed when that one left.
     """
 
     request_context: RequestContext | None = None

@@ -288,6 +288,16 @@ class ModeratedEngine:
         """Whether answers may have log probabilities, which spell them out."""
         return not self._moderation.reads("answer")
 
+    @property
+    def prioritizes(self) -> bool:
+        """Whether requests are scheduled by their priority."""
+        return bool(self._engine.prioritizes)
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens, which stand for no text."""
+        return frozenset(self._engine.special_tokens)
+
     async def generate(self, job: TextJob) -> AsyncGenerator[Any, None]:
         """Continue one prompt; as the engine's."""
         tenant = _tenant()
