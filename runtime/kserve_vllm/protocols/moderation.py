@@ -40,7 +40,7 @@ from typing import Any, Protocol
 
 from kserve_vllm.core.errors import InvalidRequest, Refused
 from kserve_vllm.core.request_context import current
-from kserve_vllm.core.types import TextJob
+from kserve_vllm.core.types import ModelInfo, TextJob
 
 Location = tuple[str | int, ...]
 """Keys and indices from the top of a body to a text. A field's own name is marked by a last element `key`."""
@@ -297,6 +297,11 @@ class ModeratedEngine:
     def special_tokens(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens, which stand for no text."""
         return frozenset(self._engine.special_tokens)
+
+    def find(self, name: str) -> ModelInfo | None:
+        """What is served under a name; as the engine's."""
+        found: ModelInfo | None = self._engine.find(name)
+        return found
 
     async def generate(self, job: TextJob) -> AsyncGenerator[Any, None]:
         """Continue one prompt; as the engine's."""
