@@ -88,7 +88,8 @@ def test_a_method_that_a_newer_vllm_adds_is_no_way_past_the_policies() -> None:
 def test_the_moderated_engine_has_what_is_moderated_and_nothing_else() -> None:
     public = {name for name in dir(ModeratedEngine) if not name.startswith("_")}
     assert public == set(
-        "generate embed classify score find generates embeds classifies prioritizes shows_logprobs special_tokens".split()
+        "generate embed classify score find generates embeds classifies prioritizes shows_logprobs "
+        "special_tokens".split()
     )
     assert public <= set(dir(VLLMEngine))
     engine = SimpleNamespace(client="raw", app="raw", dream=lambda prompt: prompt)
