@@ -5,8 +5,7 @@ Usage: vllm_check.py [--accept] WHEEL        a wheel's file, of vLLM or of a lib
 
 Shown are: imports of ours that are gone; touchpoints (kserve_vllm/engine/compat.py) that have changed, with what
 happens then; routes that nobody has classified (kserve_vllm/protocols/http/endpoints.py); fields of requests that
-nobody
-has. `--accept` adds what was found to the fingerprints that are known, once someone has read the changes.
+nobody has. `--accept` adds what was found to the fingerprints that are known, once someone has read the changes.
 Exit code 0: nothing to do; 1: there is.
 """
 

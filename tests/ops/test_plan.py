@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kserve_vllm.cli.main import main as cli
+from kserve_vllm.cli import main as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import plan, planner
 from kserve_vllm.ops.model import architecture, hardware, measured, memory, steptime, traffic, weights

@@ -144,8 +144,6 @@ ASKED = {
     "/tokenize": {"prompt": "hello"},
     "/detokenize": {"tokens": [5, 6, 7]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
-    "/v1/completions/render": {"prompt": "hello"},
-    "/v1/chat/completions/render": {"messages": [{"role": "user", "content": "hi"}]},
 }
 
 
@@ -229,19 +227,20 @@ def test_a_model_of_others_is_answered_as_one_that_does_not_exist(shared: Shared
     assert ask("french", ADMIN).status_code == 200
 
 
-@pytest.mark.parametrize("method", ["ModelMetadata", "ModelReady"])
-def test_a_model_of_others_is_not_found_over_grpc(shared: Shared, method: str) -> None:
-    def ask(name: str) -> Any:
+def test_a_model_of_others_is_not_found_over_grpc(shared: Shared) -> None:
+    def ask(method: str, name: str) -> Any:
         request = getattr(service_pb2, f"{method}Request")(name=name)
         return getattr(stub, method)(request, metadata=(("authorization", f"Bearer {UPPER}"),))
 
     with grpc.insecure_channel(shared.grpc_address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for name in ("demo", "french"):
+        for name in ("demo", "french", "nope"):
             with pytest.raises(grpc.RpcError, match=f"no model named '{name}'") as caught:
-                ask(name)
+                ask("ModelMetadata", name)
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        ask("upper")
+            assert not ask("ModelReady", name).ready, "as of one that is not there at all"
+        ask("ModelMetadata", "upper")
+        assert ask("ModelReady", "upper").ready
 
 
 # Limits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kserve_vllm.app import process as bootstrap
-from kserve_vllm.cli.main import main as cli
+from kserve_vllm.cli import main as cli
 from kserve_vllm.config.settings import Settings
 from kserve_vllm.core import termination
 from kserve_vllm.core.errors import ConfigError
@@ -162,7 +162,9 @@ def test_errors_of_vllms_processes_are_known_to_the_one_that_started_them(
 
 def test_the_file_of_errors_is_removed_with_the_logging_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
-    before: Any = logging.root.handlers[:]
+    before: Any = logging.root.handlers[:], logging.root.level
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    kept = [(each, each.propagate, each.level, each.handlers[:], each.disabled) for each in loggers]
     try:
         logs.configure("json")
         path = os.environ["VLLM_LOGGING_CONFIG_PATH"]
@@ -172,4 +174,7 @@ def test_the_file_of_errors_is_removed_with_the_logging_configuration(monkeypatc
         assert not os.path.exists(path + ".failures")
     finally:
         monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
-        logging.root.handlers[:] = before
+        logging.root.handlers[:] = before[0]
+        logging.root.setLevel(before[1])
+        for logger, logger.propagate, logger.level, logger.handlers, logger.disabled in kept:
+            pass

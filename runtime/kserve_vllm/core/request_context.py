@@ -1,8 +1,7 @@
 """What is known about one request, from enforcement to its last token.
 
 A request context is opened where a request comes in, left in a context variable, filled by whoever learns something,
-and closed
-once. Nothing here runs per token.
+and closed once. Nothing here runs per token.
 """
 
 from __future__ import annotations

@@ -222,6 +222,17 @@ TABLE: tuple[Touchpoint, ...] = (
            "SamplingParams StructuredOutputsParams"),
     *_rows("the response cache streams to several clients", "refuse", "exists", "vllm.sampling_params",
            "RequestOutputKind.DELTA RequestOutputKind.CUMULATIVE RequestOutputKind.FINAL_ONLY"),
+    # ---- what keeps keys to their models, and mends vLLM's requests and answers
+    *_rows("a key limited to an adapter can't use the base model", "refuse", "exists", f"{_SERVE}.engine.serving",
+           "BaseServing"),
+    *_rows("a key limited to an adapter can't use the base model", "refuse", "exists",
+           "vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
+    *_rows("errors have the shape of who asked", "warn", "fields", f"{_SERVE}.engine.protocol", "ErrorInfo"),
+    *_rows("errors have the shape of who asked", "warn", "exists", "vllm.entrypoints.anthropic.api_router", ""),
+    *_rows("answers have the fields that Anthropic's clients want", "warn", "fields",
+           "vllm.entrypoints.anthropic.protocol", "AnthropicMessagesResponse AnthropicMessagesRequest"),
+    *_rows("a cut response is incomplete in all its parts", "warn", "fields", f"{_OPENAI}.responses.protocol",
+           "ResponsesResponse ResponsesRequest"),
     # ---- shortcut: whole answers past the web framework
     *_rows("what vLLM's route does around its handler", "fall back", "source", f"{_CHAT}.api_router",
            "create_chat_completion", "answers", "streams"),

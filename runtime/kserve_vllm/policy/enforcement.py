@@ -1,9 +1,8 @@
 """The one path of a request: who is it, may it pass now, in which class, and is anything still in flight.
 
-Every protocol passes it once per request; nothing here runs per token. What enforcement asks for is off by
-default, and what is off costs nothing. The order of the policies stands here and nowhere else: `Enforcement.enforce`
-for what
-is asked of a request, `SequencePolicy.take_up` for what is asked of each sequence of it.
+Every protocol passes it once per request; nothing here runs per token. What enforcement asks for is off by default, and
+what is off costs nothing. The order of the policies stands here and nowhere else: `Enforcement.enforce` for what is
+asked of a request, `SequencePolicy.take_up` for what is asked of each sequence of it.
 """
 
 from __future__ import annotations

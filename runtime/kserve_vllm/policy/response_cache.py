@@ -3,12 +3,12 @@
 The cache stands before the engine and knows nothing of it: a piece is whatever the caller's generator gives, a `Codec`
 makes bytes of it. What is the same is the caller's to say, with the bytes that it hands to `ResponseCache.key`.
 
-While an answer is generated it is a flight: a task of its own runs the engine's generator, and everybody who asked,
-the first one included, reads what the task has got so far. So it is of no account whose client leaves. The task ends
-when the last reader has left. It runs in a copy of the first caller's context, and whatever is recorded by context is
-recorded to
-the first caller. When that one leaves before the end, the oldest of the other readers takes its place: the context's
-request context is changed, and `hand_over` is called so that what is already booked to the first can be moved.
+While an answer is generated it is a flight: a task of its own runs the engine's generator, and everybody who asked, the
+first one included, reads what the task has got so far. So it is of no account whose client leaves. The task ends when
+the last reader has left. It runs in a copy of the first caller's context, and whatever is recorded by context is
+recorded to the first caller. When that one leaves before the end, the oldest of the other readers takes its place: the
+context's request context is changed, and `hand_over` is called so that what is already booked to the first can be
+moved.
 """
 
 from __future__ import annotations
@@ -310,8 +310,7 @@ class ResponseCache(Generic[P]):
         codec: makes bytes of pieces.
         scope: `tenant`: answers are kept apart by tenant; `shared`: all tenants share them.
         max_entry_bytes: answers over this size are not stored.
-        hand_over: called with the request context of a request that left its running generation, that of the one which
-        takes
+        hand_over: called with the context of a request that left its running generation, that of the one which takes
             its place, and the engine's name for the generation, of which what is open is to be moved.
     """
 

@@ -2,8 +2,7 @@
 
 A plain ASGI callable that works from the first second, long before any app exists. Per request it makes a request id,
 checks the key and the body's size, and enters enforcement. `send` is wrapped once, by a plain function that only looks
-at
-the first message of a response.
+at the first message of a response.
 """
 
 from __future__ import annotations
