@@ -176,5 +176,5 @@ def test_the_file_of_errors_is_removed_with_the_logging_configuration(monkeypatc
         monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
         logging.root.handlers[:] = before[0]
         logging.root.setLevel(before[1])
-        for logger, logger.propagate, logger.level, logger.handlers, logger.disabled in kept:
-            pass
+        for logger, propagate, level, handlers, disabled in kept:
+            logger.propagate, logger.level, logger.handlers, logger.disabled = propagate, level, handlers, disabled
