@@ -1,6 +1,6 @@
 """`python -m kserve_vllm` is the `kserve-vllm` command."""
 
-from kserve_vllm.cli.main import main
+from kserve_vllm.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.core import errors
 from tests.charts import kserve_merge

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kserve_vllm.cli.main import main
+from kserve_vllm.cli import main
 from kserve_vllm.ops.diagnose import snapshot as snapshots
 from kserve_vllm.ops.diagnose.causes import judge
 from tests.ops.fake_api import FakeApi
@@ -138,7 +138,7 @@ def test_no_kubeconfig_is_a_sentence(
 def test_without_the_client_a_sentence_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['kubernetes'] = None\n"
-        "from kserve_vllm.cli.main import main; sys.exit(main(['diagnose', 'chat']))"
+        "from kserve_vllm.cli import main; sys.exit(main(['diagnose', 'chat']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from tests.ops import capacity
 from tests.ops.test_simulate import SCENARIO
 from tests.support import ROOT

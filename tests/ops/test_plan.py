@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import plan, planner
 from kserve_vllm.ops.model import architecture, hardware, measured, memory, steptime, traffic, weights
@@ -584,7 +584,7 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 
 def test_the_commands_need_neither_the_engine_nor_kserve() -> None:
     code = (
-        "import sys; from kserve_vllm.cli import main as cli; "
+        "import sys; from kserve_vllm.cli import command as cli; "
         "cli.main(['plan', '--params', '8B', '--gpu', 'H100', '--json', '--speed', 'roofline']); "
         "print([m for m in ('vllm', 'kserve', 'torch', 'transformers', 'matplotlib', 'pandas') if m in sys.modules])"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.cli.main import main
+from kserve_vllm.cli import main
 from kserve_vllm.ops import restart as module
 from kserve_vllm.ops.restart import ANNOTATION
 from tests.ops.fake_api import FakeApi

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kserve_vllm.cli.main import main
+from kserve_vllm.cli import main
 from kserve_vllm.ops.rollout.prometheus import FIRST_TOKEN, GAP, Prometheus
 from kserve_vllm.telemetry.metrics import DECLARED
 from tests.ops.controllers import NAME, NAMESPACE, FakeKnative

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from kserve_vllm.cli.main import main
+from kserve_vllm.cli import main
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.cluster import Cluster, Unreadable
 from kserve_vllm.ops.rollout.command import change_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import simulate
 from kserve_vllm.ops.model import steptime

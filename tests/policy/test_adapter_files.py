@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from kserve_vllm.adapters import files as adapters
 from kserve_vllm.adapters.files import Broken, Declaration
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.core.watched_file import WatchedFile
 from kserve_vllm.engine import warmup

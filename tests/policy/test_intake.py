@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kserve_vllm.app.compose import Composition
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import Forbidden, RateLimited
 from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.core.request_context import RequestContext, current

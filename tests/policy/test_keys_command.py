@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.policy.tenants import Tenants, digest, parse
 
 

@@ -27,7 +27,7 @@ import psutil
 import pytest
 
 from kserve_vllm.adapters.registry import AdapterRegistry
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError, InvalidRequest
 from kserve_vllm.engine import processes as cores
 from kserve_vllm.engine.loras import LoRAs

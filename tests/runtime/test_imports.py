@@ -103,7 +103,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 def test_the_command_line_answers_without_importing_vllm_or_kserve() -> None:
     code = (
-        "import sys; from kserve_vllm.cli import main as cli; sys.argv = ['kserve-vllm']; "
+        "import sys; from kserve_vllm.cli import command as cli; sys.argv = ['kserve-vllm']; "
         "cli.resolve(['some/model'], {}); print([m for m in ('vllm', 'kserve', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

