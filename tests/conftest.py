@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,14 @@ _PATIENT = {"test_embeddings": "embeddings", "test_image": "image", "test_answer
 def _group(path: Path) -> str:
     """Who runs with whom."""
     return _PATIENT.get(path.stem) or ("servers" if _starts_engine(path) else path.stem)
+
+
+@pytest.fixture(autouse=True)
+def our_loggers() -> None:
+    """Some libraries, imported in passing, disable every logger that is there."""
+    for name, each in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "kserve_vllm" and isinstance(each, logging.Logger):
+            each.disabled = False
 
 
 @pytest.fixture(scope="session")
