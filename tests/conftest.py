@@ -72,7 +72,7 @@ def _group(path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def root_logger() -> None:
-    """Libraries that are imported in passing set the root logger's level; ours inherit it, and tests read what they log."""
+    """Libraries that are imported in passing set the root logger's level; ours inherit it, and tests read them."""
     logging.root.setLevel(logging.WARNING)
 
 

@@ -22,7 +22,6 @@ WRONG: list[tuple[str, Any]] = [
     ("logit_bias", "x"),
     ("stop_token_ids", "x"),
     ("bad_words", 5),
-    ("priority", 3),
 ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from cloudevents.http import CloudEvent, from_http, to_binary, to_structured
+from cloudevents.conversion import to_binary, to_structured
+from cloudevents.http import CloudEvent, from_http
 
 from tests.clients import GREEDY, SUM, post, texts
 from tests.support import DEMO, Server

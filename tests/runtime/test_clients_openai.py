@@ -148,8 +148,8 @@ def test_former_guided_decoding_holds(
 NOT_DROPPED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"guided_choice": ["a"], "structured_outputs": {"choice": ["b"]}}, "guided_choice"),
     (CHAT, {"guided_json": {"type": "object"}, "guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
-    (CHAT, {"guided_choice": []}, ""),
-    (CHAT, {"guided_json": "{"}, ""),
+    (CHAT, {"guided_choice": []}, "guided_choice"),
+    (CHAT, {"guided_json": "{"}, "guided_json"),
     (ANTHROPIC, {"guided_choice": ["a"]}, "guided_choice"),
     (COMPLETIONS, {"best_of": 3}, "best_of"),
     (COMPLETIONS, {"logits_processors": ["x"]}, "logits_processors"),
@@ -192,7 +192,8 @@ def test_bans_that_leave_no_token_are_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize(
-    "more", [{}, {"n": 2}, {"logprobs": 1}, {"tools": [{"type": "function", "function": {"name": "f"}}]}]
+    "more",
+    [{}, {"n": 2, "temperature": 1}, {"logprobs": 1}, {"tools": [{"type": "function", "function": {"name": "f"}}]}],
 )
 def test_every_chunk_but_the_last_has_null_usage(server: Server, path: str, more: dict[str, Any]) -> None:
     if path == CHAT and "logprobs" in more:

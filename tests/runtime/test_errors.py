@@ -478,13 +478,12 @@ def test_a_batch_too_large_is_refused_over_grpc(stub: Any) -> None:
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize("call", ["ModelMetadata", "ModelReady"])
-def test_an_unknown_model_has_no_metadata_over_grpc(stub: Any, call: str) -> None:
-    request = getattr(service_pb2, f"{call}Request")
+def test_an_unknown_model_has_no_metadata_over_grpc_and_is_not_ready(stub: Any) -> None:
     for fields, word in (({"name": "nope"}, "nope"), ({"name": "demo", "version": "2"}, "version '2'")):
         with pytest.raises(grpc.RpcError, match=word) as refused:
-            getattr(stub, call)(request(**fields))
+            stub.ModelMetadata(service_pb2.ModelMetadataRequest(**fields))
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    assert not stub.ModelReady(service_pb2.ModelReadyRequest(name="nope")).ready, "as Triton answers"
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe", b"\x0a\xff"])

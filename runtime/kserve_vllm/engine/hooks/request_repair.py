@@ -9,6 +9,7 @@ Written against vLLM 0.32. What a route takes is read from the models of the ins
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -144,9 +145,25 @@ class Mender:
         if not isinstance(wanted, dict):
             raise InvalidRequest("structured_outputs must be an object", field="structured_outputs")
         key = _GUIDED[name]
+        _check_guided(name, key, value)
         if wanted.get(key) is not None:
             raise InvalidRequest(f"give one of {name} and structured_outputs.{key}", field=name)
         tree["structured_outputs"] = {**wanted, key: value}
+
+
+def _check_guided(name: str, key: str, value: Any) -> None:
+    """Refuse at once what vLLM would refuse after a stream has begun, and without the field's name.
+
+    Raises:
+        InvalidRequest: nothing can satisfy the value, or it can't be read.
+    """
+    if key == "choice" and (not isinstance(value, list) or not value):
+        raise InvalidRequest(f"{name} must be a list of at least one text", field=name)
+    if key == "json" and isinstance(value, str):
+        try:
+            json.loads(value)
+        except (ValueError, RecursionError):
+            raise InvalidRequest(f"{name} is not valid JSON", field=name) from None
 
 
 def _drop_if(*harmless: Any, why: str) -> Callable[[str, dict[str, Any], Route], None]:

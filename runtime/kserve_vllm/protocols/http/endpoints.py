@@ -92,7 +92,7 @@ class Target:
         endpoint: the route's template; `other` where no route takes the path.
         kind: what the request is; None where it is refused.
         app, route: what answers it.
-        method: to ask the route with: GET for a HEAD where the route knows no HEAD.
+        method: to ask the route with: GET for a HEAD where the route knows no HEAD; what was asked with, if refused.
         model: the name that stands in the path, or None.
         refusal: why it is not served, or None.
         allow: methods that the path is served for, where its method is none of them.
@@ -115,7 +115,9 @@ class Target:
             MethodNotAllowed: a route takes it, but not with this method; `allow` says which.
         """
         if self.refusal is MethodNotAllowed:
-            raise MethodNotAllowed(f"this path is answered for {', '.join(self.allow)}", allow=self.allow)
+            raise MethodNotAllowed(
+                f"this path does not take {self.method}, but {', '.join(self.allow)}", allow=self.allow
+            )
         if self.refusal is not None:
             raise self.refusal("no such path")
 
@@ -214,7 +216,7 @@ class Endpoints:
             return Target()
         if "GET" in allow:
             allow.add("HEAD")
-        return Target(template, refusal=MethodNotAllowed, allow=tuple(sorted(allow)))
+        return Target(template, method=method, refusal=MethodNotAllowed, allow=tuple(sorted(allow)))
 
 
 def choose(scope: MutableMapping[str, Any], target: Target) -> MutableMapping[str, Any]:
