@@ -722,10 +722,12 @@ class VLLMEngine:
 
         state = self.app.state
         _reject_unknown_options(job.options)
-        most = self.client.model_config.max_model_len
-        if isinstance(job.prompt, list) and len(job.prompt) > most and not job.options.get("truncate_prompt_tokens"):
-            # vLLM would look at each of them, several times, before it counts them.
-            raise InvalidRequest(f"the prompt has {len(job.prompt)} tokens; the model takes {most}", field="input_ids")
+        if isinstance(job.prompt, list) and not job.options.get("truncate_prompt_tokens"):
+            most = self.client.model_config.max_model_len
+            if len(job.prompt) > most:
+                # vLLM would look at each of them, several times, before it counts them.
+                sentence = f"the prompt has {len(job.prompt)} tokens; the model takes {most}"
+                raise InvalidRequest(sentence, field="input_ids")
         if job.options.get("priority"):
             raise InvalidRequest(
                 "priority is not taken from a request; its class decides, and the header x-priority", field="priority"
