@@ -103,7 +103,7 @@ def _trees(names: Sequence[str], leaves: Sequence[Any] = ()) -> st.SearchStrateg
 class _Engine:
     """A model that generates; nothing is asked of it."""
 
-    generates, embeds, classifies = True, False, False
+    generates, embeds, classifies, prioritizes = True, False, False, False
 
 
 _TEXT = V2Text(_Engine(), 512)  # type: ignore[arg-type]
