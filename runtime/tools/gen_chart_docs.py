@@ -87,6 +87,13 @@ SHARED: dict[str, Any] = {
             "tolerationSeconds": {"type": "integer"},
         },
     },
+    # Parts of Kubernetes' API, which its server checks.
+    "anyObject": {"type": ["object", "string"], "additionalProperties": True},
+    "container": {"type": "object", "additionalProperties": True, "required": ["name", "image"]},
+    "envFrom": {"type": "object", "additionalProperties": True, "minProperties": 1},
+    "volume": {"type": "object", "additionalProperties": True, "required": ["name"], "minProperties": 2},
+    "volumeMount": {"type": "object", "additionalProperties": True, "required": ["name", "mountPath"]},
+    "quantities": {"type": "object", "additionalProperties": {"type": ["string", "number"]}},
 }
 
 
@@ -205,10 +212,14 @@ def take_other_names(definition: dict[str, Any], names: list[str], description: 
 
 def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
     """Return the whole values.schema.json. `names` is files/names.yaml."""
-    shared_names = {value.overlay["entries"] for value in values if "entries" in value.overlay}
+    shared_names = {leaf.overlay["entries"] for value in values for leaf in leaves(value) if "entries" in leaf.overlay}
     definitions: dict[str, Any] = dict(SHARED)
     # Helm hands a chart that is a dependency the key `global`, whether it wants it or not.
-    properties: dict[str, Any] = {"global": {"type": "object", "description": "Not used."}}
+    properties: dict[str, Any] = {
+        "global": {"type": "object", "description": "Not used."},
+        # And the key that a parent chart's `condition` reads.
+        "enabled": {"type": "boolean", "description": "For the condition of a parent chart."},
+    }
     for value in values:
         name = value.path[-1]
         if name in shared_names:

@@ -109,6 +109,7 @@ CORE = {
     "apps/v1/Deployment": "V1Deployment",
     "autoscaling/v2/HorizontalPodAutoscaler": "V2HorizontalPodAutoscaler",
     "batch/v1/Job": "V1Job",
+    "networking.k8s.io/v1/Ingress": "V1Ingress",
     "networking.k8s.io/v1/NetworkPolicy": "V1NetworkPolicy",
     "policy/v1/PodDisruptionBudget": "V1PodDisruptionBudget",
 }

@@ -34,8 +34,8 @@ def only(**values: Any) -> Document:
 
 CASES: dict[str, tuple[Document, str]] = {
     # The model.
-    "no model": (only(), "give exactly one of storageUri, model and demo; 0 are given"),
-    "two models": (service(demo=True), "give exactly one of storageUri, model and demo; 2 are given"),
+    "no model": (only(), "give exactly one of storageUri, storage, model and demo; 0 are given"),
+    "two models": (service(demo=True), "give exactly one of storageUri, storage, model and demo; 2 are given"),
     "no storageUri where KServe would inject an agent": (
         only(model="org/model", modelFormat="kserve-vllm"),
         "without a storageUri and with modelFormat kserve-vllm, KServe takes the service for multi-model serving and "
@@ -305,6 +305,63 @@ CASES: dict[str, tuple[Document, str]] = {
         service(runtime="kserve-vllm-cpu"),
         "runtime kserve-vllm-cpu is this release's own; leave `runtime` empty",
     ),
+    "a runtime of one's own that is called as the chart's": (
+        {"runtimes": {"extra": {"kserve-vllm-gpu": {}}}},
+        "runtimes.extra.kserve-vllm-gpu: runtimes.gpu has this name; take another one",
+    ),
+    "a secret of a runtime of one's own": (
+        {"runtimes": {"extra": {"mine": {"env": [{"name": "HF_TOKEN", "value": "x"}]}}}},
+        "runtimes.extra.mine: HF_TOKEN looks like a secret",
+    ),
+    "a flag of a runtime of one's own": (
+        {"runtimes": {"extra": {"mine": {"extraArgs": ["--port=1"]}}}},
+        "runtimes.extra.mine: extraArgs has --port, which belongs to each InferenceService or to the chart",
+    ),
+    "KV cache of a CPU on a GPU": (
+        {"runtimes": {"extra": {"mine": {"kvCacheGiB": 9}}}},
+        "runtimes.extra.mine: kvCacheGiB does nothing except with base cpu",
+    ),
+    # Ways out.
+    "TLS in the pod": (service(extraArgs=["--ssl-certfile=/a"]), "extraArgs has --ssl-certfile, which probes"),
+    "a password of a proxy": (
+        {**service(), "proxy": {"httpsProxy": "http://me:secret@proxy:3128"}},
+        "proxy.httpsProxy: it has a password in plain text",
+    ),
+    "certificates from two places": (
+        {**service(), "caBundle": {"configMap": "a", "secretName": "b"}},
+        "caBundle: give one of configMap and secretName",
+    ),
+    "a proxy for nobody": (
+        {"proxy": {"httpProxy": "http://proxy:3128"}},
+        "proxy.httpProxy does nothing without inferenceServices and without a model cache with a Job",
+    ),
+    "the chart's own condition": ({"enabled": False}, "enabled is for the condition of a parent chart"),
+    "an alert that is not there": (
+        {"monitoring": {"prometheusRule": {"enabled": True, "alerts": {"Nonsense": {"for": "1m"}}}}},
+        "monitoring.prometheusRule.alerts: there is no alert Nonsense; there are KServeVllm",
+    ),
+    "a canary of a stored model": (
+        only(storage={"path": "a"}, canary={"percent": 1, "model": "org/new"}),
+        "a model in `storage` has no canary",
+    ),
+    "a cache in no Redis": (service(responseCache="redis"), "responseCache redis needs the address of a Redis"),
+    "GPUs among the other resources": (
+        service(resources={"limits": {"nvidia.com/gpu": 2}}),
+        "resources.limits has nvidia.com/gpu; set gpu.count instead",
+    ),
+    "claims in Knative": (
+        service(resourceClaims=[{"name": "a", "resourceClaimName": "b"}]),
+        "resourceClaims does nothing in Knative mode",
+    ),
+    "claims over several nodes": (
+        standard(
+            storageUri="pvc://v/m",
+            multiNode={"enabled": True},
+            parallelism={"pipeline": 2},
+            resourceClaims=[{"name": "a", "resourceClaimName": "b"}],
+        ),
+        "resourceClaims does nothing with multiNode, whose GPUs KServe counts",
+    ),
     # Nothing.
     "a default that no service uses": (
         {**service(), "inferenceServiceDefaults": {"rollout": "surge"}},
@@ -514,6 +571,26 @@ CASES: dict[str, tuple[Document, str]] = {
         route(inferenceService="here", timeoutSeconds=60),
         "its timeoutSeconds 60 would cut streams of here, which may take 3600 s",
     ),
+    "an Ingress to Knative": (
+        route(type="Ingress", inferenceService="chat"),
+        "the Service of chat points at Knative's gateway and cannot be the backend of an Ingress",
+    ),
+    "an Ingress by header": (
+        route(
+            type="Ingress",
+            inferenceService="here",
+            headerRoutes=[{"header": "x-a", "value": "b", "inferenceService": "here"}],
+        ),
+        "an Ingress cannot route by header",
+    ),
+    "a gateway of an Ingress": (
+        route(type="Ingress", inferenceService="here", gateway={"name": "a"}),
+        "gateway.name does nothing with type Ingress",
+    ),
+    "a time that no timeouts carry": (
+        route(inferenceService="here", timeoutSeconds=4000, gateway={"timeouts": False}),
+        "timeoutSeconds does nothing while gateway.timeouts is false",
+    ),
     # Model caches.
     "a cache of nothing": (cache(), "give one of huggingFace.repository and files"),
     "a local cache of nothing": (
@@ -542,13 +619,16 @@ def said(case: str) -> str:
 
 
 # What needs a cluster to be said; tests/charts/test_notes.py has them.
-BY_LOOKUP = ("ClusterServingRuntime ", "claim %s has", "LocalModelCache %s", "it is there in %s mode")
+BY_LOOKUP = ("ClusterServingRuntime ", "claim %s has", "LocalModelCache %s", "it is there in %s mode",
+             "allow-zero-initial-scale")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
     assert CASES[case][1] in " ".join(said(case).split())
-    places = ("inferenceService", "routes.", "modelCaches.m: ", "runtimes.", "monitoring.")
+    places = (
+        "inferenceService", "routes.", "modelCaches.m: ", "runtimes.", "monitoring.", "proxy.", "caBundle: ", "enabled",
+    )  # fmt: skip
     assert all(line.startswith(places) for line in said(case).splitlines())
 
 

@@ -268,6 +268,12 @@ LOOKUPS: dict[str, tuple[str, Document, Document, str]] = {
                                "localModelCache": {"sourceModelUri": "hf://a/new", "nodeGroups": ["g"]}}}},
         "modelCaches.m: LocalModelCache m is there with the model hf://a/old, which can't change",
     ),
+    "an initial scale of 0": (
+        "/api/v1/namespaces/knative-serving/configmaps/config-autoscaler",
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "config-autoscaler"}, "data": {"_example": ""}},
+        {"inferenceServices": {"chat": {"storageUri": "hf://a/b", "autoscaling": {"knative": {"initialScale": 0}}}}},
+        "inferenceServices.chat: Knative refuses autoscaling.knative.initialScale 0 unless allow-zero-initial-scale is",
+    ),
     "KServe 0.20 and several nodes": (
         KSERVE,
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "kserve-controller-manager"},

@@ -120,7 +120,7 @@ def test_values_outside_their_range_are_refused() -> None:
         service(profile="fastest"),
         service(canary={"percent": 101}),
         service(timeoutSeconds=0),
-        service(storageUri="ftp://model"),
+        service(storageUri="a/model"),
         {"inferenceServices": {"Chat": {"demo": True}}},
         {"image": {"tag": "latest"}},
         {"image": {"digests": {"gpu": "sha256:abc"}}},

@@ -53,6 +53,16 @@ EXAMPLES: dict[str, Any] = {
     "tag": "9.9.9", "digests.cpu": "sha256:" + "1" * 64, "digests.gpu": "sha256:" + "1" * 64,
     "kserveVersion": "0.21.0", "prometheusAddress": "http://other:9090", "domainTemplate": "{{.Name}}.{{.Namespace}}",
     "tmpSizeLimit": "3Gi", "interval": "5s",
+    "commonLabels": {"team": "c"}, "commonAnnotations": {"team": "c"}, "platform": "openshift",
+    "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}}],
+    "httpProxy": "http://p:1", "httpsProxy": "http://p:1", "noProxy": ["a"], "domain": "corp.example",
+    "envFrom": [{"secretRef": {"name": "s"}}], "initContainers": [{"name": "i", "image": "i:1"}],
+    "extraVolumes": [{"name": "x", "emptyDir": {}}], "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+    "image": "registry.example.com/a:1", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
+    "extra": {"mine": {}}, "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
+    "resourceClaims": [{"name": "g", "resourceClaimName": "c"}], "startupSeconds": 100,
+    "egress": [{"ports": [{"port": 6379}]}], "availability": 0.99, "firstToken": 0.9, "firstTokenSeconds": 1,
+    "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},
 }  # fmt: skip
 # Numbers that may not be just one more than the default.
 NUMBERS = {"maxReplicas": 7, "count": 2, "maxNumSeqs": 33, "tensor": 2, "pipeline": 2, "data": 2, "replicas": 1}
@@ -134,6 +144,9 @@ SERVICES: dict[str, Document] = {
     "files": {**STANDARD, "chatTemplate": {"configMap": "c"}, "apiKeys": {"secretName": "s"},
               "redis": {"secretName": "s"}, "lora": {"watched": {"configMap": "c"}}, "warmup": {"configMap": "c"},
               "moderation": {"configMap": "c"}, "gpu": {"products": ["A"]}, "grpc": {"enabled": True}},
+    "stored": {"storage": {"path": "there", "key": "k"}},
+    "claims": {**STANDARD, "resourceClaims": [{"name": "a", "resourceClaimName": "b"}]},
+    "traced": {**MODEL, "tracing": {"endpoint": "http://c:4317"}, "redis": {"secretName": "s"}},
     "guarded": {**STANDARD, "networkPolicy": {"enabled": True, "restrictEgress": True},
                 "podDisruptionBudget": {"enabled": True}},
 }  # fmt: skip
@@ -152,12 +165,16 @@ ROUTES: dict[str, Document] = {
     "Istio": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Istio"},
     "ejection": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Istio",
                  "outlierEjection": {"enabled": True}},
+    "Ingress": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Ingress"},
+    "no timeouts": {"hosts": ["a.example.com"], "inferenceService": "chat", "gateway": {"timeouts": False}},
 }  # fmt: skip
 CONTEXTS = [
     *(("inferenceServices", "inferenceServiceDefaults", name, base) for name, base in SERVICES.items()),
     *(("modelCaches", "modelCacheDefaults", name, base) for name, base in CACHES.items()),
     *(("routes", "routeDefaults", name, base) for name, base in ROUTES.items()),
     ("serviceAccounts", "serviceAccountDefaults", "an account", {}),
+    ("runtimes.extra", "extraRuntimeDefaults", "a runtime for GPUs", {}),
+    ("runtimes.extra", "extraRuntimeDefaults", "a runtime for CPUs", {"base": "cpu"}),
 ]
 AROUND: Document = {
     "cluster": {"gatewayAPI": True, "lookup": False},
@@ -165,6 +182,14 @@ AROUND: Document = {
 }
 # The cluster is asked before these change in place: tests/charts/test_notes.py.
 LOOKED_UP = {"deploymentMode", "claim.accessModes", "claim.storageClassName", "localModelCache.sourceModelUri"}
+
+
+def around(top: str, entries: Document) -> Document:
+    """Values with `entries` in the map `top`, among what they need."""
+    outer, _, inner = top.partition(".")
+    if inner:
+        return {**AROUND, outer: {inner: entries}}
+    return {**AROUND, top: {**AROUND.get(top, {}), **entries}}
 
 
 def objects_of(documents: list[Document], name: str) -> list[Document]:
@@ -182,7 +207,7 @@ def test_every_value_of_an_entry_does_something_or_is_refused(
     paths: dict[str, tuple[str, ...]] = {}
     for path, default in leaves(DEFAULTS[defaults]):
         setting = other(defaults, path, default)
-        if path == ("modelFormat",) and "storageUri" not in base:
+        if path == ("modelFormat",) and not {"storageUri", "storage"} & base.keys():
             # There the other one is what an empty format means.
             setting = "kserve-vllm"
         if (context, path) == ("Knative canary", ("storageUri",)):
@@ -194,10 +219,10 @@ def test_every_value_of_an_entry_does_something_or_is_refused(
     refusals: dict[str, str] = {}
     while True:
         try:
-            documents = render({**AROUND, top: {**AROUND.get(top, {}), **entries}})
+            documents = render(around(top, entries))
             break
         except HelmError as error:
-            named = dict(re.findall(rf"{top}\.(e\d+): (.*)", str(error)))
+            named = dict(re.findall(rf"{re.escape(top)}\.(e\d+): (.*)", str(error)))
             if not named:
                 raise
             refusals |= named
@@ -233,6 +258,8 @@ RELEASES: dict[str, Document] = {
         "inferenceServices": {"chat": {**STANDARD, "apiKeys": {"secretName": "s"}}, "small": MODEL},
         "modelCaches": {"m": REPOSITORY},
         "tests": {"apiKey": {"secretName": "s"}},
+        "caBundle": {"configMap": "c"},
+        "proxy": {"httpProxy": "http://p:2"},
         "monitoring": {name: {"enabled": True} for name in ("podMonitor", "prometheusRule", "dashboards")},
     },
     "nothing": {"runtimes": {"enabled": False}},
@@ -243,11 +270,14 @@ RELEASES: dict[str, Document] = {
     },
 }
 # Each release shows what the ones before it do not.
-TOPS = {
-    "all on": ("image", "cluster", "runtimes", "monitoring", "tests"),
-    "nothing": ("image", "runtimes", "monitoring", "tests"),
+TOPS: dict[str, tuple[str, ...]] = {
+    "all on": (
+        "image", "cluster", "commonLabels", "commonAnnotations", "extraObjects", "caBundle", "proxy", "podSecurity",
+        "runtimes", "monitoring", "tests",
+    ),
+    "nothing": ("image", "caBundle", "proxy", "podSecurity", "runtimes", "monitoring", "tests"),
     "some off": ("image", "runtimes", "tests"),
-}
+}  # fmt: skip
 assert set(TOPS["all on"]) == {
     t for t in DEFAULTS if not t.endswith("Defaults") and f"{t[:-1]}Defaults" not in DEFAULTS
 }
@@ -259,7 +289,7 @@ def test_every_value_of_the_release_does_something_or_is_refused(context: str) -
     tasks = {}
     for top in TOPS[context]:
         for path, default in leaves({top: DEFAULTS[top]}):
-            setting = other(top, path[1:], default)
+            setting = other(top, path[1:] or path, default)
             if setting != value_at(base, path, default):
                 tasks[".".join(path)] = changed(base, path, setting)
     # Threads wait for helm; two keep both cores of a small machine busy.
@@ -298,6 +328,8 @@ def test_null_is_the_default_for_a_value_and_for_a_whole_block() -> None:
         if top in ("inferenceServices", "modelCaches", "routes", "serviceAccounts", "cluster"):
             continue
         assert render({**WHOLE, top: None}) == plain, top
+        if not isinstance(values, dict):
+            continue
         nulls = {key: None for key in values}
         assert render({**WHOLE, top: nulls}) == plain, top
     nulls = {

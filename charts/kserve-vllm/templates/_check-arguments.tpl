@@ -38,7 +38,7 @@
 {{- $at := .at -}}
 {{- $s := .s -}}
 {{- $owned := dict "model" "model" "model-id" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "data-parallel-size" "parallelism.data" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "keys-file" "apiKeys" "redis-url" "redis" "adapters-file" "lora.watched" "warmup-file" "warmup" "moderation-file" "moderation" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
-{{- $fixed := list "host" "http-port" "grpc-port" "port" "headless" "config" -}}
+{{- $fixed := list "host" "http-port" "grpc-port" "port" "headless" "config" "ssl-certfile" "ssl-keyfile" -}}
 {{- range $s.extraArgs }}
 {{- $flag := include "kserve-vllm.flag" . }}
 {{- if hasKey $owned $flag }}

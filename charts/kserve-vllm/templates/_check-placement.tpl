@@ -12,8 +12,13 @@
 {{- if gt (int $s.gpusNeeded) 1 }}
 {{ printf "%s: %s is a share of one GPU, but the parallelism needs %d GPUs." $at $s.gpu.resource (int $s.gpusNeeded) }}
 {{- end }}
-{{- else if lt (int $s.gpus) (int $s.gpusNeeded) }}
+{{- else if and (not $s.byClaim) (lt (int $s.gpus) (int $s.gpusNeeded)) }}
 {{ printf "%s: gpu.count is %d, but the parallelism (tensor %d, pipeline %d, data %d) needs %d GPUs in a pod." $at (int $s.gpus) (int $s.parallelism.tensor) (int $s.parallelism.pipeline) (int $s.parallelism.data) (int $s.gpusNeeded) }}
+{{- end }}
+{{- range $group := list "requests" "limits" }}
+{{- if and (eq $s.device "gpu") (hasKey (index $s.resources $group) $s.gpu.resource) }}
+{{ printf "%s: resources.%s has %s; set gpu.count instead, or gpu.resource to another one." $at $group $s.gpu.resource }}
+{{- end }}
 {{- end }}
 
 {{/* Multi-node. */}}
@@ -33,7 +38,7 @@
 {{- if gt (int $s.min) 1 }}
 {{ printf "%s: KServe runs one group of nodes for a multiNode service; autoscaling.minReplicas must be 1." $at }}
 {{- end }}
-{{- if ne (int $s.gpus) (int $s.gpusNeeded) }}
+{{- if and (not $s.byClaim) (ne (int $s.gpus) (int $s.gpusNeeded)) }}
 {{ printf "%s: with multiNode KServe gives each node parallelism.tensor GPUs; leave gpu.count empty." $at }}
 {{- end }}
 {{- if $s.sharedGpu }}

@@ -9,10 +9,17 @@
 {{- if gt (add (int $s.drainTimeout) (int $s.drainDelay)) (int $s.grace) }}
 {{ printf "%s: the drain takes %d s (delay %d, timeout %d), but the pod is killed after %d s; raise %s or shorten the drain." $at (add (int $s.drainTimeout) (int $s.drainDelay)) (int $s.drainDelay) (int $s.drainTimeout) (int $s.grace) (ternary "timeoutSeconds" "terminationGracePeriodSeconds" $s.knative) }}
 {{- end }}
-{{- if and $s.knative (lt (int $s.progressDeadline) (int (include "kserve-vllm.startupBudget" $root))) }}
-{{ printf "%s: Knative would give up after %d s, while the startup probe still allows %s s; raise progressDeadlineSeconds or lower runtimes.probes.startup." $at (int $s.progressDeadline) (include "kserve-vllm.startupBudget" $root) }}
+{{- if and $s.knative (lt (int $s.progressDeadline) (int $s.startupBudget)) }}
+{{ printf "%s: Knative would give up after %d s, while the startup probe still allows %d s; raise progressDeadlineSeconds or lower startupSeconds." $at (int $s.progressDeadline) (int $s.startupBudget) }}
 {{- end }}
 
+{{- if and $s.knative (eq (toJson $s.autoscaling.knative.initialScale) "0") }}
+{{- $config := dict "root" $root "api" "v1" "kind" "ConfigMap" "namespace" $root.Values.cluster.knativeNamespace "name" "config-autoscaler" }}
+{{- include "kserve-vllm.lookup" $config }}
+{{- if and $config.object (ne (dig "data" "allow-zero-initial-scale" "false" $config.object) "true") }}
+{{ printf "%s: Knative refuses autoscaling.knative.initialScale 0 unless allow-zero-initial-scale is true in its config-autoscaler; set it there, or leave initialScale empty." $at }}
+{{- end }}
+{{- end }}
 {{- if and $s.rollout $s.multiNode.enabled }}
 {{ printf "%s: KServe replaces all nodes of a multiNode service at once; leave rollout empty." $at }}
 {{- end }}

@@ -25,6 +25,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.check.scaling" $check }}
 {{ include "kserve-vllm.check.canary" $check }}
 {{- end }}
+{{ include "kserve-vllm.check.outward" . }}
 {{ include "kserve-vllm.idle.services" . }}
 {{- end }}
 
@@ -33,13 +34,26 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- range .Values.internal.misnamed }}{{ if hasPrefix "runtimes" . }}
 {{ . }}
 {{- end }}{{ end }}
+{{- if eq (toJson .Values.enabled) "false" }}
+{{ printf "enabled is for the condition of a parent chart, and here it does nothing; switch off what you do not want: runtimes.enabled, tests.enabled, `enabled` of an entry." }}
+{{- end }}
 {{- if .Values.runtimes.enabled }}
 {{- range $kind := list "cpu" "gpu" "multinode" }}
 {{- if (index $.Values.runtimes $kind).enabled }}
 {{ include "kserve-vllm.check.runtime" (list $ $kind) }}
 {{- end }}
 {{- end }}
+{{- range $name, $extra := .Values.internal.extras }}
+{{ include "kserve-vllm.check.runtime" (list $ (printf "extra.%s" $name)) }}
+{{- range $kind := list "cpu" "gpu" "multinode" }}
+{{- if and (index $.Values.runtimes $kind).enabled (eq $name (index $.Values.runtimes $kind).name) }}
+{{ printf "runtimes.extra.%s: runtimes.%s has this name; take another one." $name $kind }}
 {{- end }}
+{{- end }}
+{{ include "kserve-vllm.idle.entry" (dict "root" $ "at" (printf "runtimes.extra.%s" $name) "kind" "extra" "chart" "extraRuntimeDefaults" "entry" $extra) }}
+{{- end }}
+{{- end }}
+{{ include "kserve-vllm.check.alerts" . }}
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}
 
@@ -47,8 +61,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- define "kserve-vllm.check.runtime" -}}
 {{- $root := index . 0 -}}
 {{- $at := printf "runtimes.%s" (index . 1) -}}
-{{- $runtime := index $root.Values.runtimes (index . 1) -}}
-{{- $owned := list "model" "model-id" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "max-num-seqs" "drain-timeout" "drain-delay" "api-key" "config" -}}
+{{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
+{{- $owned := list "model" "model-id" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "max-num-seqs" "drain-timeout" "drain-delay" "api-key" "config" "ssl-certfile" "ssl-keyfile" -}}
 {{- range $runtime.extraArgs }}
 {{- $word := include "kserve-vllm.string" . }}
 {{- $flag := include "kserve-vllm.flag" $word }}
@@ -98,8 +112,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- else if not $s }}
 {{ printf "%s: there is no inferenceServices.%s." $at .inferenceService }}
 {{- else }}
-{{- if and $s.knative (eq $r.type "GatewayAPI") }}
-{{ printf "%s: in Knative mode the Service of %s points at Knative's gateway and cannot be the backend of an HTTPRoute; use type Istio, or Standard mode." $at .inferenceService }}
+{{- if and $s.knative (ne $r.type "Istio") }}
+{{ printf "%s: in Knative mode the Service of %s points at Knative's gateway and cannot be the backend of an %s; use type Istio, or Standard mode." $at .inferenceService (ternary "HTTPRoute" "Ingress" (eq $r.type "GatewayAPI")) }}
 {{- end }}
 {{- if and $s.knative $r.outlierEjection.enabled (eq $r.type "Istio") }}
 {{ printf "%s: outlierEjection needs the pods behind the route, but those of %s are behind Knative's gateway." $at .inferenceService }}
@@ -111,6 +125,9 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{- if and $r.outlierEjection.enabled (ne $r.type "Istio") }}
 {{ printf "%s: outlierEjection is Istio's; set type: Istio." $at }}
+{{- end }}
+{{- if and (eq $r.type "Ingress") $r.headerRoutes }}
+{{ printf "%s: an Ingress cannot route by header; take headerRoutes out, or use type GatewayAPI or Istio." $at }}
 {{- end }}
 {{- $object := include "kserve-vllm.routeName" $name }}
 {{- range $service, $_ := $root.Values.internal.services }}

@@ -4,24 +4,37 @@
 {{- $c := index . 1 -}}
 {{- $hub := $c.huggingFace -}}
 {{- $source := dict "directory" $c.directory "files" $c.files "repository" $hub.repository "revision" $hub.revision "endpoint" $hub.endpoint "exclude" $hub.exclude -}}
+{{- $env := concat (list (dict "name" "HOME" "value" "/tmp")) (include "kserve-vllm.outwardEnv" $root | fromJsonArray) -}}
+{{- with $hub.tokenSecret.name }}{{ $env = append $env (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $hub.tokenSecret.key))) }}{{ end -}}
+{{- $mounts := list (dict "name" "models" "mountPath" "/models") (dict "name" "tmp" "mountPath" "/tmp") -}}
+{{- $volumes := list (dict "name" "models" "persistentVolumeClaim" (dict "claimName" (default $c.name $c.claim.existing))) (dict "name" "tmp" "emptyDir" dict) -}}
+{{- $ca := include "kserve-vllm.caFile" $root | fromJson -}}
+{{- if $ca -}}
+{{- $mounts = append $mounts (dict "name" "ca" "mountPath" "/etc/kserve-vllm/ca" "readOnly" true) -}}
+{{- $volumes = append $volumes (include "kserve-vllm.fileVolume" $ca | fromJson) -}}
+{{- end -}}
 metadata:
   labels:
     {{- include "kserve-vllm.stableLabels" (list $root) | nindent 4 }}
   annotations:
-    sidecar.istio.io/inject: "false"
+    {{- include "kserve-vllm.annotations" (list $root (dict "sidecar.istio.io/inject" "false")) | nindent 4 }}
 spec:
   restartPolicy: OnFailure
   automountServiceAccountToken: false
   enableServiceLinks: false
   securityContext:
-    {{- include "kserve-vllm.podSecurityContext" $root | nindent 4 }}
+    {{- include "kserve-vllm.podSecurityContext" $root | trim | nindent 4 }}
+  {{- with $c.job.initContainers }}
+  initContainers:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   {{- with $root.Values.image.pullSecrets }}
   imagePullSecrets:
     {{- include "kserve-vllm.secretNames" . | nindent 4 }}
   {{- end }}
-  {{- with $c.job.nodeSelector }}
+  {{- with include "kserve-vllm.nodeSelector" (list $root $c.job.nodeSelector) }}
   nodeSelector:
-    {{- include "kserve-vllm.strings" . | nindent 4 }}
+    {{- . | nindent 4 }}
   {{- end }}
   {{- with $c.job.tolerations }}
   tolerations:
@@ -41,30 +54,16 @@ spec:
       args:
         - {{ $source | toJson | quote }}
       env:
-        - name: HOME
-          value: /tmp
-        {{- with $hub.tokenSecret.name }}
-        - name: HF_TOKEN
-          valueFrom:
-            secretKeyRef:
-              name: {{ . | quote }}
-              key: {{ $hub.tokenSecret.key | quote }}
-        {{- end }}
+        {{- include "kserve-vllm.env" (list $env $c.job.env) | nindent 8 }}
+      {{- with $c.job.envFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       resources:
-        requests:
-          cpu: {{ $c.job.cpu | quote }}
-          memory: {{ $c.job.memory | quote }}
-        limits:
-          memory: {{ $c.job.memory | quote }}
+        {{- $asked := dict "requests" (dict "cpu" $c.job.cpu "memory" $c.job.memory) "limits" (dict "memory" $c.job.memory) }}
+        {{- include "kserve-vllm.quantities" (list $asked $c.job.resources) | nindent 8 }}
       volumeMounts:
-        - name: models
-          mountPath: /models
-        - name: tmp
-          mountPath: /tmp
+        {{- include "kserve-vllm.mergeLists" (list "mountPath" $mounts $c.job.extraVolumeMounts) | nindent 8 }}
   volumes:
-    - name: models
-      persistentVolumeClaim:
-        claimName: {{ default $c.name $c.claim.existing | quote }}
-    - name: tmp
-      emptyDir: {}
+    {{- include "kserve-vllm.mergeLists" (list "name" $volumes $c.job.extraVolumes) | nindent 4 }}
 {{- end }}

@@ -7,6 +7,18 @@
 {{- with index $image.digests $flavour }}@{{ . }}{{ end -}}
 {{- end }}
 
+{{/* A node selector with image.architecture in it, under what is given. Takes (list $ selector). */}}
+{{- define "kserve-vllm.nodeSelector" -}}
+{{- $architecture := (index . 0).Values.image.architecture -}}
+{{- include "kserve-vllm.mergeMaps" (list (ternary (dict "kubernetes.io/arch" $architecture) dict (ne $architecture "")) (index . 1)) -}}
+{{- end }}
+
+{{/* `yes` on OpenShift, which gives out users and groups by namespace and refuses pods that name others. */}}
+{{- define "kserve-vllm.openshift" -}}
+{{- $platform := .Values.podSecurity.platform -}}
+{{- if or (eq $platform "openshift") (and (not $platform) (.Capabilities.APIVersions.Has "security.openshift.io/v1")) }}yes{{ end -}}
+{{- end }}
+
 {{/* Not root, nothing to gain, nothing to write on. The uid is the image's. */}}
 {{- define "kserve-vllm.containerSecurityContext" -}}
 allowPrivilegeEscalation: false
@@ -14,7 +26,9 @@ capabilities:
   drop: [ALL]
 readOnlyRootFilesystem: true
 runAsNonRoot: true
+{{- if not (include "kserve-vllm.openshift" .) }}
 runAsUser: 1000
+{{- end }}
 seccompProfile:
   type: RuntimeDefault
 {{- end }}
@@ -24,11 +38,13 @@ Pod security context of the chart's own pods (Jobs, tests); a runtime cannot car
 volume: a pod that mounted a directory before the Job made it has left it to root.
 */}}
 {{- define "kserve-vllm.podSecurityContext" -}}
+{{- if not (include "kserve-vllm.openshift" .) }}
 fsGroup: 1000
 fsGroupChangePolicy: Always
 runAsGroup: 1000
-runAsNonRoot: true
 runAsUser: 1000
+{{- end }}
+runAsNonRoot: true
 seccompProfile:
   type: RuntimeDefault
 {{- end }}

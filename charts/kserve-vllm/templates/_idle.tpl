@@ -92,6 +92,11 @@ does nothing for any entry.
   "budget" .podDisruptionBudget.enabled
   "policy" .networkPolicy.enabled
   "egress" .networkPolicy.restrictEgress
+  "counted" (not .byClaim)
+  "claims" (not .multiNode.enabled)
+  "stored" (ne .storage.path "")
+  "fetched" (ne .storageUri "")
+  "tracing" (ne .tracing.endpoint "")
 | toJson -}}
 {{- end }}
 
@@ -100,7 +105,9 @@ does nothing for any entry.
 {{- $e := .entry -}}
 {{- $conditions := dict -}}
 {{- if eq .kind "routes" -}}
-{{- $conditions = dict "ejection" $e.outlierEjection.enabled -}}
+{{- $conditions = dict "ejection" $e.outlierEjection.enabled "gatewayAPI" (eq $e.type "GatewayAPI") "gateway" (ne $e.type "Ingress") "ingress" (eq $e.type "Ingress") "timeouts" (or $e.gateway.timeouts (ne $e.type "GatewayAPI")) -}}
+{{- else if eq .kind "extra" -}}
+{{- $conditions = dict "onCpu" (eq $e.base "cpu") -}}
 {{- else -}}
 {{- $filled := eq $e.type "PersistentVolumeClaim" -}}
 {{- $conditions = dict "ownClaim" (eq $e.claim.existing "") "filled" $filled "kept" (not $filled) "repository" (ne $e.huggingFace.repository "") "hubToken" (ne $e.huggingFace.tokenSecret.name "") -}}
@@ -122,8 +129,35 @@ does nothing for any entry.
 {{- range .Values.internal.caches }}{{ if eq .type "PersistentVolumeClaim" }}{{ $jobs = true }}{{ end }}{{ end -}}
 {{- $keys := false -}}
 {{- range .Values.internal.services }}{{ if .apiKeys.secretName }}{{ $keys = true }}{{ end }}{{ end -}}
-{{- $cpuImage := or $cpu $jobs (and .Values.tests.enabled $services) -}}
-{{- $conditions := dict "runtimesOn" $on "cpuRuntime" .Values.runtimes.cpu.enabled "gpuRuntime" .Values.runtimes.gpu.enabled "multinodeRuntime" .Values.runtimes.multinode.enabled "runtimes" (or $cpu $gpu) "images" (or $cpuImage $gpu) "cpuImage" $cpuImage "gpuImage" $gpu "services" $services "keys" $keys "tests" .Values.tests.enabled "testKey" (ne .Values.tests.apiKey.secretName "") "podMonitor" .Values.monitoring.podMonitor.enabled "prometheusRule" .Values.monitoring.prometheusRule.enabled "dashboards" .Values.monitoring.dashboards.enabled -}}
+{{- $cpuImage := or $jobs (and .Values.tests.enabled $services) -}}
+{{- $gpuImage := false -}}
+{{- range $key, $runtime := .Values.internal.runtimes -}}
+{{- if and $on $runtime.enabled (not $runtime.image) -}}
+{{- if eq $runtime.base "cpu" }}{{ $cpuImage = true }}{{ else }}{{ $gpuImage = true }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $extra := and $on (not (empty .Values.internal.extras)) -}}
+{{- $conditions := dict
+  "pods" (or $cpuImage $gpuImage $services $cpu $gpu $extra)
+  "outward" (or $services $jobs)
+  "caBundle" (or (ne .Values.caBundle.configMap "") (ne .Values.caBundle.secretName ""))
+  "proxy" (or (ne .Values.proxy.httpProxy "") (ne .Values.proxy.httpsProxy ""))
+  "images" (or $cpuImage $gpuImage)
+  "cpuImage" $cpuImage
+  "gpuImage" $gpuImage
+  "runtimesOn" $on
+  "runtimes" (or $cpu $gpu $extra)
+  "ownRuntimes" (or $cpu $gpu)
+  "cpuRuntime" .Values.runtimes.cpu.enabled
+  "gpuRuntime" .Values.runtimes.gpu.enabled
+  "multinodeRuntime" .Values.runtimes.multinode.enabled
+  "services" $services
+  "keys" $keys
+  "tests" .Values.tests.enabled
+  "testKey" (ne .Values.tests.apiKey.secretName "")
+  "podMonitor" .Values.monitoring.podMonitor.enabled
+  "prometheusRule" .Values.monitoring.prometheusRule.enabled
+  "dashboards" .Values.monitoring.dashboards.enabled -}}
 {{- $found := dict "root" . "table" "release" "values" .Values "chart" .Values.internal.defaults "conditions" $conditions -}}
 {{- include "kserve-vllm.idle" $found -}}
 {{- range $path, $reason := $found.idle }}

@@ -7,7 +7,8 @@ Every template begins with it: the values are made whole once, and `.Values.inte
 - Entries that are null or have `enabled: false` are left out. The others are laid over their defaults.
 
 `.Values.internal`: defaults (the chart's own), renamed (sentences for NOTES), misnamed (sentences that end the render),
-services, routes, caches and accounts (entries by name; services also with what _service.tpl derives).
+services, routes, caches, accounts and extras (entries by name; services also with what _service.tpl derives), runtimes (all
+of them by key: cpu, gpu, multinode, extra.NAME; each with its base).
 */}}
 {{- define "kserve-vllm.load" -}}
 {{- if not (hasKey .Values "internal") -}}
@@ -16,10 +17,12 @@ services, routes, caches and accounts (entries by name; services also with what 
 {{- include "kserve-vllm.load.names" (list . $internal) -}}
 {{- include "kserve-vllm.complete" (list .Values $defaults) -}}
 {{- $_ := set .Values "internal" $internal -}}
-{{- $kinds := dict "services" (list "inferenceServices" "inferenceServiceDefaults") "routes" (list "routes" "routeDefaults") "caches" (list "modelCaches" "modelCacheDefaults") "accounts" (list "serviceAccounts" "serviceAccountDefaults") -}}
+{{- $kinds := dict "services" (list "inferenceServices" "inferenceServiceDefaults") "routes" (list "routes" "routeDefaults") "caches" (list "modelCaches" "modelCacheDefaults") "accounts" (list "serviceAccounts" "serviceAccountDefaults") "extras" (list "runtimes.extra" "extraRuntimeDefaults") -}}
 {{- range $kind, $keys := $kinds -}}
 {{- $entries := dict -}}
-{{- range $name, $own := index $.Values (first $keys) -}}
+{{- $given := dict "in" $.Values "path" (first $keys) -}}
+{{- include "kserve-vllm.get" $given -}}
+{{- range $name, $own := $given.value -}}
 {{- if kindIs "map" $own -}}
 {{- $entry := deepCopy (index $.Values (last $keys)) -}}
 {{- include "kserve-vllm.overlay" (list $entry $own (index $defaults (last $keys))) -}}
@@ -28,6 +31,10 @@ services, routes, caches and accounts (entries by name; services also with what 
 {{- end -}}
 {{- $_ := set $internal $kind $entries -}}
 {{- end -}}
+{{- $runtimes := dict -}}
+{{- range list "cpu" "gpu" "multinode" }}{{ $_ := set $runtimes . (set (index $.Values.runtimes .) "base" .) }}{{ end -}}
+{{- range $name, $extra := $internal.extras }}{{ $_ := set $runtimes (printf "extra.%s" $name) $extra }}{{ end -}}
+{{- $_ := set $internal "runtimes" $runtimes -}}
 {{- range $internal.services }}{{ include "kserve-vllm.service" (list $ .) }}{{ end -}}
 {{/* Where a route leads to, the default last: it matches everything. */}}
 {{- range $internal.routes }}{{ $_ := set . "targets" (append .headerRoutes (dict "inferenceService" .inferenceService)) }}{{ end -}}

@@ -24,10 +24,10 @@ transformers and explainers. It overwrites or deletes what has these names, so n
 {{- if gt (len .) 63 }}{{ printf "%s-%s" (trunc 54 . | trimSuffix "-") (sha256sum . | trunc 8) }}{{ else }}{{ . }}{{ end -}}
 {{- end }}
 
-{{/* Name of a runtime. Takes (list $ "cpu"|"gpu"|"multinode"). */}}
+{{/* Name of a runtime. Takes (list $ key): cpu, gpu, multinode or extra.NAME, as in internal.runtimes. */}}
 {{- define "kserve-vllm.runtimeName" -}}
 {{- $root := index . 0 -}}
-{{- $name := (index $root.Values.runtimes (index . 1)).name -}}
+{{- $name := (index $root.Values.internal.runtimes (index . 1)).name -}}
 {{- if $root.Values.runtimes.versionInName -}}
 {{- $name = printf "%s-%s" $name (default $root.Chart.AppVersion $root.Values.image.tag | lower | replace "." "-" | replace "_" "-" | replace "+" "-") -}}
 {{- end -}}
@@ -44,12 +44,17 @@ transformers and explainers. It overwrites or deletes what has these names, so n
 {{- $root := first . -}}
 {{- $own := include "kserve-vllm.stableLabels.own" $root | fromYaml -}}
 {{- $own = merge (dict "app.kubernetes.io/version" $root.Chart.AppVersion "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | trimSuffix "_")) $own -}}
-{{- include "kserve-vllm.mergeMaps" (concat (list $own) (rest .)) -}}
+{{- include "kserve-vllm.mergeMaps" (concat (list $own $root.Values.commonLabels) (rest .)) -}}
+{{- end }}
+
+{{/* Annotations of an object of the chart: commonAnnotations, and over them what else is given. Takes (list $ annotations...). */}}
+{{- define "kserve-vllm.annotations" -}}
+{{- include "kserve-vllm.mergeMaps" (concat (list (first .).Values.commonAnnotations) (rest .)) -}}
 {{- end }}
 
 {{/* The same without versions, for what reaches pods: else each upgrade of the chart would restart every model. */}}
 {{- define "kserve-vllm.stableLabels" -}}
-{{- include "kserve-vllm.mergeMaps" (concat (list (include "kserve-vllm.stableLabels.own" (first .) | fromYaml)) (rest .)) -}}
+{{- include "kserve-vllm.mergeMaps" (concat (list (include "kserve-vllm.stableLabels.own" (first .) | fromYaml) (first .).Values.commonLabels) (rest .)) -}}
 {{- end }}
 
 {{- define "kserve-vllm.stableLabels.own" -}}

@@ -26,6 +26,9 @@
 {{- $out := dict -}}
 {{- if $requests }}{{ $out = set $out "requests" $requests }}{{ end -}}
 {{- if $limits }}{{ $out = set $out "limits" $limits }}{{ end -}}
+{{- $claims := list -}}
+{{- range .resourceClaims }}{{ $claims = append $claims (dict "name" .name) }}{{ end -}}
+{{- if $claims }}{{ $out = set $out "claims" $claims }}{{ end -}}
 {{- if $out }}{{ toYaml $out }}{{ end -}}
 {{- end }}
 
@@ -46,6 +49,14 @@ runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- with .schedulerName }}
 schedulerName: {{ . | quote }}
+{{- end }}
+{{- with .initContainers }}
+initContainers:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .resourceClaims }}
+resourceClaims:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .nodeSelector }}
 nodeSelector:
@@ -108,7 +119,23 @@ autoscaling.knative.dev/initial-scale: {{ int $k.initialScale | quote }}
 {{- $own := list -}}
 {{- with .redis.secretName }}{{ $own = append $own (dict "name" "KSERVE_VLLM_REDIS_URL" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $.redis.key))) }}{{ end -}}
 {{- with .huggingFaceToken.secretName }}{{ $own = append $own (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $.huggingFaceToken.key))) }}{{ end -}}
-{{- include "kserve-vllm.env" (list $own .env) -}}
+{{- include "kserve-vllm.env" (list .outwardEnv $own .env) -}}
+{{- end }}
+
+{{/* Volumes of the predictor by name, the user's over the chart's over the runtime's. */}}
+{{- define "kserve-vllm.serviceVolumes" -}}
+{{- $own := list -}}
+{{- with .tmpSizeLimit }}{{ $own = append $own (dict "name" "tmp" "emptyDir" (dict "sizeLimit" .)) }}{{ end -}}
+{{- with .sharedMemory }}{{ $own = append $own (dict "name" "shm" "emptyDir" (dict "medium" "Memory" "sizeLimit" .)) }}{{ end -}}
+{{- range .files }}{{ $own = append $own (include "kserve-vllm.fileVolume" . | fromJson) }}{{ end -}}
+{{- include "kserve-vllm.mergeLists" (list "name" $own .extraVolumes) -}}
+{{- end }}
+
+{{/* Mounts of the serving container, by path. */}}
+{{- define "kserve-vllm.serviceMounts" -}}
+{{- $own := list -}}
+{{- range .files }}{{ $own = append $own (dict "name" .name "mountPath" (printf "/etc/kserve-vllm/%s" .name) "readOnly" true) }}{{ end -}}
+{{- include "kserve-vllm.mergeLists" (list "mountPath" $own .extraVolumeMounts) -}}
 {{- end }}
 
 {{/* Annotations of the InferenceService itself, which KServe reads; the user's win. */}}

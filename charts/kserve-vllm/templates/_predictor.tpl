@@ -70,24 +70,12 @@ annotations:
   {{- . | nindent 2 }}
 {{- end }}
 {{- include "kserve-vllm.podFields" $s | nindent 0 }}
-{{- if or $s.files $s.sharedMemory }}
+{{- with include "kserve-vllm.serviceVolumes" $s }}
 volumes:
-  {{- with $s.sharedMemory }}
-  - name: shm
-    emptyDir:
-      medium: Memory
-      sizeLimit: {{ . }}
-  {{- end }}
-  {{- range $s.files }}
-  - name: {{ .name }}
-    {{- if .secret }}
-    secret:
-      secretName: {{ .secret | quote }}
-    {{- else }}
-    configMap:
-      name: {{ .configMap | quote }}
-    {{- end }}
-  {{- end }}
+  {{- . | nindent 2 }}
+{{- end }}
+{{- with $s.storageContainerName }}
+storageContainerName: {{ . | quote }}
 {{- end }}
 {{- if $s.fetchedAdapters }}
 storageUris:
@@ -106,6 +94,17 @@ model:
   {{- if and $s.storageUri (not $s.fetchedAdapters) }}
   storageUri: {{ ternary $s.canary.storageUri $s.storageUri $new | quote }}
   {{- end }}
+  {{- if $s.storage.path }}
+  storage:
+    {{- with $s.storage.key }}
+    key: {{ . | quote }}
+    {{- end }}
+    path: {{ $s.storage.path | quote }}
+    {{- with include "kserve-vllm.strings" $s.storage.parameters }}
+    parameters:
+      {{- . | nindent 6 }}
+    {{- end }}
+  {{- end }}
   args:
     {{- if and $new $s.model }}
     {{- include "kserve-vllm.stringList" (include "kserve-vllm.canaryArgs" $s | fromJsonArray) | nindent 4 }}
@@ -120,6 +119,11 @@ model:
   resources:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- with $s.startupSeconds }}
+  startupProbe:
+    periodSeconds: {{ min $s.startupPeriod . }}
+    failureThreshold: {{ max 1 (div . (min $s.startupPeriod .)) }}
+  {{- end }}
   {{- if $s.grpc.enabled }}
   # HTTP first: KServe's Service sends port 80 to the first one. A name with "grpc" makes the other one HTTP/2.
   ports:
@@ -130,13 +134,13 @@ model:
       name: grpc
       protocol: TCP
   {{- end }}
-  {{- with $s.files }}
+  {{- with $s.envFrom }}
+  envFrom:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with include "kserve-vllm.serviceMounts" $s }}
   volumeMounts:
-    {{- range . }}
-    - name: {{ .name }}
-      mountPath: /etc/kserve-vllm/{{ .name }}
-      readOnly: true
-    {{- end }}
+    {{- . | nindent 4 }}
   {{- end }}
 {{- if $s.multiNode.enabled }}
 workerSpec:
@@ -144,15 +148,20 @@ workerSpec:
   tensorParallelSize: {{ int $s.parallelism.tensor }}
   terminationGracePeriodSeconds: {{ int $s.grace }}
   {{- include "kserve-vllm.podFields" $s | nindent 2 }}
-  {{- with $s.sharedMemory }}
+  {{- with include "kserve-vllm.serviceVolumes" (dict "sharedMemory" $s.sharedMemory "tmpSizeLimit" $s.tmpSizeLimit "files" list "extraVolumes" $s.extraVolumes) }}
   volumes:
-    - name: shm
-      emptyDir:
-        medium: Memory
-        sizeLimit: {{ . }}
+    {{- . | nindent 4 }}
   {{- end }}
   containers:
     - name: worker-container
+      {{- with $s.envFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with $s.extraVolumeMounts }}
+      volumeMounts:
+        {{- include "kserve-vllm.mergeLists" (list "mountPath" .) | nindent 8 }}
+      {{- end }}
       args:
         {{- include "kserve-vllm.stringList" $s.engineArgs | nindent 8 }}
       {{- with include "kserve-vllm.env" (list $s.env) }}

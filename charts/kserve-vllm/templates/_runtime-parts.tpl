@@ -1,26 +1,27 @@
-{{/* What every serving container has in common. Takes (list $ kind): kind is cpu, gpu or multinode. */}}
+{{/* What every serving container has in common. Takes (list $ key), as the others here. */}}
 {{- define "kserve-vllm.runtime.container" -}}
 {{- $root := index . 0 -}}
-{{- $kind := index . 1 -}}
-{{- $runtime := index $root.Values.runtimes $kind -}}
-image: {{ include "kserve-vllm.image" (list $root (ternary "cpu" "gpu" (eq $kind "cpu"))) }}
+{{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
+image: {{ $runtime.image | default (include "kserve-vllm.image" (list $root (ternary "cpu" "gpu" (eq $runtime.base "cpu")))) }}
 imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 resources:
   requests:
     cpu: {{ $runtime.requests.cpu | quote }}
     memory: {{ $runtime.requests.memory | quote }}
 securityContext:
-  {{- include "kserve-vllm.containerSecurityContext" $root | nindent 2 }}
+  {{- mergeOverwrite (include "kserve-vllm.containerSecurityContext" $root | fromYaml) $runtime.securityContext | toYaml | nindent 2 }}
+{{- with $runtime.envFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 volumeMounts:
-  - name: tmp
-    mountPath: /tmp
-  - name: shm
-    mountPath: /dev/shm
+  {{- $own := list (dict "name" "tmp" "mountPath" "/tmp") (dict "name" "shm" "mountPath" "/dev/shm") }}
+  {{- include "kserve-vllm.mergeLists" (list "mountPath" $own $runtime.extraVolumeMounts) | nindent 2 }}
 {{- end }}
 
 {{/* Environment of a serving container; the values win. Takes (list $ kind). */}}
 {{- define "kserve-vllm.runtime.env" -}}
-{{- $runtime := index (index . 0).Values.runtimes (index . 1) -}}
+{{- $runtime := index (index . 0).Values.internal.runtimes (index . 1) -}}
 {{- include "kserve-vllm.env" (list (include "kserve-vllm.runtime.ownEnv" . | fromYamlArray) $runtime.env) -}}
 {{- end }}
 
@@ -28,9 +29,14 @@ volumeMounts:
 {{- define "kserve-vllm.runtime.ownEnv" -}}
 {{- $root := index . 0 -}}
 {{- $kind := index . 1 -}}
-{{- $runtime := index $root.Values.runtimes $kind -}}
+{{- $runtime := index $root.Values.internal.runtimes $kind -}}
 - name: HOME
   value: /tmp
+{{- if include "kserve-vllm.openshift" $root }}
+# A user that OpenShift gives out has no entry in /etc/passwd, where Python looks for its name.
+- name: USER
+  value: kserve-vllm
+{{- end }}
 - name: XDG_CACHE_HOME
   value: /tmp/cache
 - name: HF_HOME
@@ -43,7 +49,7 @@ volumeMounts:
   value: /tmp/torchinductor
 - name: TRITON_CACHE_DIR
   value: /tmp/triton
-{{- if eq $kind "cpu" }}
+{{- if eq $runtime.base "cpu" }}
 - name: VLLM_CPU_KVCACHE_SPACE
   value: {{ $runtime.kvCacheGiB | quote }}
 {{- end }}
@@ -58,21 +64,18 @@ volumeMounts:
 
 {{- define "kserve-vllm.runtime.volumes" -}}
 {{- $root := index . 0 -}}
-- name: tmp
-  emptyDir:
-    sizeLimit: {{ $root.Values.runtimes.tmpSizeLimit }}
-- name: shm
-  emptyDir:
-    medium: Memory
-    sizeLimit: {{ (index $root.Values.runtimes (index . 1)).sharedMemory }}
+{{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
+{{- $tmp := dict "name" "tmp" "emptyDir" (dict "sizeLimit" $root.Values.runtimes.tmpSizeLimit) -}}
+{{- $shm := dict "name" "shm" "emptyDir" (dict "medium" "Memory" "sizeLimit" $runtime.sharedMemory) -}}
+{{- include "kserve-vllm.mergeLists" (list "name" (list $tmp $shm) $runtime.extraVolumes) -}}
 {{- end }}
 
 {{- define "kserve-vllm.runtime.scheduling" -}}
 {{- $root := index . 0 -}}
-{{- $runtime := index $root.Values.runtimes (index . 1) -}}
-{{- with $runtime.nodeSelector }}
+{{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
+{{- with include "kserve-vllm.nodeSelector" (list $root $runtime.nodeSelector) }}
 nodeSelector:
-  {{- include "kserve-vllm.strings" . | nindent 2 }}
+  {{- . | nindent 2 }}
 {{- end }}
 {{- with $runtime.tolerations }}
 tolerations:

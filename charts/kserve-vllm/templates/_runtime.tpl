@@ -1,9 +1,9 @@
-{{/* One runtime. Takes (list $ kind priority). */}}
+{{/* One runtime. Takes (list $ key priority): the key is cpu, gpu, multinode or extra.NAME, as in internal.runtimes. */}}
 {{- define "kserve-vllm.runtime" -}}
 {{- $root := index . 0 -}}
 {{- $kind := index . 1 -}}
 {{- $values := $root.Values.runtimes -}}
-{{- $runtime := index $values $kind -}}
+{{- $runtime := index $root.Values.internal.runtimes $kind -}}
 apiVersion: serving.kserve.io/v1alpha1
 {{- if eq $values.scope "Cluster" }}
 kind: ClusterServingRuntime
@@ -17,9 +17,9 @@ metadata:
   {{- end }}
   labels:
     {{- include "kserve-vllm.labels" (list $root) | nindent 4 }}
-  {{- if $values.keepOnUpgrade }}
+  {{- with include "kserve-vllm.annotations" (list $root (ternary (dict "helm.sh/resource-policy" "keep") dict $values.keepOnUpgrade)) }}
   annotations:
-    helm.sh/resource-policy: keep
+    {{- . | nindent 4 }}
   {{- end }}
 spec:
   annotations:
@@ -30,8 +30,9 @@ spec:
     # A name of its own: no other runtime's format can collide with it.
     - name: kserve-vllm
       version: "1"
-      autoSelect: {{ $values.autoSelect }}
-      {{- if $values.autoSelect }}
+      {{- $auto := and $values.autoSelect (not (hasPrefix "extra." $kind)) }}
+      autoSelect: {{ $auto }}
+      {{- if $auto }}
       priority: {{ index . 2 }}
       {{- end }}
     # For a model that the engine fetches itself: without a storageUri, KServe leaves only this format without an agent.
@@ -51,6 +52,9 @@ spec:
       {{- include "kserve-vllm.runtime.container" (list $root $kind) | nindent 6 }}
       args:
         - {{ printf "--model_name=%s" "{{.Name}}" | quote }}
+        {{- if ne $values.host "0.0.0.0" }}
+        - {{ printf "--host=%s" $values.host | quote }}
+        {{- end }}
         {{- if eq $kind "multinode" }}
         - --node-rank=0
         - --master-addr=$(VLLM_HOST_IP)

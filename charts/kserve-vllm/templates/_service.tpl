@@ -1,6 +1,6 @@
 {{/*
 Works an InferenceService out. Takes (list $ service): the entry over its defaults, with its name. Adds to it: mode,
-knative, kind (of runtime), runtimeName, format, fetchedAdapters, sharedGpu, gpusNeeded, gpus, timeout, drainTimeout,
+knative, kind (of runtime), runtimeName, stored, format, fetchedAdapters, sharedGpu, gpusNeeded, byClaim, gpus, startupBudget, timeout, drainTimeout,
 drainDelay, grace, progressDeadline, class, metric, resourceMetric, min, max, target, canaryOn, files, engineArgs (head
 and workers alike), args and flags (of Knative). It refuses nothing: see the _check-*.tpl.
 */}}
@@ -13,11 +13,16 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $_ := set $s "knative" $knative -}}
 {{- $kind := ternary "multinode" $s.device $s.multiNode.enabled -}}
 {{- $_ := set $s "kind" $kind -}}
-{{- $_ := set $s "runtimeName" (default (include "kserve-vllm.runtimeName" (list $root $kind)) $s.runtime) -}}
+{{- $extra := printf "extra.%s" $s.runtime -}}
+{{- $runtimeName := $s.runtime -}}
+{{- if not $s.runtime }}{{ $runtimeName = include "kserve-vllm.runtimeName" (list $root $kind) }}{{ end -}}
+{{- if hasKey $root.Values.internal.runtimes $extra }}{{ $runtimeName = include "kserve-vllm.runtimeName" (list $root $extra) }}{{ end -}}
+{{- $_ := set $s "runtimeName" $runtimeName -}}
 {{- $fetched := list -}}
 {{- range $s.lora.adapters }}{{ if .storageUri }}{{ $fetched = append $fetched . }}{{ end }}{{ end -}}
 {{- $_ := set $s "fetchedAdapters" $fetched -}}
-{{- $_ := set $s "format" (default (ternary "kserve-vllm" "huggingface" (ne $s.storageUri "")) $s.modelFormat) -}}
+{{- $_ := set $s "stored" (or (ne $s.storageUri "") (ne $s.storage.path "")) -}}
+{{- $_ := set $s "format" (default (ternary "kserve-vllm" "huggingface" $s.stored) $s.modelFormat) -}}
 {{- $_ := set $s "canaryOn" (not (kindIs "invalid" $s.canary.percent)) -}}
 
 {{/* GPUs: a share of one GPU (memory or cores) is still one device. */}}
@@ -25,7 +30,8 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $pipeline := int $s.parallelism.pipeline -}}
 {{- $_ := set $s "sharedGpu" (regexMatch "(gpu-?mem|gpu-?core|gpumem|gpucores)" ($s.gpu.resource | lower)) -}}
 {{- $_ := set $s "gpusNeeded" (mul $tensor (int $s.parallelism.data) (ternary 1 $pipeline $s.multiNode.enabled)) -}}
-{{- $_ := set $s "gpus" (ternary 0 (default $s.gpusNeeded $s.gpu.count) (eq $s.device "cpu")) -}}
+{{- $_ := set $s "byClaim" (and (not (empty $s.resourceClaims)) (kindIs "invalid" $s.gpu.count)) -}}
+{{- $_ := set $s "gpus" (ternary 0 (default $s.gpusNeeded $s.gpu.count) (or $s.byClaim (eq $s.device "cpu"))) -}}
 
 {{/* Time. */}}
 {{- $limit := int $root.Values.cluster.maxRevisionTimeoutSeconds -}}
@@ -36,6 +42,10 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $drain := add (int $s.drainTimeout) (int $s.drainDelay) -}}
 {{- $_ := set $s "grace" (ternary (int $s.timeout) (int (default (add $drain 30) $s.terminationGracePeriodSeconds)) $knative) -}}
 {{- $_ := set $s "progressDeadline" (int (default $root.Values.runtimes.progressDeadlineSeconds $s.progressDeadlineSeconds)) -}}
+
+{{- $_ := set $s "startupBudget" (int (include "kserve-vllm.startupBudget" $root)) -}}
+{{- with $s.startupSeconds }}{{ $_ := set $s "startupBudget" (int .) }}{{ end -}}
+{{- $_ := set $s "startupPeriod" (int $root.Values.runtimes.probes.startup.periodSeconds) -}}
 
 {{/* Autoscaling. */}}
 {{- $class := default (ternary "knative" "none" $knative) $s.autoscaling.class -}}
@@ -52,6 +62,9 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $_ := set $s "resourceMetric" (has $metric (list "cpu" "memory")) -}}
 
 {{- include "kserve-vllm.service.files" $s -}}
+{{- $ca := include "kserve-vllm.caFile" $root | fromJson -}}
+{{- if $ca }}{{ $_ := set $s "files" (append $s.files $ca) }}{{ end -}}
+{{- $_ := set $s "outwardEnv" (include "kserve-vllm.outwardEnv" $root | fromJsonArray) -}}
 {{- include "kserve-vllm.service.arguments" $s -}}
 {{- include "kserve-vllm.service.flags" (list $root $s) -}}
 {{- end }}
@@ -100,7 +113,12 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $args = append $args "--lora-modules" -}}
 {{- range . }}{{ $args = append $args (printf "%s=%s" .name (default (printf "/mnt/models/adapters/%s" .name) .path)) }}{{ end -}}
 {{- end -}}
-{{- range .files }}{{ $args = append $args (printf "--%s=/etc/kserve-vllm/%s/%s" .flag .name .key) }}{{ end -}}
+{{- range .files }}{{ if .flag }}{{ $args = append $args (printf "--%s=/etc/kserve-vllm/%s/%s" .flag .name .key) }}{{ end }}{{ end -}}
+{{- if gt (int .apiServerCount) 1 }}{{ $args = append $args (printf "--api-server-count=%d" (int .apiServerCount)) }}{{ end -}}
+{{- if ne .responseCache "off" }}{{ $args = append $args (printf "--response-cache=%s" .responseCache) }}{{ end -}}
+{{- with .usageSink }}{{ $args = append $args (printf "--usage-sink=%s" .) }}{{ end -}}
+{{- with .tracing.endpoint }}{{ $args = append $args (printf "--otlp-endpoint=%s" .) }}{{ end -}}
+{{- if not (kindIs "invalid" .tracing.sampleRatio) }}{{ $args = append $args (printf "--trace-sample-ratio=%v" .tracing.sampleRatio) }}{{ end -}}
 {{- $args = append $args (printf "--drain-timeout=%d" (int .drainTimeout)) -}}
 {{- if int .drainDelay }}{{ $args = append $args (printf "--drain-delay=%d" (int .drainDelay)) }}{{ end -}}
 {{- $_ := set . "args" (concat $args $extra) -}}
@@ -111,16 +129,30 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $s := index . 1 -}}
 {{- $flags := list -}}
 {{- if $s.knative -}}
-{{- $runtime := ternary (dict "env" list) (index (index . 0).Values.runtimes $s.kind) (ne $s.runtime "") -}}
-{{- if or $s.nodeSelector $runtime.nodeSelector }}{{ $flags = append $flags "kubernetes.podspec-nodeselector" }}{{ end -}}
+{{- $runtimes := (index . 0).Values.internal.runtimes -}}
+{{- $runtime := index $runtimes $s.kind -}}
+{{- $selector := or $runtime.nodeSelector (index . 0).Values.image.architecture -}}
+{{- if $s.runtime }}{{ $selector = "" }}{{ $runtime = index $runtimes (printf "extra.%s" $s.runtime) | default (dict "env" list) }}{{ end -}}
+{{- if or $s.nodeSelector $runtime.nodeSelector $selector }}{{ $flags = append $flags "kubernetes.podspec-nodeselector" }}{{ end -}}
 {{- if or $s.tolerations $runtime.tolerations }}{{ $flags = append $flags "kubernetes.podspec-tolerations" }}{{ end -}}
 {{- if or $s.affinity (and $s.gpu.products (eq $s.device "gpu")) }}{{ $flags = append $flags "kubernetes.podspec-affinity" }}{{ end -}}
 {{- if $s.topologySpreadConstraints }}{{ $flags = append $flags "kubernetes.podspec-topologyspreadconstraints" }}{{ end -}}
 {{- if $s.runtimeClassName }}{{ $flags = append $flags "kubernetes.podspec-runtimeclassname" }}{{ end -}}
 {{- if $s.priorityClassName }}{{ $flags = append $flags "kubernetes.podspec-priorityclassname" }}{{ end -}}
 {{- if $s.schedulerName }}{{ $flags = append $flags "kubernetes.podspec-schedulername" }}{{ end -}}
-{{- if $s.fetchedAdapters }}{{ $flags = append $flags "kubernetes.podspec-init-containers" }}{{ end -}}
+{{- if or $s.fetchedAdapters $s.initContainers }}{{ $flags = append $flags "kubernetes.podspec-init-containers" }}{{ end -}}
 {{- if hasPrefix "pvc://" $s.storageUri }}{{ $flags = append $flags "kubernetes.podspec-persistent-volume-claim" }}{{ end -}}
+{{- $claims := list -}}
+{{- range concat (default list $runtime.extraVolumes) $s.extraVolumes -}}
+{{- $volume := . -}}
+{{- range $kind, $flag := dict "persistentVolumeClaim" "persistent-volume-claim" "hostPath" "volumes-hostpath" "csi" "volumes-csi" "image" "volumes-image" -}}
+{{- if hasKey $volume $kind }}{{ $flags = append $flags (printf "kubernetes.podspec-%s" $flag) }}{{ end -}}
+{{- end -}}
+{{- if .persistentVolumeClaim }}{{ $claims = append $claims .name }}{{ end -}}
+{{- end -}}
+{{- range concat (default list $runtime.extraVolumeMounts) $s.extraVolumeMounts -}}
+{{- if and (has .name $claims) (not .readOnly) }}{{ $flags = append $flags "kubernetes.podspec-persistent-volume-write" }}{{ end -}}
+{{- end -}}
 {{- range concat $s.env $runtime.env -}}
 {{- if and (kindIs "map" .valueFrom) .valueFrom.fieldRef }}{{ $flags = append $flags "kubernetes.podspec-fieldref" }}{{ end -}}
 {{- end -}}
