@@ -89,8 +89,14 @@ def moved(movement: Movement, seconds: float = 0.5) -> bool:
     return movement.look()
 
 
+def others() -> list[int]:
+    """Pids of what other tests have left running below this process."""
+    return [each.pid for each in psutil.Process().children(recursive=True)]
+
+
 def test_sleeping_processes_do_not_move() -> None:
-    movement = Movement()
+    running = others()
+    movement = Movement(lambda: running)
     with child("import time; time.sleep(60)"):
         assert not moved(movement)
 
@@ -113,8 +119,9 @@ def test_work_reading_and_log_lines_are_movement(code: str) -> None:
 
 
 def test_processes_that_are_left_out_do_not_count() -> None:
+    running = others()
     with child("while True: pass") as process:
-        movement = Movement(lambda: [process.pid])
+        movement = Movement(lambda: [process.pid, *running])
         assert not moved(movement)
 
 

@@ -173,7 +173,8 @@ def test_the_file_of_errors_is_removed_with_the_logging_configuration(monkeypatc
         assert not os.path.exists(path)
         assert not os.path.exists(path + ".failures")
     finally:
-        monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
+        # Not by `monkeypatch`, which would put it back.
+        os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)
         logging.root.handlers[:] = before[0]
         logging.root.setLevel(before[1])
         for logger, propagate, level, handlers, disabled in kept:

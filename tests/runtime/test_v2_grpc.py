@@ -298,7 +298,7 @@ def test_requests_on_one_stream_are_answered_side_by_side(stub: Any, server: Ser
         (lambda r: setattr(r, "model_name", "nope"), "no model named 'nope'"),
         (lambda r: setattr(r.inputs[0], "datatype", "FP32"), "text_input"),
         (lambda r: r.inputs[0].shape.append(7), "shape"),
-        (lambda r: setattr(r.parameters["n"], "string_param", "many"), "n: "),
+        (lambda r: setattr(r.parameters["n"], "string_param", "many"), "n must be an integer"),
         (lambda r: setattr(r.parameters["exclude_input_in_output"], "bool_param", False), "exclude_input_in_output"),
         (lambda r: setattr(r, "model_version", "3"), "version '3'"),
     ],

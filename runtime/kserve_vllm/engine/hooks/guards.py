@@ -228,6 +228,9 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if isinstance(message, VLLMValidationError):
             # Its text repeats the field and the value as Python writes them.
             reply.error.message = error_response.sanitize_message(str(message.args[0]))
+        if "\n" in reply.error.message:
+            # Some parsers of grammars draw the place of the fault below it.
+            reply.error.message = " ".join(reply.error.message.split())
         return shape(reply)
 
     # With a connector, a sequence may also fail since its cache did not arrive.
