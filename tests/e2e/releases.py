@@ -110,7 +110,10 @@ class Release:
 
     def __init__(self, name: str, namespace: str, image: str, values: Mapping[str, Any]) -> None:
         self.name, self.namespace = name, namespace
-        runtimes = {kind: {"name": f"{name}-{kind}"} for kind in ("cpu", "gpu", "multinode")}
+        given = values.get("runtimes") or {}
+        kinds = [kind for kind in ("cpu", "gpu", "multinode") if (given.get(kind) or {}).get("enabled", True)]
+        # A name of a runtime that is not written is refused.
+        runtimes = {kind: {"name": f"{name}-{kind}"} for kind in kinds if given.get("enabled", True)}
         self._base: Values = {"image": image_values(image), "runtimes": runtimes}
         self.values = merged(self._base, values)
         self.installed = False

@@ -43,8 +43,12 @@ _BY_VLLM = {"endpoint_load_metrics_format": "none"}
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Server]:
-    """The demo model without a tool parser, so that vLLM's handler has no parser at all."""
-    running = Server(["--demo", "--model-name", "demo", "--max-model-len", "1024", "--enable-prompt-tokens-details"])
+    """The demo model without a tool parser, so that vLLM's handler has no parser at all.
+
+    In float32: bfloat16 has so few numbers that two tokens can be equally likely, and which is drawn is anybody's guess.
+    """
+    arguments = ["--demo", "--model-name", "demo", "--max-model-len", "1024", "--enable-prompt-tokens-details"]
+    running = Server([*arguments, "--dtype", "float32"])
     try:
         yield running.wait_ready()
     finally:
