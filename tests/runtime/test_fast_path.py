@@ -45,7 +45,7 @@ _BY_VLLM = {"endpoint_load_metrics_format": "none"}
 def plain() -> Iterator[Server]:
     """The demo model without a tool parser, so that vLLM's handler has no parser at all.
 
-    In float32: bfloat16 has so few numbers that two tokens can be equally likely, and which is drawn is anybody's guess.
+    In float32: bfloat16 has so few numbers that two tokens can be equally likely, and which is drawn is chance.
     """
     arguments = ["--demo", "--model-name", "demo", "--max-model-len", "1024", "--enable-prompt-tokens-details"]
     running = Server([*arguments, "--dtype", "float32"])
