@@ -45,11 +45,10 @@ def request_models() -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", BASE)
+@pytest.mark.parametrize(
+    ("path", "stream"), [*((path, False) for path in BASE), *((path, True) for path in list(BASE)[:4])]
+)
 def test_null_is_taken_for_every_field_that_may_be_left_out(server: Server, path: str, stream: bool) -> None:
-    if stream and path not in list(BASE)[:4]:
-        pytest.skip("no streams there")
     base = {**BASE[path], **({"stream": True} if stream else {})}
     plain = post(server, path, base)
     assert plain.status_code == 200, plain.text
