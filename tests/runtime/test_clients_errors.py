@@ -104,40 +104,43 @@ def test_a_body_that_is_no_json_is_refused_in_the_same_envelope(server: Server, 
 
 
 def test_openais_sdk_reads_code_and_param(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/openai/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="nobody", messages=MESSAGES)  # type: ignore[arg-type]
-    assert missing.value.code == "model_not_found"
-    assert missing.value.param == "model"
-    with pytest.raises(openai.NotFoundError) as unknown:
-        client.models.retrieve("nobody")
-    assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError) as plain:
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").models.retrieve("nobody")
-    assert plain.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as long:
-        client.completions.create(model="demo", prompt="a " * 3000)
-    assert long.value.code == "context_length_exceeded", long.value.message
-    with pytest.raises(openai.BadRequestError) as wrong:
-        client.completions.create(model="demo", prompt=SUM, temperature=-1)
-    assert wrong.value.code is None
+    with openai.OpenAI(base_url=f"{server.url}/openai/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.chat.completions.create(model="nobody", messages=MESSAGES)  # type: ignore[arg-type]
+        assert missing.value.code == "model_not_found"
+        assert missing.value.param == "model"
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.models.retrieve("nobody")
+        assert unknown.value.code == "model_not_found"
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as other,
+            pytest.raises(openai.NotFoundError) as plain,
+        ):
+            other.models.retrieve("nobody")
+        assert plain.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as long:
+            client.completions.create(model="demo", prompt="a " * 3000)
+        assert long.value.code == "context_length_exceeded", long.value.message
+        with pytest.raises(openai.BadRequestError) as wrong:
+            client.completions.create(model="demo", prompt=SUM, temperature=-1)
+        assert wrong.value.code is None
 
 
 def test_anthropics_sdk_reads_type_and_request_id(server: Server) -> None:
-    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-    with pytest.raises(anthropic.BadRequestError) as wrong:
-        client.messages.create(model="demo", max_tokens=0, messages=MESSAGES)  # type: ignore[arg-type]
-    assert wrong.value.request_id
-    body: Any = wrong.value.body
-    assert body["error"]["type"] == "invalid_request_error"
-    with pytest.raises(anthropic.NotFoundError) as unknown:
-        client.models.retrieve("nobody")
-    missing: Any = unknown.value.body
-    assert missing["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.NotFoundError):
-        client.messages.create(model="nobody", max_tokens=3, messages=MESSAGES)  # type: ignore[arg-type]
-    answer = client.messages.with_raw_response.create(model="demo", max_tokens=3, messages=MESSAGES)  # type: ignore[arg-type]
-    assert answer.headers["request-id"]
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        with pytest.raises(anthropic.BadRequestError) as wrong:
+            client.messages.create(model="demo", max_tokens=0, messages=MESSAGES)  # type: ignore[arg-type]
+        assert wrong.value.request_id
+        body: Any = wrong.value.body
+        assert body["error"]["type"] == "invalid_request_error"
+        with pytest.raises(anthropic.NotFoundError) as unknown:
+            client.models.retrieve("nobody")
+        missing: Any = unknown.value.body
+        assert missing["error"]["type"] == "not_found_error"
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(model="nobody", max_tokens=3, messages=MESSAGES)  # type: ignore[arg-type]
+        answer = client.messages.with_raw_response.create(model="demo", max_tokens=3, messages=MESSAGES)  # type: ignore[arg-type]
+        assert answer.headers["request-id"]
 
 
 def test_anthropics_answers_have_their_fields(server: Server) -> None:

@@ -213,29 +213,31 @@ def test_every_chunk_but_the_last_has_null_usage(server: Server, path: str, more
 
 
 def test_a_cut_response_is_incomplete_everywhere(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    whole = client.responses.create(model="demo", input=LONG, max_output_tokens=3, temperature=0)
-    assert whole.status == "incomplete"
-    assert whole.incomplete_details is not None
-    assert whole.incomplete_details.reason == "max_output_tokens"
-    assert [item.status for item in whole.output] == ["incomplete"]  # type: ignore[union-attr]
-    events = list(client.responses.create(model="demo", input=LONG, max_output_tokens=3, temperature=0, stream=True))
-    assert events[-1].type == "response.incomplete"
-    assert events[-1].response.status == "incomplete"
-    assert [item.status for item in events[-1].response.output] == ["incomplete"]  # type: ignore[union-attr]
-    done = [event for event in events if event.type == "response.output_item.done"]
-    assert [event.item.status for event in done] == ["incomplete"]  # type: ignore[union-attr]
-    numbers = [event.sequence_number for event in events]
-    assert numbers == sorted(numbers)
-    assert len(set(numbers)) == len(numbers)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        whole = client.responses.create(model="demo", input=LONG, max_output_tokens=3, temperature=0)
+        assert whole.status == "incomplete"
+        assert whole.incomplete_details is not None
+        assert whole.incomplete_details.reason == "max_output_tokens"
+        assert [item.status for item in whole.output] == ["incomplete"]  # type: ignore[union-attr]
+        events = list(
+            client.responses.create(model="demo", input=LONG, max_output_tokens=3, temperature=0, stream=True)
+        )
+        assert events[-1].type == "response.incomplete"
+        assert events[-1].response.status == "incomplete"
+        assert [item.status for item in events[-1].response.output] == ["incomplete"]  # type: ignore[union-attr]
+        done = [event for event in events if event.type == "response.output_item.done"]
+        assert [event.item.status for event in done] == ["incomplete"]  # type: ignore[union-attr]
+        numbers = [event.sequence_number for event in events]
+        assert numbers == sorted(numbers)
+        assert len(set(numbers)) == len(numbers)
 
 
 def test_a_whole_response_is_completed(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    events = list(client.responses.create(model="demo", input=SUM, temperature=0, stream=True))
-    assert events[-1].type == "response.completed"
-    assert [item.status for item in events[-1].response.output] == ["completed"]  # type: ignore[union-attr]
-    assert client.responses.create(model="demo", input=SUM, temperature=0).status == "completed"
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        events = list(client.responses.create(model="demo", input=SUM, temperature=0, stream=True))
+        assert events[-1].type == "response.completed"
+        assert [item.status for item in events[-1].response.output] == ["completed"]  # type: ignore[union-attr]
+        assert client.responses.create(model="demo", input=SUM, temperature=0).status == "completed"
 
 
 def test_a_conversation_has_as_many_tokens_everywhere(server: Server) -> None:

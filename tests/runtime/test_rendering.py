@@ -27,22 +27,32 @@ def config() -> Any:
 
 @pytest.fixture
 def renderer(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """vLLM's renderer of the demo model, whose `threads` are those that it worked in."""
+    """vLLM's renderer of the demo model: `threads` it worked in, and how often in the loop's in each of `passes`."""
     import vllm.renderers.hf as hf
     from vllm.renderers import renderer_from_config
 
     made = renderer_from_config(config)
     made.threads = []
+    made.passes = [0]
 
     def noted(work: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             made.threads.append(threading.current_thread())
+            if threading.current_thread() is threading.main_thread():
+                made.passes[-1] += 1
             return work(*args, **kwargs)
 
         return run
 
     from vllm.utils.async_utils import make_async
 
+    rest = rendering._Place._rest
+
+    def next_pass(place: Any) -> None:
+        made.passes.append(0)
+        rest(place)
+
+    monkeypatch.setattr(rendering._Place, "_rest", next_pass)
     monkeypatch.setattr(hf, "safe_apply_chat_template", noted(hf.safe_apply_chat_template))
     made._tokenize_prompt = noted(made._tokenize_prompt)
     made._apply_chat_template_async = make_async(hf.safe_apply_chat_template, executor=made._executor)
@@ -69,6 +79,7 @@ def in_place(renderer: Any, work: Coroutine[Any, Any, Any], foreign_templates: b
         return await work
 
     renderer.threads.clear()
+    renderer.passes[:] = [0]
     found = asyncio.run(run())
     return found, [thread is threading.current_thread() for thread in renderer.threads]
 
@@ -105,7 +116,9 @@ def test_many_at_once_do_not_hold_up_the_loop(renderer: Any) -> None:
     (first, *others), on_loop = in_place(renderer, all_of_them())
     assert all(other == first for other in others)
     assert len(on_loop) == 400
-    assert 0 < sum(on_loop[:200]) * 600 <= rendering._AT_ONCE
+    # How many passes there are while threads do the others is the machine's affair.
+    assert 0 < max(renderer.passes) * 600 <= rendering._AT_ONCE
+    assert not all(on_loop)
 
 
 def test_a_failure_is_raised_where_it_is_awaited(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
