@@ -14,12 +14,13 @@ moved.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import hashlib
 import logging
+import operator
 import re
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import Context, copy_context
@@ -28,6 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import orjson
+from cachetools import TTLCache
 
 from kserve_vllm.core.errors import Unavailable
 from kserve_vllm.core.request_context import RequestContext, current
@@ -137,55 +139,33 @@ class MemoryStore:
         clock: seconds, monotonic.
     """
 
-    OVERHEAD_BYTES = 270
+    OVERHEAD_BYTES = 470
     """What an entry costs beside its key's characters and its value's bytes."""
 
     remote = False
 
     def __init__(self, max_bytes: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_bytes = max_bytes
-        self._ttl_s = ttl_s
-        self._clock = clock
-        self._entries: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
-        self._size = 0
+        # Sizes are asked of a value alone, so a key's characters are counted with it.
+        self._entries: TTLCache[str, tuple[int, bytes]] = TTLCache(max_bytes, ttl_s, clock, operator.itemgetter(0))
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @property
     def size_bytes(self) -> int:
-        """What all entries cost, expired ones that were not dropped yet included."""
-        return self._size
+        """What all entries cost."""
+        return int(self._entries.currsize)
 
     async def get(self, key: str) -> bytes | None:
         """The value, or None; never suspends."""
         entry = self._entries.get(key)
-        if entry is None:
-            return None
-        expires, value = entry
-        if self._clock() >= expires:
-            self._drop(key)
-            return None
-        self._entries.move_to_end(key)
-        return value
+        return None if entry is None else entry[1]
 
     async def put(self, key: str, value: bytes) -> None:
         """Keep a value, unless it alone is over the bound; never suspends."""
-        if key in self._entries:
-            self._drop(key)
-        cost = self._cost(key, value)
-        if cost > self._max_bytes:
-            return
-        while self._size + cost > self._max_bytes:
-            self._drop(next(iter(self._entries)))
-        self._entries[key] = self._clock() + self._ttl_s, value
-        self._size += cost
-
-    def _drop(self, key: str) -> None:
-        self._size -= self._cost(key, self._entries.pop(key)[1])
-
-    def _cost(self, key: str, value: bytes) -> int:
-        return len(key) + len(value) + self.OVERHEAD_BYTES
+        self._entries.pop(key, None)
+        with contextlib.suppress(ValueError):
+            self._entries[key] = len(key) + len(value) + self.OVERHEAD_BYTES, value
 
 
 class RedisStore:

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple, Protocol
 
 import structlog
 
 from kserve_vllm.policy.redis_connection import RedisConnection, RedisUnavailable
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 Kind = Literal["requests", "tokens", "concurrent"]
 
@@ -253,104 +250,9 @@ class MemoryCounters:
                 del self._subjects[name]
 
 
-class _Script:
-    """A Lua script and the hash under which Redis remembers it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-# Times are microseconds of Redis's own clock, so that replicas agree. Numbers are written with %.0f where they are
-# large, since Lua's own way of writing them has 14 digits.
-_TAKE = _Script("""
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000000 + tonumber(t[2])
-local width, buckets, place_wait = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
-local lease_us, lease = tonumber(ARGV[3]), ARGV[4]
-local current = math.floor(now / width)
-local short, wait, levels = 0, -1, {}
-for i, key in ipairs(KEYS) do
-  local kind, limit, amount = ARGV[3 * i + 3], tonumber(ARGV[3 * i + 4]), tonumber(ARGV[3 * i + 5])
-  local used, newest, delay = 0, -1, -1
-  if kind == 'concurrent' then
-    redis.call('ZREMRANGEBYSCORE', key, '-inf', string.format('%.0f', now))
-    used = redis.call('ZCARD', key)
-    if used + amount > limit then delay = place_wait end
-  else
-    local flat, live = redis.call('HGETALL', key), {}
-    for j = 1, #flat, 2 do
-      local bucket, held = tonumber(flat[j]), tonumber(flat[j + 1])
-      -- A bucket of the future is left from before the server's clock was set back.
-      if bucket < current - buckets or bucket > current + buckets then
-        redis.call('HDEL', key, flat[j])
-      else
-        used = used + held
-        live[#live + 1] = {bucket, held}
-        if bucket > newest then newest = bucket end
-      end
-    end
-    local missing = used + amount - limit
-    if missing > 0 then
-      table.sort(live, function(a, b) return a[1] < b[1] end)
-      for _, each in ipairs(live) do
-        missing = missing - each[2]
-        delay = (each[1] + buckets + 1) * width - now
-        if missing <= 0 then break end
-      end
-    end
-  end
-  if delay > wait then short, wait = i, delay end
-  levels[2 * i - 1], levels[2 * i] = used, newest
-end
-if short == 0 then
-  local life = math.ceil((buckets + 2) * width / 1000)
-  for i, key in ipairs(KEYS) do
-    local kind, amount = ARGV[3 * i + 3], tonumber(ARGV[3 * i + 5])
-    if kind == 'concurrent' then
-      redis.call('ZADD', key, string.format('%.0f', now + lease_us), lease)
-      redis.call('PEXPIRE', key, math.ceil(lease_us / 1000))
-      levels[2 * i - 1] = levels[2 * i - 1] + 1
-    elseif amount > 0 then
-      redis.call('HINCRBY', key, string.format('%.0f', current), amount)
-      redis.call('PEXPIRE', key, life)
-      levels[2 * i - 1], levels[2 * i] = levels[2 * i - 1] + amount, current
-    end
-  end
-end
-for i = 1, #KEYS do
-  local newest = levels[2 * i]
-  levels[2 * i] = newest >= 0 and (newest + buckets + 1) * width - now or 0
-end
-return {current, short, wait, levels}
-""")
-
-_BOOK = _Script("""
-local t = redis.call('TIME')
-local now = tonumber(t[1]) * 1000000 + tonumber(t[2])
-local width, buckets, lease_us = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local current = string.format('%.0f', math.floor(now / width))
-for i, key in ipairs(KEYS) do
-  local what, name, amount = ARGV[3 * i + 1], ARGV[3 * i + 2], tonumber(ARGV[3 * i + 3])
-  if what == 'give' then
-    local held = tonumber(redis.call('HGET', key, name) or 0)
-    if held > amount then
-      redis.call('HINCRBY', key, name, -amount)
-    else
-      redis.call('HDEL', key, name)
-    end
-  elseif what == 'add' then
-    redis.call('HINCRBY', key, current, amount)
-    redis.call('PEXPIRE', key, math.ceil((buckets + 2) * width / 1000))
-  elseif what == 'leave' then
-    redis.call('ZREM', key, name)
-  else
-    redis.call('ZADD', key, string.format('%.0f', now + lease_us), name)
-    redis.call('PEXPIRE', key, math.ceil(lease_us / 1000))
-  end
-end
-""")
-
+_LUA = files("kserve_vllm.policy.quotas") / "lua"
+_TAKE = (_LUA / "take.lua").read_text()
+_BOOK = (_LUA / "book.lua").read_text()
 _BATCH = 500  # entries of one _BOOK
 _KEPT = 10_000  # freed places that are remembered while Redis is away
 _RETRY_S = 0.5
@@ -406,12 +308,13 @@ class RedisCounters:
             arguments += (ask.kind, ask.limit, ask.amount)
         places = [key for key, ask in zip(keys, asks, strict=True) if ask.kind == "concurrent"]
         try:
-            bucket, short, wait, flat = await self._remote.call(lambda redis: _run(redis, _TAKE, keys, arguments))
+            answer = await self._remote.call(lambda redis: redis.register_script(_TAKE)(keys, arguments))
         except BaseException as error:
             # It may have been taken; nobody else would free it.
             if places and not (isinstance(error, RedisUnavailable) and not error.sent):
                 self._free(places, lease)
             raise
+        bucket, short, wait, flat = answer
         levels = [Level(flat[i], flat[i + 1] / 1e6) for i in range(0, len(flat), 2)]
         if short:
             return Answer(bucket, levels, short - 1, wait / 1e6)
@@ -493,13 +396,4 @@ class RedisCounters:
         for _, what, name, amount in entries:
             arguments += (what, name, amount)
         keys = [key for key, *_ in entries]
-        await self._remote.call(lambda redis: _run(redis, _BOOK, keys, arguments))
-
-
-async def _run(redis: Redis, script: _Script, keys: list[str], arguments: list[Any]) -> Any:
-    from redis.exceptions import NoScriptError
-
-    try:
-        return await redis.evalsha(script.digest, len(keys), *keys, *arguments)
-    except NoScriptError:  # the server is new, and runs nothing that it does not know
-        return await redis.eval(script.text, len(keys), *keys, *arguments)
+        await self._remote.call(lambda redis: redis.register_script(_BOOK)(keys, arguments))
