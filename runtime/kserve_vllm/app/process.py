@@ -19,9 +19,10 @@ from kserve_vllm.core.errors import ConfigError, EngineGone
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
+from kserve_vllm.engine import fork_server
 from kserve_vllm.engine.compat import BEFORE_THE_ENGINE, TABLE, Shortcuts
 from kserve_vllm.engine.start_watchdog import Movement, stall
-from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args
+from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args, prepare_environment
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.policy.enforcement import Enforcement, SequencePolicy
 from kserve_vllm.protocols.http.cors import Browsers
@@ -77,6 +78,9 @@ def run(settings: Settings, channel: SupervisorChannel | None = None) -> int:
         ConfigError: a setting can't be used.
     """
     chosen = prepare(settings)
+    if channel is None and "forked-start" in settings.server.shortcuts and fork_server.applies():
+        prepare_environment()
+        fork_server.begin()
     try:
         import uvloop
 
@@ -245,6 +249,10 @@ class _Process:
         args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
         # Reads some sixty files; in front of the engine, which may not be one that this can work with.
         await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
+        if self._channel is not None or not fork_server.applies():
+            self._shortcuts.does_not_apply("forked-start")
+        if self._shortcuts.takes("forked-start"):
+            await asyncio.to_thread(fork_server.use_for_the_engine)
         self._engine = engine = VLLMEngine(args, self._channel)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))

@@ -89,6 +89,7 @@ SHORTCUTS: Mapping[str, str] = {
     "gaps": "equal gaps between tokens, observed together",
     "grpc-server": "a gRPC server of our own",
     "grpc-streams": "gRPC streams of text, written from bytes",
+    "forked-start": "on a CPU, vLLM's processes copied from one that imports while the front end does",
 }
 """What `--fast-path` may name."""
 

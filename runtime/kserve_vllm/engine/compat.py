@@ -347,6 +347,17 @@ TABLE: tuple[Touchpoint, ...] = (
            "HeaderTable.maxsize", "grpc-server"),
     *_rows("a client can't make the table of headers large", "fall back", "exists", "hpack.table",
            "HeaderTable.resized", "grpc-server"),
+    # ---- processes
+    *_rows("vLLM's processes are copies of one", "fall back", "source", "vllm.v1.engine.utils",
+           "CoreEngineProcManager.__init__", "forked-start"),
+    *_rows("vLLM's processes are copies of one", "fall back", "holds", "vllm.v1.engine.utils", "",
+           "forked-start", holds="import get_mp_context"),
+    *_rows("vLLM's processes are copies of one", "fall back", "source", "vllm.v1.executor.multiproc_executor",
+           "WorkerProc.make_worker_process", "forked-start"),
+    *_rows("what OpenMP is told is told to a copy", "fall back", "source", "vllm.utils.ompmultiprocessing",
+           "OMPProcessManager.configure_omp_envs", "forked-start"),
+    *_rows("vLLM's processes are copies of one", "fall back", "source", "vllm.utils.system_utils", "get_mp_context",
+           "forked-start"),
     # ---- kserve
     *_rows("tensors are filled without a copy", "refuse", "exists", "kserve.protocol.infer_type",
            "InferInput._raw_data InferInput._data InferOutput._raw_data InferOutput._data"),

