@@ -330,7 +330,8 @@ class Request:
             raise Refusal(501, "this method is not known")
         if not http1.HOST.fullmatch(host):
             raise Refusal(400, "the Host field holds no host")
-        if not _TARGET.fullmatch(target):
+        # A tunnel has no path (RFC 9113, 8.5), and one for another protocol (RFC 8441) is not offered.
+        if method == b"CONNECT" or not _TARGET.fullmatch(target):
             raise Refusal(400, "the target of a request is a path")
         self._read_framing(fields)
         try:
