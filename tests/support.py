@@ -75,6 +75,7 @@ class Server:
         self.http_port, self.grpc_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
+        self.one_port_address = f"127.0.0.1:{self.http_port}"
         self._log_file = tempfile.NamedTemporaryFile("w+", prefix="kserve-vllm-", suffix=".log")  # noqa: SIM115
         command = [
             sys.executable, "-m", "kserve_vllm", "serve", *arguments, "--host", "127.0.0.1",

@@ -539,9 +539,21 @@ CASES: dict[str, tuple[Document, str]] = {
         "canary.replicas 2 is more than minReplicas 1, which KServe refuses",
     ),
     # Around the pods.
-    "gRPC in Knative": (
-        service(grpc={"enabled": True}),
-        "Knative takes one port, and gRPC needs a second one beside HTTP",
+    "gRPC in Knative by grpcio's server": (
+        service(grpc={"enabled": True}, extraArgs=["--grpc-server=grpcio"]),
+        "Knative takes one port, and with --grpc-server=grpcio gRPC is not answered on it",
+    ),
+    "gRPC in Knative without HTTP/2": (
+        service(grpc={"enabled": True}, extraArgs=["--http2", "false"]),
+        "Knative takes one port, and with --http2 false gRPC is not answered on it",
+    ),
+    "gRPC in Knative without HTTP/2, by environment": (
+        service(grpc={"enabled": True}, env=[{"name": "KSERVE_VLLM_HTTP2", "value": "false"}]),
+        "Knative takes one port, and with --http2=false gRPC is not answered on it",
+    ),
+    "gRPC that is switched off": (
+        standard(grpc={"enabled": True}, extraArgs=["--grpc-server=off"]),
+        "--grpc-server=off and grpc.enabled contradict each other",
     ),
     "a disruption budget in Knative": (
         service(podDisruptionBudget={"enabled": True}),

@@ -166,6 +166,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
             (f"{_KNATIVE}::test_no_stream_is_cut_in_knative_mode",),
         ),
         Promise(
+            "gRPC and REST on the one port that Knative takes",
+            _CHART,
+            (f"{_KNATIVE}::test_grpc_and_rest_on_knative_s_one_port",),
+        ),
+        Promise(
             "A canary that never gets ready takes no request",
             _CHART,
             (f"{_KNATIVE}::test_a_canary_that_never_gets_ready_takes_no_request",),
@@ -214,7 +219,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
         Promise("Istio's routes and the ejection of failing pods", _CHART, lacks="Istio"),
         Promise("Moderation, the queue by class and shared limits in Redis, on a cluster", _README, lacks="a case"),
         Promise("A stream of 15 minutes is not cut", _README, lacks="a case"),
-        Promise("gRPC through the gateway", _README, lacks="a case: the Service's port is asked from inside"),
+        Promise(
+            "gRPC through the gateway in Standard mode",
+            _README,
+            lacks="a case: the Service's port is asked from inside",
+        ),
     ),
 }
 

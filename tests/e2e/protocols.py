@@ -104,8 +104,11 @@ def http(base: str, host: str, model: str, headers: dict[str, str] | None = None
     return took
 
 
-def grpc(address: str, model: str) -> dict[str, float]:
-    """Ask over gRPC: health, reflection, metadata, infer; milliseconds of each by its name."""
+def grpc(address: str, model: str, host: str | None = None) -> dict[str, float]:
+    """Ask over gRPC: health, reflection, metadata, infer; milliseconds of each by its name.
+
+    `host` is the service's, where the address is a gateway's.
+    """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -122,7 +125,7 @@ def grpc(address: str, model: str) -> dict[str, float]:
     file_spec.loader.exec_module(pb)
 
     took: dict[str, float] = {}
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, [("grpc.default_authority", host)] if host else None) as channel:
 
         def call(name: str, method: str, request: Any, answer: Any) -> Any:
             began = time.monotonic()

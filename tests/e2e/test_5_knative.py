@@ -119,6 +119,26 @@ def test_no_stream_is_cut_in_knative_mode(service: Service, request: pytest.Fixt
     assert count.whole == request.config.option.streams
 
 
+def test_grpc_and_rest_on_knative_s_one_port(
+    service: Service, cluster: Cluster, request: pytest.FixtureRequest, record: Record
+) -> None:
+    """The port is named h2c, so that Knative's proxies speak HTTP/2 to it, whatever the client speaks."""
+    for enabled in (True, False):
+        before = _revisions(cluster, service)
+        service.release.upgrade({"inferenceServices": {CHAT: {"grpc": {"enabled": enabled}}}})
+        wait("a new revision", lambda seen=before: len(_revisions(cluster, service)) > len(seen), 60)  # type: ignore[misc]
+        time.sleep(2)  # until KServe has seen it
+        cluster.wait_ready(service.namespace, CHAT)
+        if not enabled:
+            return
+        target = service.target
+        record("questions over HTTP/1.1", len(protocols.http(target.base, target.host, CHAT)))
+        record("questions over gRPC", len(protocols.grpc(target.base.split("//")[1], CHAT, target.host)))
+        count = Load(target, workers=4, count=request.config.option.streams // 4, stream=True).run(300)
+        record("streams whole", count.whole)
+        assert not count.lost, count.lost[:5]
+
+
 def test_a_canary_that_never_gets_ready_takes_no_request(service: Service, cluster: Cluster, record: Record) -> None:
     stable, before = fingerprint(service.target), _revisions(cluster, service)
     service.release.upgrade({"inferenceServices": {CHAT: {"canary": {"percent": 50, "model": "/models/not-there"}}}})

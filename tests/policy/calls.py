@@ -1,4 +1,7 @@
-"""One prompt over each protocol, and what came back, in one form."""
+"""One prompt over each protocol, and what came back, in one form.
+
+Some go over HTTP/2, and gRPC's streams to the port of HTTP: no policy may depend on the way in.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tests.triton import service_pb2, service_pb2_grpc
 PROTOCOLS = ("chat", "chat-stream", "completions", "completions-stream", "responses", "messages", "infer", "generate",
              "generate-stream", "predict", "grpc", "grpc-stream")  # fmt: skip
 CHATS = ("chat", "chat-stream", "responses", "messages")
+OVER_HTTP2 = ("completions", "completions-stream", "predict", "generate-stream")
 _HTTP_STATUS = {"OK": 200, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "INVALID_ARGUMENT": 400,
                 "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503}  # fmt: skip
 
@@ -75,7 +79,9 @@ def call(
                      {"text_input": prompt, "parameters": parameters}),
         "predict": (f"/v1/models/{model}:predict", {"instances": [prompt], "parameters": parameters}),
     }[protocol.removesuffix("-stream")]  # fmt: skip
-    response = httpx.post(server.url + path, json=body, headers=sent, timeout=120)
+    second = protocol in OVER_HTTP2
+    with httpx.Client(http1=not second, http2=second, timeout=120) as client:
+        response = client.post(server.url + path, json=body, headers=sent)
     return Answer(response.status_code, dict(response.headers), response.text)
 
 
@@ -105,7 +111,7 @@ def _grpc(server: Server, protocol: str, sent: dict[str, str], prompt: str, mode
     request.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(prompt.encode())
     request.parameters["max_tokens"].int64_param = max_tokens
     request.parameters["temperature"].double_param = 0.0
-    with grpc.insecure_channel(server.grpc_address) as channel:
+    with grpc.insecure_channel(server.grpc_address if protocol == "grpc" else server.one_port_address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             if protocol == "grpc":

@@ -22,7 +22,7 @@ TABLE = dict(
 @pytest.mark.parametrize(
     ("what", "numbers"),
     [
-        ("gRPC: open connections", [http2.MAX_CONNECTIONS]),
+        ("gRPC: open connections of its own port", [http2.MAX_CONNECTIONS]),
         ("gRPC: calls at once on one connection", [http2._MAX_STREAMS]),
         ("gRPC: calls that need no key, on one connection", [http2.MAX_KEYLESS_STREAMS]),
         ("gRPC: calls that need no key, on all connections", [grpc_calls.MAX_KEYLESS_CALLS]),

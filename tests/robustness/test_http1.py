@@ -86,7 +86,7 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ("9112, 9.6: nothing is answered behind close", GET + LAST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n",
      [200]),
     ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", [400]),
-    ("HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+    ("what begins as HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n", [400]),
     ("bound: fields of a head", GET + HOST + b"a: b\r\n" * http1.MAX_FIELDS + b"\r\n", [431]),
     ("bound: bytes of a head", GET + HOST + (b"a: " + b"b" * 8000 + b"\r\n") * 9 + b"\r\n", [431]),
     ("bound: bytes of one field", GET + HOST + b"a: " + b"b" * (http1.MAX_HEAD + 1), [431]),

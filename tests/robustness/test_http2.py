@@ -18,7 +18,11 @@ from typing import NamedTuple
 import pytest
 from hpack import Decoder, Encoder
 
+from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.grpc_server import http2
+from kserve_vllm.servers import http1
+from kserve_vllm.servers.listeners import HTTPServer
+from tests.robustness.wire import echo
 from tests.runtime.test_grpc_server import LIMIT, Running, framed
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -137,11 +141,26 @@ class Wire:
         raise AssertionError("the connection is closed")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=["gRPC's port", "HTTP's port"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """The calls of the tests, on a port of their own or beside HTTP."""
     running = Running("ours")
+    http = running.do(_beside_http(running)) if request.param == "HTTP's port" else None
     yield running
+    if http is not None:
+        running.do(http.stop(0))
     running.end()
+
+
+async def _beside_http(running: Running) -> HTTPServer:
+    http = HTTPServer(echo, ServerSettings(host="127.0.0.1"), 0)
+    assert http._http2 is not None
+    http._http2.take_calls(running.services.accept)
+    http.start()
+    while not http._server.started:
+        await asyncio.sleep(0.01)
+    running.port = http.port
+    return http
 
 
 @pytest.fixture
@@ -358,12 +377,13 @@ def test_the_server_begins_with_its_settings(wire: Wire) -> None:
     assert (first.kind, first.flags, first.stream) == (SETTINGS, 0, 0)
     told = dict(struct.iter_unpack(">HI", first.payload))
     assert told[3] == http2._MAX_STREAMS
-    assert told[6] == http2.MAX_HEADERS
+    assert told[6] in (http2.MAX_HEADERS, http1.MAX_HEAD)
 
 
 @pytest.mark.parametrize("begin", [b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"INVALID PREFACE\r\n\r\n" + bytes(20)])
 def test_a_preface_that_is_wrong_ends_the_connection(server: Running, begin: bytes) -> None:
-    wire = Wire(server.port, begin)
+    # Of gRPC's own port: beside HTTP this is HTTP/1.1.
+    wire = Wire(server.listener.sockets[0].getsockname()[1], begin)
     # To its end; a GOAWAY may be left out, since the other side does not speak HTTP/2 (3.4).
     assert [each.code for each in wire.frames() if each.kind == GOAWAY] in ([], [PROTOCOL_ERROR])
     wire.sock.close()

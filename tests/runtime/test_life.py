@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -23,11 +24,14 @@ from tests.support import DEMO, Server
 LONG = {"ignore_eos": True, "max_tokens": 900, "temperature": 0}
 
 
-def chat_stream(server: Server, started: threading.Event) -> tuple[str, list[str]]:
+def chat_stream(server: Server, started: threading.Event, http2: bool = False) -> tuple[str, list[str]]:
     """Text and raw data lines of one long chat stream."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "Count."}], "stream": True, **LONG}
     text, lines = "", []
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+    with (
+        httpx.Client(http1=not http2, http2=http2, timeout=120) as client,
+        client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response,
+    ):
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if line.startswith("data: "):
@@ -84,8 +88,8 @@ def grpc_infer(server: Server, started: threading.Event) -> str:
 
 
 def grpc_stream(server: Server, started: threading.Event) -> tuple[int, Exception | None]:
-    """Number of responses of a long gRPC stream, and the error that ended it."""
-    client = triton.InferenceServerClient(server.grpc_address)
+    """Number of responses of a long gRPC stream on the port of HTTP, and the error that ended it."""
+    client = triton.InferenceServerClient(server.one_port_address)
     done, count, failure = threading.Event(), 0, None
 
     def receive(result: Any, error: Exception | None) -> None:
@@ -153,9 +157,9 @@ def grpc_health(server: Server) -> int:
 
 
 def in_flight(server: Server, count: int) -> tuple[ThreadPoolExecutor, list[Future[Any]]]:
-    """All kinds of long requests, and `count` chat streams, each of them under way."""
+    """All kinds of long requests, and `count` chat streams, every second one over HTTP/2, each of them under way."""
     pool = ThreadPoolExecutor(count + len(ALL))
-    works = [*ALL, *[chat_stream] * count]
+    works = [*ALL, *(partial(chat_stream, http2=number % 2 == 1) for number in range(count))]
     events = [threading.Event() for _ in works]
     futures = [pool.submit(work, server, event) for work, event in zip(works, events, strict=True)]
     for event in events:

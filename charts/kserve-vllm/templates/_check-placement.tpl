@@ -49,7 +49,16 @@
 {{- end }}
 {{- end }}
 {{/* Ports and the objects around the pods. */}}
-{{- if and $s.grpc.enabled $s.knative }}
-{{ printf "%s: Knative takes one port, and gRPC needs a second one beside HTTP; set deploymentMode: Standard." $at }}
+{{- if $s.grpc.enabled }}
+{{- $given := join " " $s.extraArgs }}
+{{- range $s.env }}
+{{- $given = printf "%s --%s=%s" $given (trimPrefix "KSERVE_VLLM_" .name | lower) (default "" .value | toString) }}
+{{- end }}
+{{- $off := regexFind "--(grpc[-_]server[= ]off|grpc[-_]server[= ]grpcio|http2[= ](false|0|no|off)|fast[-_]path[= ](none|false))( |$)" $given | trim }}
+{{- if hasSuffix "off" $off | and (contains "server" $off) }}
+{{ printf "%s: %s and grpc.enabled contradict each other; take one out." $at $off }}
+{{- else if and $off $s.knative }}
+{{ printf "%s: Knative takes one port, and with %s gRPC is not answered on it; take that out, or set deploymentMode: Standard." $at $off }}
+{{- end }}
 {{- end }}
 {{- end }}

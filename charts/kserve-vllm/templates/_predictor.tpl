@@ -124,7 +124,13 @@ model:
     periodSeconds: {{ min $s.startupPeriod . }}
     failureThreshold: {{ max 1 (div . (min $s.startupPeriod .)) }}
   {{- end }}
-  {{- if $s.grpc.enabled }}
+  {{- if and $s.grpc.enabled $s.knative }}
+  # Knative takes one port. By this name its proxies speak HTTP/2 to it, and the runtime answers gRPC and all else there.
+  ports:
+    - containerPort: 8080
+      name: h2c
+      protocol: TCP
+  {{- else if $s.grpc.enabled }}
   # HTTP first: KServe's Service sends port 80 to the first one. A name with "grpc" makes the other one HTTP/2.
   ports:
     - containerPort: 8080

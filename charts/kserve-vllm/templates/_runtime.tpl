@@ -65,7 +65,7 @@ spec:
         {{- end }}
       env:
         {{- include "kserve-vllm.runtime.env" (list $root $kind) | nindent 8 }}
-      # One port: Knative takes no more. An InferenceService in Standard mode adds gRPC's.
+      # One port: Knative takes no more. An InferenceService with gRPC names it h2c, or adds another one in Standard mode.
       ports:
         - containerPort: 8080
           protocol: TCP

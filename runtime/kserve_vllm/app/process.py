@@ -136,7 +136,7 @@ class _Process:
         self._browsers = Browsers(self._middleware)
         self._http = HTTPServer(self._browsers, server, server.http_port, shared=shared)
         self._admin = (
-            HTTPServer(self._middleware.admin, server, server.admin_port, "--admin-port", shared)
+            HTTPServer(self._middleware.admin, server, server.admin_port, "--admin-port", shared, http2=False)
             if server.admin_port
             else None
         )
@@ -148,8 +148,9 @@ class _Process:
                 shared,
                 self._shortcuts.takes("grpc-server"),
                 self._metrics.show_grpc_fallback,
+                listen=server.grpc_port > 0,
             )
-            if server.grpc_port
+            if server.grpc_server != "off" and (server.grpc_port or server.http2)
             else None
         )
         self._engine: VLLMEngine | None = None
@@ -183,8 +184,8 @@ class _Process:
         self._assembly.start()
         if self._grpc is not None:
             await self._grpc.start()
-        log.info("listening on HTTP port %d%s; loading %s", self._http.port,
-                 f" and gRPC port {self._grpc.port}" if self._grpc else "", self._model)  # fmt: skip
+        await self._http.join(self._grpc)
+        log.info("listening on HTTP port %d%s; loading %s", self._http.port, self._grpc_words(" and"), self._model)
         loading = asyncio.create_task(self._load())
         progress = asyncio.create_task(self._report_progress())
         stopping = asyncio.create_task(self._stop.wait())
@@ -357,9 +358,17 @@ class _Process:
     def _say_ready(self, model: str) -> None:
         http, grpc = self._http.port, self._grpc.port if self._grpc else 0
         if self._log_form == "json":
-            log.info("ready: %s on port %d%s", model, http, f", gRPC on port {grpc}" if grpc else "")
+            log.info("ready: %s on port %d%s", model, http, self._grpc_words(","))
         else:
-            _announce(self._settings, http, grpc, model)
+            _announce(self._settings, http, grpc or (http if self._http.answers_grpc else 0), model)
+
+    def _grpc_words(self, joint: str) -> str:
+        """Where gRPC is answered, as the rest of a sentence."""
+        if self._grpc is None:
+            return ""
+        ports = [self._grpc.port, self._http.port if self._http.answers_grpc else 0]
+        named = " and ".join(str(port) for port in ports if port)
+        return f"{joint} gRPC on port {named}" if named else ""
 
     async def _drain(self, failing: asyncio.Task[bool]) -> None:
         life = self._settings.lifecycle
@@ -369,6 +378,7 @@ class _Process:
         if life.drain_delay:
             await asyncio.wait({failing}, timeout=life.drain_delay)
         self._enforcement.close()
+        self._http.leave()
         if self._grpc is not None:
             self._grpc.leave()
         until = time.monotonic() + life.drain_timeout
@@ -379,12 +389,18 @@ class _Process:
             self._leave_word(
                 f"drain timeout: {self._enforcement.in_flight} requests were cut off after {life.drain_timeout:g} s"
             )
-        elif idle.done() and self._grpc is not None:
-            # Over HTTP a request is in flight until its client has the answer; a gRPC call's handler ends before that.
-            settled = asyncio.create_task(self._grpc.settle(until - time.monotonic()))
+        elif idle.done():
+            # Over HTTP/1.1 a request is in flight until its client has the answer; what runs on a stream of HTTP/2 ends
+            # before that.
+            settled = asyncio.create_task(self._settle(until - time.monotonic()))
             await asyncio.wait({settled, failing}, return_when=asyncio.FIRST_COMPLETED)
             settled.cancel()
         idle.cancel()
+
+    async def _settle(self, timeout_s: float) -> None:
+        """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
+        ports = [port for port in (self._http, self._grpc) if port is not None]
+        await asyncio.gather(*(port.settle(timeout_s) for port in ports))
 
     async def _fail(self) -> int:
         """Let what was in flight get its error, then exit with 1."""

@@ -128,7 +128,7 @@ class _Supervisor:
             name: reserve(server.host, getattr(server, name), f"--{name.replace('_', '-')}")
             for name in ("http_port", "grpc_port", "admin_port")
             # 0 switches these two off.
-            if name == "http_port" or getattr(server, name)
+            if name == "http_port" or (getattr(server, name) and (name, server.grpc_server) != ("grpc_port", "off"))
         }
         ports = {name: sock.getsockname()[1] for name, sock in held.items()}
         self._start(replace(self._settings, server=server.model_copy(update=ports)))

@@ -116,12 +116,19 @@ class ServerSettings(_Group):
 
     host: str = _setting("0.0.0.0", "Address to listen on, for HTTP and gRPC.")  # noqa: S104
     http_port: Port = _setting(8080, "Port for OpenAI, V2 REST, V1, health and metrics.", ["port"])
-    grpc_port: Port = _setting(8081, "Port for V2 gRPC; 0 switches gRPC off.")
-    grpc_server: Literal["auto", "own", "grpcio"] = _setting(
+    http2: bool = _setting(
+        True,
+        "Speak HTTP/2 on the HTTP port, too: in clear text with prior knowledge, or as TLS's ALPN says. gRPC is then "
+        "answered there as well, beside all else.",
+    )
+    grpc_port: Port = _setting(
+        8081, "Port for V2 gRPC alone; 0: none, and gRPC is answered on the HTTP port (--http2) or not at all."
+    )
+    grpc_server: Literal["auto", "own", "grpcio", "off"] = _setting(
         "auto",
-        "Who answers gRPC: own (our server, which costs less CPU for each token), grpcio (the grpcio package's), or "
-        "auto: our own if it passes a test at the start, else grpcio's, which the log and kserve_vllm_grpc_fallback "
-        "then say.",
+        "Who answers gRPC: own (our server, which costs less CPU for each token), grpcio (the grpcio package's, which "
+        "can't share the HTTP port), off (nobody), or auto: our own if it passes a test at the start, else grpcio's, "
+        "which the log and kserve_vllm_grpc_fallback then say.",
     )
     max_body_mib: int = _setting(64, "Largest request body in MiB; a larger one is answered 413.", ge=1, le=2047)
     body_timeout: Seconds = _setting(
@@ -132,7 +139,7 @@ class ServerSettings(_Group):
     max_connections: int = _setting(
         4096,
         "Most open connections of the HTTP port. One more closes the one that has waited longest for a request; where "
-        "all have one, it is answered 503.",
+        "all have one, it is answered 503. Over HTTP/2, where a connection has many, also most requests at once.",
         ge=16,
         le=1_000_000,
     )

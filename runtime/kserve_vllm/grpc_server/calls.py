@@ -13,7 +13,6 @@ import binascii
 import inspect
 import logging
 import re
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable
@@ -24,7 +23,15 @@ from urllib.parse import quote
 import grpc
 from h2.errors import ErrorCodes
 
-from kserve_vllm.grpc_server.http2 import MAX_HEADERS, MAX_KEYLESS_STREAMS, Connection, Connections, Headers, Stream
+from kserve_vllm.grpc_server.http2 import (
+    MAX_HEADERS,
+    MAX_KEYLESS_STREAMS,
+    Connection,
+    Connections,
+    Headers,
+    Stream,
+    poll,
+)
 from kserve_vllm.grpc_server.receive_buffer import WINDOW_BITS, Budget, ReceiveBuffer, Share, Unreadable
 from kserve_vllm.protocols.oip.grpc_enforcement import ADMITTED, Metadata, Screened
 
@@ -36,7 +43,6 @@ _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1
 _RESERVED = frozenset({b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding",
                        b"grpc-accept-encoding"})  # fmt: skip
 _LAST_WORD_S = 1.0
-_SETTLE_EVERY_S = 0.05
 _MAX_PATH = 200
 KEYLESS_MESSAGE = 64 << 10
 """Bytes of a message, and of messages that wait to be read, of a call that needs no key."""
@@ -63,8 +69,9 @@ class Services:
         message_timeout_s: that a message may take to come in; 0: as long as it likes.
         screen: decides about a call by its path and metadata, before any of its messages is read.
         handlers: generic handlers, asked in turn.
-        connections: those that are open.
-        open_calls: those that are not at their end.
+        connections: those that are open, of the port that is gRPC's own.
+        shared: those of ports that have calls among other requests, and open and close their connections themselves.
+        open_calls: those that are not at their end, on whichever port.
     """
 
     max_message: int
@@ -72,6 +79,7 @@ class Services:
     screen: Callable[[str, Metadata], Screened] = lambda path, metadata: ADMITTED
     handlers: list[grpc.GenericRpcHandler[Any, Any]] = field(default_factory=list)
     connections: Connections = field(default_factory=Connections)
+    shared: list[Connections] = field(default_factory=list)
     open_calls: set[Call] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -90,7 +98,17 @@ class Services:
 
     def connect(self) -> Connection:
         """The protocol of a new connection."""
-        return Connection(lambda stream, headers: Call(self, stream, headers), self.connections)
+        return Connection(self.accept, self.connections)
+
+    def accept(self, stream: Stream, headers: Headers) -> Call:
+        """The call that a client makes on a new stream, of a connection of whichever port."""
+        return Call(self, stream, headers)
+
+    def shed(self) -> None:
+        """Make room for one more call without a key: close the connection that has the most of them."""
+        everywhere = [each for port in (self.connections, *self.shared) for each in port]
+        if sum(each.keyless for each in everywhere) >= MAX_KEYLESS_CALLS:
+            max(everywhere, key=lambda each: each.keyless).calm("has more calls without a key than any other")
 
     def leave(self) -> None:
         """Let clients that are connected now open no new calls here; they go to another server."""
@@ -99,7 +117,7 @@ class Services:
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
-        await _poll(
+        await poll(
             lambda: all(each.flushed for each in self.connections) and not any(call.owes for call in self.open_calls),
             timeout_s,
         )
@@ -112,11 +130,11 @@ class Services:
         self.leave()
         await asyncio.gather(*(call.finish(grace_s) for call in list(self.open_calls)))
         # gRPC's clients close by themselves then, once they have read all.
-        await _poll(lambda: not any(each.taking for each in self.connections), min(grace_s, _LAST_WORD_S))
+        await poll(lambda: not any(each.taking for each in self.connections), min(grace_s, _LAST_WORD_S))
         for connection in list(self.connections):
             connection.close()
         # What is written last goes out after that.
-        await _poll(lambda: not self.connections, _LAST_WORD_S)
+        await poll(lambda: not self.connections, _LAST_WORD_S)
         for connection in list(self.connections):
             connection.abort()
 
@@ -387,8 +405,7 @@ class Call:
         if connection.keyless >= MAX_KEYLESS_STREAMS:
             sentence = f"at most {MAX_KEYLESS_STREAMS} calls that need no key are open at once on one connection"
             return grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, ()
-        if sum(each.keyless for each in services.connections) >= MAX_KEYLESS_CALLS:
-            services.connections.shed()
+        services.shed()
         self.keyless, self._metadata = True, ()
         return None
 
@@ -513,13 +530,6 @@ class SendBuffer:
     def _tell(self) -> None:
         if self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
-
-
-async def _poll(done: Callable[[], bool], timeout_s: float) -> None:
-    """Wait until `done()` holds, up to `timeout_s` seconds."""
-    until = time.monotonic() + timeout_s
-    while not done() and time.monotonic() < until:
-        await asyncio.sleep(_SETTLE_EVERY_S)
 
 
 def _timeout_s(value: bytes | None) -> float | None:

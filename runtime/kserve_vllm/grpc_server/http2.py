@@ -1,4 +1,4 @@
-"""HTTP/2 under our gRPC server: one connection of a client, and its streams.
+"""HTTP/2 under our gRPC server, and on the HTTP port: one connection of a client, and its streams.
 
 h2 keeps the protocol's state: settings, headers, windows, the life of a stream. Only frames of data, of which there is
 one for every token, are written past it, and its windows are kept right. Python's own gRPC server takes 70 to 80 us of
@@ -12,6 +12,7 @@ import asyncio
 import logging
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -79,6 +80,7 @@ _COMPLAIN_EVERY_S = 1.0
 _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
 _ABORT_S = 5.0
+_LOOK_EVERY_S = 0.05
 _DATA, _GOAWAY = b"\0", b"\7"
 _WINDOW_UPDATE = b"\0\0\4\x08\0\0\0\0\0"
 
@@ -174,6 +176,23 @@ class Stream:
             self._close()
         connection.flush()
 
+    def finish(self, data: bytes | memoryview = b"") -> None:
+        """Write the last frame of data, for which there is room. The stream is over, and what the client still sends is
+        not read."""
+        connection = self._connection
+        if self._stream.closed:
+            self.open = False
+            return
+        if data:
+            connection.state.send_data(self.number, data, end_stream=True)
+        else:
+            # Takes no room, also where the client has made its window negative.
+            connection.state.end_stream(self.number)
+        if not self._stream.closed:
+            connection.state.reset_stream(self.number, ErrorCodes.NO_ERROR)
+        self._close()
+        connection.flush()
+
     def reset(self, code: ErrorCodes) -> None:
         """End the stream without an answer."""
         if not self._stream.closed:
@@ -258,10 +277,15 @@ class _Allowance:
 
 
 class Connections(set["Connection"]):
-    """A server's open connections. What one pass of the event loop has for all of them is written in a row."""
+    """A server's open connections. What one pass of the event loop has for all of them is written in a row.
 
-    def __init__(self) -> None:
+    Args:
+        bounded: whether there are at most `MAX_CONNECTIONS`; else they are counted elsewhere.
+    """
+
+    def __init__(self, bounded: bool = True) -> None:
         super().__init__()
+        self._bounded = bounded
         self._due: list[Connection] = []
         self._strangers: dict[Connection, None] = {}
         self._complained_at = -_COMPLAIN_EVERY_S
@@ -269,6 +293,8 @@ class Connections(set["Connection"]):
     def enter(self, connection: Connection) -> None:
         """A client has connected. Over `MAX_CONNECTIONS` one has to go that has shown no key, the oldest first."""
         self.add(connection)
+        if not self._bounded:
+            return
         self._strangers[connection] = None
         if len(self) > MAX_CONNECTIONS:
             next(iter(self._strangers)).calm("is one connection too many")
@@ -283,10 +309,6 @@ class Connections(set["Connection"]):
     def know(self, connection: Connection) -> None:
         """A client has shown a key, or none is asked for."""
         self._strangers.pop(connection, None)
-
-    def shed(self) -> None:
-        """Close the connection that has the most calls open without a key."""
-        max(self, key=lambda each: each.keyless).calm("has more calls without a key than any other")
 
     def exit(self, connection: Connection) -> None:
         """A client is gone."""
@@ -313,10 +335,16 @@ class Connection(asyncio.Protocol):
 
     Args:
         accept: makes the exchange of a new stream from its request headers.
-        connections: of the whole server; this one is in it while it is open.
+        connections: of the whole port; this one is in it while it is open.
+        max_headers: bytes of a request's headers that the client is told it may send.
     """
 
-    def __init__(self, accept: Callable[[Stream, Headers], Exchange], connections: Connections) -> None:
+    def __init__(
+        self,
+        accept: Callable[[Stream, Headers], Exchange],
+        connections: Connections,
+        max_headers: int = MAX_HEADERS,
+    ) -> None:
         self._accept = accept
         self._connections = connections
         self._loop = asyncio.get_running_loop()
@@ -351,7 +379,7 @@ class Connection(asyncio.Protocol):
             initial_values={
                 SettingCodes.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
                 SettingCodes.MAX_CONCURRENT_STREAMS: _MAX_STREAMS,
-                SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADERS,
+                SettingCodes.MAX_HEADER_LIST_SIZE: max_headers,
             },
         )
         self.state.encoder = _Encoder()
@@ -536,6 +564,11 @@ class Connection(asyncio.Protocol):
         self._connections.know(self)
 
     @property
+    def idle(self) -> bool:
+        """Whether no stream is open."""
+        return not self._exchanges
+
+    @property
     def full(self) -> bool:
         """Whether there are as many calls open as one connection may have without a key."""
         return self.keyless >= MAX_KEYLESS_STREAMS
@@ -653,6 +686,13 @@ class Connection(asyncio.Protocol):
     def _pump_all(self) -> None:
         for _, exchange in list(self._exchanges.values()):
             exchange.pump()
+
+
+async def poll(done: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until `done()` holds, up to `timeout_s` seconds."""
+    until = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < until:
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def _farewell(_: Frame) -> tuple[list[Frame], list[Event]]:

@@ -1,7 +1,7 @@
 """HTTP/1.1 on one connection: what uvicorn and its parser leave open, bounded, and what they let pass, refused.
 
 A subclass of uvicorn's protocol, for the time in which a request comes in; what goes out is uvicorn's, but for answers
-to HTTP/1.0. Nothing here runs per streamed token.
+to HTTP/1.0. Nothing here runs per streamed token. A connection that begins with HTTP/2's preface is handed on.
 
 Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), named where they decide. Written against uvicorn 0.54 with
 httptools 0.9.
@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -22,6 +22,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from kserve_vllm.core.errors import InvalidRequest, RequestError
 from kserve_vllm.protocols import errors as wire
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"""What a client begins with that speaks HTTP/2 (RFC 9113, 3.4)."""
 MAX_HEAD = 64 << 10
 """Bytes of a request's head: first line and fields."""
 MAX_TARGET = 16 << 10
@@ -44,7 +46,7 @@ UNREAD_TIMEOUT_S = 10.0
 _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]{0,5})?")
+HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]{0,5})?")
 _PATH_AND_QUERY = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
@@ -61,6 +63,21 @@ class Refusal(Exception):
         self.status = status
         self.sentence = sentence
 
+    def answer(self, target: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """Fields and body of the answer to a request for `target`."""
+        error: RequestError = InvalidRequest(self.sentence)
+        error.http_status, error.close = self.status, True
+        if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            error.openai_type = "ServiceUnavailableError"
+        body = wire.error_body(_path(target), error)
+        return [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))], body
+
+
+class Held(Protocol):
+    """A connection that is counted."""
+
+    transport: asyncio.Transport
+
 
 class Connections:
     """The open connections of one port, oldest idle one first.
@@ -74,7 +91,7 @@ class Connections:
         self._most = most
         self._open = 0
         # Ordered by insertion: a connection that becomes idle goes to the end.
-        self._idle: dict[HTTP1, None] = {}
+        self._idle: dict[Held, None] = {}
         self.evicted = 0
 
     @property
@@ -82,7 +99,7 @@ class Connections:
         """How many are open."""
         return self._open
 
-    def add(self, connection: HTTP1) -> bool:
+    def add(self, connection: Held) -> bool:
         """Take a new connection in; False where there is no room for it."""
         self._open += 1
         if self._open > self._most:
@@ -95,16 +112,16 @@ class Connections:
         self._idle[connection] = None
         return True
 
-    def remove(self, connection: HTTP1) -> None:
+    def remove(self, connection: Held) -> None:
         """Forget a connection that is closed."""
         self._open -= 1
         self._idle.pop(connection, None)
 
-    def busy(self, connection: HTTP1) -> None:
+    def busy(self, connection: Held) -> None:
         """A request of it has come."""
         self._idle.pop(connection, None)
 
-    def idle(self, connection: HTTP1) -> None:
+    def idle(self, connection: Held) -> None:
         """It waits for a request."""
         self._idle[connection] = None
 
@@ -114,12 +131,22 @@ class HTTP1(HttpToolsProtocol):
 
     Args:
         open_connections: those of the port.
+        http2: makes what takes over a connection that begins with HTTP/2's preface; None: such a one is refused.
         arguments: uvicorn's.
     """
 
-    def __init__(self, open_connections: Connections, *arguments: Any, **named: Any) -> None:
+    def __init__(
+        self,
+        open_connections: Connections,
+        http2: Callable[[HTTP1], asyncio.Protocol] | None,
+        *arguments: Any,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
         self._open = open_connections
+        self._http2 = http2
+        self._begun = b""
+        """What may become HTTP/2's preface, while `_http2` is there."""
         self._in_head = True
         self._head_bytes = 0
         self._target_bytes = 0
@@ -155,6 +182,18 @@ class HTTP1(HttpToolsProtocol):
         """asyncio's."""
         if self._refusal is not None:
             return
+        if self._http2 is not None:
+            data = self._begun + data
+            if data.startswith(PREFACE):
+                self._hand_on(data)
+                return
+            if PREFACE.startswith(data):
+                self._begun = data
+                if not self._head_timed:
+                    self._head_timed = True
+                    self._set_timer(HEAD_TIMEOUT_S, self._head_timeout)
+                return
+            self._http2 = None
         self._pending += len(data)
         self._last = data
         try:
@@ -169,6 +208,17 @@ class HTTP1(HttpToolsProtocol):
                 raise Refusal(400, "the body is sent in too many and too small chunks, or with too much beside it")
         except Refusal as refusal:
             self._refuse(refusal)
+
+    def _hand_on(self, data: bytes) -> None:
+        """This is a connection of HTTP/2."""
+        assert self._http2 is not None
+        self._unset_timer()
+        self._open.remove(self)
+        self.connections.discard(self)
+        protocol = self._http2(self)
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+        protocol.data_received(data)
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's, for what its parser refuses."""
@@ -209,14 +259,9 @@ class HTTP1(HttpToolsProtocol):
         if self.transport.is_closing() or self._refusal is None:
             return
         refusal = self._refusal
-        error: RequestError = InvalidRequest(refusal.sentence)
-        error.http_status, error.close = refusal.status, True
-        if refusal.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            error.openai_type = "ServiceUnavailableError"
-        body = wire.error_body(_path(self.url) if self.scope else "", error)
+        fields, body = refusal.answer(self.url if self.scope else b"")
+        fields.append((b"connection", b"close"))
         head = b"HTTP/1.1 %d %b\r\n" % (refusal.status, HTTPStatus(refusal.status).phrase.encode())
-        fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
-                  (b"connection", b"close")]  # fmt: skip
         self.transport.write(head + b"".join(b"%b: %b\r\n" % field for field in fields) + b"\r\n" + body)
         self.transport.close()
 
@@ -314,7 +359,7 @@ class HTTP1(HttpToolsProtocol):
         # RFC 9112, 3.2.
         if len(hosts) > 1 or (not hosts and version == "1.1"):
             raise Refusal(400, "a request has one Host field")
-        if hosts and not _HOST.fullmatch(hosts[0]):
+        if hosts and not HOST.fullmatch(hosts[0]):
             raise Refusal(400, "the Host field holds no host")
         # RFC 9112, 6.1.
         if coding and version == "1.0":

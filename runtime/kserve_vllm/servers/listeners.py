@@ -1,16 +1,15 @@
-"""The two listeners: HTTP (uvicorn) and gRPC. Both are open before anything is loaded."""
+"""The two listeners, both open before anything is loaded: HTTP (uvicorn, and HTTP/2 with gRPC beside it) and gRPC."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import uvicorn
@@ -24,6 +23,10 @@ from kserve_vllm.grpc_server.health import Health
 from kserve_vllm.protocols.oip.grpc_enforcement import Metadata, Screened
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
 from kserve_vllm.servers import http1
+
+if TYPE_CHECKING:
+    from kserve_vllm.grpc_server.calls import Services
+    from kserve_vllm.servers.http2 import HTTP2
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +55,29 @@ class HTTPServer:
         port: to listen on; 0 chooses a free one.
         flag: that sets the port, for the error's sentence.
         shared: whether other processes listen on the port too.
+        http2: whether HTTP/2 is spoken where the settings want it.
 
     Raises:
         ConfigError: the port can't be had, or the TLS files can't be used.
     """
 
     def __init__(
-        self, app: Any, settings: ServerSettings, port: int, flag: str = "--http-port", shared: bool = False
+        self,
+        app: Any,
+        settings: ServerSettings,
+        port: int,
+        flag: str = "--http-port",
+        shared: bool = False,
+        http2: bool = True,
     ) -> None:
         self._socket = _bind(settings.host, port, flag, shared)
         self.connections = http1.Connections(settings.max_connections)
         """Those that are open."""
+        self._http2: HTTP2 | None = None
         try:
             config = uvicorn.Config(
                 app,
-                http=functools.partial(http1.HTTP1, self.connections),  # type: ignore[arg-type]
+                http=self._connect,  # type: ignore[arg-type]
                 ws_max_size=_MAX_WEBSOCKET_MESSAGE,
                 ws_max_queue=_MAX_WEBSOCKET_QUEUE,
                 log_config=None,
@@ -84,11 +95,77 @@ class HTTPServer:
             raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
         self._server = _QuietServer(config)
         self._task: asyncio.Task[None] | None = None
+        if http2 and settings.http2:
+            self._begin_http2(settings)
+
+    def _begin_http2(self, settings: ServerSettings) -> None:
+        config = self._server.config
+        try:
+            from kserve_vllm.servers.http2 import HTTP2
+        except ImportError as error:
+            self._end_http2(error)
+            return
+        self._http2 = HTTP2(config.loaded_app, self.connections, settings.max_connections, settings.access_log)
+        if config.ssl is not None:
+            config.ssl.set_alpn_protocols(["h2", "http/1.1"])
+
+    def _end_http2(self, why: Exception) -> None:
+        log.error("HTTP/2 is off: it does not work with the installed h2, which was not tested", exc_info=why)
+        self._http2 = None
+        if (tls := self._server.config.ssl) is not None:
+            tls.set_alpn_protocols(["http/1.1"])
+
+    def _connect(self, **named: Any) -> http1.HTTP1:
+        """The protocol of a new connection, which is HTTP/1.1's until it begins with HTTP/2's preface."""
+        return http1.HTTP1(self.connections, self._http2.connect if self._http2 is not None else None, **named)
 
     @property
     def port(self) -> int:
         """The port that is bound."""
         return int(self._socket.getsockname()[1])
+
+    @property
+    def answers_grpc(self) -> bool:
+        """Whether gRPC is answered here, since `join`."""
+        return self._http2 is not None and self._http2.answers_calls
+
+    async def join(self, grpc_server: GRPCServer | None) -> None:
+        """Answer gRPC on this port as well, where HTTP/2 is spoken; to be called once that server has started.
+
+        Where our own server has not shown that it works with the installed `h2`, that is tried here; if it does not,
+        this port speaks HTTP/1.1 alone.
+        """
+        if self._http2 is None:
+            return
+        services = grpc_server.services if grpc_server is not None else None
+        if services is not None:
+            services.shared.append(self._http2.connections)
+            self._http2.take_calls(services.accept)
+            return
+        if grpc_server is None:
+            self._http2.refuse_calls("gRPC is switched off (--grpc-server off)")
+        else:
+            self._http2.refuse_calls(
+                f"gRPC is answered by grpcio's server, which has port {grpc_server.port} and can't share this one"
+                if grpc_server.port
+                else "gRPC is not answered: grpcio's server needs a port of its own (--grpc-port)"
+            )
+        try:
+            from kserve_vllm.grpc_server import self_test
+
+            await self_test.check()
+        except Exception as error:
+            self._end_http2(error)
+
+    def leave(self) -> None:
+        """Send clients of HTTP/2 that are connected elsewhere with their next request; open ones go on."""
+        if self._http2 is not None:
+            self._http2.leave()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until clients of HTTP/2 have taken what was answered, up to `timeout_s` seconds."""
+        if self._http2 is not None:
+            await self._http2.settle(timeout_s)
 
     def start(self) -> None:
         """Begin to serve, in a task of the running loop."""
@@ -100,13 +177,13 @@ class HTTPServer:
         http1.abort_stalled(self._server.server_state.connections)
         self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
         self._server.should_exit = True
-        if self._task is not None:
-            await self._task
+        ending = [self._task] if self._task is not None else []
+        await asyncio.gather(*ending, *([self._http2.stop(grace_s)] if self._http2 is not None else []))
         self._socket.close()
 
 
 class GRPCServer:
-    """Serves V2 gRPC, standard health and reflection on one port.
+    """Serves V2 gRPC, standard health and reflection, on a port of its own and beside HTTP.
 
     Args:
         servicer: answers the calls.
@@ -115,6 +192,7 @@ class GRPCServer:
         shared: whether other processes listen on the port too.
         own: whether the server may be ours, where the settings want that.
         on_fallback: told once whether gRPC's own server answers since ours failed its test.
+        listen: whether it has a port of its own.
     """
 
     def __init__(
@@ -125,6 +203,7 @@ class GRPCServer:
         shared: bool = False,
         own: bool = True,
         on_fallback: Callable[[bool], None] = lambda fallen: None,
+        listen: bool = True,
     ) -> None:
         self._own = own and "grpc-server" in settings.shortcuts
         self._servicer = servicer
@@ -134,7 +213,14 @@ class GRPCServer:
         self._lifecycle = lifecycle
         self._listener: _OwnListener | _UpstreamListener | None = None
         self._health = Health()
+        self._listen = listen
         self.port = 0
+        """That it listens on; 0: it has none of its own."""
+
+    @property
+    def services(self) -> Services | None:
+        """What answers calls on other ports, too; None where grpcio's server does, or nothing has started."""
+        return self._listener.target if isinstance(self._listener, _OwnListener) else None
 
     async def start(self) -> None:
         """Open the port.
@@ -154,7 +240,10 @@ class GRPCServer:
         pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
         servicer = reflection.aio.ReflectionServicer(service_names=names, pool=pool)  # type: ignore[attr-defined]
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, target)
-        self.port = await listener.open()
+        if self._listen:
+            self.port = await listener.open()
+        elif kind is _UpstreamListener:
+            log.warning("gRPC is not answered: grpcio's server needs a port of its own (--grpc-port)")
         self._listener = listener
         self._publish(self._lifecycle)
         self._lifecycle.on_change(self._publish)
@@ -240,7 +329,7 @@ class _OwnListener:
     async def close(self, grace_s: float) -> None:
         if self._server is not None:
             self._server.close()
-            await self.target.stop(grace_s)
+        await self.target.stop(grace_s)
 
 
 class _Screening(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

@@ -242,10 +242,9 @@ CAUSES = (
         "knative-two-ports",
         "Knative takes one port",
         91,
-        "A Knative service has one container port, and the pod names more: REST and gRPC can't "
-        "share one. Two services, "
-        "or Standard mode.",
-        ("# with the chart: inferenceServices.$name.grpc.enabled=false, or deploymentMode: Standard",),
+        "A Knative service has one container port, and the pod names more. REST and gRPC share one: "
+        "8080, with the name h2c.",
+        ("kubectl -n $ns edit inferenceservice $name   # ports: containerPort 8080 with the name h2c, and no other",),
         said(r"more than one container port is set"),
     ),
     Cause(
