@@ -328,6 +328,10 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     # Ways out.
     "TLS in the pod": (service(extraArgs=["--ssl-certfile=/a"]), "extraArgs has --ssl-certfile, which probes"),
+    "TLS in the pod, as KServe names it": (
+        service(env=[{"name": "KSERVE_TLS_CERT_FILE", "value": "/a"}]),
+        "KSERVE_TLS_CERT_FILE in env is --ssl-certfile, which GPUs, probes",
+    ),
     "a password of a proxy": (
         {**service(), "proxy": {"httpsProxy": "http://me:secret@proxy:3128"}},
         "proxy.httpsProxy: it has a password in plain text",

@@ -139,9 +139,7 @@ def test_where_nothing_answers_it_ends_and_can_be_gone_on_with(
 
 def test_a_server_that_does_not_start_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path / "in.jsonl", 1)
-    assert (
-        batch.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--model", "/no/such/model", "--no-such"]) == 3
-    )
+    assert batch.main([str(source), "--out", str(tmp_path / "out.jsonl"), "--demo", "--ssl-keyfile", "/key"]) == 3
     assert "the server did not start" in capfd.readouterr().err
 
 

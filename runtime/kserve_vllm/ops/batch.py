@@ -80,8 +80,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("--concurrency must be 1 or more")
     if args.url and of_server:
         raise ConfigError(f"{of_server[0]}: with --url nothing is started that this could be given to")
-    # As Ctrl-C: what is answered is kept, and a server that was started is ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     source, out = Path(args.input), Path(args.out)
     requests = check(source)
     done = recall(out, args.retry_failed)
@@ -89,7 +87,12 @@ def main(arguments: Sequence[str]) -> int:
     if strange:
         raise ConfigError(f"--out {out} holds answers to other requests, such as {strange[0]!r}; name another file")
     if len(done) < len(requests):
-        code = _answer(args, of_server, source, out, requests, done)
+        # As Ctrl-C: what is answered is kept, and a server that was started is ended.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            code = _answer(args, of_server, source, out, requests, done)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if code != OK:
             return code
     answered = recall(out, False)
@@ -298,17 +301,19 @@ class _Work:
             writing = asyncio.create_task(self._write())
             saying = asyncio.create_task(self._say())
             sending = [asyncio.create_task(self._send(http, lines)) for _ in range(self._args.concurrency)]
+            answering = asyncio.gather(*sending)
             try:
-                done, _ = await asyncio.wait({*sending, writing}, return_when=asyncio.FIRST_EXCEPTION)
-                for task in done:
-                    task.result()
+                done, _ = await asyncio.wait({answering, writing}, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    each.result()
+            except OSError as error:
+                raise ConfigError(f"--out can't be written: {error.strerror}; what is in it is kept") from error
             except _NobodyThere as error:
                 print(f"\n{error}; the same command goes on from here", file=sys.stderr)
                 return NO_SERVER
             finally:
-                for task in sending:
-                    task.cancel()
-                await asyncio.gather(*sending, return_exceptions=True)
+                answering.cancel()
+                await asyncio.gather(answering, *sending, return_exceptions=True)
                 self._answers.put_nowait(None)
                 saying.cancel()
                 await asyncio.gather(writing, saying, return_exceptions=True)
