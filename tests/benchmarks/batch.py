@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.batch
 
-Starts the demo model with `--batch-dir`, and asks with a few live clients; in turns without a batch and with one, so that
-whatever else the machine does weighs on both. Prints medians, 99th percentiles and their ratios, and what the batch did.
+Starts the demo model with `--batch-dir`, and asks with a few live clients; in turns without a batch and with one, so
+that whatever else the machine does weighs on both. Prints medians, 99th percentiles and their ratios.
 """
 
 from __future__ import annotations

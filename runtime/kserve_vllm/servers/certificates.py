@@ -94,7 +94,8 @@ class Certificates:
             cert, key = self._pair
             return grpc.ssl_server_certificate_configuration([(key, cert)])
 
-        return grpc.dynamic_ssl_server_credentials(configuration(), newest)
+        # grpcio's stubs don't know of None, which its documentation names.
+        return grpc.dynamic_ssl_server_credentials(configuration(), newest)  # type: ignore[arg-type]
 
     async def watch(self) -> None:
         """Look at the files every two seconds, until cancelled."""
