@@ -616,8 +616,8 @@ CASES: dict[str, tuple[Document, str]] = {
         "apiKey.secretName does nothing without a url",
     ),
     "a batch's server beside another": (
-        batch(claim="c", url="http://a", image="gpu"),
-        "image does nothing with a url",
+        batch(claim="c", url="http://a", serverImage="gpu"),
+        "serverImage does nothing with a url",
     ),
     # Model caches.
     "a cache of nothing": (cache(), "give one of huggingFace.repository and files"),

@@ -61,7 +61,7 @@ EXAMPLES: dict[str, Any] = {
     "image": "registry.example.com/a:1", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
     "extra": {"mine": {}}, "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
     "serverArgs": ["--model=org/other"], "url": "http://other", "input": "other.jsonl",
-    "output": "others.jsonl", "job.cpu": "3",
+    "output": "others.jsonl",
     "resourceClaims": [{"name": "g", "resourceClaimName": "c"}], "startupSeconds": 100,
     "egress": [{"ports": [{"port": 6379}]}], "availability": 0.99, "firstToken": 0.9, "firstTokenSeconds": 1,
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},

@@ -43,7 +43,7 @@ spec:
   {{- end }}
   containers:
     - name: batch
-      image: {{ include "kserve-vllm.image" (list $root $b.image) }}
+      image: {{ include "kserve-vllm.image" (list $root $b.serverImage) }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       securityContext:
         {{- include "kserve-vllm.containerSecurityContext" $root | nindent 8 }}

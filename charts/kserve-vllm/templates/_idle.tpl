@@ -131,7 +131,7 @@ does nothing for any entry.
 {{- $fills := false -}}
 {{- range .Values.internal.caches }}{{ if eq .type "PersistentVolumeClaim" }}{{ $jobs = true }}{{ $fills = true }}{{ end }}{{ end -}}
 {{- $batchImages := list -}}
-{{- range .Values.internal.batches }}{{ $jobs = true }}{{ $batchImages = append $batchImages .image }}{{ end -}}
+{{- range .Values.internal.batches }}{{ $jobs = true }}{{ $batchImages = append $batchImages .serverImage }}{{ end -}}
 {{- $keys := false -}}
 {{- range .Values.internal.services }}{{ if .apiKeys.secretName }}{{ $keys = true }}{{ end }}{{ end -}}
 {{- $cpuImage := or $fills (has "cpu" $batchImages) (and .Values.tests.enabled $services) -}}

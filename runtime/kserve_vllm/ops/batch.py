@@ -303,7 +303,8 @@ class _Work:
             sending = [asyncio.create_task(self._send(http, lines)) for _ in range(self._args.concurrency)]
             answering = asyncio.gather(*sending)
             try:
-                done, _ = await asyncio.wait({answering, writing}, return_when=asyncio.FIRST_COMPLETED)
+                waiting: set[asyncio.Future[Any]] = {answering, writing}
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for each in done:
                     each.result()
             except OSError as error:
