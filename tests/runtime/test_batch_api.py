@@ -79,6 +79,7 @@ class Edge:
         ))  # fmt: skip
         self.metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
         self.closed: list[RequestContext] = []
+        self.opened: list[openai.AsyncOpenAI] = []
         recorder = RequestRecorder(self.metrics, Tracing(), lifecycle, self.closed.append)
         middleware = RequestMiddleware(lifecycle, self.enforcement, 1 << 20, self.metrics.render, dict, recorder)
         self.store = Store(str(folder / "batches"), Bounds(10, 1 << 20, 100)) if on else None
@@ -96,7 +97,9 @@ class Edge:
     def sdk(self, tenant: str, prefix: str = "/v1") -> openai.AsyncOpenAI:
         """OpenAI's SDK with a tenant's key."""
         url = f"http://127.0.0.1:{self.server.port}{prefix}"
-        return openai.AsyncOpenAI(base_url=url, api_key=f"kv-{tenant}", max_retries=0)
+        made = openai.AsyncOpenAI(base_url=url, api_key=f"kv-{tenant}", max_retries=0)
+        self.opened.append(made)
+        return made
 
 
 @asynccontextmanager
@@ -110,6 +113,8 @@ async def running(folder: Path, on: bool = True) -> AsyncIterator[Edge]:
     try:
         yield edge
     finally:
+        for each in edge.opened:
+            await each.close()
         if edge.runner is not None:
             await edge.runner.close()
         await edge.server.stop(1)

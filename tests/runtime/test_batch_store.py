@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import json
 import shutil
@@ -341,7 +342,7 @@ def test_a_folder_that_can_not_be_used_is_refused(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--batch-dir"):
         Store(str(tmp_path / "file"), BOUNDS)
-    monkeypatch.setattr(store_room.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with pytest.raises(ConfigError, match="keeps no locks"):
         Store(str(tmp_path / "folder"), BOUNDS)
 

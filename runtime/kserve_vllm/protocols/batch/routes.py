@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from kserve_vllm.core.errors import InvalidRequest, NotFound
 from kserve_vllm.core.request_context import current
@@ -46,7 +46,7 @@ class BatchRoutes:
         """Keep a file, for a batch."""
         store = self._store
         form = await _form(request)
-        async with form:
+        try:
             content, purpose = form.get("file"), form.get("purpose")
             if not isinstance(content, UploadFile):
                 raise InvalidRequest("file: a file is needed, as a part of a form", field="file")
@@ -55,6 +55,8 @@ class BatchRoutes:
             keep_s = _keep_s(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"), "expires_after")
             name = content.filename or "batch.jsonl"
             kept = await asyncio.to_thread(store.add_file, _owner().tenant, name, purpose, content.file, keep_s)
+        finally:
+            await form.close()
         return _json(kept)
 
     async def files(self, request: Request) -> Response:
@@ -161,7 +163,7 @@ def _owner() -> Owner:
     return Owner(context.tenant, context.key_id) if context is not None else Owner(NO_TENANT, None)
 
 
-async def _form(request: Request) -> Any:
+async def _form(request: Request) -> FormData:
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidRequest("a file is sent as multipart/form-data", field="file")
     from starlette.exceptions import HTTPException

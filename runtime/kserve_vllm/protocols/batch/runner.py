@@ -284,7 +284,8 @@ class _Work:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             answering = asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.wait({answering, ended, writing}, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {answering, ended, writing}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             # A client that cancels wants no more of it, and one that came too late neither.
             if not answering.done():
                 for task in list(tasks):
