@@ -27,6 +27,11 @@ def cache(**values: Any) -> Document:
     return {"modelCaches": {"m": values}}
 
 
+def batch(**values: Any) -> Document:
+    """A file of requests."""
+    return {"batchJobs": {"b": values}}
+
+
 def only(**values: Any) -> Document:
     """One InferenceService with exactly these values."""
     return {"inferenceServices": {"chat": values}}
@@ -323,6 +328,10 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     # Ways out.
     "TLS in the pod": (service(extraArgs=["--ssl-certfile=/a"]), "extraArgs has --ssl-certfile, which probes"),
+    "TLS in the pod, as KServe names it": (
+        service(env=[{"name": "KSERVE_TLS_CERT_FILE", "value": "/a"}]),
+        "KSERVE_TLS_CERT_FILE in env is --ssl-certfile, which GPUs, probes",
+    ),
     "a password of a proxy": (
         {**service(), "proxy": {"httpsProxy": "http://me:secret@proxy:3128"}},
         "proxy.httpsProxy: it has a password in plain text",
@@ -603,6 +612,25 @@ CASES: dict[str, tuple[Document, str]] = {
         route(inferenceService="here", timeoutSeconds=4000, gateway={"timeouts": False}),
         "timeoutSeconds does nothing while gateway.timeouts is false",
     ),
+    # Batches.
+    "a batch without a claim": (batch(url="http://a"), "batchJobs.b: give the claim with the requests in claim"),
+    "a batch that nobody answers": (batch(claim="c"), "give one of url, of a server that runs, and serverArgs"),
+    "a batch over its own requests": (
+        batch(claim="c", url="http://a", input="a.jsonl", output="a.jsonl"),
+        "input and output are the same file",
+    ),
+    "a batch with a secret in its arguments": (
+        batch(claim="c", serverArgs=["--api-key=plain"]),
+        "serverArgs has --api-key with a secret in plain text",
+    ),
+    "a batch's key that nobody asks for": (
+        batch(claim="c", serverArgs=["--demo"], apiKey={"secretName": "s"}),
+        "apiKey.secretName does nothing without a url",
+    ),
+    "a batch's server beside another": (
+        batch(claim="c", url="http://a", serverImage="gpu"),
+        "serverImage does nothing with a url",
+    ),
     # Model caches.
     "a cache of nothing": (cache(), "give one of huggingFace.repository and files"),
     "a local cache of nothing": (
@@ -639,7 +667,8 @@ BY_LOOKUP = ("ClusterServingRuntime ", "claim %s has", "LocalModelCache %s", "it
 def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
     assert CASES[case][1] in " ".join(said(case).split())
     places = (
-        "inferenceService", "routes.", "modelCaches.m: ", "runtimes.", "monitoring.", "proxy.", "caBundle: ", "enabled",
+        "inferenceService", "routes.", "modelCaches.m: ", "batchJobs.b: ", "runtimes.",
+        "monitoring.", "proxy.", "caBundle: ", "enabled",
     )  # fmt: skip
     assert all(line.startswith(places) for line in said(case).splitlines())
 

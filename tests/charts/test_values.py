@@ -60,6 +60,8 @@ EXAMPLES: dict[str, Any] = {
     "extraVolumes": [{"name": "x", "emptyDir": {}}], "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
     "image": "registry.example.com/a:1", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
     "extra": {"mine": {}}, "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
+    "serverArgs": ["--model=org/other"], "url": "http://other", "input": "other.jsonl",
+    "output": "others.jsonl",
     "resourceClaims": [{"name": "g", "resourceClaimName": "c"}], "startupSeconds": 100,
     "egress": [{"ports": [{"port": 6379}]}], "availability": 0.99, "firstToken": 0.9, "firstTokenSeconds": 1,
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},
@@ -168,9 +170,14 @@ ROUTES: dict[str, Document] = {
     "Ingress": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Ingress"},
     "no timeouts": {"hosts": ["a.example.com"], "inferenceService": "chat", "gateway": {"timeouts": False}},
 }  # fmt: skip
+BATCHES: dict[str, Document] = {
+    "a batch for a server": {"claim": "c", "url": "http://chat", "apiKey": {"secretName": "s"}},
+    "a batch with its own": {"claim": "c", "serverArgs": ["--demo"]},
+}
 CONTEXTS = [
     *(("inferenceServices", "inferenceServiceDefaults", name, base) for name, base in SERVICES.items()),
     *(("modelCaches", "modelCacheDefaults", name, base) for name, base in CACHES.items()),
+    *(("batchJobs", "batchJobDefaults", name, base) for name, base in BATCHES.items()),
     *(("routes", "routeDefaults", name, base) for name, base in ROUTES.items()),
     ("serviceAccounts", "serviceAccountDefaults", "an account", {}),
     ("runtimes.extra", "extraRuntimeDefaults", "a runtime for GPUs", {}),
@@ -317,6 +324,7 @@ def test_defaults_are_for_an_entry_what_its_own_values_are() -> None:
 WHOLE: Document = {
     **AROUND,
     "modelCaches": {"m": REPOSITORY},
+    "batchJobs": {"b": BATCHES["a batch with its own"]},
     "serviceAccounts": {"a": {}},
     "routes": {"r": ROUTES["GatewayAPI"]},
 }
@@ -325,7 +333,7 @@ WHOLE: Document = {
 def test_null_is_the_default_for_a_value_and_for_a_whole_block() -> None:
     plain = render(WHOLE)
     for top, values in DEFAULTS.items():
-        if top in ("inferenceServices", "modelCaches", "routes", "serviceAccounts", "cluster"):
+        if top in ("inferenceServices", "modelCaches", "batchJobs", "routes", "serviceAccounts", "cluster"):
             continue
         assert render({**WHOLE, top: None}) == plain, top
         if not isinstance(values, dict):
@@ -362,6 +370,7 @@ def test_an_entry_that_is_null_or_switched_off_is_not_there() -> None:
         "inferenceServices": {**WHOLE["inferenceServices"], **extra},
         "routes": {**WHOLE["routes"], **extra},
         "modelCaches": {**WHOLE["modelCaches"], **extra},
+        "batchJobs": {**WHOLE["batchJobs"], **extra},
         "serviceAccounts": {**WHOLE["serviceAccounts"], **extra},
     }
     assert render({**WHOLE, **off}) == render(WHOLE)

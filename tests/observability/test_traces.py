@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.protocols.oip.grpc_servicer import Messages
-from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
+from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing, tracing_of
 from tests.clients import until
 from tests.observability.conftest import KEY
 from tests.observability.load import LONG, Client
@@ -247,3 +247,50 @@ def test_a_broken_traceparent_is_passed_over(header: str) -> None:
     context = RequestContext("1", "v2", "/x")
     Tracing().open(context, {"traceparent": header})
     assert context.trace_id is None
+
+
+def sampled(tracing: Tracing, count: int = 200) -> int:
+    """How many of that many requests without a caller's decision are recorded."""
+    found = 0
+    for number in range(count):
+        context = RequestContext(str(number), "openai", "/v1/completions")
+        tracing.open(context, {})
+        found += context.sampled
+        tracing.close(context, "ok")
+    tracing.shutdown()
+    return found
+
+
+def test_what_kserve_makes_of_spec_tracing_decides_where_no_flag_does(
+    monkeypatch: pytest.MonkeyPatch, receiver: Receiver
+) -> None:
+    made = {
+        "OTEL_SERVICE_NAME": "my-model",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+        "OTEL_TRACES_EXPORTER": "otlp",
+        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": "0.25",
+        "OTEL_RESOURCE_ATTRIBUTES": "k8s.pod.name=a,k8s.node.name=b",
+    }
+    for name, value in made.items():
+        monkeypatch.setenv(name, value)
+    assert 20 <= sampled(tracing_of(receiver.endpoint, None, "0", made)) <= 90
+    assert sampled(tracing_of(receiver.endpoint, 0.0, "0", made)) == 0
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    assert sampled(tracing_of(receiver.endpoint, None, "0", made)) == 0
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    before = len(receiver.resources)
+    assert sampled(tracing_of(receiver.endpoint, None, "0", made), 1) == 1
+    (resource,) = receiver.resources[before:]
+    assert (resource["service.name"], resource["k8s.pod.name"]) == ("my-model", "a")
+
+
+def test_opentelemetrys_switch_holds_over_an_endpoint(caplog: pytest.LogCaptureFixture) -> None:
+    assert type(tracing_of("http://a:1", None, "0", {"OTEL_SDK_DISABLED": "True"})) is Tracing
+    assert "no traces are sent to http://a:1" in caplog.text
+    assert type(tracing_of(None, None, "0", {"OTEL_TRACES_EXPORTER": "none"})) is Tracing
+
+
+def test_spans_are_written_to_the_console_where_the_variable_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    assert sampled(tracing_of(None, 1.0, "0", {"OTEL_TRACES_EXPORTER": "console"}), 1) == 1
+    assert '"name": "/v1/completions"' in capfd.readouterr().out

@@ -13,7 +13,9 @@ from typing import Any
 
 import grpc
 import httpx
+import openai
 import pytest
+from openai.types import Batch, FileObject
 
 from kserve_vllm.policy.tenants import digest
 from tests.policy.calls import PROTOCOLS, call
@@ -47,7 +49,7 @@ class Shared(Server):
     """A server with everything on."""
 
     def __init__(self, folder: Path) -> None:
-        self.keys, self.usage = folder / "keys.json", folder / "usage.jsonl"
+        self.keys, self.usage, self.batches = folder / "keys.json", folder / "usage.jsonl", folder / "batches"
         self.keys.write_text(json.dumps(key_file()))
         self.admin_port = free_port()
         self.admin_url = f"http://127.0.0.1:{self.admin_port}"
@@ -55,7 +57,7 @@ class Shared(Server):
             *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
             "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
             "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "5",
-            "--body-timeout", "2", "--allowed-origins", '["https://page"]',
+            "--body-timeout", "2", "--allowed-origins", '["https://page"]', "--batch-dir", str(self.batches),
         ], {"VLLM_SERVER_DEV_MODE": "1"})  # fmt: skip
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
@@ -500,3 +502,196 @@ def test_no_key_is_in_the_log(shared: Shared) -> None:
     assert call(shared, "chat", "kv-wrong").status == 401
     for key in (GOLD, ADMIN, "kv-wrong"):
         assert key not in shared.log
+
+
+# Files and batches
+
+
+def batch_line(number: int, url: str = "/v1/chat/completions", **changed: Any) -> dict[str, Any]:
+    """A request of a batch."""
+    body: dict[str, Any] = {"model": "demo", "max_tokens": 8, "temperature": 0}
+    if url == "/v1/chat/completions":
+        body["messages"] = [{"role": "user", "content": f"What is {number} + 1?"}]
+    else:
+        body |= {"/v1/completions": {"prompt": f"{number} + 1 ="}, "/v1/responses": {"input": f"{number} + 1 ="}}[url]
+    if url == "/v1/responses":
+        body["max_output_tokens"] = body.pop("max_tokens")
+    return {"custom_id": f"id-{number}", "method": "POST", "url": url, "body": {**body, **changed}}
+
+
+def client(server: Server, tenant: str, prefix: str = "/v1") -> openai.OpenAI:
+    """OpenAI's SDK with a tenant's key."""
+    return openai.OpenAI(base_url=server.url + prefix, api_key=f"kv-{tenant}", max_retries=0)
+
+
+def uploaded(api: openai.OpenAI, lines: list[dict[str, Any]]) -> FileObject:
+    """A file with these lines."""
+    content = "".join(json.dumps(each) + "\n" for each in lines).encode()
+    return api.files.create(file=("in.jsonl", content), purpose="batch")
+
+
+def over(api: openai.OpenAI, batch_id: str, timeout_s: float = 120.0) -> Batch:
+    """A batch, once it is over."""
+    deadline = time.monotonic() + timeout_s
+    while (found := api.batches.retrieve(batch_id)).status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found
+
+
+def answers(api: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    """What stands in a results file."""
+    assert file_id is not None
+    return [json.loads(each) for each in api.files.content(file_id).text.splitlines()]
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/openai/v1"])
+def test_openais_sdk_keeps_files(shared: Shared, prefix: str) -> None:
+    api, other = client(shared, "gold", prefix), client(shared, "batch", prefix)
+    kept = uploaded(api, [batch_line(0)])
+    assert (kept.object, kept.purpose, kept.filename, kept.status) == ("file", "batch", "in.jsonl", "processed")
+    assert kept.expires_at is not None
+    assert kept.expires_at - kept.created_at == 30 * 86_400
+    assert api.files.retrieve(kept.id) == kept
+    assert json.loads(api.files.content(kept.id).text) == batch_line(0)
+    second = api.files.create(file=b"{}", purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600})
+    assert second.expires_at == second.created_at + 3600
+    # Two pages of one.
+    assert [each.id for each in api.files.list(limit=1)][:2] == [second.id, kept.id]
+    assert [each.id for each in api.files.list(order="asc", purpose="batch")][-1] == second.id
+    assert list(api.files.list(purpose="vision")) == []
+    assert kept.id not in [each.id for each in other.files.list()]
+    for asking in (other.files.retrieve, other.files.content, other.files.delete):
+        with pytest.raises(openai.NotFoundError, match="there is no file"):
+            asking(kept.id)
+    for each in (kept, second):
+        assert api.files.delete(each.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        api.files.retrieve(kept.id)
+    with pytest.raises(openai.BadRequestError, match="purpose must be batch"):
+        api.files.create(file=b"{}", purpose="fine-tune")
+    with pytest.raises(openai.AuthenticationError):
+        client(shared, "nobody").files.list()
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_openais_sdk_runs_batches(shared: Shared, url: str) -> None:
+    api = client(shared, "gold")
+    lines = [*(batch_line(n, url) for n in range(6)), {**batch_line(6, url), "body": {"model": "nobody"}}]
+    source = uploaded(api, lines)
+    made = api.batches.create(
+        input_file_id=source.id, endpoint=url, completion_window="24h", metadata={"run": url},  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (made.object, made.endpoint, made.metadata) == ("batch", url, {"run": url})
+    assert made.expires_at == made.created_at + 86_400
+    api.files.delete(source.id)
+    done = over(api, made.id)
+    assert done.status == "completed", done
+    assert done.request_counts is not None
+    assert done.request_counts.model_dump() == {"completed": 6, "failed": 1, "total": 7}
+    assert done.model == "demo"
+    good, bad = answers(api, done.output_file_id), answers(api, done.error_file_id)
+    assert sorted(each["custom_id"] for each in good) == [f"id-{n}" for n in range(6)]
+    assert [each["custom_id"] for each in bad] == ["id-6"]
+    assert bad[0]["response"]["status_code"] in (400, 404)
+    assert bad[0]["response"]["body"]["error"]["message"]
+    assert set(good[0]) == {"id", "custom_id", "response", "error"}
+    assert done.usage is not None
+    assert done.usage.output_tokens > 0
+    # The same as a client of its own is answered, and accounted for its tenant.
+    line = next(each for each in lines if each["custom_id"] == good[0]["custom_id"])
+    alone = httpx.post(shared.url + url, json=line["body"], headers={"authorization": "Bearer kv-gold"}).json()
+    assert text_of(alone) == text_of(good[0]["response"]["body"])
+    records = shared.records(request_id=good[0]["response"]["request_id"])
+    assert [(each["tenant"], each["priority"], each["outcome"]) for each in records] == [("gold", "batch", "ok")]
+    assert made.id in [each.id for each in api.batches.list(limit=3)]
+    other = client(shared, "batch")
+    assert list(other.batches.list()) == []
+    for asking in (other.batches.retrieve, other.batches.cancel):
+        with pytest.raises(openai.NotFoundError, match="there is no batch"):
+            asking(made.id)
+
+
+def text_of(answer: dict[str, Any]) -> Any:
+    """The text of an answer of any of the three endpoints."""
+    if "output" in answer:
+        return answer["output"][-1]["content"][0]["text"]
+    choice = answer["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def test_a_batch_that_can_not_be_done_is_refused_or_fails_with_the_line(shared: Shared) -> None:
+    api = client(shared, "gold")
+    with pytest.raises(openai.BadRequestError, match="endpoint must be one of /v1/chat/completions"):
+        api.batches.create(input_file_id="file-x", endpoint="/v1/moderations", completion_window="24h")
+    with pytest.raises(openai.NotFoundError, match="there is no file 'file-x'"):
+        api.batches.create(input_file_id="file-x", endpoint="/v1/completions", completion_window="24h")
+    source = uploaded(api, [batch_line(0), batch_line(0)])
+    with pytest.raises(openai.BadRequestError, match="completion_window must be 24h"):
+        api.batches.create(input_file_id=source.id, endpoint="/v1/completions", completion_window="1y")  # type: ignore[arg-type]
+    made = api.batches.create(input_file_id=source.id, endpoint="/v1/chat/completions", completion_window="24h")
+    done = over(api, made.id)
+    assert done.status == "failed"
+    assert done.errors is not None
+    assert done.errors.data is not None
+    assert (done.errors.data[0].code, done.errors.data[0].line) == ("duplicate_custom_id", 2)
+
+
+def test_limits_of_the_tenant_hold_for_its_batch(shared: Shared) -> None:
+    api = client(shared, "upper")
+    made = api.batches.create(
+        input_file_id=uploaded(api, [batch_line(0), batch_line(1, model="upper")]).id,
+        endpoint="/v1/chat/completions", completion_window="24h",
+    )  # fmt: skip
+    done = over(api, made.id)
+    (good,), (bad,) = answers(api, done.output_file_id), answers(api, done.error_file_id)
+    assert good["custom_id"] == "id-1"
+    assert bad["response"]["status_code"] == 403
+
+
+def test_what_a_killed_replica_had_begun_is_finished_by_another(shared: Shared) -> None:
+    arguments = [*DEMO, "--max-model-len", "1024", "--keys-file", str(shared.keys), "--batch-dir", str(shared.batches),
+                 "--batch-concurrency", "2"]  # fmt: skip
+    replica = Server(arguments)
+    try:
+        replica.wait_ready()
+        api = client(replica, "gold")
+        lines = [batch_line(n, max_tokens=60, ignore_eos=True) for n in range(150)]
+        source = uploaded(api, lines)
+        made = api.batches.create(input_file_id=source.id, endpoint="/v1/chat/completions", completion_window="24h")
+
+        def begun() -> int:
+            counts = api.batches.retrieve(made.id).request_counts
+            return counts.completed if counts is not None else 0
+
+        wait_until(lambda: begun() >= 10, 60, "the batch did not begin")
+        assert begun() < 150
+        children = replica.children()
+        replica.process.kill()
+        for child in children:
+            child.kill()
+        done = over(client(shared, "gold"), made.id)
+    finally:
+        replica.stop()
+    assert done.request_counts is not None
+    assert done.request_counts.model_dump() == {"completed": 150, "failed": 0, "total": 150}
+    answered = sorted(each["custom_id"] for each in answers(client(shared, "gold"), done.output_file_id))
+    assert answered == sorted(each["custom_id"] for each in lines)
+
+
+def test_a_cancelled_batch_is_cancelled(shared: Shared) -> None:
+    api = client(shared, "gold")
+    lines = [batch_line(n, max_tokens=900, ignore_eos=True) for n in range(100)]
+    made = api.batches.create(
+        input_file_id=uploaded(api, lines).id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    assert api.batches.cancel(made.id).status == "cancelling"
+    done = over(api, made.id)
+    assert done.status == "cancelled"
+    assert done.cancelled_at is not None
+    left = [each for each in answers(api, done.error_file_id) if each["response"] is None]
+    assert {each["error"]["code"] for each in left} == {"batch_cancelled"}
+    with pytest.raises(openai.BadRequestError, match="can't be cancelled"):
+        api.batches.cancel(made.id)
+    text = httpx.get(shared.admin_url + "/metrics").text
+    assert 'kserve_vllm_batch_lines_total{outcome="cancelled"}' in text

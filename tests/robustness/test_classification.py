@@ -38,6 +38,7 @@ def apps() -> tuple[FastAPI, FastAPI]:
 
     from kserve_vllm.config.demo import folder
     from kserve_vllm.engine.vllm import parse_engine_args
+    from kserve_vllm.protocols.batch.routes import BatchRoutes
     from kserve_vllm.protocols.http.routes import Routes, build_app
 
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +52,8 @@ def apps() -> tuple[FastAPI, FastAPI]:
     engine: Any = SimpleNamespace(app=vllm, adapters=None)
     nothing: Any = None
     routes = Routes(nothing, nothing, engine, nothing, nothing, dict, nothing)
-    return build_app(routes, engine, "0"), vllm
+    batches = BatchRoutes(None, None, lambda path: True)
+    return build_app(routes, engine, "0", batches.router()), vllm
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def endpoints(apps: tuple[FastAPI, FastAPI]) -> Endpoints:
 def filled(template: str) -> str:
     """A path of a route."""
     for name, value in {"model_name": "demo", "model_version": "1", "response_id": "r", "name": "a",
-                        "adapter_name": "a", "path": ""}.items():  # fmt: skip
+                        "adapter_name": "a", "path": "", "file_id": "f", "batch_id": "b"}.items():  # fmt: skip
         template = template.replace("{" + name + "}", value)
     assert "{" not in template, template
     return template

@@ -238,3 +238,44 @@ def test_health_says_that_nothing_answers() -> None:
     done = command("health", "--http-port", "1")
     assert done.returncode == 1
     assert "nothing answers at http://127.0.0.1:1/v2/health/ready" in done.stdout
+
+
+def standard(**variables: str) -> Settings:
+    """Settings with these variables alone."""
+    return cli.resolve(["some/model"], variables)
+
+
+def test_kserves_tls_variables_are_taken_where_nothing_else_names_the_files() -> None:
+    given = {"KSERVE_TLS_CERT_FILE": "/tls/tls.crt", "KSERVE_TLS_KEY_FILE": "/tls/tls.key"}
+    found = standard(**given)
+    assert (found.server.ssl_certfile, found.server.ssl_keyfile) == ("/tls/tls.crt", "/tls/tls.key")
+    assert found.sources["server.ssl_certfile"] == "variable KSERVE_TLS_CERT_FILE"
+    found = standard(**given, KSERVE_VLLM_SSL_CERTFILE="/own.crt")
+    assert found.server.ssl_certfile == "/own.crt"
+    with pytest.raises(ConfigError, match=r"variable KSERVE_TLS_KEY_FILE\) is given without --ssl-certfile"):
+        standard(KSERVE_TLS_KEY_FILE="/tls/tls.key")
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint"),
+    [
+        ({}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317"}, "http://collector:4317"),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://b:2"},
+            "http://b:2",
+        ),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_TRACES_EXPORTER": "none"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_TRACES_EXPORTER": "console"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_TRACES_EXPORTER": "console,otlp"}, "http://a:1"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_TRACES_EXPORTER": "zipkin"}, "http://a:1"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_SDK_DISABLED": "true"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": " "}, None),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, "http://localhost:4317"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "KSERVE_VLLM_OTLP_ENDPOINT": "http://own:1"}, "http://own:1"),
+    ],
+)
+def test_opentelemetrys_variables_name_the_collector_where_nothing_else_does(
+    variables: dict[str, str], endpoint: str | None
+) -> None:
+    assert standard(**variables).telemetry.otlp_endpoint == endpoint

@@ -60,6 +60,7 @@
 {{- range $s.env }}
 {{- $flag := "" }}
 {{- if hasPrefix "KSERVE_VLLM_" .name }}{{ $flag = trimPrefix "KSERVE_VLLM_" .name | lower | replace "_" "-" }}{{ end }}
+{{- if eq .name "KSERVE_TLS_CERT_FILE" }}{{ $flag = "ssl-certfile" }}{{ end }}
 {{- if and (hasKey $owned $flag) (ne $flag "redis-url") }}
 {{ printf "%s: %s in env is --%s; set %s instead, other values are derived from it." $at .name $flag (index $owned $flag) }}
 {{- else if or (include "kserve-vllm.parallelFlag" $flag) (has $flag $fixed) }}

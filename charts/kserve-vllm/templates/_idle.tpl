@@ -100,12 +100,14 @@ does nothing for any entry.
 | toJson -}}
 {{- end }}
 
-{{/* Of a route or a model cache. Takes a dict with root, at, kind, chart (key of the defaults) and entry. */}}
+{{/* Of a route, a model cache, a runtime or a batch. Takes a dict with root, at, kind, chart (key of the defaults) and entry. */}}
 {{- define "kserve-vllm.idle.entry" -}}
 {{- $e := .entry -}}
 {{- $conditions := dict -}}
 {{- if eq .kind "routes" -}}
 {{- $conditions = dict "ejection" $e.outlierEjection.enabled "gatewayAPI" (eq $e.type "GatewayAPI") "gateway" (ne $e.type "Ingress") "ingress" (eq $e.type "Ingress") "timeouts" (or $e.gateway.timeouts (ne $e.type "GatewayAPI")) -}}
+{{- else if eq .kind "batchJobs" -}}
+{{- $conditions = dict "ownServer" (eq $e.url "") "elsewhere" (ne $e.url "") "batchKey" (ne $e.apiKey.secretName "") -}}
 {{- else if eq .kind "extra" -}}
 {{- $conditions = dict "onCpu" (eq $e.base "cpu") -}}
 {{- else -}}
@@ -126,11 +128,14 @@ does nothing for any entry.
 {{- $gpu := and $on (or .Values.runtimes.gpu.enabled .Values.runtimes.multinode.enabled) -}}
 {{- $services := not (empty .Values.internal.services) -}}
 {{- $jobs := false -}}
-{{- range .Values.internal.caches }}{{ if eq .type "PersistentVolumeClaim" }}{{ $jobs = true }}{{ end }}{{ end -}}
+{{- $fills := false -}}
+{{- range .Values.internal.caches }}{{ if eq .type "PersistentVolumeClaim" }}{{ $jobs = true }}{{ $fills = true }}{{ end }}{{ end -}}
+{{- $batchImages := list -}}
+{{- range .Values.internal.batches }}{{ $jobs = true }}{{ $batchImages = append $batchImages .serverImage }}{{ end -}}
 {{- $keys := false -}}
 {{- range .Values.internal.services }}{{ if .apiKeys.secretName }}{{ $keys = true }}{{ end }}{{ end -}}
-{{- $cpuImage := or $jobs (and .Values.tests.enabled $services) -}}
-{{- $gpuImage := false -}}
+{{- $cpuImage := or $fills (has "cpu" $batchImages) (and .Values.tests.enabled $services) -}}
+{{- $gpuImage := has "gpu" $batchImages -}}
 {{- range $key, $runtime := .Values.internal.runtimes -}}
 {{- if and $on $runtime.enabled (not $runtime.image) -}}
 {{- if eq $runtime.base "cpu" }}{{ $cpuImage = true }}{{ else }}{{ $gpuImage = true }}{{ end -}}

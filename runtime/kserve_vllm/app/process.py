@@ -25,15 +25,18 @@ from kserve_vllm.engine.start_watchdog import Movement, stall
 from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args, prepare_environment
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.policy.enforcement import Enforcement, SequencePolicy
+from kserve_vllm.protocols.batch.runner import Runner
+from kserve_vllm.protocols.batch.store import Bounds, Store
 from kserve_vllm.protocols.http.cors import Browsers
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.protocols.oip.statistics import Statistics
+from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer, HTTPServer
 from kserve_vllm.telemetry import logs
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
-from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing
+from kserve_vllm.telemetry.tracing import Tracing, tracing_of
 from kserve_vllm.telemetry.watchdog import watch_loop
 
 log = logging.getLogger(__name__)
@@ -134,9 +137,16 @@ class _Process:
         self._servicer = Servicer(self._lifecycle, self._enforcement, self._requests)
         shared = channel is not None
         self._browsers = Browsers(self._middleware)
-        self._http = HTTPServer(self._browsers, server, server.http_port, shared=shared)
+        self._certificates = certificates = (
+            Certificates(server.ssl_certfile, server.ssl_keyfile, os.environ, self._metrics.count_tls_reload)
+            if server.ssl_certfile
+            else None
+        )
+        self._http = HTTPServer(self._browsers, server, server.http_port, shared=shared, certificates=certificates)
         self._admin = (
-            HTTPServer(self._middleware.admin, server, server.admin_port, "--admin-port", shared, http2=False)
+            HTTPServer(
+                self._middleware.admin, server, server.admin_port, "--admin-port", shared, certificates, http2=False
+            )
             if server.admin_port
             else None
         )
@@ -148,14 +158,30 @@ class _Process:
                 shared,
                 self._shortcuts.takes("grpc-server"),
                 self._metrics.show_grpc_fallback,
+                certificates,
                 listen=server.grpc_port > 0,
             )
             if server.grpc_server != "off" and (server.grpc_port or server.http2)
             else None
         )
+        self._store, self._batches = self._build_batches()
         self._engine: VLLMEngine | None = None
         self._statistics: Statistics | None = None
         self._warmup: Warmup | None = None
+
+    def _build_batches(self) -> tuple[Store | None, Runner | None]:
+        """Files and batches, and who works on them, if they are switched on."""
+        policy = self._settings.policy
+        if policy.batch_dir is None:
+            return None, None
+        store = Store(
+            policy.batch_dir, Bounds(policy.batch_max_files, policy.batch_max_mib << 20, policy.batch_max_lines)
+        )
+        runner = Runner(
+            store, self._middleware, lambda: self._enforcement.in_flight, policy.batch_concurrency, self._metrics
+        )
+        self._metrics.watch(lambda _: runner.show())
+        return store, runner
 
     def _record(self, context: RequestContext) -> None:
         """What is kept of a request that is over."""
@@ -185,6 +211,8 @@ class _Process:
         if self._grpc is not None:
             await self._grpc.start()
         await self._http.join(self._grpc)
+        if self._certificates is not None and self._settings.server.enable_ssl_refresh:
+            self._renewing = asyncio.create_task(self._certificates.watch())
         log.info("listening on HTTP port %d%s; loading %s", self._http.port, self._grpc_words(" and"), self._model)
         loading = asyncio.create_task(self._load())
         progress = asyncio.create_task(self._report_progress())
@@ -261,6 +289,7 @@ class _Process:
         from kserve_vllm.engine.patches.openai_answer import AnswerHandler
         from kserve_vllm.engine.patches.openai_stream import StreamHandler
         from kserve_vllm.kserve_sdk.model import EngineDataPlane, EngineModels
+        from kserve_vllm.protocols.batch.routes import BatchRoutes
         from kserve_vllm.protocols.http.routes import Routes, build_app
         from kserve_vllm.protocols.moderation import ModeratedEngine
         from kserve_vllm.protocols.oip.grpc_backend import Backend
@@ -318,7 +347,8 @@ class _Process:
             self._metrics.count_path,
             shortcuts.takes("chunks"),
         )
-        self._middleware.attach(build_app(routes, engine, self._version), mended, fast or None)
+        batches = BatchRoutes(self._store, self._batches, self._middleware.works)
+        self._middleware.attach(build_app(routes, engine, self._version, batches.router()), mended, fast or None)
         grpc_streams = streams if shortcuts.takes("grpc-streams") else None
         self._servicer.attach(Backend(plane, models, text, self._statistics, grpc_streams))
         self._metrics.show_shortcuts(shortcuts.reasons)
@@ -344,6 +374,8 @@ class _Process:
         # Not before: loading holds the loop as it likes, and nobody is served.
         watching_loop = asyncio.create_task(watch_loop(self._metrics.observe_lag))
         self._lifecycle.to(State.READY)
+        if self._batches is not None:
+            self._batches.start()
         if self._first:
             self._say_ready(engine.names[0])
         try:
@@ -373,6 +405,8 @@ class _Process:
     async def _drain(self, failing: asyncio.Task[bool]) -> None:
         life = self._settings.lifecycle
         self._lifecycle.to(State.DRAINING)
+        if self._batches is not None:
+            self._batches.stop()
         self._metrics.begin_drain(life.drain_delay + life.drain_timeout)
         log.info("draining: %d requests in flight, up to %g s", self._enforcement.in_flight, life.drain_timeout)
         if life.drain_delay:
@@ -440,6 +474,8 @@ class _Process:
         # All at once: what is left had the time of the drain.
         ports = [port for port in (self._http, self._admin, self._grpc) if port is not None]
         await asyncio.gather(*(port.stop(_CLOSE_GRACE_S) for port in ports))
+        if self._batches is not None:
+            await self._batches.close()
         if self._warmup is not None:
             await self._warmup.stop()
         engine, self._engine = self._engine, None
@@ -484,11 +520,9 @@ class _Process:
 def _tracing(settings: Settings, own_version: str) -> Tracing:
     """Tracing as the settings and OpenTelemetry's own variables want it."""
     telemetry = settings.telemetry
-    if telemetry.otlp_endpoint is None:
-        return Tracing()
-    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-    protocol = next((os.environ[name] for name in names if name in os.environ), "grpc")
-    return OTLPTracing(telemetry.otlp_endpoint, telemetry.trace_sample_ratio, own_version, protocol)
+    given = settings.sources.get("telemetry.trace_sample_ratio", "default") != "default"
+    ratio = telemetry.trace_sample_ratio if given or telemetry.trace_sample_ratio != 1.0 else None
+    return tracing_of(telemetry.otlp_endpoint, ratio, own_version, os.environ)
 
 
 def _import_heavy() -> None:

@@ -95,25 +95,47 @@ def _dispatch(arguments: list[str]) -> int:
         return operations.run(arguments)
     args = top.parse_args(arguments)
     if args.command == "health":
-        return _health("live" if args.live else "ready", args.http_port)
+        return _health("live" if args.live else "ready", args.http_port, os.environ)
     print(_profiles_table())
     return 0
 
 
-def _health(kind: str, port: str) -> int:
-    """Print the health of the server on this machine; 0 where the answer is yes, else 1."""
+def _health(kind: str, port: str, environ: Mapping[str, str]) -> int:
+    """Print the health of the server on this machine; 0 where the answer is yes, else 1.
+
+    Over TLS where the variables name a certificate, or where nothing answers in plain HTTP but something listens: a
+    server may have its certificate from a flag. It is not verified: it bears the service's name and not this machine's,
+    and nothing is said to the server.
+    """
+    import http.client
+    import ssl
     import urllib.error
     import urllib.request
 
-    url = f"http://127.0.0.1:{port}/v2/health/{kind}"
-    try:
-        with urllib.request.urlopen(url, timeout=4) as response:
-            print(response.read().decode())
-            return 0
-    except urllib.error.HTTPError as error:
-        print(error.read().decode())
-    except OSError as error:
-        print(f"nothing answers at {url}: {error}")
+    unverified = ssl.create_default_context()
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    secure = any(environ.get(name) for name in (f"{tree.ENV_PREFIX}SSL_CERTFILE", "KSERVE_TLS_CERT_FILE"))
+    failure = ""
+    for scheme in ("https", "http") if secure else ("http", "https"):
+        url = f"{scheme}://127.0.0.1:{port}/v2/health/{kind}"
+        # The proxies of the environment are not for this machine.
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
+        )
+        try:
+            with opener.open(url, timeout=4) as response:
+                print(response.read().decode())
+                return 0
+        except urllib.error.HTTPError as error:
+            print(error.read().decode())
+            return 1
+        except (OSError, http.client.HTTPException) as error:
+            failure = failure or f"nothing answers at {url}: {error}"
+            if isinstance(error, TimeoutError) or isinstance(
+                getattr(error, "reason", error), (ConnectionRefusedError, TimeoutError)
+            ):
+                break
+    print(failure)
     return 1
 
 
@@ -236,8 +258,10 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
             ("flag --{name}", flags),
             ("variable {env}", from_env),
             (f"file {file}", {g: v for g, v in from_file.items() if g != "engine"}),
+            *tree.standard_variables(environ),
         ]
     )
+    _check_tls(cast(ServerSettings, groups["server"]), sources)
     model = cast(ModelSettings, groups["model"])
     if model.profile not in PROFILES:
         raise ConfigError(
@@ -262,6 +286,19 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if settings.server.api_server_count > 1:
         tree.check_front_ends(settings, environ)
     return settings
+
+
+def _check_tls(server: ServerSettings, sources: Mapping[str, str]) -> None:
+    """Refuse a private key whose certificate is not named: the ports would be open without TLS.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    if server.ssl_keyfile and not server.ssl_certfile:
+        raise ConfigError(
+            f"ssl-keyfile (from {sources['server.ssl_keyfile']}) is given without --ssl-certfile, so there would be no "
+            "TLS. Give both, or neither"
+        )
 
 
 _COMMANDS = frozenset({"serve", "config", "health", "keys", "profiles"})

@@ -166,8 +166,21 @@ class ServerSettings(_Group):
         "Key that every request must carry as `Authorization: Bearer KEY`; may be given several times. "
         "Probes and metrics stay open.",
     )
-    ssl_certfile: str | None = _setting(None, "PEM file with the certificate chain; switches TLS on.")
-    ssl_keyfile: str | None = _setting(None, "PEM file with the certificate's private key.")
+    ssl_certfile: str | None = _setting(
+        None,
+        "PEM file with the certificate chain; switches TLS on, for HTTP and gRPC. Where nothing else names it: the "
+        "variable KSERVE_TLS_CERT_FILE.",
+    )
+    ssl_keyfile: str | None = _setting(
+        None,
+        "PEM file with the certificate's private key, where that is not in --ssl-certfile; or the variable "
+        "KSERVE_TLS_KEY_FILE.",
+    )
+    enable_ssl_refresh: bool = _setting(
+        True,
+        "Read the TLS files again when they change; open connections stay. --enable-ssl-refresh false keeps those of "
+        "the start.",
+    )
     access_log: bool = _setting(False, "Write a line per HTTP request.")
     fast_path: Annotated[list[str], BeforeValidator(_shortcuts)] = _setting(
         ["all"],
@@ -225,10 +238,14 @@ class TelemetrySettings(_Group):
     otlp_endpoint: str | None = _setting(
         None,
         "URL of an OpenTelemetry collector; switches traces on. Over gRPC, such as http://collector:4317, or over HTTP "
-        "with OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf.",
+        "with OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf. Where nothing else names it: OTEL_EXPORTER_OTLP_ENDPOINT.",
     )
     trace_sample_ratio: float = _setting(
-        1.0, "Share of traces that is recorded, 0 to 1, where the caller has not decided already.", ge=0, le=1
+        1.0,
+        "Share of traces that is recorded, 0 to 1, where the caller has not decided already. Where nothing else says "
+        "it: OTEL_TRACES_SAMPLER and OTEL_TRACES_SAMPLER_ARG.",
+        ge=0,
+        le=1,
     )
 
 
@@ -280,6 +297,23 @@ class PolicySettings(_Group):
     )
     moderation_file: str | None = _setting(
         None, "YAML file with hooks that look at prompts and answers: patterns, a moderation endpoint, Python code."
+    )
+    batch_dir: str | None = _setting(
+        None,
+        "Folder (a claim, which replicas may share) for OpenAI's files and batches: switches /v1/files and /v1/batches "
+        "on. Its file system has to keep locks (flock).",
+    )
+    batch_concurrency: int = _setting(
+        8,
+        "Most requests of batches that are worked on at once while nobody else asks; beside other requests it is one "
+        "at a time.",
+        ge=1,
+        le=1024,
+    )
+    batch_max_lines: int = _setting(50_000, "Most requests in one batch.", ge=1, le=1_000_000)
+    batch_max_files: int = _setting(500, "Most files, and most batches, that are kept for one tenant.", ge=1, le=10_000)
+    batch_max_mib: int = _setting(
+        4096, "Most MiB of files that are kept for one tenant; results count, but are never cut off.", ge=1
     )
     usage_sink: SecretStr | None = _setting(
         None, "Where a JSON record per request goes: log, file:PATH, or an http(s) URL."
@@ -465,6 +499,43 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, An
         else:
             engine[variable.removeprefix(ENV_PREFIX).lower().replace("_", "-")] = text
     return declared, engine, passed_over
+
+
+_STANDARD = (
+    ("server", "ssl_certfile", ("KSERVE_TLS_CERT_FILE",)),
+    ("server", "ssl_keyfile", ("KSERVE_TLS_KEY_FILE",)),
+    ("telemetry", "otlp_endpoint", ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")),
+)
+_OTLP_DEFAULT = "http://localhost:4317"
+
+
+def standard_variables(environ: Mapping[str, str]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """Layers for `merge`, weakest of all, of variables that KServe or OpenTelemetry name and not we.
+
+    KServe 0.21's model server falls back to `KSERVE_TLS_CERT_FILE` and `KSERVE_TLS_KEY_FILE`; its controller makes
+    `OTEL_*` of `spec.tracing`. An empty OpenTelemetry variable counts as unset, as its specification has it.
+    """
+    layers = []
+    for group, name, variables in _STANDARD:
+        variable = next((each for each in variables if environ.get(each, "").strip()), None)
+        if variable is not None and not (group == "telemetry" and traces_are_off(environ)):
+            layers.append((f"variable {variable}", {group: {name: environ[variable].strip()}}))
+    if "otlp" in trace_exporters(environ) and not traces_are_off(environ):
+        layers.append(("variable OTEL_TRACES_EXPORTER", {"telemetry": {"otlp_endpoint": _OTLP_DEFAULT}}))
+    return layers
+
+
+def trace_exporters(environ: Mapping[str, str]) -> list[str]:
+    """What `OTEL_TRACES_EXPORTER` names; empty where it is unset."""
+    return [part.strip().lower() for part in environ.get("OTEL_TRACES_EXPORTER", "").split(",") if part.strip()]
+
+
+def traces_are_off(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's variables switch traces off, or send them elsewhere than to an OTLP receiver."""
+    exporters = trace_exporters(environ)
+    return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or (
+        bool(exporters) and "otlp" not in exporters and bool({"none", "console"} & set(exporters))
+    )
 
 
 def read_file(path: str | None) -> dict[str, dict[str, Any]]:

@@ -161,6 +161,7 @@ class Enforcement:
         body: Callable[[], Awaitable[None]] | None = None,
         waiting: Callable[[Awaitable[Any]], Awaitable[Any]] | None = None,
         moderate: Callable[[], Awaitable[None]] | None = None,
+        owner: tuple[str, str | None] | None = None,
     ) -> AsyncIterator[Caller]:
         """Ask all policies about one request, in their order, and count it for as long as the block runs.
 
@@ -180,12 +181,13 @@ class Enforcement:
             kind: what the request is.
             check, body, moderate: what a protocol does at these steps.
             waiting: as for `admit`.
+            owner: tenant and key id of who asked for this before, as for the requests of a batch; instead of a key.
 
         Raises:
             RequestError: a policy refuses the request.
         """
         key, wanted = headers_of(headers)
-        caller = self.identify(context, key)
+        caller = self.identify(context, key) if owner is None else self.recall(context, *owner)
         if check is not None:
             check()
         if kind is Kind.CONTROL:
@@ -207,6 +209,16 @@ class Enforcement:
             Unauthenticated: the key is missing, wrong or expired.
         """
         caller = self._policies.tenants.identify(key)
+        context.caller, context.tenant, context.key_id = caller, caller.tenant, caller.key_id
+        return caller
+
+    def recall(self, context: RequestContext, tenant: str, key_id: str | None) -> Caller:
+        """Find out what a caller may do now that was identified before, and write it on the request context.
+
+        Raises:
+            Unauthenticated: its key is not valid any more.
+        """
+        caller = self._policies.tenants.recall(tenant, key_id)
         context.caller, context.tenant, context.key_id = caller, caller.tenant, caller.key_id
         return caller
 

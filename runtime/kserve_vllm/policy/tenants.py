@@ -201,6 +201,7 @@ class Tenants:
         self._path = path
         self._plain = {each: (each, Caller(key_id="api-key"), None) for each in map(digest, plain)}
         self._callers: dict[str, tuple[str, Caller, float | None]] = {}
+        self._named: tuple[Any, dict[str | None, tuple[Caller, float | None]]] | None = None
         self._stamp: tuple[int, ...] | None = None
         self.failures = 0
         """How often a changed file could not be used."""
@@ -238,6 +239,25 @@ class Tenants:
             )
         if expires is not None and time.time() >= expires:
             raise Unauthenticated(f"the API key {caller.key_id!r} has expired")
+        return caller
+
+    def recall(self, tenant: str, key_id: str | None) -> Caller:
+        """Who a caller is now that was identified before, for work that was accepted then.
+
+        Raises:
+            Unauthenticated: its key is gone or expired, or belongs to another tenant now.
+        """
+        if not self.needed:
+            if tenant == NO_TENANT:
+                return ANYONE
+            raise Unauthenticated("there are no keys any more, and this work belongs to a tenant")
+        if self._named is None or self._named[0] is not self._callers:
+            # What several plain keys do has one name, and they are alike.
+            known = {**self._plain, **self._callers}.values()
+            self._named = self._callers, {caller.key_id: (caller, expires) for _, caller, expires in known}
+        caller, expires = self._named[1].get(key_id, (None, None))
+        if caller is None or caller.tenant != tenant or (expires is not None and time.time() >= expires):
+            raise Unauthenticated(f"the API key {key_id!r} is not valid any more")
         return caller
 
     def reload(self) -> bool:

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -23,6 +21,7 @@ from kserve_vllm.grpc_server.health import Health
 from kserve_vllm.protocols.oip.grpc_enforcement import Metadata, Screened
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
 from kserve_vllm.servers import http1
+from kserve_vllm.servers.certificates import Certificates
 
 if TYPE_CHECKING:
     from kserve_vllm.grpc_server.calls import Services
@@ -51,14 +50,15 @@ class HTTPServer:
 
     Args:
         app: the edge.
-        settings: host and TLS files.
+        settings: host and bounds.
         port: to listen on; 0 chooses a free one.
         flag: that sets the port, for the error's sentence.
         shared: whether other processes listen on the port too.
+        certificates: shown where TLS is on; else None.
         http2: whether HTTP/2 is spoken where the settings want it.
 
     Raises:
-        ConfigError: the port can't be had, or the TLS files can't be used.
+        ConfigError: the port can't be had.
     """
 
     def __init__(
@@ -68,31 +68,28 @@ class HTTPServer:
         port: int,
         flag: str = "--http-port",
         shared: bool = False,
+        certificates: Certificates | None = None,
         http2: bool = True,
     ) -> None:
         self._socket = _bind(settings.host, port, flag, shared)
         self.connections = http1.Connections(settings.max_connections)
         """Those that are open."""
         self._http2: HTTP2 | None = None
-        try:
-            config = uvicorn.Config(
-                app,
-                http=self._connect,  # type: ignore[arg-type]
-                ws_max_size=_MAX_WEBSOCKET_MESSAGE,
-                ws_max_queue=_MAX_WEBSOCKET_QUEUE,
-                log_config=None,
-                access_log=settings.access_log,
-                interface="asgi3",
-                lifespan="off",
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                server_header=False,
-                ssl_certfile=settings.ssl_certfile,
-                ssl_keyfile=settings.ssl_keyfile,
-                backlog=_BACKLOG,
-            )
-            config.load()
-        except OSError as error:
-            raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
+        config = uvicorn.Config(
+            app,
+            http=self._connect,  # type: ignore[arg-type]
+            ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+            ws_max_queue=_MAX_WEBSOCKET_QUEUE,
+            log_config=None,
+            access_log=settings.access_log,
+            interface="asgi3",
+            lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            server_header=False,
+            ssl_context_factory=None if certificates is None else lambda config, default: certificates.context(),
+            backlog=_BACKLOG,
+        )
+        config.load()
         self._server = _QuietServer(config)
         self._task: asyncio.Task[None] | None = None
         if http2 and settings.http2:
@@ -187,11 +184,12 @@ class GRPCServer:
 
     Args:
         servicer: answers the calls.
-        settings: host, port, TLS files, the largest message, and whether the server is ours or gRPC's own.
+        settings: host, port, the largest message, and whether the server is ours or gRPC's own.
         lifecycle: the state that health answers read.
         shared: whether other processes listen on the port too.
         own: whether the server may be ours, where the settings want that.
         on_fallback: told once whether gRPC's own server answers since ours failed its test.
+        certificates: shown where TLS is on; else None.
         listen: whether it has a port of its own.
     """
 
@@ -203,8 +201,10 @@ class GRPCServer:
         shared: bool = False,
         own: bool = True,
         on_fallback: Callable[[bool], None] = lambda fallen: None,
+        certificates: Certificates | None = None,
         listen: bool = True,
     ) -> None:
+        self._certificates = certificates
         self._own = own and "grpc-server" in settings.shortcuts
         self._servicer = servicer
         self._on_fallback = on_fallback
@@ -226,11 +226,11 @@ class GRPCServer:
         """Open the port.
 
         Raises:
-            ConfigError: the port can't be had, the TLS files can't be used, or the server that was asked for does not
-                work.
+            ConfigError: the port can't be had, the server that was asked for does not work, or it can't be restricted
+                as KServe's variables want it.
         """
         kind = _OwnListener if await self._own_works() else _UpstreamListener
-        listener = kind(self._settings, self._shared, self._servicer)
+        listener = kind(self._settings, self._shared, self._servicer, self._certificates)
         target = listener.target
         target.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, target)
@@ -296,9 +296,12 @@ class GRPCServer:
 class _OwnListener:
     """Our own gRPC server, which costs a tenth of gRPC's for a token."""
 
-    def __init__(self, settings: ServerSettings, shared: bool, servicer: Servicer) -> None:
+    def __init__(
+        self, settings: ServerSettings, shared: bool, servicer: Servicer, certificates: Certificates | None
+    ) -> None:
         from kserve_vllm.grpc_server.calls import Services
 
+        self._certificates = certificates
         self.target = Services(settings.max_body_mib << 20, settings.body_timeout, servicer.screen)
         self._settings = settings
         self._shared = shared
@@ -307,15 +310,7 @@ class _OwnListener:
     async def open(self) -> int:
         settings = self._settings
         sock = _bind(settings.host, settings.grpc_port, "--grpc-port", self._shared)
-        tls = None
-        if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
-            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            tls.set_alpn_protocols(["h2"])
-            try:
-                tls.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
-            except OSError as error:
-                sock.close()
-                raise ConfigError(f"--ssl-certfile or --ssl-keyfile can't be used: {error}") from error
+        tls = None if self._certificates is None else self._certificates.context(["h2"])
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self.target.connect, sock=sock, ssl=tls, backlog=_BACKLOG)
         return int(sock.getsockname()[1])
@@ -355,7 +350,15 @@ class _Screening(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 class _UpstreamListener:
     """The server of the grpcio package: where it is asked for, or ours does not work."""
 
-    def __init__(self, settings: ServerSettings, shared: bool, servicer: Servicer) -> None:
+    def __init__(
+        self, settings: ServerSettings, shared: bool, servicer: Servicer, certificates: Certificates | None
+    ) -> None:
+        if certificates is not None and certificates.restricted:
+            raise ConfigError(
+                "KSERVE_TLS_MIN_VERSION and KSERVE_TLS_CIPHERS can't be given to grpcio's server. Take our own "
+                "(--grpc-server own), or switch gRPC off (--grpc-port 0)"
+            )
+        self._certificates = certificates
         self._settings = settings
         # Without SO_REUSEPORT a second process on the same port fails instead of taking half of the calls.
         self.target = grpc.aio.server(
@@ -373,11 +376,10 @@ class _UpstreamListener:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{settings.grpc_port}"
         try:
-            credentials = _credentials(settings)
-            if credentials is None:
+            if self._certificates is None:
                 port = self.target.add_insecure_port(address)
             else:
-                port = self.target.add_secure_port(address, credentials)
+                port = self.target.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError as error:
             raise ConfigError(f"--grpc-port {settings.grpc_port} can't be opened: {error}") from error
         await self.target.start()
@@ -416,10 +418,3 @@ def _bind(host: str, port: int, flag: str, shared: bool = False) -> socket.socke
         sock.close()
         raise ConfigError(f"{flag} {port} can't be opened: {error.strerror}. Choose another one with {flag}") from error
     return sock
-
-
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
-        return None
-    pair = (Path(settings.ssl_keyfile).read_bytes(), Path(settings.ssl_certfile).read_bytes())
-    return grpc.ssl_server_credentials([pair])

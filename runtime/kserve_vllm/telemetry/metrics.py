@@ -124,6 +124,15 @@ DECLARED: tuple[Declared, ...] = (
     Declared("kserve_vllm_grpc_fallback", "gauge",
              "1 while grpcio's server answers gRPC since our own failed its test at the start, else 0.",
              merge="livemax"),
+    Declared("kserve_vllm_tls_reloads", "counter",
+             "Changes of the TLS files by outcome: ok, or failed (the old certificate is shown on).", ("outcome",)),
+    Declared("kserve_vllm_batches_running", "gauge", "Batches (--batch-dir) that this process works on."),
+    Declared("kserve_vllm_batches_unfinished", "gauge",
+             "Batches in --batch-dir that are not over, whoever works on them; those that wait are the rest.",
+             merge="livemax"),
+    Declared("kserve_vllm_batch_lines_in_flight", "gauge", "Requests of batches that are being answered."),
+    Declared("kserve_vllm_batch_lines", "counter",
+             "Requests of batches that are over, by outcome: completed, failed, expired or cancelled.", ("outcome",)),
     Declared("kserve_vllm_build_info", "gauge", "Always 1; the versions are in the labels.",
              ("version", "vllm_version", "python_version"), merge="livemax"),
 )  # fmt: skip
@@ -282,6 +291,20 @@ class Metrics:
         self._get("kserve_vllm_event_loop_lag_seconds").observe(lag_s)
         if held:
             self._get("kserve_vllm_event_loop_holds").inc()
+
+    def count_tls_reload(self, usable: bool) -> None:
+        """Count a change of the TLS files."""
+        self._get("kserve_vllm_tls_reloads").labels("ok" if usable else "failed").inc()
+
+    def show_batches(self, running: int, unfinished: int, in_flight: int) -> None:
+        """Show how many batches there are, and how many of their requests are being answered."""
+        self._get("kserve_vllm_batches_running").set(running)
+        self._get("kserve_vllm_batches_unfinished").set(unfinished)
+        self._get("kserve_vllm_batch_lines_in_flight").set(in_flight)
+
+    def count_batch_line(self, outcome: str, count: int = 1) -> None:
+        """Count requests of batches that are over."""
+        self._get("kserve_vllm_batch_lines").labels(outcome).inc(count)
 
     def show_connections(self, count: int) -> None:
         """Show how many connections the HTTP port has."""

@@ -1,22 +1,27 @@
 """Traces: one span per request with OpenTelemetry's GenAI conventions, and the engine's phases beneath it.
 
-Off unless an OTLP endpoint is set; then OpenTelemetry is not even imported here, and a request only has the trace id of
-its caller's `traceparent` read, for the log. Sources: W3C Trace Context, level 2; OpenTelemetry's semantic conventions
-for generative AI and HTTP and RPC spans.
+Off unless a setting or a variable of OpenTelemetry's switches it on; off, it is not even imported here, and a
+request only has the trace id of its caller's `traceparent` read, for the log. Sources: W3C Trace Context, level 2;
+OpenTelemetry's semantic conventions for generative AI and HTTP and RPC spans; its variables as of its specification.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kserve_vllm.config.settings import trace_exporters
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.core.request_context import RequestContext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Tracer
+
+log = logging.getLogger(__name__)
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?$")
 _SERVICE = "inference.GRPCInferenceService"
@@ -54,20 +59,24 @@ class OTLPTracing(Tracing):
     """Sends spans to an OTLP receiver, in batches, from a thread of its own.
 
     Args:
-        endpoint: URL of the receiver, over gRPC or, with `protocol` `http/protobuf`, its traces path.
-        ratio: share of the traces to record, 0 to 1, for requests whose caller has not decided.
+        endpoint: URL of the receiver, over gRPC or, with `protocol` `http/protobuf`, its traces path; or None.
+        ratio: share of the traces to record, 0 to 1, for requests whose caller has not decided; None: as
+            `OTEL_TRACES_SAMPLER` and `OTEL_TRACES_SAMPLER_ARG` say, which record all where they are not set.
         version: of this package, for the resource.
         protocol: `grpc` or `http/protobuf`.
+        console: whether spans are (also) written to stdout.
 
     Raises:
         ConfigError: OpenTelemetry is not installed, or `protocol` is unknown.
     """
 
-    def __init__(self, endpoint: str, ratio: float, version: str, protocol: str = "grpc") -> None:
+    def __init__(
+        self, endpoint: str | None, ratio: float | None, version: str, protocol: str = "grpc", console: bool = False
+    ) -> None:
         try:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
             from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
         except ImportError as error:
             raise ConfigError(f"--otlp-endpoint needs opentelemetry-sdk and its OTLP exporter: {error}") from error
@@ -76,9 +85,15 @@ class OTLPTracing(Tracing):
         if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
             resource = resource.merge(Resource({"service.name": "kserve-vllm"}))
         self._provider: TracerProvider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False
+            # OpenTelemetry reads its variables where it is given none.
+            sampler=None if ratio is None else ParentBased(TraceIdRatioBased(ratio)),
+            resource=resource,
+            shutdown_on_exit=False,
         )
-        self._provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
+        if endpoint is not None:
+            self._provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
+        if console:
+            self._provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
         self._tracer: Tracer = self._provider.get_tracer("kserve_vllm", version)
 
     def open(self, request_context: RequestContext, headers: Mapping[str, str]) -> None:
@@ -132,6 +147,37 @@ class OTLPTracing(Tracing):
         """Send what is not sent yet, for up to three seconds."""
         self._provider.force_flush(3000)
         self._provider.shutdown()
+
+
+def tracing_of(endpoint: str | None, ratio: float | None, version: str, environ: Mapping[str, str]) -> Tracing:
+    """Tracing as the settings and OpenTelemetry's variables want it.
+
+    `OTEL_SDK_DISABLED` switches it off whatever else is set. `OTEL_TRACES_EXPORTER` may name `console` beside or
+    instead of `otlp`; a value that is not known is passed over with a warning, as its specification has it.
+
+    Args:
+        endpoint: of the receiver, or None.
+        ratio: as `OTLPTracing`.
+        version: of this package.
+        environ: the variables.
+
+    Raises:
+        ConfigError: as `OTLPTracing`.
+    """
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        if endpoint is not None:
+            log.warning("OTEL_SDK_DISABLED is set: no traces are sent to %s", endpoint)
+        return Tracing()
+    exporters = trace_exporters(environ)
+    for each in exporters:
+        if each not in ("otlp", "console", "none"):
+            log.warning("OTEL_TRACES_EXPORTER: %r is none of otlp, console, none, and is passed over", each)
+    console = "console" in exporters
+    if endpoint is None and not console:
+        return Tracing()
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = next((environ[name].strip() for name in names if environ.get(name, "").strip()), "grpc")
+    return OTLPTracing(endpoint, ratio, version, protocol, console)
 
 
 def _attributes(request_context: RequestContext, operation: str | None, outcome: str) -> dict[str, Any]:
@@ -191,6 +237,8 @@ def _exporter(endpoint: str, protocol: str) -> Any:
     if protocol == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HTTPExporter
 
-        path = endpoint if "/v1/traces" in endpoint else endpoint.rstrip("/") + "/v1/traces"
+        # That of traces alone is used as it is; to the other one the signal's path is added (OTLP's specification).
+        whole = "/v1/traces" in endpoint or endpoint == os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
+        path = endpoint if whole else endpoint.rstrip("/") + "/v1/traces"
         return HTTPExporter(endpoint=path)
     raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL must be grpc or http/protobuf, not {protocol!r}")

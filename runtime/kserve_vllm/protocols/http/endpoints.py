@@ -27,7 +27,8 @@ OTHER = "other"
 # The table: route templates by what a request to them is. A GET of a question may be a HEAD too.
 _QUESTIONS = frozenset(
     """/v1/models /v1/models/{model_name} /v1/adapters /v1/adapters/stats /v1/adapters/{name} /v1/queue/stats
-    /v1/responses/{response_id}
+    /v1/responses/{response_id} /v1/files /v1/files/{file_id} /v1/files/{file_id}/content
+    /v1/batches /v1/batches/{batch_id}
     /v2 /v2/models /v2/models/{model_name} /v2/models/{model_name}/ready /v2/health/live /v2/health/ready
     /v2/models/{model_name}/versions/{model_version} /v2/models/{model_name}/versions/{model_version}/ready
     /v2/models/stats /v2/models/{model_name}/config /v2/models/{model_name}/stats
@@ -35,6 +36,11 @@ _QUESTIONS = frozenset(
     /docs /docs/oauth2-redirect /openapi.json /version /load /tokenizer_info /health /ping""".split()
 )
 _ASKED_BY_POST = frozenset({"/v2/repository/index", "/ping"})
+# What callers keep here, each for its tenant: the model does not work for these, and no administrator is needed.
+_KEPT = frozenset(
+    {("POST", "/v1/files"), ("DELETE", "/v1/files/{file_id}"), ("POST", "/v1/batches"),
+     ("POST", "/v1/batches/{batch_id}/cancel")}
+)  # fmt: skip
 _WORK = frozenset(
     """/v1/chat/completions /v1/chat/completions/batch /v1/chat/completions/render /v1/chat/completions/derender
     /v1/completions /v1/completions/render /v1/completions/derender /v1/responses /v1/responses/render
@@ -80,6 +86,8 @@ def kind_of(method: str, endpoint: str) -> Kind | None:
     if (method == "POST" and endpoint in _WORK) or (method == "WEBSOCKET" and endpoint in _WORK_BY_WEBSOCKET):
         return Kind.WORK
     if (method in ("GET", "HEAD") and endpoint in _QUESTIONS) or (method == "POST" and endpoint in _ASKED_BY_POST):
+        return Kind.QUESTION
+    if (method, endpoint) in _KEPT:
         return Kind.QUESTION
     return Kind.CONTROL if endpoint in _CONTROL and method not in ("OPTIONS", "WEBSOCKET") else None
 
@@ -148,7 +156,8 @@ def normalize(scope: MutableMapping[str, Any]) -> str:
 
 def is_classified(endpoint: str) -> bool:
     """Whether somebody has said what a route is for."""
-    return endpoint in _QUESTIONS | _ASKED_BY_POST | _WORK | _WORK_BY_WEBSOCKET | _CONTROL | NOT_SERVED
+    kept = {template for _, template in _KEPT}
+    return endpoint in _QUESTIONS | _ASKED_BY_POST | kept | _WORK | _WORK_BY_WEBSOCKET | _CONTROL | NOT_SERVED
 
 
 class Endpoints:

@@ -41,7 +41,9 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
-_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue)(/.*)?$")
+_OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue|files|batches)(/.*)?$")
+OWNER = "kserve_vllm.owner"
+"""Key of an ASGI scope that no client makes: tenant and key id of who asked for this before, as in a batch."""
 _LENGTHS = (b"content-length", b"transfer-encoding")
 _BODIES = 16  # of the largest size, in all
 _EVENT_STREAM = b"text/event-stream"
@@ -91,6 +93,10 @@ class RequestMiddleware:
         """Set the apps behind enforcement, once the engine runs, and what answers some of vLLM's paths before it."""
         self._ours, self._vllm, self._fast = ours, vllm, fast or {}
         self._endpoints = Endpoints(ours, vllm)
+
+    def works(self, path: str) -> bool:
+        """Whether a POST to this path puts the model to work."""
+        return self._endpoints.find("POST", path).kind is Kind.WORK
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI, of the HTTP port."""
@@ -154,6 +160,7 @@ class RequestMiddleware:
                 body=arrival.read,
                 waiting=arrival.wait,
                 moderate=arrival.moderate if target.app is self._vllm else None,
+                owner=scope.get(OWNER),
             ):
                 target.check()
                 scope, receive = arrival.handed_on(target)

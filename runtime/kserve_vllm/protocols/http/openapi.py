@@ -102,6 +102,19 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
     "AdapterStats": _object(["name"], name=_TEXT, requests=_COUNT, in_flight=_COUNT, prompt_tokens=_COUNT,
                             output_tokens=_COUNT, loads=_COUNT, reloads=_COUNT, failures=_COUNT, unloads=_COUNT),
     "Models": _object(["object", "data", "models"], object=_TEXT, data=_list({"type": "object"}), models=_list(_TEXT)),
+    "File": _object(["id", "object", "bytes", "created_at", "filename", "purpose", "status"], extra=True, id=_TEXT,
+                    object={"enum": ["file"]}, bytes=_COUNT, created_at=_COUNT, expires_at=_COUNT, filename=_TEXT,
+                    purpose={"enum": ["batch", "batch_output"]}, status=_TEXT),
+    "Batch": _object(["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at"],
+                     extra=True, id=_TEXT, object={"enum": ["batch"]}, endpoint=_TEXT, input_file_id=_TEXT,
+                     completion_window=_TEXT, created_at=_COUNT,
+                     status={"enum": ["validating", "failed", "in_progress", "finalizing", "completed", "expired",
+                                      "cancelling", "cancelled"]}),
+    "BatchRequest": _object(["input_file_id", "endpoint", "completion_window"], extra=True, input_file_id=_TEXT,
+                            endpoint=_TEXT, completion_window=_TEXT, metadata={"type": ["object", "null"]}),
+    "KeptList": _object(["object", "data", "has_more"], object={"enum": ["list"]}, data=_list({"type": "object"}),
+                        first_id=_MAYBE_TEXT, last_id=_MAYBE_TEXT, has_more=_FLAG),
+    "Deleted": _object(["id", "object", "deleted"], id=_TEXT, object=_TEXT, deleted=_FLAG),
     "QueueStats": _object(["slots", "in_use", "waiting"], extra=True, slots={"type": "integer"}),
     "Model": _object(["name", "ready"], extra=True, name=_TEXT, ready=_FLAG),
 }  # fmt: skip
@@ -159,6 +172,23 @@ ADAPTER_STATS = _answer(_object(["object", "data", "states"], object=_TEXT, data
 V1_MODELS = _answer("Models")
 V1_MODEL = _answer("Model")
 QUEUE_STATS = _answer("QueueStats")
+FILE, BATCH, KEPT_LIST, DELETED = (_answer(name) for name in ("File", "Batch", "KeptList", "Deleted"))
+CONTENT = _answer({"type": "string", "format": "binary"}, "application/octet-stream")
+KEPT_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: _error("The request can't be used; the sentence names the field", "OpenAIError"),
+    404: _error("The caller's tenant has none of that id, or files and batches are switched off", "OpenAIError"),
+}
+UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": _object(["file", "purpose"], extra=True, file={"type": "string", "format": "binary"},
+                                  purpose={"enum": ["batch"]})
+            }
+        },
+    }
+}  # fmt: skip
 
 
 def body(schema: str, required: bool = True) -> dict[str, Any]:

@@ -261,8 +261,8 @@ class Routes:
             raise Unavailable(f"model {name!r} is not loaded", retry_after_s=5)
 
 
-def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
-    """The FastAPI app of our own routes; its OpenAPI document holds vLLM's routes too.
+def build_app(routes: Routes, engine: VLLMEngine, version: str, batches: APIRouter | None = None) -> FastAPI:
+    """The FastAPI app of our own routes, with those of `batches`; its OpenAPI document holds vLLM's routes too.
 
     vLLM's app is told to answer unknown paths and methods in the shape of the protocol, as ours does.
     """
@@ -272,6 +272,8 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str) -> FastAPI:
     app.include_router(_v1_router(routes))
     adapters = AdapterRoutes(engine.adapters, routes.operators_only, lambda name: may_see(engine, name))
     app.include_router(adapters.router())
+    if batches is not None:
+        app.include_router(batches)
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):
