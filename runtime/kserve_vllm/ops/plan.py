@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     speed.add_argument("--like", metavar="HUB_ID", help="the model's name for AIConfigurator, such as Qwen/Qwen3-8B")
     speed.add_argument(
-        "--calibrate", type=Path, metavar="JSON", help="result of `vllm bench serve --save-result` on that GPU"
+        "--calibrate", type=Path, metavar="JSON", help="result of `kserve-vllm bench --save` on that GPU"
     )
     out = top.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="for machines")
