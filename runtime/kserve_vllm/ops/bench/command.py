@@ -501,7 +501,7 @@ def _compare(arguments: Sequence[str]) -> int:
     if args.json:
         print(json.dumps({"worse": worse, "differences": [asdict(each) for each in found]}, indent=1))
         return int(worse)
-    rows = [("LOAD", "FIGURE", "OLD", "NEW", "NEW / OLD", f"{args.confidence:.0%} INTERVAL", "")]
+    rows: list[tuple[str, ...]] = [("LOAD", "FIGURE", "OLD", "NEW", "NEW / OLD", f"{args.confidence:.0%} INTERVAL", "")]
     for each in found:
         shown = [_figure(each.figure, value) for value in (each.old, each.new)]
         ratio = f"{each.new / each.old:.2f}" if each.low is not None else "-"

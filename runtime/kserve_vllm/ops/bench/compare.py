@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.bench.result import load_name
 
-DRAWS = 2000
+DRAWS = 1000
 FEWEST = 20
 """Requests of a load below which nothing is said of it."""
 Values = NDArray[np.float64]
+Figure = Callable[[Values], Values]
+"""From samples `[draws, values]` to a figure of each: `[draws]`."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,16 @@ class Difference:
 class _Figure:
     name: str
     column: str
-    of: Callable[[Values], float]
+    of: Figure
     least: int = FEWEST
 
 
-def _percentile(share: float) -> Callable[[Values], float]:
-    return lambda values: float(np.percentile(values, share))
+def _percentile(share: float) -> Figure:
+    return lambda values: np.asarray(np.percentile(values, share, axis=1), dtype=np.float64)
+
+
+def _mean(values: Values) -> Values:
+    return np.asarray(values.mean(axis=1), dtype=np.float64)
 
 
 _TIMES = tuple(
@@ -98,13 +104,13 @@ def compare(
             if min(sum(map(len, a)), sum(map(len, b))) < figure.least:
                 continue
             ratios = _draw(b, figure.of, dice) / _draw(a, figure.of, dice)
-            whole = figure.of(np.concatenate(a)), figure.of(np.concatenate(b))
-            found.append(_difference(name, figure.name, *whole, ratios, True, confidence, tolerance))
+            was, now = (float(figure.of(np.concatenate(values)[None, :])[0]) for values in (a, b))
+            found.append(_difference(name, figure.name, was, now, ratios, True, confidence, tolerance))
         a, b = ([_per_second(row) for row in rows[name]] for rows in (before, after))
         if all(len(values) >= 5 for values in (*a, *b)):
-            ratios = _draw(b, np.mean, dice) / _draw(a, np.mean, dice)
-            whole = float(np.mean(np.concatenate(a))), float(np.mean(np.concatenate(b)))
-            found.append(_difference(name, "output tokens/s", *whole, ratios, False, confidence, tolerance))
+            ratios = _draw(b, _mean, dice) / _draw(a, _mean, dice)
+            was, now = (float(np.mean(np.concatenate(values))) for values in (a, b))
+            found.append(_difference(name, "output tokens/s", was, now, ratios, False, confidence, tolerance))
         found.append(_failures(name, before[name], after[name]))
     return found
 
@@ -153,18 +159,23 @@ def _per_second(row: Mapping[str, Any]) -> Values:
     return np.asarray(np.diff(sums)[: int(float(row["duration"]) / width)] / width, dtype=np.float64)
 
 
-def _draw(runs: Sequence[Values], of: Callable[[Values], Any], dice: np.random.Generator) -> Values:
+def _draw(runs: Sequence[Values], of: Figure, dice: np.random.Generator) -> Values:
     """The figure of many samples that were drawn again: runs, and in each of them blocks of neighbours."""
+    if len(runs) == 1:
+        return np.maximum(of(_again(runs[0], DRAWS, dice)), 1e-9)
     found = np.empty(DRAWS)
     for draw in range(DRAWS):
-        parts = []
-        for at in dice.integers(0, len(runs), len(runs)) if len(runs) > 1 else (0,):
-            values = runs[at]
-            length = max(1, math.isqrt(len(values)))
-            starts = dice.integers(0, len(values) - length + 1, -(-len(values) // length))
-            parts.append(values[(starts[:, None] + np.arange(length)).reshape(-1)[: len(values)]])
-        found[draw] = max(float(of(np.concatenate(parts))), 1e-9)
+        parts = [_again(runs[at], 1, dice)[0] for at in dice.integers(0, len(runs), len(runs))]
+        found[draw] = max(float(of(np.concatenate(parts)[None, :])[0]), 1e-9)
     return found
+
+
+def _again(values: Values, times: int, dice: np.random.Generator) -> Values:
+    """A run drawn again in blocks, so many times: `[times, len(values)]`."""
+    length = max(1, math.isqrt(len(values)))
+    starts = dice.integers(0, len(values) - length + 1, (times, -(-len(values) // length)))
+    places = (starts[:, :, None] + np.arange(length)).reshape(times, -1)[:, : len(values)]
+    return values[places]
 
 
 def _difference(

@@ -233,7 +233,8 @@ def fitted_steps(path: Path) -> StepTime:
         compute_per_pair=0.0,
         reduce_start=0.0,
         reduce_per_token=0.0,
-        per_sequence=parts.get(1, 0.0),
+        # A running sequence is a token of the step too.
+        per_sequence=max(0.0, parts.get(1, 0.0) - parts.get(2, 0.0)),
         source=f"{path.name}, steps fitted to {len(loads)} loads",
         band=max(CALIBRATED_BAND, 2 * off),
     )

@@ -355,7 +355,9 @@ def text(content: Mapping[str, Any], history: Sequence[View], width: int) -> str
 
 
 def _table(title: str, views: Mapping[str, View]) -> str:
-    rows = [(title, "STATE", "RUNNING", "WAITING", "REQ/S", "TOKENS/S", "FIRST TOKEN P95", "GAP P95", "KV", "PREFIX")]
+    rows: list[tuple[str, ...]] = [
+        (title, "STATE", "RUNNING", "WAITING", "REQ/S", "TOKENS/S", "FIRST TOKEN P95", "GAP P95", "KV", "PREFIX")
+    ]
     for name, own in views.items():
         rows.append(
             (
