@@ -80,6 +80,7 @@ def test_the_page_shows_figures_and_chats(server: Server, tmp_path: Path) -> Non
         browser.until("document.querySelector('#tile-first').textContent !== '-'")
         assert browser.value("document.querySelector('#state').className") == "ready"
         assert browser.value("document.querySelector('#tile-running').textContent") == "0"
+        browser.until("document.querySelector('#tiles polyline').points.numberOfItems >= 3")
         picture = browser.picture()
         complaints = [
             event["params"]

@@ -55,7 +55,7 @@ class Browser:
         width, height: of the page, pixels.
     """
 
-    def __init__(self, binary: str, width: int = 1180, height: int = 760) -> None:
+    def __init__(self, binary: str, width: int = 1180, height: int = 900) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kserve-vllm-chromium-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name) / "log"
         # As root it has no sandbox; it shows nothing but our own page.

@@ -472,7 +472,7 @@ def _human(content: Mapping[str, Any], slo: result.SLO) -> str:
 
 
 def _mean(rows: Sequence[result.Row], name: str) -> float:
-    return float(sum(row[name] for row in rows)) / max(1, sum(row["completed"] for row in rows))
+    return float(sum(row[name] for row in rows)) / float(max(1, sum(row["completed"] for row in rows)))
 
 
 def _compare(arguments: Sequence[str]) -> int:
