@@ -22,6 +22,7 @@ from kserve_vllm.ops.bench.clients import Answer, Target
 from kserve_vllm.ops.bench.load import Played, Point
 from kserve_vllm.ops.bench.prompts import FromFile, Prompt, Shape, WordCount
 from kserve_vllm.ops.model import measured
+from kserve_vllm.ops.pictures import draw_bench
 
 KEY = "key-that-nothing-may-print-0815"
 
@@ -302,6 +303,13 @@ def test_compare_speaks_to_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
     new.write_text(json.dumps(other))
     assert cli.main(["bench", "compare", str(old), str(new)]) == 2
     assert "no load is in both" in capsys.readouterr().err
+
+
+def test_a_result_is_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "bench.png"
+    whole = result.row(Played(Point(8, None, 1, 1), [Answer(0.0, 0.5, [], 3, 4)], 1.0), result.SLO())
+    draw_bench(file, [*rows_of(1.0, 0.2, 1, 30), whole], result.SLO(first_token=0.1))
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 # ---- what simulate makes of it

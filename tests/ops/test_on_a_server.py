@@ -1,4 +1,7 @@
-"""`bench`, `top` and the page at `/ui`, on the real server with the demo model."""
+"""`bench`, `top` and the page at `/ui`, on the real server with the demo model.
+
+`UPDATE_PICTURES=1` writes what the page looks like into docs/pictures/ui.png.
+"""
 
 from __future__ import annotations
 
@@ -98,4 +101,3 @@ def test_the_page_shows_figures_and_chats(server: Server, tmp_path: Path) -> Non
     assert 10_000 < len(picture) < 150_000
     if os.environ.get("UPDATE_PICTURES"):
         PICTURE.write_bytes(picture)
-    assert PICTURE.exists(), "make it: UPDATE_PICTURES=1 pytest tests/ops/test_on_a_server.py"

@@ -238,3 +238,9 @@ def test_health_says_that_nothing_answers() -> None:
     done = command("health", "--http-port", "1")
     assert done.returncode == 1
     assert "nothing answers at http://127.0.0.1:1/v2/health/ready" in done.stdout
+
+
+def test_the_page_is_on_with_the_demo_alone() -> None:
+    rows = ((["--demo"], True), (["--demo", "--ui", "false"], False), (["org/m"], False), (["org/m", "--ui"], True))
+    for arguments, wanted in rows:
+        assert cli.resolve(arguments, {}).server.ui is wanted, arguments
