@@ -31,6 +31,7 @@ setup-dev: python
 	@$(PYTHON) runtime/tools/setup_venv.py --dev
 	@if [ -f tests/tools/install_kube_tools.py ]; then $(BIN)/python tests/tools/install_kube_tools.py; fi
 	@$(BIN)/python tests/tools/install_prometheus.py
+	@$(BIN)/python -m tests.tools.chromium
 
 .PHONY: python
 python:

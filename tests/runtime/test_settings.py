@@ -279,3 +279,9 @@ def test_opentelemetrys_variables_name_the_collector_where_nothing_else_does(
     variables: dict[str, str], endpoint: str | None
 ) -> None:
     assert standard(**variables).telemetry.otlp_endpoint == endpoint
+
+
+def test_the_page_is_on_with_the_demo_alone() -> None:
+    rows = ((["--demo"], True), (["--demo", "--ui", "false"], False), (["org/m"], False), (["org/m", "--ui"], True))
+    for arguments, wanted in rows:
+        assert cli.resolve(arguments, {}).server.ui is wanted, arguments

@@ -27,6 +27,7 @@ from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.policy.enforcement import Enforcement, SequencePolicy
 from kserve_vllm.protocols.batch.runner import Runner
 from kserve_vllm.protocols.batch.store import Bounds, Store
+from kserve_vllm.protocols.http import page
 from kserve_vllm.protocols.http.cors import Browsers
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.protocols.oip.grpc_servicer import Servicer
@@ -133,6 +134,7 @@ class _Process:
             self._requests,
             split=bool(server.admin_port),
             body_timeout_s=server.body_timeout,
+            page=page.load() if server.ui else None,
         )
         self._servicer = Servicer(self._lifecycle, self._enforcement, self._requests)
         shared = channel is not None
@@ -389,10 +391,12 @@ class _Process:
 
     def _say_ready(self, model: str) -> None:
         http, grpc = self._http.port, self._grpc.port if self._grpc else 0
+        ui = (self._admin or self._http).port if self._settings.server.ui else 0
         if self._log_form == "json":
-            log.info("ready: %s on port %d%s", model, http, self._grpc_words(","))
+            also = self._grpc_words(",") + (f", /ui on port {ui}" if ui else "")
+            log.info("ready: %s on port %d%s", model, http, also)
         else:
-            _announce(self._settings, http, grpc or (http if self._http.answers_grpc else 0), model)
+            _announce(self._settings, http, grpc or (http if self._http.answers_grpc else 0), ui, model)
 
     def _grpc_words(self, joint: str) -> str:
         """Where gRPC is answered, as the rest of a sentence."""
@@ -530,9 +534,10 @@ def _import_heavy() -> None:
     import kserve_vllm.protocols.oip.grpc_backend  # noqa: F401
 
 
-def _announce(settings: Settings, http_port: int, grpc_port: int, model: str) -> None:
+def _announce(settings: Settings, http_port: int, grpc_port: int, ui_port: int, model: str) -> None:
     """Say that the server is ready, and what to type next."""
-    host = f"http{'s' if settings.server.ssl_certfile else ''}://localhost:{http_port}"
+    scheme = f"http{'s' if settings.server.ssl_certfile else ''}"
+    host = f"{scheme}://localhost:{http_port}"
     chat = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
     infer = '{"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["17 + 25 ="]}]}'
     lines = [
@@ -542,6 +547,7 @@ def _announce(settings: Settings, http_port: int, grpc_port: int, model: str) ->
         f"  curl {host}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'",
         f"  curl {host}/v2/models/{model}/infer -d '{infer}'",
         f"  {host}/docs shows everything that is served.",
+        *([f"  {scheme}://localhost:{ui_port}/ui is a page to look at, with a chat."] if ui_port else []),
         "",
     ]
     print("\n".join(lines), flush=True)

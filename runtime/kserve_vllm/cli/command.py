@@ -270,12 +270,15 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     path, path_source = _model_path(model, sources)
     names = model.model_name or _default_names(model, path)
     policy = cast(PolicySettings, groups["policy"])
+    server = cast(ServerSettings, groups["server"])
+    if model.demo and sources["server.ui"] == "default":
+        server, sources["server.ui"] = server.model_copy(update={"ui": True}), "demo model"
     engine = _engine_flags(
         leftover, engine_env, from_file.get("engine", {}), file, model, policy, path, path_source, names
     )
     settings = Settings(
         model=model.model_copy(update={"model_name": names}),
-        server=cast(ServerSettings, groups["server"]),
+        server=server,
         lifecycle=cast(LifecycleSettings, groups["lifecycle"]),
         telemetry=cast(TelemetrySettings, groups["telemetry"]),
         policy=policy,

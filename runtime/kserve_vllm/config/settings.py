@@ -149,6 +149,11 @@ class ServerSettings(_Group):
         "Port for metrics and for calls that need an admin key; they are then answered there and no longer on the "
         "HTTP port. 0: all on the HTTP port.",
     )
+    ui: bool = _setting(
+        False,
+        "Serve a page at /ui with live figures and a chat, on the admin port, or on the HTTP port where there is none. "
+        "It uses the public API with the key that its visitor types in. On with --demo.",
+    )
     api_server_count: int = _setting(
         1,
         "Front-end processes that take requests for one engine, for when one process is busy with tokenizing, checking "

@@ -15,6 +15,8 @@ COMMANDS = {
     "plan": ("GPUs, parallel sizes, replicas and cost for a model and its traffic", "kserve_vllm.ops.plan"),
     "simulate": ("try an autoscaler on recorded or made-up traffic", "kserve_vllm.ops.simulate"),
     "batch": ("answer the requests of a file in OpenAI's batch form, and go on where it was", "kserve_vllm.ops.batch"),
+    "bench": ("load a server, say what its clients see, and compare two results", "kserve_vllm.ops.bench.command"),
+    "top": ("watch a server or a service: load, speed, cache, tenants", "kserve_vllm.ops.top.command"),
     "diagnose": ("say what is wrong with a service, why, and what mends it", "kserve_vllm.ops.diagnose.command"),
     "restart": ("start a service's pods anew, one after the other", "kserve_vllm.ops.restart"),
     "rollout": (

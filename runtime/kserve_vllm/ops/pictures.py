@@ -11,6 +11,7 @@ from kserve_vllm.ops.model.hardware import Prices
 from kserve_vllm.ops.planner import Option
 
 if TYPE_CHECKING:
+    from kserve_vllm.ops.bench.result import SLO, Row
     from kserve_vllm.ops.simulate import Report
 
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -86,4 +87,33 @@ def draw_runs(path: Path, reports: Sequence[Report]) -> None:
         bottom.set_xlabel("minutes")
         for axes in (top, middle, bottom):
             axes.legend(fontsize=7, frameon=False, loc="upper right")
+    _save(figure, path)
+
+
+def draw_bench(path: Path, rows: Sequence[Row], slo: SLO) -> None:
+    """Draw a benchmark: first token and gap over load, and output tokens per second. Raises ConfigError as above."""
+    from kserve_vllm.ops.bench.result import load_name
+
+    plt = pyplot()
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6))
+    names = [load_name(row) for row in rows]
+    at = range(len(names))
+    for axes, title, figures, bound in (
+        (left, "first token, ms", ("ttft", "e2el"), slo.first_token),
+        (middle, "gap between tokens, ms", ("tpot",), slo.gap),
+    ):
+        kind = next((name for name in figures if any(row[f"median_{name}_ms"] for row in rows)), figures[0])
+        title = "end to end, ms" if kind == "e2el" else title
+        for label, share, colour in (("p50", "median", 0), ("p95", "p95", 1), ("p99", "p99", 2)):
+            axes.plot(at, [row[f"{share}_{kind}_ms"] for row in rows], "o-", color=_COLOURS[colour], label=label, ms=4)
+        bound = slo.end_to_end if kind == "e2el" else bound
+        if bound is not None:
+            axes.axhline(bound * 1000, color="black", lw=1, ls="--", label="SLO")
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=7, frameon=False)
+    right.bar(at, [row["output_throughput"] for row in rows], color=_COLOURS[4], label="all")
+    right.set_title("output tokens per second", fontsize=9)
+    for axes in (left, middle, right):
+        axes.set_xticks(list(at), names, rotation=30, ha="right", fontsize=7)
     _save(figure, path)

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     speed.add_argument("--like", metavar="HUB_ID", help="the model's name for AIConfigurator, such as Qwen/Qwen3-8B")
     speed.add_argument(
-        "--calibrate", type=Path, metavar="JSON", help="result of `vllm bench serve --save-result` on that GPU"
+        "--calibrate", type=Path, metavar="JSON", help="result of `kserve-vllm bench --save` on that GPU"
     )
     out = top.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="for machines")
@@ -190,11 +190,11 @@ def main(arguments: Sequence[str]) -> int:
     levers_found: list[Lever] = []
     if chosen:
         levers_found = levers(wish, chosen, price_list, lambda method: _requantized(args, wish, method), _smaller(wish))
-    fits = engines(wish, chosen)
+    made = _Made(wish, found, picks, chosen, levers_found, engines(wish, chosen), price_list, refusals)
     if args.json:
-        print(json.dumps(_machine(wish, found, picks, chosen, levers_found, fits, price_list, refusals), indent=2))
+        print(json.dumps(_machine(made), indent=2))
     elif not any(str(path) == "-" for path in (args.values, args.manifest)):
-        print(_human(wish, found, picks, chosen, levers_found, fits, price_list, refusals))
+        print(_human(made))
     if chosen is None:
         if args.values or args.manifest:
             raise ConfigError("no GPU that was asked for can do it, so there are no values to write")
@@ -356,53 +356,65 @@ def _option_machine(option: Option | None) -> dict[str, Any] | None:
     }
 
 
-def _machine(
-    wish: Wish,
-    found: dict[str, list[Option]],
-    picks: dict[str, Option | None],
-    chosen: Option | None,
-    levers_found: Sequence[Lever],
-    fits: Sequence[EngineFit],
-    price_list: hardware.Prices,
-    refusals: dict[str, str],
-) -> dict[str, Any]:
-    architecture = wish.model.architecture
+@dataclass(frozen=True)
+class _Made:
+    """All that a plan comes to.
+
+    Attributes:
+        wish: what was asked.
+        found: all options by GPU.
+        picks: the best of each GPU, or None.
+        chosen: the best of all.
+        levers: what would save most.
+        fits: which engines suit.
+        prices: per hour.
+        refusals: by GPU, why AIConfigurator did not speak.
+    """
+
+    wish: Wish
+    found: dict[str, list[Option]]
+    picks: dict[str, Option | None]
+    chosen: Option | None
+    levers: Sequence[Lever]
+    fits: Sequence[EngineFit]
+    prices: hardware.Prices
+    refusals: dict[str, str]
+
+
+def _machine(made: _Made) -> dict[str, Any]:
+    architecture = made.wish.model.architecture
     return {
         "model": {
             "name": architecture.name,
             "family": architecture.family,
             "parameters": architecture.parameters.total,
             "active_parameters": architecture.active_parameters,
-            "weights_bytes": wish.model.weights.total,
-            "weights_source": wish.model.weights.source,
-            "weights_exact": wish.model.weights.exact,
+            "weights_bytes": made.wish.model.weights.total,
+            "weights_source": made.wish.model.weights.source,
+            "weights_exact": made.wish.model.weights.exact,
             "quantization": architecture.quantization.method,
             "approximate": architecture.approximate or None,
             "max_len": architecture.max_len,
         },
-        "traffic": asdict(wish.traffic),
-        "prices": {"date": price_list.dated.isoformat(), "currency": price_list.currency, "source": price_list.source},
-        "chosen": _option_machine(chosen),
-        "gpus": {
-            name: {"best": _option_machine(picks[name]), "tried": [_option_machine(o) for o in tried]}
-            for name, tried in found.items()
+        "traffic": asdict(made.wish.traffic),
+        "prices": {
+            "date": made.prices.dated.isoformat(),
+            "currency": made.prices.currency,
+            "source": made.prices.source,
         },
-        "levers": [asdict(lever) for lever in levers_found],
-        "engines": [asdict(fit) for fit in fits],
-        "not_asked": refusals,
+        "chosen": _option_machine(made.chosen),
+        "gpus": {
+            name: {"best": _option_machine(made.picks[name]), "tried": [_option_machine(o) for o in tried]}
+            for name, tried in made.found.items()
+        },
+        "levers": [asdict(lever) for lever in made.levers],
+        "engines": [asdict(fit) for fit in made.fits],
+        "not_asked": made.refusals,
     }
 
 
-def _human(
-    wish: Wish,
-    found: dict[str, list[Option]],
-    picks: dict[str, Option | None],
-    chosen: Option | None,
-    levers_found: Sequence[Lever],
-    fits: Sequence[EngineFit],
-    price_list: hardware.Prices,
-    refusals: dict[str, str],
-) -> str:
+def _human(made: _Made) -> str:
+    wish, found, picks, chosen, price_list = made.wish, made.found, made.picks, made.chosen, made.prices
     architecture, model_weights = wish.model.architecture, wish.model.weights
     count = architecture.parameters.total
     words = [f"{count / 1e9:.1f}B parameters" if count >= 1e8 else f"{count / 1e6:.1f}M parameters"]
@@ -482,22 +494,20 @@ def _human(
         f"  {memory.kv_tokens:,} tokens of {memory.cache.bytes_per_token:,.0f} bytes: {memory.sequences:.1f} "
         f"sequences of {settings.max_model_len:,} tokens at once"
     )
-    if levers_found:
+    if made.levers:
         lines += ["", "What would save most (on the same GPU):"]
         lines.append(
             table(
                 [("", "LESS", f"{price_list.currency}/HOUR", "TAKES")]
-                + [
-                    (lever.name, f"{lever.saving:.0%}", money(lever.per_hour), lever.cost) for lever in levers_found[:5]
-                ],
+                + [(lever.name, f"{lever.saving:.0%}", money(lever.per_hour), lever.cost) for lever in made.levers[:5]],
                 right=(1, 2),
             )
         )
-    lines += ["", "Engines:", table([("", "FITS", "WHY"), *((fit.engine, fit.fit, fit.why) for fit in fits)])]
+    lines += ["", "Engines:", table([("", "FITS", "WHY"), *((fit.engine, fit.fit, fit.why) for fit in made.fits)])]
     if architecture.approximate:
         lines += ["", f"note: {architecture.family}: {architecture.approximate}; trust the weights, measure the rest"]
-    if refusals:
-        lines += ["", *(f"note: {name}: {why}" for name, why in refusals.items())]
+    if made.refusals:
+        lines += ["", *(f"note: {name}: {why}" for name, why in made.refusals.items())]
     return "\n".join(lines)
 
 

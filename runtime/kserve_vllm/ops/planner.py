@@ -166,23 +166,15 @@ def _option(wish: Wish, gpu: GPU, settings: EngineSettings, prices: Prices, refi
         draft_cache=draft.architecture.layers if draft else (),
     )
     step = roofline(model.architecture, model.weights, gpu, settings)
+
+    def refused(reason: str, operation: Operation = _IDLE, capacity: float = 0.0, first_token_s: float = 0.0) -> Option:
+        return Option(gpu, settings, memory, step, operation, capacity, 0, first_token_s, None, None, reason)
+
     if memory.kv_cache <= 0:
         short = -memory.kv_cache / (1 << 30)
-        return Option(gpu, settings, memory, step, _IDLE, 0, 0, 0, None, None, f"{short:.1f} GiB short on each GPU")
+        return refused(f"{short:.1f} GiB short on each GPU")
     if memory.sequences < 1 and model.architecture.layers:
-        return Option(
-            gpu,
-            settings,
-            memory,
-            step,
-            _IDLE,
-            0,
-            0,
-            0,
-            None,
-            None,
-            f"the cache has {memory.kv_tokens:,} tokens, a sequence may have {settings.max_model_len:,}",
-        )
+        return refused(f"the cache has {memory.kv_tokens:,} tokens, a sequence may have {settings.max_model_len:,}")
     if refine:
         step = refine(step, model.architecture, gpu, settings)
     stages = settings.pipeline_parallel_size
@@ -195,55 +187,19 @@ def _option(wish: Wish, gpu: GPU, settings: EngineSettings, prices: Prices, refi
     if not model.architecture.layers:
         room = wish.max_num_seqs or 256
     if wish.gap_s is not None and at(1).gap_s > wish.gap_s:
-        return Option(
-            gpu,
-            settings,
-            memory,
-            step,
-            at(1),
-            0,
-            0,
-            0,
-            None,
-            None,
-            f"one stream alone has {at(1).gap_s * 1000:.0f} ms between tokens",
-        )
+        return refused(f"one stream alone has {at(1).gap_s * 1000:.0f} ms between tokens", at(1))
     most = _largest(room, lambda n: wish.gap_s is None or at(n).gap_s <= wish.gap_s)
     capacity = at(most).requests_per_s
     prefill_s = step.prefill(traffic.prompt, traffic.cached) * stages
     if wish.first_token_s is not None and prefill_s + at(1).gap_s > wish.first_token_s:
-        return Option(
-            gpu,
-            settings,
-            memory,
-            step,
-            at(1),
-            0,
-            0,
-            prefill_s,
-            None,
-            None,
-            f"a prompt alone takes {prefill_s * 1000:.0f} ms",
-        )
+        return refused(f"a prompt alone takes {prefill_s * 1000:.0f} ms", at(1), first_token_s=prefill_s)
     replicas = max(1, math.ceil(traffic.rate / (capacity * wish.load)))
     first_token = _first_token(at, most, capacity, traffic.rate / replicas, prefill_s)
     while wish.first_token_s is not None and first_token > wish.first_token_s and replicas < 10_000:
         replicas = math.ceil(replicas * 1.1 + 0.5)
         first_token = _first_token(at, most, capacity, traffic.rate / replicas, prefill_s)
     if wish.first_token_s is not None and first_token > wish.first_token_s:
-        return Option(
-            gpu,
-            settings,
-            memory,
-            step,
-            at(1),
-            capacity,
-            0,
-            first_token,
-            None,
-            None,
-            f"first token after {first_token:.2f} s however many replicas",
-        )
+        return refused(f"first token after {first_token:.2f} s however many replicas", at(1), capacity, first_token)
     replicas += wish.spare
     running = at(_running(at, traffic.rate / replicas, most))
     price = prices.per_hour.get(gpu.name)

@@ -25,7 +25,8 @@ from kserve_vllm.ops.tables import money, seconds, spark, table
 EXAMPLE = """\
 # A scenario for `kserve-vllm simulate`. Times are seconds.
 model: {params: 8B, gpu: H100}        # or path: FOLDER; also quantization, tensor, pipeline, gpu_memory_utilization
-# calibrate: bench.json               # your own measurement on that GPU (`vllm bench serve --save-result`)
+# model: {steps: bench.json}          # or the speed of any device alone, from `kserve-vllm bench --save bench.json`
+# calibrate: bench.json               # the first model, moved to your own measurement on that GPU
 arrivals: {kind: bursts, rate: 40, duration: 3600, prompt: 1000, output: 200}   # constant, ramp, bursts, day
 # arrivals: {trace: usage.jsonl}      # or what a service really did: its --usage-sink file
 replica: {max_num_seqs: 128}          # also max_num_batched_tokens, max_concurrent, queue, queue_timeout,
@@ -414,7 +415,12 @@ def _engine(
     """Step time, engine flags, the GPU's name, and tokens of cache."""
     part = _Part(top.any("model"), "model")
     calibrate = top.text("calibrate")
-    if table_ := part.any("steps"):
+    table_ = part.any("steps")
+    if isinstance(table_, str):
+        step = measured.fitted_steps(folder / table_)
+        part.done()
+        return step, memory.EngineSettings(), None, 1 << 30
+    if table_:
         # Measured on any device: seconds = fixed + per_sequence * sequences + per_prompt_token * tokens.
         own = _Part(table_, "model.steps")
         step = steptime.StepTime(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
 from kserve_vllm.ops.diagnose.snapshot import Snapshot, hide_in_text, without_secrets
+from kserve_vllm.ops.exposition import METRICS_BYTES, fetch
 
 _HTTP_PORT = 8080
 # Kinds that may be absent from a healthy cluster: their absence is a fact, not a fault.
@@ -58,7 +56,6 @@ _OWN = (
     "VirtualService",
 )
 _MOST_PODS_ASKED = 6
-_METRICS_BYTES = 4 * 1024 * 1024
 
 
 def collect(
@@ -131,7 +128,7 @@ def collect_url(url: str, api_key: str = "", timeout_s: float = 5.0) -> Snapshot
     seen = Snapshot(base, "", datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"))
     answers: Json = {}
     for key, path in (("health", "/v2/health/ready"), ("live", "/v2/health/live"), ("metrics", "/metrics")):
-        status, text = _fetch(base + path, api_key, timeout_s)
+        status, text = fetch(base + path, api_key, timeout_s)
         if status == 0:
             seen.refused[path] = {"status": 0, "message": text}
             if key == "health":
@@ -139,21 +136,6 @@ def collect_url(url: str, api_key: str = "", timeout_s: float = 5.0) -> Snapshot
         answers[key] = text if key == "metrics" and status == 200 else _answer(status, text)
     seen.answers[base] = answers
     return seen
-
-
-def _fetch(url: str, api_key: str, timeout_s: float) -> tuple[int, str]:
-    if urlsplit(url).scheme not in ("http", "https"):
-        return 0, f"{url} is no http:// or https:// address"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
-            return int(answer.status), answer.read(_METRICS_BYTES).decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        return error.code, error.read(_METRICS_BYTES).decode(errors="replace")
-    except (OSError, ValueError) as error:
-        return 0, str(getattr(error, "reason", error))
-    except Exception as error:  # http.client's BadStatusLine and its kin: something else than HTTP answers
-        return 0, f"no HTTP answer: {type(error).__name__}: {error}"
 
 
 def _answer(status: int, text: str) -> Json:
@@ -281,7 +263,7 @@ def _ask_pod(seen: Snapshot, cluster: Cluster, pod: Json) -> None:
         if code == 403 and '"Status"' in text:
             seen.refused["pods/proxy"] = {"status": 403, "message": str(_answer(code, text)["body"])[:500]}
             break
-        answers[key] = text[:_METRICS_BYTES] if key == "metrics" and code == 200 else _answer(code, text)
+        answers[key] = text[:METRICS_BYTES] if key == "metrics" and code == 200 else _answer(code, text)
     if answers:
         seen.answers[name] = answers
 

@@ -12,14 +12,13 @@ from typing import Any, cast
 
 from kserve_vllm.ops.cluster import Json
 from kserve_vllm.ops.diagnose.snapshot import Snapshot, moment
+from kserve_vllm.ops.exposition import Sample, samples
 
 SERVING = ("kserve-container", "worker-container")
 MODES = {"Serverless": "Knative", "Knative": "Knative", "RawDeployment": "Standard", "Standard": "Standard"}
 # Conditions that are bad when they hold.
 _BAD_WHEN_TRUE = {"ReplicaFailure", "DisruptionTarget"}
 _RECENT = timedelta(hours=1)
-_SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
@@ -294,17 +293,13 @@ class Facts:
         return out
 
     @cached_property
-    def _samples(self) -> list[tuple[str, dict[str, str], float]]:
-        out = []
+    def _samples(self) -> list[Sample]:
+        out: list[Sample] = []
         for answer in self.snapshot.answers.values():
             text = answer.get("metrics")
             if not isinstance(text, str):
                 continue
-            for match in _SAMPLE.finditer(text):
-                try:
-                    out.append((match[1], dict(_LABEL.findall(match[2] or "")), float(match[3])))
-                except ValueError:
-                    continue
+            out += samples(text)
         return out
 
     @cached_property

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import Architecture
@@ -113,9 +117,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def read_benchmark(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of a benchmark: one object per concurrency, as `vllm bench serve --save-result` writes it; or a list of
-    such, or an object whose `results` is one.
+def read_benchmark(path: Path, name: str = "--calibrate", timed: bool = True) -> list[Mapping[str, Any]]:
+    """Rows of a benchmark: a result of `kserve-vllm bench --save`, whose form `ops.bench.result` describes; or one
+    object per load, as `vllm bench serve --save-result` writes it; or a list of such.
+
+    Args:
+        path: the file.
+        name: of the argument, for errors.
+        timed: whether each row must have the time between tokens.
 
     Raises:
         ConfigError: the file can't be read, or a row lacks what is needed.
@@ -123,7 +132,7 @@ def read_benchmark(path: Path) -> list[Mapping[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--calibrate {path}: {error}") from None
+        raise ConfigError(f"{name} {path}: {error}") from None
     rows = content.get("results", content) if isinstance(content, Mapping) else content
     rows = rows if isinstance(rows, list) else [rows]
     for row in rows:
@@ -132,12 +141,103 @@ def read_benchmark(path: Path) -> list[Mapping[str, Any]]:
             for name in ("completed", "total_input_tokens", "total_output_tokens", "duration")
             if not isinstance(row, Mapping) or not row.get(name)
         ]
-        if missing or not (row.get("median_tpot_ms") or row.get("mean_tpot_ms")):
+        if missing or (timed and not (row.get("median_tpot_ms") or row.get("mean_tpot_ms"))):
             raise ConfigError(
-                f"--calibrate {path}: a row lacks {', '.join(missing) or 'median_tpot_ms'}; it reads what "
-                "`vllm bench serve --save-result` writes"
+                f"{name} {path}: a row lacks {', '.join(missing) or 'median_tpot_ms'}; it reads what "
+                "`kserve-vllm bench --save` and `vllm bench serve --save-result` write"
+                + ("; answers that come whole have no time between tokens" if not missing else "")
             )
+    if not rows:
+        raise ConfigError(f"{name} {path}: no load in it")
     return rows
+
+
+@dataclass(frozen=True)
+class Load:
+    """What calibration needs of a row.
+
+    Attributes:
+        prompt, output: mean tokens.
+        cached: mean tokens of a prompt that came from the prefix cache, where the row says so.
+        gap_s: time between two tokens of a stream.
+        first_token_s: to the first token, or 0 where the row has none.
+        running: sequences that ran at once, by Little's law: output tokens per second times seconds per token.
+    """
+
+    prompt: float
+    output: float
+    cached: float
+    gap_s: float
+    first_token_s: float
+    running: float
+
+
+def load_of(row: Mapping[str, Any]) -> Load:
+    """A row that `read_benchmark` let pass."""
+    number = float(row["completed"])
+    gap = float(row.get("median_tpot_ms") or row["mean_tpot_ms"]) / 1000
+    return Load(
+        float(row["total_input_tokens"]) / number,
+        float(row["total_output_tokens"]) / number,
+        float(row.get("total_cached_tokens") or 0) / number,
+        gap,
+        float(row.get("median_ttft_ms") or row.get("mean_ttft_ms") or 0) / 1000,
+        max(1.0, float(row["total_output_tokens"]) / float(row["duration"]) * gap),
+    )
+
+
+def fitted_steps(path: Path) -> StepTime:
+    """A step time from a benchmark alone, for a device that no data sheet is known of.
+
+    A step takes `fixed + per_sequence * sequences + per_prompt_token * new tokens`. Each load gives the time between
+    tokens, in which the prompts of the others are computed too (for each running sequence one in `output` steps), and
+    the one with the fewest sequences the time to the first token. The three are the least squares of the relative
+    errors, none below 0.
+
+    Raises:
+        ConfigError: the file can't be used, or has fewer than two loads.
+    """
+    loads = [load_of(row) for row in read_benchmark(path, "model.steps")]
+    if len({round(load.running, 1) for load in loads}) < 2:
+        raise ConfigError(f"model.steps {path}: it takes two loads at least, such as --concurrency 1,8")
+    left, right = [], []
+    for load in loads:
+        new = max(1.0, load.prompt - load.cached)
+        left.append([1.0, load.running, load.running / max(load.output, 1.0) * new])
+        right.append(load.gap_s)
+    fewest = min(loads, key=lambda load: load.running)
+    if fewest.first_token_s:
+        left.append([1.0, 1.0, max(1.0, fewest.prompt - fewest.cached)])
+        right.append(fewest.first_token_s)
+    scale = 1 / np.asarray(right)
+    best: tuple[float, Any] = (math.inf, None)
+    # Three unknowns, so every choice of those that are not 0 can be tried (non-negative least squares).
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (3, 2, 1)):
+        matrix = np.asarray(left)[:, chosen] * scale[:, None]
+        found, *_ = np.linalg.lstsq(matrix, np.ones(len(right)), rcond=None)
+        if (found < 0).any():
+            continue
+        error = float(((matrix @ found - 1) ** 2).sum())
+        if error < best[0] - 1e-12:
+            best = error, dict(zip(chosen, map(float, found), strict=True))
+    parts = best[1]
+    off = math.sqrt(best[0] / len(right))
+    return StepTime(
+        fixed=parts.get(0, 0.0),
+        read_per_kv_token=0.0,
+        read_weights=0.0,
+        read_experts=0.0,
+        experts=0,
+        experts_per_token=0,
+        compute_per_token=parts.get(2, 0.0),
+        compute_per_pair=0.0,
+        reduce_start=0.0,
+        reduce_per_token=0.0,
+        # A running sequence is a token of the step too.
+        per_sequence=max(0.0, parts.get(1, 0.0) - parts.get(2, 0.0)),
+        source=f"{path.name}, steps fitted to {len(loads)} loads",
+        band=max(CALIBRATED_BAND, 2 * off),
+    )
 
 
 def with_benchmark(step: StepTime, path: Path, stages: int = 1) -> StepTime:
@@ -153,15 +253,12 @@ def with_benchmark(step: StepTime, path: Path, stages: int = 1) -> StepTime:
     points: dict[int, list[tuple[float, float]]] = {}
     first: tuple[float, float] | None = None
     for row in read_benchmark(path):
-        number = float(row["completed"])
-        prompt, output = float(row["total_input_tokens"]) / number, float(row["total_output_tokens"]) / number
-        gap = float(row.get("median_tpot_ms") or row["mean_tpot_ms"]) / 1000
-        running = max(1, round(float(row["total_output_tokens"]) / float(row["duration"]) * gap))
-        computed = operate(bare, running, max(1, round(prompt)), max(1, round(output)), 0, stages).gap_s
-        points.setdefault(running, []).append((gap, computed))
-        first_token = float(row.get("median_ttft_ms") or row.get("mean_ttft_ms") or 0) / 1000
-        if first_token and (first is None or running < first[0]):
-            first = (running, first_token / (bare.prefill(round(prompt)) * stages + computed))
+        load = load_of(row)
+        running, prompt, cached = round(load.running), max(1, round(load.prompt)), round(load.cached)
+        computed = operate(bare, running, prompt, max(1, round(load.output)), cached, stages).gap_s
+        points.setdefault(running, []).append((load.gap_s, computed))
+        if load.first_token_s and (first is None or running < first[0]):
+            first = (running, load.first_token_s / (bare.prefill(prompt, cached) * stages + computed))
     scale = tuple(sorted((float(n), sum(g for g, _ in p) / sum(c for _, c in p)) for n, p in points.items()))
     low = scale[0][1]
     return replace(

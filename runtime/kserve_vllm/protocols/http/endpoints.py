@@ -33,7 +33,8 @@ _QUESTIONS = frozenset(
     /v2/models/{model_name}/versions/{model_version} /v2/models/{model_name}/versions/{model_version}/ready
     /v2/models/stats /v2/models/{model_name}/config /v2/models/{model_name}/stats
     /v2/models/{model_name}/versions/{model_version}/config /v2/models/{model_name}/versions/{model_version}/stats
-    /docs /docs/oauth2-redirect /openapi.json /version /load /tokenizer_info /health /ping""".split()
+    /docs /docs/oauth2-redirect /openapi.json /version /load /tokenizer_info /health /ping
+    /ui /ui/app.js /ui/style.css""".split()
 )
 _ASKED_BY_POST = frozenset({"/v2/repository/index", "/ping"})
 # What callers keep here, each for its tenant: the model does not work for these, and no administrator is needed.

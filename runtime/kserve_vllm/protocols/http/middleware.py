@@ -27,6 +27,7 @@ from kserve_vllm.protocols.http import bounds, compression
 from kserve_vllm.protocols.http.body import BodyBudget, TimedBody
 from kserve_vllm.protocols.http.disconnect import ClientGone
 from kserve_vllm.protocols.http.endpoints import Endpoints, Target, choose, normalize, of_http
+from kserve_vllm.protocols.http.page import Asset
 from kserve_vllm.protocols.openai.fast_path import FastPath
 from kserve_vllm.telemetry.requests import RequestRecorder
 
@@ -61,6 +62,7 @@ class RequestMiddleware:
         requests: the accounting of all requests.
         split: whether metrics and control calls are answered on a port of their own; see `admin`.
         body_timeout_s: seconds that a client may take to send a body; 0: no limit.
+        page: the files of the page for people, by path; answered where metrics are.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class RequestMiddleware:
         requests: RequestRecorder,
         split: bool = False,
         body_timeout_s: float = 0.0,
+        page: Mapping[str, Asset] | None = None,
     ) -> None:
         self._lifecycle = lifecycle
         self._enforcement = enforcement
@@ -81,6 +84,7 @@ class RequestMiddleware:
         self._body_timeout_s = body_timeout_s
         self._metrics = metrics
         self._version = version
+        self._page = page or {}
         self._requests = requests
         self._endpoints = Endpoints()
         self.bodies = BodyBudget(_BODIES * max_body)
@@ -106,7 +110,7 @@ class RequestMiddleware:
             await self._websocket(scope, receive, send)
 
     async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI, of the admin port: everything but work."""
+        """ASGI, of the admin port: everything but websockets."""
         if scope["type"] == "http":
             await self._http(scope, receive, send, True)
 
@@ -250,6 +254,8 @@ class RequestMiddleware:
             accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
             body, content_type = self._metrics(accept.decode("latin-1"))
             await _answer(send, 200, body, content_type.encode())
+        elif operators and (asset := self._page.get(path)) is not None:
+            await _answer(send, 200, asset.body, headers=asset.headers)
         elif path == "/version":
             await _answer(send, 200, orjson.dumps(self._version()))
         else:
@@ -563,7 +569,13 @@ async def _refuse_websocket(scope: Scope, send: Send, error: RequestError, reque
     await send({"type": "websocket.http.response.body", "body": body})
 
 
-async def _answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json") -> None:
-    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _answer(
+    send: Send,
+    status: int,
+    body: bytes,
+    content_type: bytes = b"application/json",
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
+    own = [*(headers or ((b"content-type", content_type),)), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": own})
     await send({"type": "http.response.body", "body": body})

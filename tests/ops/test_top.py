@@ -1,0 +1,124 @@
+"""What `top` makes of two readings, and of a service's pods."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kserve_vllm.cli import command as cli
+from kserve_vllm.ops.top import command as top
+from kserve_vllm.ops.top.view import Reading, read, view
+from tests.ops.fake_api import FakeApi
+
+HEALTH = json.dumps({"ready": True, "live": True, "state": "ready", "seconds": 12.0})
+
+
+def page(requests: int, tokens: int, firsts: tuple[int, int, int], cached: int = 0, running: int = 3) -> str:
+    """A page of metrics, as far as `top` reads it."""
+    labels = 'model="m",adapter="upper",tenant="blue",protocol="openai"'
+    return "\n".join(
+        [
+            "# HELP vllm:num_requests_running running",
+            f'vllm:num_requests_running{{engine="0"}} {running}.0',
+            'vllm:num_requests_waiting{engine="0"} 2.0',
+            'vllm:kv_cache_usage_perc{engine="0"} 0.25',
+            f'kserve_vllm_requests_total{{outcome="ok",tenant="blue"}} {requests}',
+            f"kserve_vllm_output_tokens_total{{{labels}}} {tokens}",
+            f"kserve_vllm_prompt_tokens_total{{{labels}}} {2 * tokens}",
+            f"kserve_vllm_cached_prompt_tokens_total{{{labels}}} {cached}",
+            f'kserve_vllm_time_to_first_token_seconds_bucket{{le="0.1",model="m"}} {firsts[0]}',
+            f'kserve_vllm_time_to_first_token_seconds_bucket{{le="1.0",model="m"}} {firsts[1]}',
+            f'kserve_vllm_time_to_first_token_seconds_bucket{{le="+Inf",model="m"}} {firsts[2]}',
+            'kserve_vllm_waiting_requests{priority="0"} 1',
+            'kserve_vllm_waiting_requests{priority="2"} 4',
+            'kserve_vllm_adapters{state="loaded"} 2',
+        ]
+    )
+
+
+def reading(at: float, text: str, group: str = "") -> Reading:
+    """A reading at a time of its own."""
+    found = read(lambda path: (200, HEALTH if path.startswith("/v2") else text), group)
+    return Reading(at, found.health, found.metrics, group=group)
+
+
+def test_rates_and_quantiles_are_of_the_time_between() -> None:
+    before, after = reading(0.0, page(10, 1000, (5, 5, 5))), reading(2.0, page(14, 1200, (5, 9, 9), cached=100))
+    found = view([(before, after)])
+    assert (found.state, found.running, found.waiting) == ("ready", 3, 2)
+    assert (found.requests_per_s, found.output_per_s, found.prompt_per_s) == (2, 100, 200)
+    assert found.first_token_s["p50"] == pytest.approx(0.55)
+    assert found.prefix_hits == pytest.approx(100 / 400)
+    assert found.queued == {"interactive": 1, "batch": 4}
+    assert found.tenants == {"blue": 300}
+    assert found.adapters == {"upper": 300}
+    assert found.adapter_states == {"loaded": 2}
+
+
+def test_a_counter_that_fell_began_anew() -> None:
+    found = view([(reading(0.0, page(10, 1000, (0, 0, 0))), reading(1.0, page(3, 50, (0, 0, 0))))])
+    assert (found.requests_per_s, found.output_per_s) == (3, 50)
+
+
+def test_what_is_missing_is_said() -> None:
+    gone = read(lambda path: (0, "connection refused"))
+    assert view([(gone, gone)]).state == "gone"
+    behind = read(lambda path: (200, HEALTH) if path.startswith("/v2") else (404, "{}"))
+    found = view([(behind, behind)])
+    assert found.output_per_s is None
+    assert "--admin-port" in found.error
+
+
+def test_shares_of_both_modes() -> None:
+    traffic = [{"revisionName": "a-1", "percent": 90}, {"revisionName": "a-2", "percent": 10, "latestRevision": True}]
+    knative: dict[str, Any] = {"status": {"components": {"predictor": {"traffic": traffic}}}}
+    assert top.shares(knative) == {"a-1": 90, "a-2": 10}
+    standard = {"spec": {"canary": [{"trafficPercent": 20, "predictor": {"name": "canary"}}]}}
+    assert top.shares(standard) == {"stable": 80, "canary": 20}
+
+
+def pod(name: str, ready: bool, revision: str) -> dict[str, Any]:
+    """A pod of the service."""
+    state = {"running": {}} if ready else {"waiting": {"reason": "ImagePullBackOff"}}
+    return {
+        "metadata": {
+            "name": name,
+            "labels": {"serving.kserve.io/inferenceservice": "chat", "serving.knative.dev/revision": revision},
+        },
+        "spec": {},
+        "status": {"phase": "Running", "containerStatuses": [{"name": "kserve-container", "state": state}]},
+    }
+
+
+def test_all_pods_of_a_service(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    traffic = [{"revisionName": "chat-1", "percent": 80}, {"revisionName": "chat-2", "percent": 20}]
+    api.put(
+        "InferenceService",
+        {"metadata": {"name": "chat"}, "status": {"components": {"predictor": {"traffic": traffic}}}},
+    )
+    for name, ready, revision in (("a", True, "chat-1"), ("b", True, "chat-2"), ("c", False, "chat-2")):
+        api.put("Pod", pod(name, ready, revision))
+        api.pages[f"{name}/v2/health/ready"] = (200, HEALTH)
+        api.pages[f"{name}/metrics"] = (200, page(1, 10, (0, 0, 0), running=2))
+    assert cli.main(["top", "chat", "--once", "--json", "--interval", "0.2"]) == 1, "one is not ready"
+    found = json.loads(capsys.readouterr().out)
+    assert found["traffic_percent"] == {"chat-1": 80, "chat-2": 20}
+    assert found["total"]["pods"] == [3, 2]
+    assert found["total"]["running"] == 4
+    assert found["total"]["state"] == "kserve-container: ImagePullBackOff"
+    assert set(found["groups"]) == {"chat-1", "chat-2"}
+    assert found["servers"]["a"]["running"] == 2
+    assert not api.writes
+    assert cli.main(["top", "chat", "--once", "--interval", "0.2"]) == 1
+    text = capsys.readouterr().out
+    assert "chat-1 80 %" in text
+    assert "2 of 3 pods ready" in text
+
+
+def test_exit_codes(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top", "nothing", "--once", "--interval", "0.2"]) == 3
+    assert cli.main(["top", "http://127.0.0.1:9", "--once", "--interval", "0.2"]) == 3
+    assert cli.main(["top", "http://127.0.0.1:9", "--interval", "0"]) == 2
+    assert cli.main(["top", "chat", "--metrics-url", "http://x"]) == 2
