@@ -48,6 +48,24 @@
 {{- else if has $flag $fixed }}
 {{ printf "%s: extraArgs has --%s, which probes, ports and Services of the chart rely on." $at $flag }}
 {{- end }}
+{{- end }}
+{{- range $s.env }}
+{{- $flag := "" }}
+{{- if hasPrefix "KSERVE_VLLM_" .name }}{{ $flag = trimPrefix "KSERVE_VLLM_" .name | lower | replace "_" "-" }}{{ end }}
+{{- if and (hasKey $owned $flag) (ne $flag "redis-url") }}
+{{ printf "%s: %s in env is --%s; set %s instead, other values are derived from it." $at .name $flag (index $owned $flag) }}
+{{- else if or (include "kserve-vllm.parallelFlag" $flag) (has $flag $fixed) }}
+{{ printf "%s: %s in env is --%s, which GPUs, probes and ports of the chart rely on." $at .name $flag }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of what holds for every engine: secrets, placeholders, what KServe refuses. */}}
+{{- define "kserve-vllm.check.environment" -}}
+{{- $at := .at -}}
+{{- $s := .s -}}
+{{- range $s.extraArgs }}
+{{- $flag := include "kserve-vllm.flag" . }}
 {{- if include "kserve-vllm.secretWord" . }}
 {{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef (--api-key is KSERVE_VLLM_API_KEY)." $at $flag }}
 {{- end }}
@@ -58,13 +76,6 @@
 {{- end }}
 {{- end }}
 {{- range $s.env }}
-{{- $flag := "" }}
-{{- if hasPrefix "KSERVE_VLLM_" .name }}{{ $flag = trimPrefix "KSERVE_VLLM_" .name | lower | replace "_" "-" }}{{ end }}
-{{- if and (hasKey $owned $flag) (ne $flag "redis-url") }}
-{{ printf "%s: %s in env is --%s; set %s instead, other values are derived from it." $at .name $flag (index $owned $flag) }}
-{{- else if or (include "kserve-vllm.parallelFlag" $flag) (has $flag $fixed) }}
-{{ printf "%s: %s in env is --%s, which GPUs, probes and ports of the chart rely on." $at .name $flag }}
-{{- end }}
 {{- if eq .name "PYTHONPATH" }}
 {{ printf "%s: KServe refuses PYTHONPATH in the environment." $at }}
 {{- end }}

@@ -97,6 +97,8 @@ does nothing for any entry.
   "stored" (ne .storage.path "")
   "fetched" (ne .storageUri "")
   "tracing" (ne .tracing.endpoint "")
+  "drains" (or (not .other) (not .knative) (hasKey (.facts.variables | default dict) "drain.timeoutSeconds") (hasKey (.facts.flags | default dict) "drain.timeoutSeconds"))
+  "delays" (not (and .other .knative))
 | toJson -}}
 {{- end }}
 

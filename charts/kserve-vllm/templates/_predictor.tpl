@@ -1,8 +1,9 @@
 {{/* The arguments with the canary's model in place of the service's. */}}
 {{- define "kserve-vllm.canaryArgs" -}}
 {{- $args := list -}}
-{{- $model := printf "--model=%s" .model -}}
-{{- $canary := printf "--model=%s" .canary.model -}}
+{{- $flag := .modelFlag | default "--model" -}}
+{{- $model := printf "%s=%s" $flag .model -}}
+{{- $canary := printf "%s=%s" $flag .canary.model -}}
 {{- range .args }}{{ $args = append $args (ternary $canary . (eq . $model)) }}{{ end -}}
 {{- $args | toJson -}}
 {{- end }}
@@ -90,7 +91,7 @@ model:
   runtime: {{ $s.runtimeName }}
   modelFormat:
     name: {{ $s.format }}
-  protocolVersion: v2
+  protocolVersion: {{ if $s.other }}{{ first $s.facts.protocols }}{{ else }}v2{{ end }}
   {{- if and $s.storageUri (not $s.fetchedAdapters) }}
   storageUri: {{ ternary $s.canary.storageUri $s.storageUri $new | quote }}
   {{- end }}
@@ -124,15 +125,30 @@ model:
     periodSeconds: {{ min $s.startupPeriod . }}
     failureThreshold: {{ max 1 (div . (min $s.startupPeriod .)) }}
   {{- end }}
-  {{- if $s.grpc.enabled }}
+  {{- $metricsPort := int (dig "metrics" "port" 8080 $s.facts) }}
+  {{- if or $s.grpc.enabled (and (ne $metricsPort 8080) (not $s.knative)) }}
   # HTTP first: KServe's Service sends port 80 to the first one. A name with "grpc" makes the other one HTTP/2.
   ports:
     - containerPort: 8080
       name: http
       protocol: TCP
+    {{- if $s.grpc.enabled }}
     - containerPort: 8081
       name: grpc
       protocol: TCP
+    {{- end }}
+    {{- if ne $metricsPort 8080 }}
+    - containerPort: {{ $metricsPort }}
+      name: metrics
+      protocol: TCP
+    {{- end }}
+  {{- end }}
+  {{- if and $s.other (not $s.knative) $s.drainDelay }}
+  # The engine has no delay of its own: new requests still come until every proxy knows that the pod leaves.
+  lifecycle:
+    preStop:
+      sleep:
+        seconds: {{ $s.drainDelay }}
   {{- end }}
   {{- with $s.envFrom }}
   envFrom:
