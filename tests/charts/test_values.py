@@ -59,7 +59,7 @@ EXAMPLES: dict[str, Any] = {
     "envFrom": [{"secretRef": {"name": "s"}}], "initContainers": [{"name": "i", "image": "i:1"}],
     "extraVolumes": [{"name": "x", "emptyDir": {}}], "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
     "image": "registry.example.com/a:1", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
-    "extra": {"mine": {}}, "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
+    "extra": {"mine": {}}, "engines": {"sglang": {"enabled": True}}, "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
     "resourceClaims": [{"name": "g", "resourceClaimName": "c"}], "startupSeconds": 100,
     "egress": [{"ports": [{"port": 6379}]}], "availability": 0.99, "firstToken": 0.9, "firstTokenSeconds": 1,
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},

@@ -5,7 +5,7 @@ metrics. Here the values of a service become its flags, and it gets its runtimes
 A file has: title, images (by device), command, or script (in files/scripts) with program, args and env (HOST is the address
 to listen on), deviceArgs, protocols, ready and live (paths), api (prefix of its HTTP routes), metrics (port, and names by
 what they measure), sequences (that it runs at once unless maxNumSeqs says otherwise), flags and variables (by value of the
-chart), context, splits, embed, adapters, grpc, owned and ownedEnv (flags that the chart gives), instead (by value).
+chart), context, threads, splits, embed, adapters, grpc, owned and ownedEnv (flags that the chart gives), instead (by value).
 */}}
 
 {{/* The files, and the runtimes by key `engine.NAME.DEVICE`, into internal. Takes (list $ internal). */}}
@@ -14,7 +14,7 @@ chart), context, splits, embed, adapters, grpc, owned and ownedEnv (flags that t
 {{- $internal := index . 1 -}}
 {{- $engines := dict -}}
 {{- range $path, $_ := $root.Files.Glob "files/engines/*.yaml" -}}
-{{- $empty := dict "env" dict "deviceArgs" dict "protocols" (list "v1") "metrics" dict "flags" dict "variables" dict "splits" dict "embed" list "adapters" dict "grpc" false "ownedEnv" dict "context" "" "script" "" -}}
+{{- $empty := dict "env" dict "deviceArgs" dict "protocols" (list "v1") "metrics" dict "flags" dict "variables" dict "splits" dict "embed" list "adapters" dict "grpc" false "ownedEnv" dict "context" "" "threads" "" "script" "" -}}
 {{- $facts := merge ($root.Files.Get $path | fromYaml) $empty -}}
 {{- $name := base $path | trimSuffix ".yaml" -}}
 {{- $_ := set $engines $name $facts -}}
@@ -77,6 +77,11 @@ chart), context, splits, embed, adapters, grpc, owned and ownedEnv (flags that t
 {{- end -}}
 {{- end -}}
 {{- if and $facts.context .maxModelLen }}{{ $args = append $args (printf "%s=%d" $facts.context (mul (int .maxModelLen) (int .sequences))) }}{{ end -}}
+{{- with and $facts.threads (index .resources.limits "cpu" | default (index .resources.requests "cpu")) -}}
+{{- $cpu := include "kserve-vllm.string" . -}}
+{{- $threads := ternary (divf (trimSuffix "m" $cpu | float64) 1000) (trimSuffix "m" $cpu | float64) (hasSuffix "m" $cpu) -}}
+{{- $args = append $args (printf "%s=%d" $facts.threads (ceil $threads | int)) -}}
+{{- end -}}
 {{- if eq .task "embed" }}{{ $args = concat $args $facts.embed }}{{ end -}}
 {{- if and .lora.adapters $facts.adapters -}}
 {{- $words := list -}}

@@ -112,7 +112,7 @@ does nothing for any entry.
 {{- $conditions = dict "onCpu" (eq $e.base "cpu") -}}
 {{- else -}}
 {{- $filled := eq $e.type "PersistentVolumeClaim" -}}
-{{- $conditions = dict "ownClaim" (eq $e.claim.existing "") "filled" $filled "kept" (not $filled) "repository" (ne $e.huggingFace.repository "") "hubToken" (ne $e.huggingFace.tokenSecret.name "") -}}
+{{- $conditions = dict "ownClaim" (eq $e.claim.existing "") "filled" $filled "kept" (not $filled) "repository" (ne $e.huggingFace.repository "") "built" (ne $e.tensorrtLLM.model "") "hubToken" (ne $e.huggingFace.tokenSecret.name "") -}}
 {{- end -}}
 {{- $found := dict "root" .root "table" .kind "values" $e "chart" (index .root.Values.internal.defaults .chart) "conditions" $conditions -}}
 {{- include "kserve-vllm.idle" $found -}}

@@ -18,7 +18,7 @@ done
 if [ -n "${exec_model:-}" ]; then
   exec "$0" "$@"
 fi
-models=${MODELS_DIR:-/mnt/models}
+models=/mnt/models
 # The first part of a model in several files is the one to name.
 for file in "$models"/*-00001-of-*.gguf "$models"/*.gguf; do
   [ -f "$file" ] || continue
