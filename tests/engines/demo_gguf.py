@@ -1,8 +1,8 @@
 """Write the demo model as a GGUF file, with the PyPI package `gguf`: what llama.cpp reads.
 
-The names of keys and tensors are those of GGUF's architecture `llama` (docs/gguf.md of ggml-org/ggml, and the constants of
-the package). llama.cpp rotates neighbouring pairs of a head's dimensions and Hugging Face the two halves, so the rows of the
-query and key weights change places.
+The names of keys and tensors are those of GGUF's architecture `llama` (docs/gguf.md of ggml-org/ggml, and the
+constants of the package). llama.cpp rotates neighbouring pairs of a head's dimensions and Hugging Face the two
+halves, so the rows of the query and key weights change places.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def write(model: Path, target: Path) -> None:
     )
     assert not tokenizer["model"]["merges"]
     assert tokenizer["model"]["ignore_merges"]
-    # llama.cpp wants a list of merges that is not empty. This pair, of the bytes 0 and 1, makes no token, so nothing is merged.
+    # llama.cpp wants a list of merges that is not empty. This pair, of the bytes 0 and 1, makes no token, so nothing
+    # is merged.
     writer.add_token_merges(["Ā ā"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])

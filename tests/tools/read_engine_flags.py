@@ -2,9 +2,9 @@
 
 Usage: python tests/tools/read_engine_flags.py FOLDER    write tests/charts/engine_flags.json anew
 
-FOLDER has, as far as there: `sglang` and `lmdeploy` (the unpacked wheels), `llama.cpp` (its source), and the repositories
-`text-generation-inference`, `triton` (triton-inference-server/server) and `ollama`. An engine without its folder keeps what
-the file has. Names alone are kept.
+FOLDER has, as far as there: `sglang` and `lmdeploy` (the unpacked wheels), `llama.cpp` (its source), and the
+repositories `text-generation-inference`, `triton` (triton-inference-server/server) and `ollama`. An engine without
+its folder keeps what the file has. Names alone are kept.
 """
 
 from __future__ import annotations

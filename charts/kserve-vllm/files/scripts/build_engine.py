@@ -1,8 +1,8 @@
 """Build an engine of TensorRT-LLM from a model in /models, and the repository from which Triton serves it.
 
 The argument is JSON: model and repository (directories in /models), name (of the model in Triton), tensor (GPUs),
-maxBatchSize, maxSeqLen, maxNumTokens. What is there already, built of the same, stays. It runs in Triton's own image: the
-templates of the repository and their placeholders are those of the image.
+maxBatchSize, maxSeqLen, maxNumTokens. What is there already, built of the same, stays. It runs in Triton's own image:
+the templates of the repository and their placeholders are those of the image.
 """
 
 import json

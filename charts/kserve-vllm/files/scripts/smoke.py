@@ -1,7 +1,7 @@
 """Ask one InferenceService whether it is ready and then for one completion (or embedding).
 
-Arguments: address, model, task, seconds to wait, path that says ready, path of the API, `keys` or `open`. A service that asks for API keys gets the one in
-API_KEY; without one the test is content when it is asked for it.
+Arguments: address, model, task, seconds to wait, path that says ready, path of the API, `keys` or `open`. A service
+that asks for API keys gets the one in API_KEY; without one the test is content when it is asked for it.
 """
 
 import json
