@@ -106,12 +106,10 @@ model:
       {{- . | nindent 6 }}
     {{- end }}
   {{- end }}
+  {{- with ternary (include "kserve-vllm.canaryArgs" $s | fromJsonArray) $s.args (and $new (ne $s.model "")) }}
   args:
-    {{- if and $new $s.model }}
-    {{- include "kserve-vllm.stringList" (include "kserve-vllm.canaryArgs" $s | fromJsonArray) | nindent 4 }}
-    {{- else }}
-    {{- include "kserve-vllm.stringList" $s.args | nindent 4 }}
-    {{- end }}
+    {{- include "kserve-vllm.stringList" . | nindent 4 }}
+  {{- end }}
   {{- with include "kserve-vllm.serviceEnv" $s }}
   env:
     {{- . | nindent 4 }}
