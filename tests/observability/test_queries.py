@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -24,8 +23,8 @@ from tests.support import ROOT, Server, not_checked
 from tests.tools import install_prometheus
 
 LOADS_WITHIN_S = 90.0
-# Other engines do not run here: their rules have cases with series of their own (test_rules.py), and tests/charts compares
-# the names of metrics with the engines' sources.
+# Other engines do not run here: their rules have cases with series of their own (test_rules.py), and tests/charts
+# compares the names of metrics with the engines' sources.
 OTHER_ENGINES = "engines"
 DASHBOARDS = sorted((ROOT / "charts" / "kserve-vllm" / "files" / "dashboards").glob("*.json"))
 
