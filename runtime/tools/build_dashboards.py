@@ -133,6 +133,25 @@ BOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
         Panel("Requests by tenant and model", "reqps", "Base model and adapters.",
               {"{{tenant}} {{model}}": _rate("kserve_vllm_requests_total", "tenant, model")}),
     )),
+    "engines": ("kserve-vllm: other engines", (
+        Panel("Waiting requests", "short", "SGLang, TGI, llama.cpp, LMDeploy, Triton: each by its own metric.",
+              {"{{inferenceservice}}": "inferenceservice:engine_requests_waiting:sum{$in}"}),
+        Panel("Pods", "short", "Pods that Prometheus reads.",
+              {"{{inferenceservice}}": "inferenceservice:engine_pods:count{$in}"}),
+        Panel("KV cache in use", "percentunit", "The fullest pod, of SGLang and LMDeploy.",
+              {"{{inferenceservice}}": "inferenceservice:engine_cache_usage:max{$in}"}, 1),
+        Panel("Time to first token", "s", "SGLang and LMDeploy, p99.",
+              {"SGLang": _quantile(0.99, "sglang:time_to_first_token_seconds"),
+               "LMDeploy": _quantile(0.99, "lmdeploy:time_to_first_token_seconds")}),
+        Panel("Output tokens per second", "short", "What the engines generate.",
+              {"SGLang": f"sum({_rate('sglang:generation_tokens_total', 'pod')})",
+               "LMDeploy": f"sum({_rate('lmdeploy:generation_tokens_total', 'pod')})",
+               "llama.cpp": f"sum({_rate('llamacpp:tokens_predicted_total', 'pod')})",
+               "TGI": f"sum({_rate('tgi_request_generated_tokens_sum', 'pod')})"}),
+        Panel("Requests per second", "reqps", "TGI's and Triton's counts.",
+              {"TGI": f"sum({_rate('tgi_request_count', 'pod')})",
+               "Triton": f"sum({_rate('nv_inference_request_success', 'pod')})"}),
+    )),
     "scaling": ("kserve-vllm: autoscaling and canary", (
         Panel("Ready pods", "short", "Pods that take requests, and pods that Prometheus reads.",
               {"ready": 'sum(kserve_vllm_lifecycle_state{$in,state="ready"})', "up": "sum(up{$in})"}),
@@ -164,6 +183,8 @@ BOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
 def dashboard(name: str) -> dict[str, Any]:
     """The dashboard as Grafana reads it."""
     title, panels = BOARDS[name]
+    # Of which the choices of namespace and service are read: other engines have no state of a lifecycle.
+    series = "inferenceservice:engine_pods:count" if name == "engines" else "kserve_vllm_lifecycle_state"
     return {
         "uid": f"kserve-vllm-{name}",
         "title": title,
@@ -177,9 +198,9 @@ def dashboard(name: str) -> dict[str, Any]:
         "timezone": "browser",
         "templating": {"list": [
             {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
-            _variable("namespace", "label_values(kserve_vllm_lifecycle_state, namespace)"),
+            _variable("namespace", f"label_values({series}, namespace)"),
             _variable("inferenceservice",
-                      'label_values(kserve_vllm_lifecycle_state{namespace=~"$namespace"}, inferenceservice)'),
+                      f'label_values({series}{{namespace=~"$namespace"}}, inferenceservice)'),
         ]},
         "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
     }  # fmt: skip

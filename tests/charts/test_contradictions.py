@@ -371,6 +371,59 @@ CASES: dict[str, tuple[Document, str]] = {
         ),
         "resourceClaims does nothing with multiNode, whose GPUs KServe counts",
     ),
+    # Other engines; tests/charts/test_engines.py has more.
+    "an engine on a device that it lacks": (
+        service(engine="sglang", device="cpu", apiKeys={"secretName": "s"}),
+        "inferenceServices.chat: SGLang runs on gpu only; set device.",
+    ),
+    "what another engine cannot do": (
+        service(engine="sglang", apiKeys={"secretName": "s"}),
+        "SGLang cannot do apiKeys.secretName: keys and tenants are kserve-vllm's; check keys at the gateway.",
+    ),
+    "a model that Triton would have to load": (
+        only(engine="triton", model="org/model"),
+        "Triton with TensorRT-LLM takes no model; give storageUri with the repository",
+    ),
+    "a flag of another engine that has a value": (
+        service(engine="tgi", extraArgs=["--num-shard=2"]),
+        "extraArgs has --num-shard; set parallelism.tensor instead, other values are derived from it.",
+    ),
+    "another engine's port": (
+        service(engine="tgi", extraArgs=["-p", "1"]),
+        "extraArgs has -p, which probes, ports and Services of the chart rely on.",
+    ),
+    "a setting of kserve-vllm for another engine": (
+        service(engine="tgi", env=[{"name": "KSERVE_VLLM_SEED", "value": 1}, {"name": "MODEL_ID", "value": "x"}]),
+        "KSERVE_VLLM_SEED in env is read by kserve-vllm alone, and Text Generation Inference is another engine.",
+    ),
+    "a variable of another engine that has a value": (
+        service(engine="tgi", env=[{"name": "MODEL_ID", "value": "x"}]),
+        "MODEL_ID in env is the chart's; set model instead.",
+    ),
+    "a metric that another engine lacks": (
+        standard(engine="tgi", autoscaling={"class": "keda", "metric": "kv-cache"}),
+        "Text Generation Inference has no metric for autoscaling.metric kv-cache; it has cpu and memory",
+    ),
+    "a quantile of another engine without a name": (
+        standard(engine="sglang", autoscaling={"class": "hpa", "metric": "ttft-p99"}),
+        "give autoscaling.hpaMetricName, under which prometheus-adapter serves the quantile",
+    ),
+    "an engine's runtime that is off": (
+        {**service(engine="tgi"), "runtimes": {"engines": {"tgi": {"enabled": False}}}},
+        "it runs on runtimes.engines.tgi, which is not enabled",
+    ),
+    "an engine's runtime that nobody uses": (
+        {"runtimes": {"engines": {"tgi": {"sharedMemory": "2Gi"}}}},
+        "runtimes.engines.tgi: what it says does nothing, since no InferenceService has engine tgi",
+    ),
+    "a flag of an engine's runtime that is the chart's": (
+        {"runtimes": {"engines": {"tgi": {"enabled": True, "extraArgs": ["--port=1"]}}}},
+        "runtimes.engine.tgi.gpu: extraArgs has --port, which belongs to each InferenceService or to the chart.",
+    ),
+    "an engine that is not built": (
+        cache(huggingFace={"repository": "a/b"}, tensorrtLLM={"tensor": 2}),
+        "tensorrtLLM.tensor does nothing without tensorrtLLM.model",
+    ),
     # Nothing.
     "a default that no service uses": (
         {**service(), "inferenceServiceDefaults": {"rollout": "surge"}},

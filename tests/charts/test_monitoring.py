@@ -77,7 +77,12 @@ def exposed() -> set[str]:
     for ours in DECLARED:
         suffixes = {"gauge": [""], "counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}[ours.kind]
         names.update(ours.name + suffix for suffix in suffixes)
-    return names
+    # Of other engines: what their own sources name, with the suffixes that Prometheus' client adds to a histogram.
+    flags = json.loads((Path(__file__).parent / "engine_flags.json").read_text())
+    theirs = {
+        name for known in flags.values() for name in known if re.match(r"(sglang|lmdeploy|llamacpp):|tgi_|nv_", name)
+    }
+    return names | theirs | {f"{name}_{part}" for name in theirs for part in ("bucket", "sum", "count")}
 
 
 @pytest.mark.parametrize("where", EXPRESSIONS)

@@ -97,7 +97,7 @@ def test_the_chart_can_be_packaged_without_its_scenarios(tmp_path: Path) -> None
     names = {line.removeprefix("kserve-vllm/") for line in listing.splitlines()}
     kept = {p for p in names if not p.startswith(("templates/", "files/"))}
     assert kept == {"Chart.yaml", "README.md", "values.schema.json", "values.yaml", ".helmignore"}
-    assert {p.rsplit(".", 1)[-1] for p in names if p.startswith("files/")} == {"py", "yaml", "json", "md"}
+    assert {p.rsplit(".", 1)[-1] for p in names if p.startswith("files/")} == {"py", "yaml", "json", "md", "sh"}
 
 
 def test_an_unknown_value_is_refused_at_every_level() -> None:

@@ -370,7 +370,7 @@ def smoke(
     """Run the test pod's own command against this machine; `key` is what its Secret holds."""
     pod = of_kind(render_ci(CHART / "ci" / f"{scenario}-values.yaml"), "Pod")[f"{name}-test"]
     container = pod["spec"]["containers"][0]
-    arguments = [f"http://127.0.0.1:{port}", *container["args"][1:3], patience, container["args"][4]]
+    arguments = [f"http://127.0.0.1:{port}", *container["args"][1:3], patience, *container["args"][4:]]
     environment = {name: value for name, value in os.environ.items() if name != "API_KEY"}
     return subprocess.run(
         [sys.executable, *container["command"][1:], *arguments],

@@ -46,6 +46,7 @@ EXAMPLES: dict[str, Any] = {
     "existing": "there", "size": "3Gi", "accessModes": ["ReadOnlyMany"], "directory": "there",
     "repository": "org/other", "endpoint": "https://hub.example.com", "exclude": ["*.bin"],
     "files": [{"url": "https://a.example.com/b", "sha256": "0" * 64, "path": "b"}],
+    "gpuResource": "amd.com/gpu",
     "sourceModelUri": "hf://org/other", "modelSize": "3Gi", "nodeGroups": ["other"],
     "hosts": ["other.example.com"], "inferenceService": "other",
     "headerRoutes": [{"header": "x-a", "value": "b", "inferenceService": "other"}],
@@ -59,7 +60,8 @@ EXAMPLES: dict[str, Any] = {
     "envFrom": [{"secretRef": {"name": "s"}}], "initContainers": [{"name": "i", "image": "i:1"}],
     "extraVolumes": [{"name": "x", "emptyDir": {}}], "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
     "image": "registry.example.com/a:1", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
-    "extra": {"mine": {}}, "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
+    "extra": {"mine": {}}, "engines": {"sglang": {"enabled": True}},
+    "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
     "serverArgs": ["--model=org/other"], "url": "http://other", "input": "other.jsonl",
     "output": "others.jsonl",
     "resourceClaims": [{"name": "g", "resourceClaimName": "c"}], "startupSeconds": 100,
@@ -67,7 +69,16 @@ EXAMPLES: dict[str, Any] = {
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},
 }  # fmt: skip
 # Numbers that may not be just one more than the default.
-NUMBERS = {"maxReplicas": 7, "count": 2, "maxNumSeqs": 33, "tensor": 2, "pipeline": 2, "data": 2, "replicas": 1}
+NUMBERS = {
+    "maxReplicas": 7,
+    "count": 2,
+    "maxNumSeqs": 33,
+    "maxSeqLen": 33,
+    "tensor": 2,
+    "pipeline": 2,
+    "data": 2,
+    "replicas": 1,
+}
 
 
 def leaves(node: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -148,6 +159,8 @@ SERVICES: dict[str, Document] = {
               "moderation": {"configMap": "c"}, "gpu": {"products": ["A"]}, "grpc": {"enabled": True}},
     "stored": {"storage": {"path": "there", "key": "k"}},
     "claims": {**STANDARD, "resourceClaims": [{"name": "a", "resourceClaimName": "b"}]},
+    "SGLang": {**STANDARD, "engine": "sglang"},
+    "Ollama": {**MODEL, "engine": "ollama", "device": "cpu"},
     "traced": {**MODEL, "tracing": {"endpoint": "http://c:4317"}, "redis": {"secretName": "s"}},
     "guarded": {**STANDARD, "networkPolicy": {"enabled": True, "restrictEgress": True},
                 "podDisruptionBudget": {"enabled": True}},
@@ -157,6 +170,7 @@ CACHES: dict[str, Document] = {
     "a claim": REPOSITORY,
     "a claim that is there": {**REPOSITORY, "claim": {"existing": "c"}},
     "a hub with a token": {"huggingFace": {"repository": "org/model", "tokenSecret": {"name": "s"}}},
+    "an engine": {**REPOSITORY, "tensorrtLLM": {"model": "chat"}},
     "files": {"files": [{"url": "https://a.example.com/a", "sha256": "0" * 64, "path": "a"}]},
     "LocalModelCache": {
         "type": "LocalModelCache", "localModelCache": {"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]},

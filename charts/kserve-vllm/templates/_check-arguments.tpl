@@ -48,14 +48,6 @@
 {{- else if has $flag $fixed }}
 {{ printf "%s: extraArgs has --%s, which probes, ports and Services of the chart rely on." $at $flag }}
 {{- end }}
-{{- if include "kserve-vllm.secretWord" . }}
-{{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef (--api-key is KSERVE_VLLM_API_KEY)." $at $flag }}
-{{- end }}
-{{- end }}
-{{- range concat $s.args (list (toJson $s.env)) }}
-{{- if contains "{{" . }}
-{{ printf "%s: %q has two opening braces; KServe fills placeholders in arguments and environment, and would fail on it. Put a template into a ConfigMap (chatTemplate)." $at . }}
-{{- end }}
 {{- end }}
 {{- range $s.env }}
 {{- $flag := "" }}
@@ -66,6 +58,25 @@
 {{- else if or (include "kserve-vllm.parallelFlag" $flag) (has $flag $fixed) }}
 {{ printf "%s: %s in env is --%s, which GPUs, probes and ports of the chart rely on." $at .name $flag }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of what holds for every engine: secrets, placeholders, what KServe refuses. */}}
+{{- define "kserve-vllm.check.environment" -}}
+{{- $at := .at -}}
+{{- $s := .s -}}
+{{- range $s.extraArgs }}
+{{- $flag := include "kserve-vllm.flag" . }}
+{{- if include "kserve-vllm.secretWord" . }}
+{{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef (--api-key is KSERVE_VLLM_API_KEY)." $at $flag }}
+{{- end }}
+{{- end }}
+{{- range concat $s.args (list (toJson $s.env)) }}
+{{- if contains "{{" . }}
+{{ printf "%s: %q has two opening braces; KServe fills placeholders in arguments and environment, and would fail on it. Put a template into a ConfigMap (chatTemplate)." $at . }}
+{{- end }}
+{{- end }}
+{{- range $s.env }}
 {{- if eq .name "PYTHONPATH" }}
 {{ printf "%s: KServe refuses PYTHONPATH in the environment." $at }}
 {{- end }}

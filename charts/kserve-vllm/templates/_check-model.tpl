@@ -35,10 +35,11 @@
 {{- end }}
 {{/* The runtime. */}}
 {{- if not $s.runtime }}
+{{- $own := index $root.Values.internal.runtimes $s.kind }}
 {{- if not $root.Values.runtimes.enabled }}
 {{ printf "%s: this release writes no runtimes (runtimes.enabled); name one of another release in `runtime`." $at }}
-{{- else if not (index $root.Values.runtimes $s.kind).enabled }}
-{{ printf "%s: it runs on runtimes.%s, which is not enabled." $at $s.kind }}
+{{- else if not $own.enabled }}
+{{ printf "%s: it runs on runtimes.%s, which is not enabled." $at (ternary (printf "engines.%s" $s.engine) $s.kind $s.other) }}
 {{- end }}
 {{- else }}
 {{- range $kind := list "cpu" "gpu" "multinode" }}

@@ -19,7 +19,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- $check := dict "root" $ "s" $s "at" (printf "inferenceServices.%s" $name) }}
 {{ include "kserve-vllm.check.names" $check }}
 {{ include "kserve-vllm.check.model" $check }}
-{{ include "kserve-vllm.check.arguments" $check }}
+{{ include (ternary "kserve-vllm.check.engine" "kserve-vllm.check.arguments" $s.other) $check }}
+{{ include "kserve-vllm.check.environment" $check }}
 {{ include "kserve-vllm.check.placement" $check }}
 {{ include "kserve-vllm.check.time" $check }}
 {{ include "kserve-vllm.check.scaling" $check }}
@@ -53,6 +54,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" (printf "runtimes.extra.%s" $name) "kind" "extra" "chart" "extraRuntimeDefaults" "entry" $extra) }}
 {{- end }}
 {{- end }}
+{{ include "kserve-vllm.check.engines" . }}
 {{ include "kserve-vllm.check.alerts" . }}
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}
@@ -66,7 +68,11 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- range $runtime.extraArgs }}
 {{- $word := include "kserve-vllm.string" . }}
 {{- $flag := include "kserve-vllm.flag" $word }}
-{{- if or (has $flag $owned) (include "kserve-vllm.parallelFlag" $flag) }}
+{{- if $runtime.facts }}
+{{- if hasKey $runtime.facts.owned (regexReplaceAll "=.*" $word "") }}
+{{ printf "%s: extraArgs has %s, which belongs to each InferenceService or to the chart." $at (regexReplaceAll "=.*" $word "") }}
+{{- end }}
+{{- else if or (has $flag $owned) (include "kserve-vllm.parallelFlag" $flag) }}
 {{ printf "%s: extraArgs has --%s, which belongs to each InferenceService or to the chart: targets, ports, GPUs and grace are derived from it." $at $flag }}
 {{- end }}
 {{- if include "kserve-vllm.secretWord" $word }}

@@ -97,6 +97,8 @@ does nothing for any entry.
   "stored" (ne .storage.path "")
   "fetched" (ne .storageUri "")
   "tracing" (ne .tracing.endpoint "")
+  "drains" (or (not .other) (not .knative) (hasKey (.facts.variables | default dict) "drain.timeoutSeconds") (hasKey (.facts.flags | default dict) "drain.timeoutSeconds"))
+  "delays" (not (and .other .knative))
 | toJson -}}
 {{- end }}
 
@@ -112,7 +114,7 @@ does nothing for any entry.
 {{- $conditions = dict "onCpu" (eq $e.base "cpu") -}}
 {{- else -}}
 {{- $filled := eq $e.type "PersistentVolumeClaim" -}}
-{{- $conditions = dict "ownClaim" (eq $e.claim.existing "") "filled" $filled "kept" (not $filled) "repository" (ne $e.huggingFace.repository "") "hubToken" (ne $e.huggingFace.tokenSecret.name "") -}}
+{{- $conditions = dict "ownClaim" (eq $e.claim.existing "") "filled" $filled "kept" (not $filled) "repository" (ne $e.huggingFace.repository "") "built" (ne $e.tensorrtLLM.model "") "hubToken" (ne $e.huggingFace.tokenSecret.name "") -}}
 {{- end -}}
 {{- $found := dict "root" .root "table" .kind "values" $e "chart" (index .root.Values.internal.defaults .chart) "conditions" $conditions -}}
 {{- include "kserve-vllm.idle" $found -}}

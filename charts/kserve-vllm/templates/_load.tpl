@@ -7,8 +7,9 @@ Every template begins with it: the values are made whole once, and `.Values.inte
 - Entries that are null or have `enabled: false` are left out. The others are laid over their defaults.
 
 `.Values.internal`: defaults (the chart's own), renamed (sentences for NOTES), misnamed (sentences that end the render),
-services, routes, caches, batches, accounts and extras (entries by name; services also with what _service.tpl derives),
-runtimes (all of them by key: cpu, gpu, multinode, extra.NAME; each with its base).
+services, routes, caches, batches, accounts and extras (entries by name; services also with what _service.tpl derives), runtimes (all
+of them by key: cpu, gpu, multinode, extra.NAME, engine.NAME.DEVICE; each with its base), engines (what is known of each) and
+engineRuntimes (those that are written).
 */}}
 {{- define "kserve-vllm.load" -}}
 {{- if not (hasKey .Values "internal") -}}
@@ -35,7 +36,9 @@ runtimes (all of them by key: cpu, gpu, multinode, extra.NAME; each with its bas
 {{- range list "cpu" "gpu" "multinode" }}{{ $_ := set $runtimes . (set (index $.Values.runtimes .) "base" .) }}{{ end -}}
 {{- range $name, $extra := $internal.extras }}{{ $_ := set $runtimes (printf "extra.%s" $name) $extra }}{{ end -}}
 {{- $_ := set $internal "runtimes" $runtimes -}}
+{{- include "kserve-vllm.load.engines" (list $ $internal) -}}
 {{- range $internal.services }}{{ include "kserve-vllm.service" (list $ .) }}{{ end -}}
+{{- include "kserve-vllm.load.engineRuntimes" $ -}}
 {{/* Where a route leads to, the default last: it matches everything. */}}
 {{- range $internal.routes }}{{ $_ := set . "targets" (append .headerRoutes (dict "inferenceService" .inferenceService)) }}{{ end -}}
 {{- end -}}

@@ -119,7 +119,7 @@ autoscaling.knative.dev/initial-scale: {{ int $k.initialScale | quote }}
 {{- $own := list -}}
 {{- with .redis.secretName }}{{ $own = append $own (dict "name" "KSERVE_VLLM_REDIS_URL" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $.redis.key))) }}{{ end -}}
 {{- with .huggingFaceToken.secretName }}{{ $own = append $own (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $.huggingFaceToken.key))) }}{{ end -}}
-{{- include "kserve-vllm.env" (list .outwardEnv $own .env) -}}
+{{- include "kserve-vllm.env" (list .outwardEnv (default list .engineEnv) $own .env) -}}
 {{- end }}
 
 {{/* Volumes of the predictor by name, the user's over the chart's over the runtime's. */}}

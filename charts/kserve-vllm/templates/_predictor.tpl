@@ -1,8 +1,9 @@
 {{/* The arguments with the canary's model in place of the service's. */}}
 {{- define "kserve-vllm.canaryArgs" -}}
 {{- $args := list -}}
-{{- $model := printf "--model=%s" .model -}}
-{{- $canary := printf "--model=%s" .canary.model -}}
+{{- $flag := .modelFlag | default "--model" -}}
+{{- $model := printf "%s=%s" $flag .model -}}
+{{- $canary := printf "%s=%s" $flag .canary.model -}}
 {{- range .args }}{{ $args = append $args (ternary $canary . (eq . $model)) }}{{ end -}}
 {{- $args | toJson -}}
 {{- end }}
@@ -90,7 +91,7 @@ model:
   runtime: {{ $s.runtimeName }}
   modelFormat:
     name: {{ $s.format }}
-  protocolVersion: v2
+  protocolVersion: {{ if $s.other }}{{ first $s.facts.protocols }}{{ else }}v2{{ end }}
   {{- if and $s.storageUri (not $s.fetchedAdapters) }}
   storageUri: {{ ternary $s.canary.storageUri $s.storageUri $new | quote }}
   {{- end }}
@@ -105,12 +106,10 @@ model:
       {{- . | nindent 6 }}
     {{- end }}
   {{- end }}
+  {{- with ternary (include "kserve-vllm.canaryArgs" $s | fromJsonArray) $s.args (and $new (ne $s.model "")) }}
   args:
-    {{- if and $new $s.model }}
-    {{- include "kserve-vllm.stringList" (include "kserve-vllm.canaryArgs" $s | fromJsonArray) | nindent 4 }}
-    {{- else }}
-    {{- include "kserve-vllm.stringList" $s.args | nindent 4 }}
-    {{- end }}
+    {{- include "kserve-vllm.stringList" . | nindent 4 }}
+  {{- end }}
   {{- with include "kserve-vllm.serviceEnv" $s }}
   env:
     {{- . | nindent 4 }}
@@ -124,21 +123,36 @@ model:
     periodSeconds: {{ min $s.startupPeriod . }}
     failureThreshold: {{ max 1 (div . (min $s.startupPeriod .)) }}
   {{- end }}
+  {{- $metricsPort := int (dig "metrics" "port" 8080 $s.facts) }}
   {{- if and $s.grpc.enabled $s.knative }}
   # Knative takes one port. By this name its proxies speak HTTP/2 to it, and the runtime answers gRPC and all else there.
   ports:
     - containerPort: 8080
       name: h2c
       protocol: TCP
-  {{- else if $s.grpc.enabled }}
+  {{- else if or $s.grpc.enabled (and (ne $metricsPort 8080) (not $s.knative)) }}
   # HTTP first: KServe's Service sends port 80 to the first one. A name with "grpc" makes the other one HTTP/2.
   ports:
     - containerPort: 8080
       name: http
       protocol: TCP
+    {{- if $s.grpc.enabled }}
     - containerPort: 8081
       name: grpc
       protocol: TCP
+    {{- end }}
+    {{- if ne $metricsPort 8080 }}
+    - containerPort: {{ $metricsPort }}
+      name: metrics
+      protocol: TCP
+    {{- end }}
+  {{- end }}
+  {{- if and $s.other (not $s.knative) $s.drainDelay }}
+  # The engine has no delay of its own: new requests still come until every proxy knows that the pod leaves.
+  lifecycle:
+    preStop:
+      sleep:
+        seconds: {{ $s.drainDelay }}
   {{- end }}
   {{- with $s.envFrom }}
   envFrom:

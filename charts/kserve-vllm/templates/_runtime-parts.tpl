@@ -22,7 +22,8 @@ volumeMounts:
 {{/* Environment of a serving container; the values win. Takes (list $ kind). */}}
 {{- define "kserve-vllm.runtime.env" -}}
 {{- $runtime := index (index . 0).Values.internal.runtimes (index . 1) -}}
-{{- include "kserve-vllm.env" (list (include "kserve-vllm.runtime.ownEnv" . | fromYamlArray) $runtime.env) -}}
+{{- $own := include (ternary "kserve-vllm.engine.ownEnv" "kserve-vllm.runtime.ownEnv" (hasKey $runtime "facts")) . | fromYamlArray -}}
+{{- include "kserve-vllm.env" (list $own $runtime.env) -}}
 {{- end }}
 
 {{/* Everything that wants to write goes to /tmp: the root file system is read-only. */}}
@@ -99,7 +100,10 @@ imagePullSecrets:
 {{/* Annotations that every pod of a runtime gets unless its InferenceService says otherwise. Takes (list $ kind). */}}
 {{- define "kserve-vllm.runtime.annotations" -}}
 {{- $values := (index . 0).Values.runtimes -}}
-{{- $own := dict "prometheus.kserve.io/path" "/metrics" "prometheus.kserve.io/port" "8080" -}}
+{{- $facts := (index (index . 0).Values.internal.runtimes (index . 1)).facts -}}
+{{- $metrics := ternary (dig "metrics" dict (default dict $facts)) (dict "port" 8080) (not (empty $facts)) -}}
+{{- $own := dict -}}
+{{- with $metrics.port }}{{ $own = dict "prometheus.kserve.io/path" "/metrics" "prometheus.kserve.io/port" (int . | toString) }}{{ end -}}
 {{/* Knative's proxies are Go's, which close a connection under a stream whose request they think unread. */}}
 {{- $_ := set $own "features.knative.dev/http-full-duplex" "Enabled" -}}
 {{- $_ := set $own "serving.knative.dev/progress-deadline" (printf "%ds" (int $values.progressDeadlineSeconds)) -}}

@@ -4,7 +4,14 @@ quantile is multiplied by the number of pods that report. */}}
 {{- $root := index . 0 -}}
 {{- $s := index . 1 -}}
 {{- $selector := printf "{namespace=%q,pod=~%q}" $root.Release.Namespace (printf "%s-.+" (include "kserve-vllm.predictorName" $s.name)) -}}
-{{- if eq $s.metric "queue-depth" -}}
+{{- $metrics := $s.facts.metrics | default dict -}}
+{{- if and $s.other (eq $s.metric "queue-depth") -}}
+sum({{ $metrics.queue }}{{ $selector }})
+{{- else if and $s.other (eq $s.metric "kv-cache") -}}
+sum(avg by (pod) ({{ $metrics.cache }}{{ $selector }}))
+{{- else if $s.other -}}
+(histogram_quantile(0.99, sum by (le) (rate({{ $metrics.firstToken }}_bucket{{ $selector }}[2m]))) > 0) * on() count(count by (pod) ({{ $metrics.running }}{{ $selector }})) or on() vector(0)
+{{- else if eq $s.metric "queue-depth" -}}
 sum(vllm:num_requests_waiting{{ $selector }})
 {{- else if eq $s.metric "kv-cache" -}}
 sum(avg by (pod) (vllm:kv_cache_usage_perc{{ $selector }}))

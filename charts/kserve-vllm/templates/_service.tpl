@@ -1,6 +1,6 @@
 {{/*
 Works an InferenceService out. Takes (list $ service): the entry over its defaults, with its name. Adds to it: mode,
-knative, kind (of runtime), runtimeName, stored, format, fetchedAdapters, sharedGpu, gpusNeeded, byClaim, gpus, startupBudget, timeout, drainTimeout,
+knative, other (whether the engine is another than ours), facts (of that engine), kind (of runtime), runtimeName, sequences, stored, format, fetchedAdapters, sharedGpu, gpusNeeded, byClaim, gpus, startupBudget, timeout, drainTimeout,
 drainDelay, grace, progressDeadline, class, metric, resourceMetric, min, max, target, canaryOn, files, engineArgs (head
 and workers alike), args and flags (of Knative). It refuses nothing: see the _check-*.tpl.
 */}}
@@ -12,6 +12,9 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $_ := set $s "mode" $mode -}}
 {{- $_ := set $s "knative" $knative -}}
 {{- $kind := ternary "multinode" $s.device $s.multiNode.enabled -}}
+{{- $_ := set $s "other" (ne $s.engine "kserve-vllm") -}}
+{{- if $s.other }}{{ $kind = include "kserve-vllm.engine.kind" (list $root $s) }}{{ end -}}
+{{- $_ := set $s "facts" (index $root.Values.internal.engines $s.engine | default dict) -}}
 {{- $_ := set $s "kind" $kind -}}
 {{- $extra := printf "extra.%s" $s.runtime -}}
 {{- $runtimeName := $s.runtime -}}
@@ -22,7 +25,7 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- range $s.lora.adapters }}{{ if .storageUri }}{{ $fetched = append $fetched . }}{{ end }}{{ end -}}
 {{- $_ := set $s "fetchedAdapters" $fetched -}}
 {{- $_ := set $s "stored" (or (ne $s.storageUri "") (ne $s.storage.path "")) -}}
-{{- $_ := set $s "format" (default (ternary "kserve-vllm" "huggingface" $s.stored) $s.modelFormat) -}}
+{{- $_ := set $s "format" (default (ternary (ternary (printf "kserve-%s" $s.engine) "kserve-vllm" $s.other) "huggingface" $s.stored) $s.modelFormat) -}}
 {{- $_ := set $s "canaryOn" (not (kindIs "invalid" $s.canary.percent)) -}}
 
 {{/* GPUs: a share of one GPU (memory or cores) is still one device. */}}
@@ -56,7 +59,8 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $_ := set $s "min" $min -}}
 {{- $_ := set $s "max" (int (default (ternary $min (max 3 $min) (eq $class "none")) $s.autoscaling.maxReplicas)) -}}
 {{- $profiles := ($root.Files.Get "files/profiles.yaml" | fromYaml).maxNumSeqs -}}
-{{- $seqs := int (default (index $profiles $s.profile) $s.maxNumSeqs) -}}
+{{- $seqs := int (default (ternary $s.facts.sequences (index $profiles $s.profile) $s.other) $s.maxNumSeqs) -}}
+{{- $_ := set $s "sequences" $seqs -}}
 {{- $targets := dict "concurrency" $seqs "queue-depth" 4 "kv-cache" 0.8 "ttft-p99" 2 "cpu" 80 "memory" 80 -}}
 {{- $_ := set $s "target" (default (dig $metric 1 $targets) $s.autoscaling.target) -}}
 {{- $_ := set $s "resourceMetric" (has $metric (list "cpu" "memory")) -}}
@@ -65,14 +69,15 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $ca := include "kserve-vllm.caFile" $root | fromJson -}}
 {{- if $ca }}{{ $_ := set $s "files" (append $s.files $ca) }}{{ end -}}
 {{- $_ := set $s "outwardEnv" (include "kserve-vllm.outwardEnv" $root | fromJsonArray) -}}
-{{- include "kserve-vllm.service.arguments" $s -}}
+{{- include (ternary "kserve-vllm.engine.arguments" "kserve-vllm.service.arguments" $s.other) $s -}}
 {{- include "kserve-vllm.service.flags" (list $root $s) -}}
 {{- end }}
 
 {{/* Secrets and ConfigMaps that are mounted below /etc/kserve-vllm: name, secret or configMap, key, flag. */}}
 {{- define "kserve-vllm.service.files" -}}
 {{- $files := list -}}
-{{- with .chatTemplate.configMap }}{{ $files = append $files (dict "name" "chat-template" "flag" "chat-template" "configMap" . "key" $.chatTemplate.key) }}{{ end -}}
+{{- $template := index (.facts.flags | default dict) "chatTemplate.configMap" | default "--chat-template" | trimPrefix "--" -}}
+{{- with .chatTemplate.configMap }}{{ $files = append $files (dict "name" "chat-template" "flag" $template "configMap" . "key" $.chatTemplate.key) }}{{ end -}}
 {{- with .apiKeys.secretName }}{{ $files = append $files (dict "name" "keys" "flag" "keys-file" "secret" . "key" $.apiKeys.key) }}{{ end -}}
 {{- range $name, $from := dict "adapters" .lora.watched "warmup" .warmup "moderation" .moderation -}}
 {{- if $from.configMap }}{{ $files = append $files (dict "name" $name "flag" (printf "%s-file" $name) "configMap" $from.configMap "key" $from.key) }}{{ end -}}

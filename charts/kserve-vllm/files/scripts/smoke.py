@@ -1,7 +1,7 @@
 """Ask one InferenceService whether it is ready and then for one completion (or embedding).
 
-Arguments: address, model, task, seconds to wait, `keys` or `open`. A service that asks for API keys gets the one in
-API_KEY; without one the test is content when it is asked for it.
+Arguments: address, model, task, seconds to wait, path that says ready, path of the API, `keys` or `open`. A service
+that asks for API keys gets the one in API_KEY; without one the test is content when it is asked for it.
 """
 
 import json
@@ -11,7 +11,8 @@ import time
 import urllib.error
 import urllib.request
 
-base, model, task, patience, access = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]), sys.argv[5]
+base, model, task, patience = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+ready, api, access = sys.argv[5], sys.argv[6], sys.argv[7]
 key = os.environ.get("API_KEY", "").strip()
 
 
@@ -28,19 +29,23 @@ def ask(path, body=None):
 deadline = time.monotonic() + patience
 while True:
     try:
-        ask("/v2/health/ready")
+        ask(ready)
         break
     except OSError as error:
         if time.monotonic() > deadline:
             sys.exit(f"{model} is not ready after {patience:.0f} s: {error}")
         time.sleep(2)
 try:
-    if task == "embed":
-        result = json.loads(ask("/openai/v1/embeddings", {"model": model, "input": "Hello"}))
+    if api == "/v2/models":
+        found = len(json.loads(ask(f"{api}/{model}/generate", {"text_input": "Hello", "max_tokens": 8}))["text_output"])
+        result = "empty text"
+        print(f"{model} is ready and wrote {found} characters")
+    elif task == "embed":
+        result = json.loads(ask(f"{api}/embeddings", {"model": model, "input": "Hello"}))
         found = len(result["data"][0]["embedding"])
         print(f"{model} is ready and embeds into {found} dimensions")
     else:
-        result = json.loads(ask("/openai/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 8}))
+        result = json.loads(ask(f"{api}/completions", {"model": model, "prompt": "Hello", "max_tokens": 8}))
         found = result["usage"]["completion_tokens"]
         print(f"{model} is ready and wrote {found} tokens")
     if access == "keys" and not key:
