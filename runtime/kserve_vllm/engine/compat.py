@@ -305,6 +305,12 @@ TABLE: tuple[Touchpoint, ...] = (
     *_rows("plain outputs are processed as vLLM does", "fall back", "source", f"{_ENGINE}.detokenizer",
            "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
            "BaseIncrementalDetokenizer.get_next_output_text", "outputs"),
+    # ---- shortcut: texts of whole answers
+    *_rows("texts of whole answers are made at their end", "fall back", "source", f"{_ENGINE}.detokenizer",
+           "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
+           "BaseIncrementalDetokenizer.get_next_output_text", "texts"),
+    *_rows("texts of whole answers are made at their end", "fall back", "source", f"{_ENGINE}.output_processor",
+           "RequestState.make_request_output", "texts"),
     *_rows("equal gaps between tokens are observed together", "fall back", "signature", "vllm.v1.metrics.loggers",
            "PrometheusStatLogger.record", "gaps"),
     *_rows("equal gaps between tokens are observed together", "fall back", "exists", "vllm.v1.metrics.loggers",
