@@ -2,7 +2,7 @@
 Works an InferenceService out. Takes (list $ service): the entry over its defaults, with its name. Adds to it: mode,
 knative, kind (of runtime), runtimeName, stored, format, fetchedAdapters, sharedGpu, gpusNeeded, byClaim, gpus, startupBudget, timeout, drainTimeout,
 drainDelay, grace, progressDeadline, class, metric, resourceMetric, min, max, target, canaryOn, files, engineArgs (head
-and workers alike), args and flags (of Knative). It refuses nothing: see the _check-*.tpl.
+and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl). It refuses nothing: see the _check-*.tpl.
 */}}
 {{- define "kserve-vllm.service" -}}
 {{- $root := index . 0 -}}
@@ -67,6 +67,7 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $_ := set $s "outwardEnv" (include "kserve-vllm.outwardEnv" $root | fromJsonArray) -}}
 {{- include "kserve-vllm.service.arguments" $s -}}
 {{- include "kserve-vllm.service.flags" (list $root $s) -}}
+{{- include "kserve-vllm.service.coldStart" (list $root $s) -}}
 {{- end }}
 
 {{/* Secrets and ConfigMaps that are mounted below /etc/kserve-vllm: name, secret or configMap, key, flag. */}}

@@ -18,6 +18,7 @@ from kserve_vllm.core import termination
 from kserve_vllm.core.errors import ConfigError, EngineGone
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.start_phases import StartPhases
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
 from kserve_vllm.engine.compat import BEFORE_THE_ENGINE, TABLE, Shortcuts
 from kserve_vllm.engine.start_watchdog import Movement, stall
@@ -96,6 +97,8 @@ class _Process:
 
     def __init__(self, settings: Settings, log_form: str, channel: SupervisorChannel | None) -> None:
         self._settings = settings
+        self._phases = StartPhases(None if channel is None else channel.started_at)
+        self._phases.end("process")
         self._channel = channel
         self._first = channel is None or channel.index == 0
         self._log_form = log_form
@@ -245,6 +248,7 @@ class _Process:
         args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
         # Reads some sixty files; in front of the engine, which may not be one that this can work with.
         await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
+        self._phases.end("imports")
         self._engine = engine = VLLMEngine(args, self._channel)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
@@ -335,6 +339,7 @@ class _Process:
         # Not before: loading holds the loop as it likes, and nobody is served.
         watching_loop = asyncio.create_task(watch_loop(self._metrics.observe_lag))
         self._lifecycle.to(State.READY)
+        self._note_start()
         if self._first:
             self._say_ready(engine.names[0])
         try:
@@ -345,6 +350,22 @@ class _Process:
         finally:
             watching.cancel()
             watching_loop.cancel()
+
+    def _note_start(self) -> None:
+        """Ready: show where the time went, and again when the first readiness probe has been answered."""
+        phases = self._phases
+        for phase, at in logs.milestones().items():
+            phases.end(phase, at)
+        phases.end("warm_up")
+        self._metrics.show_start(phases.seconds())
+        if self._first:
+            log.info("%s", phases.sentence())
+
+        def note_probe() -> None:
+            phases.end("first_probe")
+            self._metrics.show_start(phases.seconds())
+
+        self._lifecycle.on_first_probe(note_probe)
 
     def _say_ready(self, model: str) -> None:
         http, grpc = self._http.port, self._grpc.port if self._grpc else 0

@@ -163,6 +163,13 @@ TABLE: tuple[Touchpoint, ...] = (
            holds="EngineCore failed to start."),
     *_rows("a failed start is known by what is logged", "warn", "holds", "vllm.v1.executor.multiproc_executor", "",
            holds="WorkerProc failed to start."),
+    *(row for module, text in (
+        ("vllm.v1.worker.cpu_model_runner", "Starting to load model"),
+        ("vllm.v1.worker.gpu_model_runner", "Starting to load model"),
+        ("vllm.model_executor.model_loader.default_loader", "Loading weights took"),
+        ("vllm.compilation.monitor", "torch.compile took"),
+        ("vllm.v1.worker.gpu_model_runner", "Graph capturing finished"),
+     ) for row in _rows("phases of a start are known by what is logged", "warn", "holds", module, "", holds=text)),
     # ---- guards: what a client's fault is, and what does not reach the engine
     *_rows("a client's fault is told from ours", "refuse", "exists", "vllm.exceptions",
            "GenerationError GracefulHTTPError RetryableRequestError VLLMClientError VLLMError VLLMNotFoundError "
