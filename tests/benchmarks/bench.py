@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.bench --out FOLDER [--rounds 5] [--quick] [--servers ours vllm] [--modes chat-stream]
 
-`rust` is `vllm serve` with vLLM's own front end in Rust, whose binary is downloaded once with the CUDA wheel.
+`rust` is `vllm serve` with vLLM's own front end in Rust, whose binary is downloaded once with the CUDA wheel;
+`no-SHORTCUT` is ours without one of `--fast-path`.
 
 Each round starts every server once and runs all its loads; ratios are taken within a round, and their median is what
 counts, since the machine drifts. With --together they are started once, and those that are not loaded are paused. Chat
@@ -297,8 +298,11 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['cpu_us_per_token']:.1f} | {row['ttft_ms']:.1f} | {row['ttft_p99_ms']:.1f} "
             f"| {row['itl_ms']:.2f} | " + " | ".join(map(spread, ratios)) + " |"
         )
-    for server in ("ours", "policies"):
-        for line in over(report["cells"], server, "rust"):
+    servers = sorted({cell["server"] for cell in report["cells"]})
+    pairs = [(each, "rust") for each in ("ours", "policies")]
+    pairs += [("ours", each) for each in servers if each.startswith("no-")]
+    for server, base in pairs:
+        for line in over(report["cells"], server, base):
             lines += ["", line]
     for mode in ("grpc-stream", "grpc-stream-shared"):
         if ratios := over_own_stream(report["cells"], mode):

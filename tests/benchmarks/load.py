@@ -24,9 +24,9 @@ MODES = (
 """`grpc-stream` has a connection for each stream, as HTTP/1.1 has to; `grpc-stream-shared` one for all, as gRPC's
 clients have. `intake` and `prefix-hot` are whole chats of `SIZES`, of which the latter asks the same few prompts again
 and again, in every run with the same seed."""
-SIZES = {"intake": (600, 1), "prefix-hot": (1000, 1)}
+SIZES = {"intake": (600, 1), "prefix-hot": (640, 1)}
 """Prompt tokens and output tokens of modes that have their own: a request is a token, so that figures are of each
-request."""
+request. The demo model has a token for each digit and space, half as many again: 927 and 987."""
 _HOT_PROMPTS = 16
 _STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 # `triton_final_response` and `bool_param: true` in a map entry of the response's parameters.

@@ -23,11 +23,12 @@ import httpx
 import psutil
 
 from kserve_vllm.config import demo
+from kserve_vllm.config.settings import SHORTCUTS
 from kserve_vllm.policy import tenants
 from tests.support import end, free_port
 
 MODEL = "demo"
-_READY_WITHIN_S = 300.0
+_READY_WITHIN_S = 600.0
 RUST_FOLDER = Path(__file__).resolve().parents[2] / ".tools" / "rust"
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """For every engine; the default cache takes half of the machine's memory."""
@@ -65,6 +66,12 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "slow-path": Configuration("slow-path", ours=True, arguments=["--fast-path", "false", "--grpc-server", "grpcio"]),
     "policies": Configuration("policies", ours=True),  # see `with_policies`
 }
+
+
+# What a shortcut gives: ours over ours without it.
+for _name in SHORTCUTS:
+    _others = ",".join(other for other in SHORTCUTS if other != _name)
+    CONFIGURATIONS[f"no-{_name}"] = Configuration(f"no-{_name}", ours=True, arguments=["--fast-path", _others])
 
 
 def with_policies(folder: Path, collector: str) -> Configuration:

@@ -300,7 +300,7 @@ TABLE: tuple[Touchpoint, ...] = (
            "safe_apply_chat_template", "rendering"),
     *_rows("templates and tokenization, past a thread", "fall back", "source", "vllm.renderers.base",
            "BaseRenderer._tokenize_prompt BaseRenderer._tokenize_prompt_async", "rendering"),
-    # ---- shortcuts: plain outputs, and equal gaps
+    # ---- shortcuts: plain outputs, texts of whole answers, and equal gaps
     *_rows("plain outputs are processed as vLLM does", "fall back", "source", f"{_ENGINE}.output_processor",
            "OutputProcessor.process_outputs OutputProcessor._update_stats_from_output "
            "OutputProcessor._finish_request", "outputs"),
@@ -309,15 +309,9 @@ TABLE: tuple[Touchpoint, ...] = (
            "OutputProcessorOutput", "outputs"),
     *_rows("plain outputs are processed as vLLM does", "fall back", "source", "vllm.v1.metrics.stats",
            "IterationStats.update_from_output", "outputs"),
-    *_rows("plain outputs are processed as vLLM does", "fall back", "source", f"{_ENGINE}.detokenizer",
-           "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
-           "BaseIncrementalDetokenizer.get_next_output_text", "outputs"),
-    # ---- shortcut: texts of whole answers
-    *_rows("texts of whole answers are made at their end", "fall back", "source", f"{_ENGINE}.detokenizer",
-           "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
-           "BaseIncrementalDetokenizer.get_next_output_text", "texts"),
-    *_rows("texts of whole answers are made at their end", "fall back", "source", f"{_ENGINE}.output_processor",
-           "RequestState.make_request_output", "texts"),
+    *_rows("texts of plain outputs, and of whole answers at their end, are those of vLLM", "fall back", "source",
+           f"{_ENGINE}.detokenizer", "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
+           "BaseIncrementalDetokenizer.get_next_output_text", "outputs", "texts"),
     *_rows("equal gaps between tokens are observed together", "fall back", "signature", "vllm.v1.metrics.loggers",
            "PrometheusStatLogger.record", "gaps"),
     *_rows("equal gaps between tokens are observed together", "fall back", "exists", "vllm.v1.metrics.loggers",
