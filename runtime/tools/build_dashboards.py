@@ -163,6 +163,8 @@ BOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
         Panel("Seconds from start to ready", "s", "How long pods that are not ready yet have been in their state.",
               {"{{pod}}": "max by (pod) (kserve_vllm_lifecycle_state_seconds{$in} unless on (pod) "
                           'kserve_vllm_lifecycle_state{$in,state="ready"} == 1) or vector(0)'}),
+        Panel("Where a start's time goes", "s", "Mean over pods; first_probe comes after ready.",
+              {"{{phase}}": "avg by (phase) (kserve_vllm_start_phase_seconds{$in})"}),
         Panel("Requests by revision", "reqps", "The split of traffic between stable and canary.",
               {"{{revision}}": _rate("kserve_vllm_requests_total", "revision")}),
         Panel("Failing requests by revision", "percentunit", "Share of the accepted.",

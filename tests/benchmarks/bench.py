@@ -2,6 +2,9 @@
 
     python -m tests.benchmarks.bench --out FOLDER [--rounds 5] [--quick] [--servers ours vllm] [--modes chat-stream]
 
+`rust` is `vllm serve` with vLLM's own front end in Rust, whose binary is downloaded once with the CUDA wheel;
+`no-SHORTCUT` is ours without one of `--fast-path`.
+
 Each round starts every server once and runs all its loads; ratios are taken within a round, and their median is what
 counts, since the machine drifts. With --together they are started once, and those that are not loaded are paused. Chat
 streams are loaded by `vllm bench serve`, and again, as everything else, by a client that only counts frames. Writes
@@ -24,8 +27,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.load import MODES
-from tests.benchmarks.servers import CONFIGURATIONS, ENGINE_ENV, MODEL, Configuration, Running, with_policies
+from tests.benchmarks.load import MODES, SIZES
+from tests.benchmarks.servers import CONFIGURATIONS, ENGINE_ENV, MODEL, Configuration, Running, with_policies, with_rust
 from tests.observability.otlp import Receiver
 
 # What our profile and vLLM set differently is set for both.
@@ -85,6 +88,12 @@ def measure(server: Running, mode: str, concurrency: int, args: argparse.Namespa
     tokens = args.tokens_per_cell * min(1.0, (concurrency + 2) / 32)
     requests = max(4 if concurrency == 1 else 1, round(tokens / args.tokens / concurrency)) * concurrency
     options = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens}
+    if mode in SIZES:
+        # One token each: as many requests as take about as long.
+        requests *= 4
+        options = dict(zip(options, SIZES[mode], strict=True))
+        server.load(mode, concurrency, max(2, requests // 4), seed=1, **options)
+        return server.load(mode, concurrency, requests, seed=1 if mode == "prefix-hot" else 2, **options)
     own = "chat-stream" if mode == "chat-stream-vllm-bench" else mode
     server.load(own, concurrency, max(2, min(requests // 4, concurrency)), seed=1, **options)
     if mode == "chat-stream-vllm-bench":
@@ -137,7 +146,7 @@ def started(name: str, number: int, args: argparse.Namespace, report: dict[str, 
     """A server, from its start to its end."""
     say(f"round {number + 1}/{args.rounds}: starting {name}")
     with configured(name) as configuration:
-        server = Running(configuration, engine_flags(args))
+        server = Running(configuration, engine_flags(args), args.instant)
         try:
             yield server
             start = {"round": number, "server": name, "ready_s": server.ready_s,
@@ -188,7 +197,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def configured(name: str) -> Iterator[Configuration]:
     """A configuration by name, with what it needs around it."""
     if name != "policies":
-        yield CONFIGURATIONS[name]
+        yield with_rust() if name == "rust" else CONFIGURATIONS[name]
         return
     collector = Receiver()
     try:
@@ -241,6 +250,23 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
+def over(cells: Sequence[dict[str, Any]], server: str, base: str) -> Iterator[str]:
+    """A line for each load of a server that `base` had too: ratios within a round, as `spread` writes them."""
+    found = {(cell["mode"], cell["concurrency"], cell["round"], cell["server"]): cell for cell in cells}
+    for mode, concurrency in sorted({(cell["mode"], cell["concurrency"]) for cell in cells}):
+        pairs = [
+            (cell, found[key])
+            for (*load, name), cell in found.items()
+            if load[:2] == [mode, concurrency] and name == server and (key := (*load, base)) in found
+        ]
+        if pairs:
+            ratios = [
+                f"{key} {spread([cell[key] / other[key] for cell, other in pairs])}"
+                for key in ("tokens_per_s", "cpu_us_per_token")
+            ]
+            yield f"{server} over {base}, {mode} x{concurrency}: {', '.join(ratios)}"
+
+
 def over_own_stream(cells: Sequence[dict[str, Any]], mode: str) -> list[float]:
     """Tokens per second of gRPC streams over those of the same server's OpenAI streams in the same round."""
     streams = {
@@ -272,6 +298,12 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['cpu_us_per_token']:.1f} | {row['ttft_ms']:.1f} | {row['ttft_p99_ms']:.1f} "
             f"| {row['itl_ms']:.2f} | " + " | ".join(map(spread, ratios)) + " |"
         )
+    servers = sorted({cell["server"] for cell in report["cells"]})
+    pairs = [(each, "rust") for each in ("ours", "policies")]
+    pairs += [("ours", each) for each in servers if each.startswith("no-")]
+    for server, base in pairs:
+        for line in over(report["cells"], server, base):
+            lines += ["", line]
     for mode in ("grpc-stream", "grpc-stream-shared"):
         if ratios := over_own_stream(report["cells"], mode):
             lines += ["", f"{mode} over chat-stream of the same server, tokens/s: {spread(ratios)}"]
@@ -353,6 +385,11 @@ def main() -> None:
         "--together",
         action="store_true",
         help="start each server once, load them in turns, cell by cell, and stop the others meanwhile",
+    )
+    parser.add_argument(
+        "--instant",
+        action="store_true",
+        help="front ends alone, with an engine that answers by itself: see `instant_engine`",
     )
     parser.add_argument("--compile", action="store_true", help="let vLLM compile; eager otherwise")
     parser.add_argument("--no-offline", dest="offline", action="store_false", help="leave the engine alone out")

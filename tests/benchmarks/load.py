@@ -18,9 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MODES = ("chat-stream", "completion-stream", "chat", "v2", "grpc-stream", "grpc-stream-shared")
+MODES = (
+    "chat-stream", "completion-stream", "chat", "v2", "grpc-stream", "grpc-stream-shared", "intake", "prefix-hot"
+)  # fmt: skip
 """`grpc-stream` has a connection for each stream, as HTTP/1.1 has to; `grpc-stream-shared` one for all, as gRPC's
-clients have."""
+clients have. `intake` and `prefix-hot` are whole chats of `SIZES`, of which the latter asks the same few prompts again
+and again, in every run with the same seed."""
+SIZES = {"intake": (600, 1), "prefix-hot": (640, 1)}
+"""Prompt tokens and output tokens of modes that have their own: a request is a token, so that figures are of each
+request. The demo model has a token for each digit and space, half as many again: 927 and 987."""
+_HOT_PROMPTS = 16
 _STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 # `triton_final_response` and `bool_param: true` in a map entry of the response's parameters.
 _FINAL = b"triton_final_response\x12\x02\x08\x01"
@@ -61,7 +68,7 @@ def http_body(mode: str, model: str, text: str, tokens: int) -> tuple[str, dict[
     body: dict[str, Any] = {"model": model, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
     if mode.endswith("-stream"):
         body["stream"] = True
-    if mode.startswith("chat"):
+    if mode.startswith("chat") or mode in SIZES:
         return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
     return "/v1/completions", {**body, "prompt": text}
 
@@ -282,7 +289,9 @@ def mean(values: list[float]) -> float:
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Ask `requests` requests, `concurrency` at a time. Times in milliseconds."""
     rng = random.Random(args.seed)
-    texts = [prompt(rng, args.prompt_tokens) for _ in range(args.requests)]
+    distinct = _HOT_PROMPTS if args.mode == "prefix-hot" else args.requests
+    texts = [prompt(rng, args.prompt_tokens) for _ in range(distinct)]
+    texts = [texts[number % distinct] for number in range(args.requests)]
     # Made before the clock runs: what making them takes is not the server's.
     if args.mode.startswith("grpc"):
         worker, requests = grpc_worker, [grpc_request(args, text, str(n)) for n, text in enumerate(texts)]

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import httpx
 import psutil
 
 from kserve_vllm.config import demo
+from kserve_vllm.config.settings import SHORTCUTS
 from kserve_vllm.policy import tenants
 from tests.support import end, free_port
 
 MODEL = "demo"
-_READY_WITHIN_S = 300.0
+_READY_WITHIN_S = 600.0
+RUST_FOLDER = Path(__file__).resolve().parents[2] / ".tools" / "rust"
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """For every engine; the default cache takes half of the machine's memory."""
 
@@ -40,7 +43,8 @@ class Configuration:
         ours: our runtime, or `vllm serve`.
         arguments: further flags of its own.
         key: what a client sends as its key.
-        modes: the modes of `load.py` that it answers.
+        env: further variables of its own.
+        front_end: name of the process that takes requests, where that is not the one that is started.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Configuration:
     arguments: Sequence[str] = ()
     key: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
+    front_end: str = ""
 
     def answers(self, mode: str) -> bool:
         """Whether this server answers requests of a mode."""
@@ -57,9 +62,16 @@ class Configuration:
 CONFIGURATIONS: dict[str, Configuration] = {
     "ours": Configuration("ours", ours=True),
     "vllm": Configuration("vllm", ours=False),
+    "rust": Configuration("rust", ours=False, front_end="vllm-rs"),  # see `with_rust`
     "slow-path": Configuration("slow-path", ours=True, arguments=["--fast-path", "false", "--grpc-server", "grpcio"]),
     "policies": Configuration("policies", ours=True),  # see `with_policies`
 }
+
+
+# What a shortcut gives: ours over ours without it.
+for _name in SHORTCUTS:
+    _others = ",".join(other for other in SHORTCUTS if other != _name)
+    CONFIGURATIONS[f"no-{_name}"] = Configuration(f"no-{_name}", ours=True, arguments=["--fast-path", _others])
 
 
 def with_policies(folder: Path, collector: str) -> Configuration:
@@ -82,15 +94,41 @@ def with_policies(folder: Path, collector: str) -> Configuration:
     ])  # fmt: skip
 
 
+def with_rust(folder: Path = RUST_FOLDER) -> Configuration:
+    """`vllm serve` with vLLM's front end in Rust. The CPU wheel has none: the binary of the CUDA wheel of the same
+    version is taken, which is downloaded once (330 MB), as it needs no CUDA itself.
+
+    Args:
+        folder: where it is kept.
+    """
+    from vllm.version import __version__
+
+    version = str(__version__).partition("+")[0]
+    binary = folder / f"vllm-rs-{version}"
+    if not binary.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as wheels:
+            _output([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+                     "--dest", wheels, f"vllm=={version}"])  # fmt: skip
+            with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
+                name = next(each for each in wheel.namelist() if Path(each).name == "vllm-rs")
+                whole = Path(wheels) / "vllm-rs"
+                whole.write_bytes(wheel.read(name))
+            whole.chmod(0o755)
+            whole.rename(binary)
+    return replace(CONFIGURATIONS["rust"], env={"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": str(binary)})
+
+
 class Running:
     """A started server.
 
     Args:
         configuration: what to start.
         engine: engine flags, the same for all.
+        instant: without an engine, see `instant_engine`.
     """
 
-    def __init__(self, configuration: Configuration, engine: Sequence[str]) -> None:
+    def __init__(self, configuration: Configuration, engine: Sequence[str], instant: bool = False) -> None:
         self.configuration = configuration
         self.http_port, self.grpc_port = free_port(), free_port()
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{configuration.name}-", suffix=".log")  # noqa: SIM115
@@ -104,6 +142,9 @@ class Running:
             model = flags.pop(1)
             flags.remove("--model")
             command = ["-m", "tests.benchmarks.vllm_command", "serve", model, *flags, "--port", str(self.http_port)]
+        if instant:
+            rest = command[command.index("serve") :]
+            command = ["-m", "tests.benchmarks.instant_engine", "ours" if configuration.ours else "vllm", *rest]
         began = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, *command, *configuration.arguments],
@@ -138,7 +179,12 @@ class Running:
 
     def cpu_s(self) -> float:
         """User and system time of the front-end process alone, in seconds."""
-        times = psutil.Process(self.process.pid).cpu_times()
+        process = psutil.Process(self.process.pid)
+        if name := self.configuration.front_end:
+            process = next(
+                each for each in [process, *process.children(recursive=True)] if each.name().startswith(name)
+            )
+        times = process.cpu_times()
         return float(times.user + times.system)
 
     def memory_mib(self, peak: bool = False) -> float:

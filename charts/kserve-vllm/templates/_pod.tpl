@@ -119,7 +119,7 @@ autoscaling.knative.dev/initial-scale: {{ int $k.initialScale | quote }}
 {{- $own := list -}}
 {{- with .redis.secretName }}{{ $own = append $own (dict "name" "KSERVE_VLLM_REDIS_URL" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $.redis.key))) }}{{ end -}}
 {{- with .huggingFaceToken.secretName }}{{ $own = append $own (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" . "key" $.huggingFaceToken.key))) }}{{ end -}}
-{{- include "kserve-vllm.env" (list .outwardEnv (default list .engineEnv) $own .env) -}}
+{{- include "kserve-vllm.env" (list .outwardEnv .compiled.env (default list .engineEnv) $own .env) -}}
 {{- end }}
 
 {{/* Volumes of the predictor by name, the user's over the chart's over the runtime's. */}}
@@ -128,14 +128,14 @@ autoscaling.knative.dev/initial-scale: {{ int $k.initialScale | quote }}
 {{- with .tmpSizeLimit }}{{ $own = append $own (dict "name" "tmp" "emptyDir" (dict "sizeLimit" .)) }}{{ end -}}
 {{- with .sharedMemory }}{{ $own = append $own (dict "name" "shm" "emptyDir" (dict "medium" "Memory" "sizeLimit" .)) }}{{ end -}}
 {{- range .files }}{{ $own = append $own (include "kserve-vllm.fileVolume" . | fromJson) }}{{ end -}}
-{{- include "kserve-vllm.mergeLists" (list "name" $own .extraVolumes) -}}
+{{- include "kserve-vllm.mergeLists" (list "name" $own .compiled.volumes .extraVolumes) -}}
 {{- end }}
 
 {{/* Mounts of the serving container, by path. */}}
 {{- define "kserve-vllm.serviceMounts" -}}
 {{- $own := list -}}
 {{- range .files }}{{ $own = append $own (dict "name" .name "mountPath" (printf "/etc/kserve-vllm/%s" .name) "readOnly" true) }}{{ end -}}
-{{- include "kserve-vllm.mergeLists" (list "mountPath" $own .extraVolumeMounts) -}}
+{{- include "kserve-vllm.mergeLists" (list "mountPath" $own .compiled.mounts .extraVolumeMounts) -}}
 {{- end }}
 
 {{/* Annotations of the InferenceService itself, which KServe reads; the user's win. */}}

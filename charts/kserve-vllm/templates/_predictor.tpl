@@ -168,7 +168,7 @@ workerSpec:
   tensorParallelSize: {{ int $s.parallelism.tensor }}
   terminationGracePeriodSeconds: {{ int $s.grace }}
   {{- include "kserve-vllm.podFields" $s | nindent 2 }}
-  {{- with include "kserve-vllm.serviceVolumes" (dict "sharedMemory" $s.sharedMemory "tmpSizeLimit" $s.tmpSizeLimit "files" list "extraVolumes" $s.extraVolumes) }}
+  {{- with include "kserve-vllm.serviceVolumes" (dict "sharedMemory" $s.sharedMemory "tmpSizeLimit" $s.tmpSizeLimit "files" list "compiled" $s.compiled "extraVolumes" $s.extraVolumes) }}
   volumes:
     {{- . | nindent 4 }}
   {{- end }}
@@ -178,13 +178,13 @@ workerSpec:
       envFrom:
         {{- toYaml . | nindent 8 }}
       {{- end }}
-      {{- with $s.extraVolumeMounts }}
+      {{- with include "kserve-vllm.mergeLists" (list "mountPath" $s.compiled.mounts $s.extraVolumeMounts) }}
       volumeMounts:
-        {{- include "kserve-vllm.mergeLists" (list "mountPath" .) | nindent 8 }}
+        {{- . | nindent 8 }}
       {{- end }}
       args:
         {{- include "kserve-vllm.stringList" $s.engineArgs | nindent 8 }}
-      {{- with include "kserve-vllm.env" (list $s.env) }}
+      {{- with include "kserve-vllm.env" (list $s.compiled.env $s.env) }}
       env:
         {{- . | nindent 8 }}
       {{- end }}

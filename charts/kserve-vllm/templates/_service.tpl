@@ -2,7 +2,7 @@
 Works an InferenceService out. Takes (list $ service): the entry over its defaults, with its name. Adds to it: mode,
 knative, other (whether the engine is another than ours), facts (of that engine), kind (of runtime), runtimeName, sequences, stored, format, fetchedAdapters, sharedGpu, gpusNeeded, byClaim, gpus, startupBudget, timeout, drainTimeout,
 drainDelay, grace, progressDeadline, class, metric, resourceMetric, min, max, target, canaryOn, files, engineArgs (head
-and workers alike), args and flags (of Knative). It refuses nothing: see the _check-*.tpl.
+and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl). It refuses nothing: see the _check-*.tpl.
 */}}
 {{- define "kserve-vllm.service" -}}
 {{- $root := index . 0 -}}
@@ -71,6 +71,7 @@ and workers alike), args and flags (of Knative). It refuses nothing: see the _ch
 {{- $_ := set $s "outwardEnv" (include "kserve-vllm.outwardEnv" $root | fromJsonArray) -}}
 {{- include (ternary "kserve-vllm.engine.arguments" "kserve-vllm.service.arguments" $s.other) $s -}}
 {{- include "kserve-vllm.service.flags" (list $root $s) -}}
+{{- include "kserve-vllm.service.coldStart" (list $root $s) -}}
 {{- end }}
 
 {{/* Secrets and ConfigMaps that are mounted below /etc/kserve-vllm: name, secret or configMap, key, flag. */}}

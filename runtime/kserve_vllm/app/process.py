@@ -18,6 +18,7 @@ from kserve_vllm.core import termination
 from kserve_vllm.core.errors import ConfigError, EngineGone
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.start_phases import StartPhases
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
 from kserve_vllm.engine import fork_server
 from kserve_vllm.engine.compat import BEFORE_THE_ENGINE, TABLE, Shortcuts
@@ -104,6 +105,8 @@ class _Process:
 
     def __init__(self, settings: Settings, log_form: str, channel: SupervisorChannel | None) -> None:
         self._settings = settings
+        self._phases = StartPhases(None if channel is None else channel.started_at)
+        self._phases.end("process")
         self._channel = channel
         self._first = channel is None or channel.index == 0
         self._log_form = log_form
@@ -280,6 +283,7 @@ class _Process:
         args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
         # Reads some sixty files; in front of the engine, which may not be one that this can work with.
         await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
+        self._phases.end("imports")
         if self._channel is not None or not fork_server.applies():
             self._shortcuts.does_not_apply("forked-start")
         if self._shortcuts.takes("forked-start"):
@@ -378,6 +382,7 @@ class _Process:
         self._lifecycle.to(State.READY)
         if self._batches is not None:
             self._batches.start()
+        self._note_start()
         if self._first:
             self._say_ready(engine.names[0])
         try:
@@ -388,6 +393,22 @@ class _Process:
         finally:
             watching.cancel()
             watching_loop.cancel()
+
+    def _note_start(self) -> None:
+        """Ready: show where the time went, and again when the first readiness probe has been answered."""
+        phases = self._phases
+        for phase, at in logs.milestones().items():
+            phases.end(phase, at)
+        phases.end("warm_up")
+        self._metrics.show_start(phases.seconds())
+        if self._first:
+            log.info("%s", phases.sentence())
+
+        def note_probe() -> None:
+            phases.end("first_probe")
+            self._metrics.show_start(phases.seconds())
+
+        self._lifecycle.on_first_probe(note_probe)
 
     def _say_ready(self, model: str) -> None:
         http, grpc = self._http.port, self._grpc.port if self._grpc else 0

@@ -86,6 +86,7 @@ SHORTCUTS: Mapping[str, str] = {
     "chunks": "chunks of those streams, past uvicorn's send",
     "rendering": "short prompts, rendered on the event loop",
     "outputs": "outputs of nothing but tokens, processed in one function",
+    "texts": "texts of whole answers, made once at their end",
     "gaps": "equal gaps between tokens, observed together",
     "grpc-server": "a gRPC server of our own",
     "grpc-streams": "gRPC streams of text, written from bytes",

@@ -36,6 +36,7 @@ class Lifecycle:
         self._reason: str | None = None
         self._loaded = True
         self._listeners: list[Callable[[Lifecycle], None]] = []
+        self._on_first_probe: Callable[[], None] | None = None
 
     @property
     def state(self) -> State:
@@ -75,6 +76,17 @@ class Lifecycle:
     def on_change(self, listener: Callable[[Lifecycle], None]) -> None:
         """Call `listener` after every change of state or of `loaded`."""
         self._listeners.append(listener)
+
+    def on_first_probe(self, listener: Callable[[], None]) -> None:
+        """Call `listener` once, when a readiness probe is told for the first time that the server is ready."""
+        self._on_first_probe = listener
+
+    def probed(self) -> bool:
+        """Whether new requests should be sent here: the answer to a readiness probe."""
+        if self.ready and self._on_first_probe is not None:
+            listener, self._on_first_probe = self._on_first_probe, None
+            listener()
+        return self.ready
 
     def to(self, state: State, reason: str | None = None) -> None:
         """Enter `state`. Nothing leaves `failed`, and nothing returns from `draining` to an earlier state."""

@@ -163,6 +163,13 @@ TABLE: tuple[Touchpoint, ...] = (
            holds="EngineCore failed to start."),
     *_rows("a failed start is known by what is logged", "warn", "holds", "vllm.v1.executor.multiproc_executor", "",
            holds="WorkerProc failed to start."),
+    *(row for module, text in (
+        ("vllm.v1.worker.cpu_model_runner", "Starting to load model"),
+        ("vllm.v1.worker.gpu_model_runner", "Starting to load model"),
+        ("vllm.model_executor.model_loader.default_loader", "Loading weights took"),
+        ("vllm.compilation.monitor", "torch.compile took"),
+        ("vllm.v1.worker.gpu_model_runner", "Graph capturing finished"),
+     ) for row in _rows("phases of a start are known by what is logged", "warn", "holds", module, "", holds=text)),
     # ---- guards: what a client's fault is, and what does not reach the engine
     *_rows("a client's fault is told from ours", "refuse", "exists", "vllm.exceptions",
            "GenerationError GracefulHTTPError RetryableRequestError VLLMClientError VLLMError VLLMNotFoundError "
@@ -293,7 +300,7 @@ TABLE: tuple[Touchpoint, ...] = (
            "safe_apply_chat_template", "rendering"),
     *_rows("templates and tokenization, past a thread", "fall back", "source", "vllm.renderers.base",
            "BaseRenderer._tokenize_prompt BaseRenderer._tokenize_prompt_async", "rendering"),
-    # ---- shortcuts: plain outputs, and equal gaps
+    # ---- shortcuts: plain outputs, texts of whole answers, and equal gaps
     *_rows("plain outputs are processed as vLLM does", "fall back", "source", f"{_ENGINE}.output_processor",
            "OutputProcessor.process_outputs OutputProcessor._update_stats_from_output "
            "OutputProcessor._finish_request", "outputs"),
@@ -302,9 +309,9 @@ TABLE: tuple[Touchpoint, ...] = (
            "OutputProcessorOutput", "outputs"),
     *_rows("plain outputs are processed as vLLM does", "fall back", "source", "vllm.v1.metrics.stats",
            "IterationStats.update_from_output", "outputs"),
-    *_rows("plain outputs are processed as vLLM does", "fall back", "source", f"{_ENGINE}.detokenizer",
-           "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
-           "BaseIncrementalDetokenizer.get_next_output_text", "outputs"),
+    *_rows("texts of plain outputs, and of whole answers at their end, are those of vLLM", "fall back", "source",
+           f"{_ENGINE}.detokenizer", "FastIncrementalDetokenizer BaseIncrementalDetokenizer.update "
+           "BaseIncrementalDetokenizer.get_next_output_text", "outputs", "texts"),
     *_rows("equal gaps between tokens are observed together", "fall back", "signature", "vllm.v1.metrics.loggers",
            "PrometheusStatLogger.record", "gaps"),
     *_rows("equal gaps between tokens are observed together", "fall back", "exists", "vllm.v1.metrics.loggers",

@@ -52,6 +52,7 @@ from kserve_vllm.engine.hooks.submission import Cache, SequencePolicy, Submissio
 from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
+from kserve_vllm.engine.patches.late_text import make_texts_at_the_end
 from kserve_vllm.engine.patches.plain_outputs import observe_gaps_of, process_plain_outputs_apart
 
 if TYPE_CHECKING:
@@ -412,6 +413,8 @@ class VLLMEngine:
         """Do the work of vLLM's front end on fewer detours, those that are taken. Before the first request."""
         if shortcuts.takes("rendering"):
             render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
+        if shortcuts.takes("texts") and not make_texts_at_the_end(self.client):
+            shortcuts.does_not_apply("texts")
         if shortcuts.takes("outputs") and not process_plain_outputs_apart(self.client):
             shortcuts.does_not_apply("outputs")
         if shortcuts.takes("gaps") and not observe_gaps_of(self.client):

@@ -27,6 +27,7 @@ Event = MutableMapping[str, Any]
 
 _PREFIX = "kserve-vllm-logging-"
 _FAILURES = ".failures"
+_MILESTONES = ".milestones"
 _MOST_FAILURES = 64 << 10
 
 
@@ -64,7 +65,10 @@ def configure(setting: str = "auto", access_log: bool = False) -> str:
             tree["handlers"]["failures"] = {
                 "class": "kserve_vllm.telemetry.logs.Failures", "level": "ERROR", "path": file.name + _FAILURES
             }  # fmt: skip
-            tree["loggers"]["vllm"]["handlers"] = ["failures"]
+            tree["handlers"]["milestones"] = {
+                "class": "kserve_vllm.telemetry.logs.Milestones", "level": "INFO", "path": file.name + _MILESTONES
+            }  # fmt: skip
+            tree["loggers"]["vllm"]["handlers"] = ["failures", "milestones"]
             json.dump(tree, file)
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = file.name
     return chosen
@@ -74,7 +78,7 @@ def forget() -> None:
     """Remove the file that `configure` wrote for vLLM's processes."""
     path = os.environ.get("VLLM_LOGGING_CONFIG_PATH", "")
     if os.path.basename(path).startswith(_PREFIX):
-        for each in (path, path + _FAILURES):
+        for each in (path, path + _FAILURES, path + _MILESTONES):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(each)
 
@@ -87,6 +91,54 @@ def failures() -> list[tuple[str, str]]:
             return [(str(message), str(error)) for message, error in map(orjson.loads, file)]
     except (OSError, ValueError):
         return []
+
+
+STAGES = {
+    "Starting to load model": "engine_process",
+    "Loading model from scratch": "engine_process",
+    "Loading weights took": "weights",
+    "Model loading took": "weights",
+    "%storch.compile took": "compile",
+    "%sInitial profiling/warmup run took": "compile",
+    "Graph capturing finished": "graphs",
+}
+"""How messages of vLLM begin, in its sources, that it logs at the end of a phase of a start."""
+
+
+def milestones() -> dict[str, float]:
+    """When the phases of `STAGES` ended, in the last of vLLM's processes, in seconds of the wall clock. Nothing where
+    the operator has a logging configuration of their own, or a level above info."""
+    found: dict[str, float] = {}
+    path = os.environ.get("VLLM_LOGGING_CONFIG_PATH", "") + _MILESTONES
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        for phase, at in map(orjson.loads, file):
+            found[phase] = max(found.get(phase, 0.0), at)
+    return found
+
+
+class Milestones(logging.Handler):
+    """Notes when vLLM's processes are through with a phase of their start, for the process that started them.
+
+    Args:
+        path: of a file that all of them append to, a JSON list a line.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line, if the message ends a phase."""
+        message = str(record.msg)
+        phase = next((phase for beginning, phase in STAGES.items() if message.startswith(beginning)), None)
+        if phase is None:
+            return
+        try:
+            with open(self._path, "ab") as file:
+                if file.tell() < _MOST_FAILURES:
+                    file.write(orjson.dumps([phase, record.created]) + b"\n")
+        except OSError:
+            self.handleError(record)
 
 
 class Failures(logging.Handler):

@@ -84,6 +84,10 @@ DECLARED: tuple[Declared, ...] = (
              merge="livemax"),
     Declared("kserve_vllm_lifecycle_state_seconds", "gauge", "How long the process has been in its state, in seconds.",
              merge="livemax"),
+    Declared("kserve_vllm_start_phase_seconds", "gauge",
+             "How long each phase of the start took, in seconds: process, imports, engine_process, weights, compile, "
+             "graphs, warm_up; their sum is from the creation of the process to ready. first_probe is what came after.",
+             ("phase",), merge="livemax"),
     Declared("kserve_vllm_drain_progress_ratio", "gauge",
              "Share of the requests in flight at the beginning of a drain that have ended; 0 while not draining.",
              merge="livemin"),
@@ -212,6 +216,11 @@ class Metrics:
         """Show which shortcuts are taken, and why the others are not. Once, when all is decided."""
         for name, reason in reasons.items():
             self._get("kserve_vllm_shortcut_in_force").labels(name, reason).set(reason == "used")
+
+    def show_start(self, phases: Mapping[str, float]) -> None:
+        """Show how long the phases of the start took, in seconds."""
+        for phase, seconds in phases.items():
+            self._get("kserve_vllm_start_phase_seconds").labels(phase).set(seconds)
 
     def show_redis(self, there: bool) -> None:
         """Show whether the Redis that replicas share answers."""

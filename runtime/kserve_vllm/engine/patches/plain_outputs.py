@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kserve_vllm.engine.patches.late_text import late_detokenizer
+
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -50,7 +52,7 @@ def process_plain_outputs_apart(client: AsyncLLM) -> bool:
     def has_plain_outputs(state: Any) -> bool:
         """Whether outputs with no more than a token are a matter of text alone: decided once for each request."""
         return (
-            type(state.detokenizer) is FastIncrementalDetokenizer
+            type(state.detokenizer) in (FastIncrementalDetokenizer, late_detokenizer())
             and not state.detokenizer.stop
             and not state.streaming_input
             and state.input_chunk_queue is None
@@ -148,15 +150,15 @@ class PlainOutputs:
                 stats.last_token_ts = timestamp
                 tokens += len(new)
             detokenizer = state.detokenizer
+            sink = state.sink
+            if sink is None:
+                detokenizer.update(new, False)
+                continue
             text = ""
             for token in new:
                 detokenizer.token_ids.append(token)
                 text += detokenizer.decode_next(token)
-            sink = state.sink
-            if sink is None:
-                detokenizer.output_text += text
-            else:
-                sink(text, len(new))
+            sink(text, len(new))
         if tokens:
             iteration_stats.num_generation_tokens += tokens
         if others:

@@ -249,7 +249,7 @@ class RequestMiddleware:
         if path in _LIVE:
             await _answer(send, 200 if life.live else 503, orjson.dumps({**life.report(), "status": _alive(life)}))
         elif path in _READY:
-            await _answer(send, 200 if life.ready else 503, orjson.dumps(life.report()))
+            await _answer(send, 200 if life.probed() else 503, orjson.dumps(life.report()))
         elif operators and (path == "/metrics" or path == "/metrics/"):
             accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
             body, content_type = self._metrics(accept.decode("latin-1"))
