@@ -95,10 +95,6 @@ def of_model(path: str, **changes: Any) -> Values:
     return merged(small(demo=False, model=path), changes)
 
 
-KNATIVE = {"annotations": {"features.knative.dev/http-full-duplex": "Enabled"}}
-"""Without it Knative's proxies, which are Go's, end a stream whose request they take for unread."""
-
-
 class Release:
     """A release of the chart in a namespace.
 

@@ -19,6 +19,12 @@ transformers and explainers. It overwrites or deletes what has these names, so n
 {{- printf "%s-route" . -}}
 {{- end }}
 
+{{/* Names of gRPC's services at port 8081, which are the first part of a call's path: inference, and what every gRPC
+client and probe asks for, health and the reflection by which grpcurl lists and describes. */}}
+{{- define "kserve-vllm.grpcServices" -}}
+inference.GRPCInferenceService,grpc.health.v1.Health,grpc.reflection.v1.ServerReflection,grpc.reflection.v1alpha.ServerReflection
+{{- end }}
+
 {{/* At most 63 characters; what is cut is made up for by a hash, so that two names stay two. */}}
 {{- define "kserve-vllm.shorten" -}}
 {{- if gt (len .) 63 }}{{ printf "%s-%s" (trunc 54 . | trimSuffix "-") (sha256sum . | trunc 8) }}{{ else }}{{ . }}{{ end -}}
