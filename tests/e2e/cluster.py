@@ -239,6 +239,15 @@ class Cluster:
                 left += [f"{plural}/{item['metadata']['name']}" for item in listing["items"]]
         return sorted(left)
 
+    def releases_outside(self) -> set[str]:
+        """Names of the helm releases of objects outside of namespaces."""
+        found = set()
+        for path, plural, namespaced, _ in self._resources():
+            if not namespaced:
+                listing = self.get(f"{path}/{plural}?labelSelector=app.kubernetes.io/instance") or {"items": []}
+                found |= {item["metadata"]["labels"]["app.kubernetes.io/instance"] for item in listing["items"]}
+        return found
+
     def delete_what_is_left_of(self, release: str) -> None:
         """Delete what a release has left outside of namespaces, having been told to keep it."""
         for path, plural, namespaced, _ in self._resources():
@@ -397,6 +406,8 @@ class Cluster:
         out, err = session.read_stdout() or "", session.read_stderr() or ""
         code = session.returncode
         session.close()
+        # Where the other side had ended it, `close` leaves the socket open.
+        session.sock.shutdown()
         if code != 0:
             raise AssertionError(f"{command[:2]} in {pod} ended with {code}:\n{out[-2000:]}\n{err[-2000:]}")
         return out

@@ -53,6 +53,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
             (f"{_OBJECTS}::test_an_upgrade_that_changes_nothing_restarts_nothing",),
         ),
         Promise(
+            "A new version's runtimes stand beside the old ones (`versionInName`, `keepOnUpgrade`, `autoSelect`)",
+            _CHART,
+            (f"{_OBJECTS}::test_runtimes_of_the_next_version_are_taken_beside_those_of_this_one",),
+        ),
+        Promise(
             "A release that is removed leaves nothing but what it was told to keep",
             _CHART,
             (f"{_OBJECTS}::test_a_scenario_is_removed_without_rest",),
@@ -227,7 +232,7 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
         Promise("Models from hubs, object stores, volumes and image registries", _CHART, lacks="a way out, or a store"),
         Promise("Istio's routes and the ejection of failing pods", _CHART, lacks="Istio"),
         Promise("Moderation, the queue by class and shared limits in Redis, on a cluster", _README, lacks="a case"),
-        Promise("A stream of 15 minutes is not cut", _README, lacks="a case"),
+        Promise("A stream of 15 minutes is not cut", _README, (f"{_PLATFORM}::test_a_stream_of_minutes_is_not_cut",)),
     ),
 }
 

@@ -33,9 +33,10 @@ class Results:
         path: the file; made if it is not there.
         versions: what the cluster has, see `Found.versions`.
         image: the runtime's image.
+        note: what a reader has to know of the cluster.
     """
 
-    def __init__(self, path: Path, versions: Mapping[str, Any], image: str) -> None:
+    def __init__(self, path: Path, versions: Mapping[str, Any], image: str, note: str = "") -> None:
         self.path = path
         now = datetime.now(UTC)
         self._run = now.strftime("%Y%m%dT%H%M%SZ")
@@ -44,6 +45,7 @@ class Results:
             "commit": commit(),
             "image": image,
             "cluster": dict(versions),
+            **({"note": note} if note else {}),
         }
 
     def write(self, case: str, outcome: str, seconds: float, figures: Mapping[str, Any], reason: str = "") -> None:

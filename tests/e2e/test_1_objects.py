@@ -162,7 +162,7 @@ def _wait_written(cluster: Cluster, namespace: str, isvc: Object) -> None:
     wait(
         f"workload of {name}",
         lambda: _written(cluster, namespace, isvc),
-        30,
+        120,
         seen=lambda: cluster.story(namespace, name),
     )
 
@@ -284,6 +284,34 @@ def test_an_upgrade_that_changes_nothing_restarts_nothing(
     assert not changed, changed
 
 
+def test_runtimes_of_the_next_version_are_taken_beside_those_of_this_one(
+    suite: Suite, cluster: Cluster, record: Record
+) -> None:
+    """Chosen by format, kept on upgrade: KServe refuses two of one priority."""
+    path = next(path for path in SCENARIOS if path.name == "versioned-runtimes-values.yaml")
+    values = {"runtimes": yaml.safe_load(path.read_text())["runtimes"]}
+    release = suite.release("next", suite.namespace("next"), values)
+    runtimes = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes"
+    listed = f"{runtimes}?labelSelector=app.kubernetes.io/instance={release.name}"
+    priorities: dict[str, int] = {}
+    for version in ("98.0.0", "98.0.1", "98.1.0"):
+        release.values["image"] = {**release.values["image"], "tag": version}
+        if release.installed:
+            release.upgrade()
+        else:
+            release.install()
+        priorities = {
+            item["metadata"]["name"]: item["spec"]["supportedModelFormats"][0]["priority"]
+            for item in cluster.get(listed)["items"]
+        }
+    record("runtimes of three versions", len(priorities))
+    of_cpu = [priority for name, priority in sorted(priorities.items()) if "-cpu-" in name]
+    assert len(priorities) == 6
+    assert of_cpu == sorted(of_cpu)
+    release.uninstall()
+    cluster.delete_what_is_left_of(release.name)
+
+
 @pytest.fixture(scope="module")
 def uninstalled(scenarios: Mapping[str, Scenario], cluster: Cluster) -> Mapping[str, Scenario]:
     """The scenarios after `helm uninstall`."""
@@ -363,6 +391,10 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
                 wrong.append(f"{path.relative_to(CATALOGUE)}: {str(getattr(error, 'body', error))[:600]}")
         for thing in applied:
             cluster.delete(thing, catalogue)
+        # The canary's steps of the two modes bear one name.
+        names = {thing["metadata"]["name"] for thing in applied if thing["kind"] == "InferenceService"}
+        gone = lambda names=names: not names & {s["metadata"]["name"] for s in cluster.isvcs(catalogue)}  # noqa: E731
+        wait("its services removed", gone, 60)
     wait(
         "the catalogue removed",
         lambda: set(cluster.left_in(catalogue)) <= before,

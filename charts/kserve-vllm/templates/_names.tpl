@@ -40,6 +40,22 @@ inference.GRPCInferenceService,grpc.health.v1.Health,grpc.reflection.v1.ServerRe
 {{- include "kserve-vllm.shorten" $name -}}
 {{- end }}
 
+{{/* Priority of a runtime among those that KServe may choose. Takes (list $ priority-by-kind). KServe refuses a second
+runtime of one priority for a format, so that with the version in the name the newer version comes before the kept older
+one: 100 for each patch, 10,000 for each minor, 1,000,000 for each major version. */}}
+{{- define "kserve-vllm.runtimePriority" -}}
+{{- $root := index . 0 -}}
+{{- $version := default $root.Chart.AppVersion $root.Values.image.tag -}}
+{{- $parts := regexFind "[0-9]+(\\.[0-9]+)*" $version | splitList "." -}}
+{{- $priority := index . 1 | int -}}
+{{- if $root.Values.runtimes.versionInName -}}
+{{- range $n, $weight := list 1000000 10000 100 -}}
+{{- if lt $n (len $parts) }}{{ $priority = add $priority (mul $weight (min 99 (index $parts $n | default "0" | int))) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $priority -}}
+{{- end }}
+
 {{/* Value of the label by which a release's PodMonitor finds the pods of its runtimes, whoever wrote the services. */}}
 {{- define "kserve-vllm.runtimesOf" -}}
 {{- include "kserve-vllm.shorten" (printf "%s.%s" .Release.Namespace .Release.Name) -}}
