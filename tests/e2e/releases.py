@@ -22,6 +22,13 @@ OTHER_MODEL = MODEL.removesuffix("model") + "draft"
 
 Values = dict[str, Any]
 
+POD_MONITOR = ("monitoring.coreos.com/v1", "PodMonitor")
+"""Version and kind that a cluster has to have for `MONITORED`, the chart's `monitoring` block."""
+MONITORED: Values = {
+    "podMonitor": {"enabled": True, "interval": "5s", "anyNamespace": False},
+    "prometheusRule": {"enabled": True},
+}
+
 
 class HelmFailed(AssertionError):
     """Helm ended with another code than 0; the text is what it wrote."""

@@ -1,15 +1,19 @@
 """A Prometheus of the suite's own that reads a cluster's pods as a PodMonitor says, with the rules of a PrometheusRule.
 
 It runs where the suite does and reads pods through the API server, so that it needs no image and no way to the pods.
-What Prometheus' operator does with the two objects is done here, as far as the chart's objects have it.
+What Prometheus' operator does with the two objects is done here, as far as the chart's objects have it, and so is the
+discovery of pods: Debian's Prometheus is built without Kubernetes'.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 from kubernetes import client
+from kubernetes.client.exceptions import ApiException
 
-from tests.e2e.cluster import Object, wait
+from tests.e2e.cluster import Cluster, Object, wait
 
 
 def binary() -> str | None:
@@ -49,7 +54,7 @@ def _credentials() -> tuple[str, Object]:
     return settings.host, inside
 
 
-def _job(monitor: Object, number: int, endpoint: Mapping[str, Any]) -> Object:
+def _job(monitor: Object, number: int, endpoint: Mapping[str, Any], targets: Path) -> Object:
     """A scrape configuration of one endpoint of a PodMonitor."""
     address, inside = _credentials()
     namespace = monitor["metadata"]["namespace"]
@@ -73,14 +78,13 @@ def _job(monitor: Object, number: int, endpoint: Mapping[str, Any]) -> Object:
         {"source_labels": ["__address__"], "target_label": "instance"},
         {"target_label": "__address__", "replacement": urlsplit(address).netloc},
     ]
-    discovery: Object = {"role": "pod", "api_server": address, **inside}
     if not anywhere:
-        discovery["namespaces"] = {"names": [namespace]}
+        relabel.insert(0, {"action": "keep", "source_labels": [pod[0]], "regex": re.escape(namespace)})
     return {
         "job_name": f"{namespace}/{monitor['metadata']['name']}/{number}",
         "scheme": urlsplit(address).scheme,
         "scrape_interval": endpoint["interval"],
-        "kubernetes_sd_configs": [discovery],
+        "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "2s"}],
         "relabel_configs": relabel,
         **inside,
     }
@@ -90,22 +94,27 @@ class Scraper:
     """Prometheus, while the block runs.
 
     Args:
+        cluster: whose pods it reads.
         folder: for its files.
         monitor: a PodMonitor of the chart, as the cluster has it.
         rules: `spec.groups` of its PrometheusRule.
     """
 
-    def __init__(self, folder: Path, monitor: Object, rules: list[Object]) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, monitor: Object, rules: list[Object]) -> None:
         found = binary()
         assert found is not None
         endpoints = monitor["spec"]["podMetricsEndpoints"]
+        self._cluster, self._targets, self._ended = cluster, folder / "targets.json", threading.Event()
+        self._look()
         (folder / "rules.yml").write_text(yaml.safe_dump({"groups": rules}))
         (folder / "prometheus.yml").write_text(
             yaml.safe_dump(
                 {
                     "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
                     "rule_files": [str(folder / "rules.yml")],
-                    "scrape_configs": [_job(monitor, n, endpoint) for n, endpoint in enumerate(endpoints)],
+                    "scrape_configs": [
+                        _job(monitor, n, endpoint, self._targets) for n, endpoint in enumerate(endpoints)
+                    ],
                 }
             )
         )
@@ -124,7 +133,35 @@ class Scraper:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        wait("Prometheus", self._up, 30)
+        self._discovery = threading.Thread(target=self._discover, daemon=True)
+        self._discovery.start()
+        wait("Prometheus", self._up, 60)
+
+    def _look(self) -> None:
+        """Write the targets that Prometheus' discovery of pods would find."""
+        found = []
+        for pod in self._cluster.core.list_pod_for_all_namespaces().items:
+            about = {
+                "__meta_kubernetes_namespace": pod.metadata.namespace,
+                "__meta_kubernetes_pod_name": pod.metadata.name,
+                "__meta_kubernetes_pod_phase": pod.status.phase,
+                **{_label(name): value for name, value in (pod.metadata.labels or {}).items()},
+            }
+            for container in pod.spec.containers:
+                for port in container.ports or [] if pod.status.pod_ip else []:
+                    at = {
+                        "__meta_kubernetes_pod_container_name": container.name,
+                        "__meta_kubernetes_pod_container_port_number": str(port.container_port),
+                    }
+                    found.append({"targets": [f"{pod.status.pod_ip}:{port.container_port}"], "labels": about | at})
+        new = self._targets.with_suffix(".new")
+        new.write_text(json.dumps(found))
+        new.replace(self._targets)
+
+    def _discover(self) -> None:
+        while not self._ended.wait(2):
+            with contextlib.suppress(ApiException, OSError):
+                self._look()
 
     def _up(self) -> bool:
         assert self._process.poll() is None, Path(self._log.name).read_text()[-2000:]
@@ -151,6 +188,8 @@ class Scraper:
 
     def stop(self) -> None:
         """End it."""
+        self._ended.set()
+        self._discovery.join(30)
         self._process.terminate()
         try:
             self._process.wait(15)

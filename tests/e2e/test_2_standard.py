@@ -20,14 +20,13 @@ from tests import triton
 from tests.e2e import protocols, scraping
 from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import CHART, MODEL, OTHER_MODEL, HelmFailed, Release, Values, of_model
+from tests.e2e.releases import CHART, MODEL, MONITORED, OTHER_MODEL, POD_MONITOR, HelmFailed, Release, Values, of_model
 from tests.e2e.traffic import Count, Load, Target, ask, fingerprint, percentile, within_three_sigma
 
 NAME = "chat"
 LONG_TOKENS = 1500
 """A stream of some ten seconds on one core; the model's context ends at 2048."""
 
-_MONITOR = ("monitoring.coreos.com/v1", "PodMonitor")
 DASHBOARDS = sorted((CHART / "files" / "dashboards").glob("*.json"))
 
 # Run in the serving container, whose first process is the runtime. Prints the pid that it has ended.
@@ -81,11 +80,8 @@ def service(suite: Suite) -> Iterator[Service]:
     if suite.cluster.found.gateway_api:
         # KServe's own route carries HTTP alone; the chart's carries gRPC too.
         values["routes"] = {NAME: {"hosts": [_route_host(namespace)], "inferenceService": NAME}}
-    if suite.cluster.has_kind(*_MONITOR):
-        values["monitoring"] = {
-            "podMonitor": {"enabled": True, "interval": "5s", "anyNamespace": False},
-            "prometheusRule": {"enabled": True},
-        }
+    if suite.cluster.has_kind(*POD_MONITOR):
+        values["monitoring"] = MONITORED
     release = suite.release("std", namespace, values)
     install_s = release.install()
     ready_s = suite.cluster.wait_ready(namespace, NAME)
@@ -214,12 +210,12 @@ def test_what_is_scraped_is_what_rules_and_dashboards_ask_for(
     service: Service, cluster: Cluster, tmp_path: Path, record: Record
 ) -> None:
     """A Prometheus of the suite's own reads the pods as the PodMonitor says, with the PrometheusRule's rules."""
-    if scraping.binary() is None or not cluster.has_kind(*_MONITOR):
+    if scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
         pytest.skip("NOT RUN: no Prometheus is installed here, or the cluster has no kind PodMonitor")
     where = f"/apis/monitoring.coreos.com/v1/namespaces/{service.namespace}"
     (monitor,) = cluster.get(f"{where}/podmonitors")["items"]
     (rule,) = cluster.get(f"{where}/prometheusrules")["items"]
-    prometheus = scraping.Scraper(tmp_path, monitor, rule["spec"]["groups"])
+    prometheus = scraping.Scraper(cluster, tmp_path, monitor, rule["spec"]["groups"])
     try:
         seen = lambda: json.dumps(prometheus.get("targets")["activeTargets"])[:1500]  # noqa: E731
         (up,) = wait("a pod that is scraped", lambda: prometheus.query("up == 1"), 60, seen=seen)

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e import protocols
 from tests.e2e.cluster import Cluster, host_of, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import MODEL, OTHER_MODEL, Release, Values, of_model
+from tests.e2e.releases import MODEL, MONITORED, OTHER_MODEL, POD_MONITOR, Release, Values, of_model
 from tests.e2e.traffic import Count, Load, Target, fingerprint, percentile, within_three_sigma
 
 pytestmark = pytest.mark.needs("knative")
@@ -38,9 +38,10 @@ class Service:
 def service(suite: Suite) -> Iterator[Service]:
     """`chat` in Knative mode on one pod."""
     namespace = suite.namespace("kn")
-    release = suite.release(
-        "kn", namespace, {"cluster": {"deploymentMode": "Knative"}, "inferenceServices": {CHAT: of_model(MODEL)}}
-    )
+    values: Values = {"cluster": {"deploymentMode": "Knative"}, "inferenceServices": {CHAT: of_model(MODEL)}}
+    if suite.cluster.has_kind(*POD_MONITOR):
+        values["monitoring"] = MONITORED
+    release = suite.release("kn", namespace, values)
     release.install()
     took = suite.cluster.wait_ready(namespace, CHAT)
     yield Service(release, suite.target(namespace, CHAT), took)
