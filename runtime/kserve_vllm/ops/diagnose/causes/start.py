@@ -624,7 +624,7 @@ CAUSES = (
         ("kubectl -n $ns get pods -l serving.kserve.io/inferenceservice=$name -w",),
         _loading,
         DEGRADED,
-        explains=("not-ready",),
+        explains=("not-ready", "revision-image-or-config"),
         last_resort=True,
     ),
     Cause(
