@@ -27,6 +27,7 @@ class Count:
         who: complete answers by `system_fingerprint`, which differs between servers of different models.
         seconds: of each complete answer.
         first_s: of each complete stream, until its first token.
+        cut: how many of the lost ones were streams that had begun.
         refused: answers of a status in `expected` of the load.
     """
 
@@ -35,6 +36,7 @@ class Count:
     who: collections.Counter[str] = field(default_factory=collections.Counter)
     seconds: list[float] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
+    cut: int = 0
     refused: int = 0
 
     @property
@@ -212,7 +214,9 @@ class Load:
             elif status in self._expected:
                 self.count.refused += 1
             else:
-                what = {0: "a cut stream", -1: "no answer"}.get(status, f"status {status}")
+                cut = status == 0 or (status == -1 and bool(firsts))
+                what = "a cut stream" if cut else "no answer" if status == -1 else f"status {status}"
+                self.count.cut += cut
                 self.count.lost.append(f"+{began - self._began:.1f} s, after {took:.2f} s: {what}: {text[:200]}")
 
 
