@@ -213,6 +213,7 @@ CAUSES = (
             r"No model found in|is not a local folder and is not a valid model identifier|"
             r"Failed to fetch model\. The path or model (?P<what>.*) does not exist"
             r"|Invalid repository ID or local directory specified"
+            r"|--model (?P<path>/\S+): there is no such file or folder"
         ),
     ),
     Cause(
