@@ -110,10 +110,13 @@ def stores(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def scenarios(suite: Suite, stores: None) -> Mapping[str, Scenario]:
-    """All scenarios, each in a namespace of its own, some time after they were installed."""
+def scenarios(suite: Suite, stores: None, request: pytest.FixtureRequest) -> Mapping[str, Scenario]:
+    """All scenarios that were asked for, each in a namespace of its own, some time after they were installed."""
     made = {}
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     for n, path in enumerate(SCENARIOS):
+        if asked and NAMES[n] not in asked:
+            continue
         namespace = suite.namespace(f"sc{n}", {"pod-security.kubernetes.io/enforce": "privileged"})
         suite.cluster.forbid_pods(namespace)
         made[NAMES[n]] = Scenario(suite.release(f"sc{n}", namespace, yaml.safe_load(path.read_text()) or {}))

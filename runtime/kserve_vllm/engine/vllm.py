@@ -245,7 +245,7 @@ def _look_for_folders(args: argparse.Namespace) -> None:
         if isinstance(value, str) and value.startswith(("/", "./", "../")) and not Path(value).exists():
             raise ConfigError(
                 f"--{flag} {value}: there is no such file or folder here. In a pod, mount a volume with it or let "
-                "KServe fetch it (storageUri, which comes to /mnt/models); a model of the Hugging Face Hub is OWNER/NAME"
+                "KServe fetch it (storageUri, which comes to /mnt/models); a model of the Hugging Face Hub: OWNER/NAME"
             )
 
 
