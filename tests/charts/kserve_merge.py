@@ -2,7 +2,10 @@
 
 A model of the rules and not of the code: arguments are appended, environment merges by name, resources by
 key, volumes and mounts by name and path, ports by number; of a runtime's pod fields only a few reach the
-pod; placeholders of Go's templates are filled in the merged container alone.
+pod; placeholders of Go's templates are filled in the merged container alone. Several `storageUris` are written into
+the pod's template, a single `storageUri` is not: KServe's webhook for pods acts on that one.
+
+`make e2e` compares it with what the cluster's KServe writes, for each scenario of the chart.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import posixpath
 import re
 from typing import Any
 
@@ -29,6 +33,19 @@ PREDICTOR_FIELDS = {
 MODEL_FIELDS = {"modelFormat", "runtime", "runtimeVersion", "protocolVersion", "storageUri", "storage", "confidential"}
 _KEYS = {"env": "name", "volumeMounts": "mountPath", "ports": "containerPort", "volumes": "name",
          "imagePullSecrets": "name"}  # fmt: skip
+
+
+GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "intel.com/gpu", "habana.ai/gaudi")
+MODELS = "/mnt/models"
+"""Where KServe puts what it fetched, unless a mount path is named."""
+
+
+_HUGGING_FACE = {
+    "HF_HUB_ENABLE_HF_TRANSFER": "1",
+    "HF_XET_HIGH_PERFORMANCE": "1",
+    "HF_XET_NUM_CONCURRENT_RANGE_GETS": "8",
+}
+"""What KServe's storage initializer has in its environment wherever it fetches from."""
 
 
 class MergeError(Exception):
@@ -143,13 +160,58 @@ def pod(service: Document, runtime: Document) -> Document:
             **predictor.get("annotations", {}),
         },
     }
-    result = {"metadata": metadata, "spec": {**fields, "containers": [container]}}
+    others = [copy.deepcopy(c) for c in spec["containers"] if c["name"] != "kserve-container"]
+    containers = [container, *others, *copy.deepcopy(predictor.get("containers", []))]
+    result = {"metadata": metadata, "spec": {**fields, "containers": containers}}
     if "workerSpec" in predictor:
         tensor, pipeline = parallel_sizes(service, runtime)
         for name, value in _sizes(tensor, pipeline).items():
             _set_env(container, name, value)
-        _gpus(container, tensor)
+        # KServe adds them: what the runtime does not read, it must not fall over either.
+        _set_env(container, "MODEL_NAME", service["metadata"]["name"])
+        if predictor["model"].get("storageUri", "").partition("://")[0] in ("pvc", "oci"):
+            _set_env(container, "MODEL_DIR", MODELS)
+        _gpus(container, tensor, metadata["annotations"])
+    _fetch(result["spec"], predictor.get("storageUris", []))
     return result
+
+
+def _mount(spec: Document, container: Document, volume: Document, mount: Document) -> None:
+    """A mount and its volume, unless the container mounts that volume already."""
+    mounts = container.setdefault("volumeMounts", [])
+    if any(m["name"] == mount["name"] for m in mounts):
+        return
+    mounts.append(mount)
+    if all(v["name"] != volume["name"] for v in spec.setdefault("volumes", [])):
+        spec["volumes"].append(volume)
+
+
+def _fetch(spec: Document, uris: list[Document]) -> None:
+    """Several `storageUris`: claims are mounted, all else is fetched by one container before the start."""
+    container, fetched = spec["containers"][0], []
+    for source in uris:
+        at = source.get("mountPath", MODELS)
+        name = at.strip("/").replace("/", "-")
+        scheme, _, rest = source["uri"].partition("://")
+        if scheme == "pvc":
+            volume = {"name": name, "persistentVolumeClaim": {"claimName": rest.partition("/")[0]}}
+            _mount(spec, container, volume, {"name": name, "mountPath": at, "readOnly": True})
+        elif scheme.partition("+")[0] != "oci":
+            fetched.append((source["uri"], at))
+    if not fetched:
+        return
+    at = posixpath.commonpath([at for _, at in fetched])
+    name = at.strip("/").replace("/", "-")
+    initializer: Document = {
+        "name": "storage-initializer",
+        "args": [word for pair in fetched for word in pair],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "env": [{"name": name, "value": value} for name, value in _HUGGING_FACE.items()],
+    }
+    for target, read_only in ((container, True), (initializer, False)):
+        mount = {"name": name, "mountPath": at, **({"readOnly": True} if read_only else {})}
+        _mount(spec, target, {"name": name, "emptyDir": {}}, mount)
+    spec.setdefault("initContainers", []).append(initializer)
 
 
 def parallel_sizes(service: Document, runtime: Document) -> tuple[int, int]:
@@ -168,10 +230,14 @@ def _sizes(tensor: int, pipeline: int) -> dict[str, str]:
     }
 
 
-def _gpus(container: Document, count: int) -> None:
+def _gpus(container: Document, count: int, annotations: Document) -> None:
+    """The count of GPUs by the name that the container has for them: one of KServe's, or of an annotation's list."""
     resources = container.setdefault("resources", {})
+    known = [*GPU_RESOURCES, *json.loads(annotations.get("serving.kserve.io/gpu-resource-types", "[]"))]
+    asked = {**resources.get("limits", {}), **resources.get("requests", {})}
+    name = next((name for name in known if str(asked.get(name, "0")) != "0"), GPU_RESOURCES[0])
     for group in ("limits", "requests"):
-        resources.setdefault(group, {})["nvidia.com/gpu"] = str(count)
+        resources.setdefault(group, {})[name] = str(count)
 
 
 def ray_node_count(service: Document, runtime: Document) -> int:
@@ -197,7 +263,7 @@ def worker_pod(service: Document, runtime: Document) -> Document:
     }
     for key, value in extra.items():
         _set_env(container, key, value)
-    _gpus(container, tensor)
+    _gpus(container, tensor, service["metadata"].get("annotations", {}))
     return {**_pod_fields(theirs, own), "containers": [container]}
 
 
@@ -226,7 +292,11 @@ def knative_service(service: Document, template: Document) -> Document:
     if "scaleMetric" in predictor:
         annotations["autoscaling.knative.dev/metric"] = predictor["scaleMetric"]
     spec = {**template["spec"]}
-    for name, field in (("timeoutSeconds", "timeout"), ("containerConcurrency", "containerConcurrency")):
+    for name, field in (
+        ("timeoutSeconds", "timeout"),
+        ("responseStartTimeoutSeconds", "timeout"),
+        ("containerConcurrency", "containerConcurrency"),
+    ):
         if field in predictor:
             spec[name] = predictor[field]
     return {

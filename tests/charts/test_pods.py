@@ -457,6 +457,20 @@ def test_a_version_in_the_name_reaches_the_inferenceservices() -> None:
     assert isvc["spec"]["predictor"]["model"]["runtime"] == "kserve-vllm-gpu-0-1-0"
 
 
+def test_kserve_takes_runtimes_of_a_newer_version_beside_the_old_ones_and_chooses_them() -> None:
+    """It refuses two runtimes of one priority for a format."""
+    kept = {"versionInName": True, "keepOnUpgrade": True, "autoSelect": True}
+    seen: list[int] = []
+    for version in ("0.1.0", "0.1.1", "0.2.0-rc1", "0.10.0", "1.0.0", "v1.0.1"):
+        runtimes = of_kind(render({"runtimes": kept, "image": {"tag": version}}), "ClusterServingRuntime")
+        priorities = sorted(r["spec"]["supportedModelFormats"][0]["priority"] for r in runtimes.values())
+        assert not set(seen) & set(priorities)
+        assert len(set(priorities)) == 3
+        assert min(priorities) > max(seen, default=0)
+        seen += priorities
+    assert max(seen) < 2**31
+
+
 def test_runtimes_of_a_namespace_are_in_the_namespace_of_the_release() -> None:
     documents = render({"runtimes": {"scope": "Namespaced"}})
     assert not of_kind(documents, "ClusterServingRuntime")

@@ -266,6 +266,30 @@ def test_header_routes_come_before_the_default_and_streams_have_their_time() -> 
     assert {rule["timeouts"]["request"] for rule in spec["rules"]} == {"3600s"}
 
 
+@pytest.mark.parametrize("header", [None, "x-context"])
+def test_grpc_s_health_and_reflection_go_where_inference_goes(header: str | None) -> None:
+    route: Document = {"hosts": ["a.b"], "inferenceService": "chat"}
+    if header:
+        route |= {"headerRoutes": [{"header": header, "value": "long", "inferenceService": "chat"}]}
+    services = {
+        "inference.GRPCInferenceService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    values = {**standard(grpc={"enabled": True}), "routes": {"r": route}}
+    rules = of_kind(render(values), "HTTPRoute")["r-route"]["spec"]["rules"]
+    rules = [rule for rule in rules if rule["backendRefs"][0]["port"] == 8081]
+    assert len(rules) == (2 if header else 1)
+    for rule in rules:
+        assert {match["path"]["value"].strip("/") for match in rule["matches"]} == services
+    assert all(("headers" in match) == (header is not None) for match in rules[0]["matches"])
+    values["routes"] = {"r": {**route, "type": "Istio"}}
+    istio = of_kind(render(values), "VirtualService")["r-route"]["spec"]["http"][0]
+    assert {match["uri"]["prefix"].strip("/") for match in istio["match"]} == services
+    assert all(("headers" in match) == (header is not None) for match in istio["match"])
+
+
 def test_istio_routes_to_knative_by_the_host_that_its_gateway_knows() -> None:
     route = of_kind(render_ci(CI / "routes-istio-values.yaml"), "VirtualService")["small-route"]["spec"]["http"][0]
     assert route["rewrite"] == {"authority": "small-predictor.models.svc.cluster.local"}

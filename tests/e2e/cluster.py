@@ -167,8 +167,16 @@ class Cluster:
     @property
     def splits_standard_canary(self) -> bool:
         """Whether this KServe gives a canary in Standard mode its part: 0.20 makes its pods and no route to them."""
+        return self._kserve_is_at_least(0, 21)
+
+    @property
+    def deletes_workers(self) -> bool:
+        """Whether this KServe deletes the worker Deployment of a multi-node service again, as 0.20 does."""
+        return self._kserve_is_at_least(0, 20) and not self._kserve_is_at_least(0, 21)
+
+    def _kserve_is_at_least(self, major: int, minor: int) -> bool:
         match = re.match(r"(\d+)\.(\d+)", self.found.kserve)
-        return match is not None and (int(match[1]), int(match[2])) >= (0, 21)
+        return match is not None and (int(match[1]), int(match[2])) >= (major, minor)
 
     # -- Namespaces and what is in them -----------------------------------------------------------------------------
 
@@ -231,6 +239,15 @@ class Cluster:
                 left += [f"{plural}/{item['metadata']['name']}" for item in listing["items"]]
         return sorted(left)
 
+    def releases_outside(self) -> set[str]:
+        """Names of the helm releases of objects outside of namespaces."""
+        found = set()
+        for path, plural, namespaced, _ in self._resources():
+            if not namespaced:
+                listing = self.get(f"{path}/{plural}?labelSelector=app.kubernetes.io/instance") or {"items": []}
+                found |= {item["metadata"]["labels"]["app.kubernetes.io/instance"] for item in listing["items"]}
+        return found
+
     def delete_what_is_left_of(self, release: str) -> None:
         """Delete what a release has left outside of namespaces, having been told to keep it."""
         for path, plural, namespaced, _ in self._resources():
@@ -250,6 +267,10 @@ class Cluster:
                 where = f"{base}/namespaces/{namespace}" if resource["namespaced"] else base
                 return f"{where}/{resource['name']}"
         raise LookupError(f"the cluster has no kind {thing['kind']} of {version}")
+
+    def has_kind(self, version: str, kind: str) -> bool:
+        """Whether the cluster has a kind, such as `monitoring.coreos.com/v1`, `PodMonitor`."""
+        return any(resource["kind"] == kind for resource in self._kinds_of(f"/apis/{version}"))
 
     def apply(self, thing: Object, namespace: str) -> Object:
         """Write an object as `kubectl apply --server-side` does."""
@@ -385,6 +406,8 @@ class Cluster:
         out, err = session.read_stdout() or "", session.read_stderr() or ""
         code = session.returncode
         session.close()
+        # Where the other side had ended it, `close` leaves the socket open.
+        session.sock.shutdown()
         if code != 0:
             raise AssertionError(f"{command[:2]} in {pod} ended with {code}:\n{out[-2000:]}\n{err[-2000:]}")
         return out

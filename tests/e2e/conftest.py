@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -57,11 +58,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="file of results",
     )
     group.addoption("--streams", type=int, default=2000, help="streams of which none may be cut, in each mode")
+    group.addoption("--stream-minutes", type=float, default=0, help="how long one stream has to last; 0: not tried")
     group.addoption(
         "--released-chart",
         default=os.environ.get("E2E_RELEASED_CHART", ""),
         help="the chart as it was last released: folder, archive or oci://",
     )
+    group.addoption("--note", default="", help="what a reader of the results has to know of this cluster")
     group.addoption("--keep", action="store_true", help="leave everything in place at the end")
     group.addoption("--clean", action="store_true", help="remove what earlier runs have left, run nothing")
 
@@ -171,7 +174,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
     gateway = config.option.gateway or _gateway(cluster)
     gateways = {"Standard": gateway, "Knative": config.option.knative_gateway or gateway}
-    results = Results(config.option.results, cluster.found.versions(), image)
+    results = Results(config.option.results, cluster.found.versions(), image, config.option.note)
     config.stash[_SUITE] = Suite(cluster, image, gateways, results, config.option.keep)
 
 
@@ -186,6 +189,9 @@ def _gateway(cluster: Cluster) -> str:
 
 def _clean_all(cluster: Cluster) -> None:
     names = [n.metadata.name for n in cluster.core.list_namespace(label_selector=RUN_LABEL).items]
+    for release in {label for label in cluster.releases_outside() if re.match(r"e2e-[0-9a-f]{4}-", label)}:
+        # A run that was killed has left what helm was told to keep.
+        cluster.delete_what_is_left_of(release)
     releases = [(name, release) for name in names for release in helm("list", "--namespace", name, "--short").split()]
     for name, release in releases:
         helm("uninstall", release, "--namespace", name, "--wait", "--timeout", "180s")

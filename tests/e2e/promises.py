@@ -38,6 +38,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
             (f"{_OBJECTS}::test_a_scenario_is_taken_and_written",),
         ),
         Promise(
+            "KServe makes of each scenario the pods by which the chart's own tests judge it",
+            _CHART,
+            (f"{_OBJECTS}::test_kserve_s_workload_is_what_our_model_of_it_says",),
+        ),
+        Promise(
             "What the chart writes, no controller takes away or writes anew",
             _CHART,
             (f"{_OBJECTS}::test_what_the_chart_writes_stays_as_it_is",),
@@ -46,6 +51,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
             "An upgrade that changes no value restarts no model",
             _CHART,
             (f"{_OBJECTS}::test_an_upgrade_that_changes_nothing_restarts_nothing",),
+        ),
+        Promise(
+            "A new version's runtimes stand beside the old ones (`versionInName`, `keepOnUpgrade`, `autoSelect`)",
+            _CHART,
+            (f"{_OBJECTS}::test_runtimes_of_the_next_version_are_taken_beside_those_of_this_one",),
         ),
         Promise(
             "A release that is removed leaves nothing but what it was told to keep",
@@ -79,12 +89,23 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
             _README,
             (f"{_STANDARD}::test_every_protocol_from_inside_and_grpc",),
         ),
+        Promise("gRPC through the gateway", _README, (f"{_STANDARD}::test_grpc_through_the_gateway",)),
         Promise("Metrics of our own beside vLLM's", _README, (f"{_STANDARD}::test_metrics_from_inside",)),
+        Promise(
+            "Pods are scraped as the PodMonitor says; rules and dashboards find what was scraped",
+            _CHART,
+            (f"{_STANDARD}::test_what_is_scraped_is_what_rules_and_dashboards_ask_for",),
+        ),
         Promise("No stream is cut", _README, (f"{_STANDARD}::test_no_stream_is_cut",)),
         Promise(
             "A rolling upgrade under load loses no request",
             _CHART,
             (f"{_STANDARD}::test_an_upgrade_under_load_loses_nothing",),
+        ),
+        Promise(
+            "A canary that KServe would send no request is refused (KServe 0.20)",
+            _CHART,
+            (f"{_STANDARD}::test_a_canary_that_would_get_no_request_is_refused",),
         ),
         Promise("A canary loses no request", _CHART, (f"{_STANDARD}::test_a_canary_in_standard_mode_loses_nothing",)),
         Promise(
@@ -211,19 +232,12 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
         Promise("A service on a GPU gets ready", _CHART, (f"{_PLATFORM}::test_a_gpu_service_gets_ready",)),
         Promise("A model over several nodes", _CHART, lacks="nodes with GPUs"),
         Promise("KEDA scales pods by the engine's queue", _CHART, lacks="KEDA and a Prometheus that it asks"),
-        Promise(
-            "A PodMonitor is scraped; rules and dashboards find what was scraped", _CHART, lacks="Prometheus' operator"
-        ),
+        Promise("Prometheus' operator acts on PodMonitor and PrometheusRule", _CHART, lacks="Prometheus' operator"),
         Promise("A NetworkPolicy keeps others out", _CHART, lacks="a network that enforces policies"),
         Promise("Models from hubs, object stores, volumes and image registries", _CHART, lacks="a way out, or a store"),
         Promise("Istio's routes and the ejection of failing pods", _CHART, lacks="Istio"),
         Promise("Moderation, the queue by class and shared limits in Redis, on a cluster", _README, lacks="a case"),
-        Promise("A stream of 15 minutes is not cut", _README, lacks="a case"),
-        Promise(
-            "gRPC through the gateway in Standard mode",
-            _README,
-            lacks="a case: the Service's port is asked from inside",
-        ),
+        Promise("A stream of 15 minutes is not cut", _README, (f"{_PLATFORM}::test_a_stream_of_minutes_is_not_cut",)),
     ),
 }
 

@@ -104,10 +104,11 @@ def http(base: str, host: str, model: str, headers: dict[str, str] | None = None
     return took
 
 
-def grpc(address: str, model: str, host: str | None = None) -> dict[str, float]:
-    """Ask over gRPC: health, reflection, metadata, infer; milliseconds of each by its name.
+def grpc(address: str, model: str, authority: str = "") -> dict[str, float]:
+    """Ask over gRPC: health, reflection, metadata, infer, a stream; milliseconds of each by its name.
 
-    `host` is the service's, where the address is a gateway's.
+    Args:
+        address: of the port, or of a gateway that knows the service by `authority`.
     """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -125,7 +126,8 @@ def grpc(address: str, model: str, host: str | None = None) -> dict[str, float]:
     file_spec.loader.exec_module(pb)
 
     took: dict[str, float] = {}
-    with grpc.insecure_channel(address, [("grpc.default_authority", host)] if host else None) as channel:
+    options = [("grpc.default_authority", authority)] if authority else []
+    with grpc.insecure_channel(address, options) as channel:
 
         def call(name: str, method: str, request: Any, answer: Any) -> Any:
             began = time.monotonic()

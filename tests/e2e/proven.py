@@ -103,8 +103,10 @@ def _clusters(cases: Iterable[Case]) -> list[str]:
             f"gateway {has['gateway_controller'] or 'none'}",
         )
         size = f"nodes: {has['nodes']}, CPUs: {has['cpus']:g}, GPUs: {has['gpus']}"
+        note = f" ({case['at']['note']})" if case["at"].get("note") else ""
         lines.add(
-            f"- {', '.join(versions)}; {size}; {', '.join(extras) or 'without KEDA, Prometheus and resource metrics'}"
+            f"- {', '.join(versions)}; {size}; "
+            f"{', '.join(extras) or 'without KEDA, Prometheus and resource metrics'}{note}"
         )
     return sorted(lines)
 

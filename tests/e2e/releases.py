@@ -22,6 +22,13 @@ OTHER_MODEL = MODEL.removesuffix("model") + "draft"
 
 Values = dict[str, Any]
 
+POD_MONITOR = ("monitoring.coreos.com/v1", "PodMonitor")
+"""Version and kind that a cluster has to have for `MONITORED`, the chart's `monitoring` block."""
+MONITORED: Values = {
+    "podMonitor": {"enabled": True, "interval": "5s", "anyNamespace": False},
+    "prometheusRule": {"enabled": True},
+}
+
 
 class HelmFailed(AssertionError):
     """Helm ended with another code than 0; the text is what it wrote."""
@@ -93,10 +100,6 @@ def small(**changes: Any) -> Values:
 def of_model(path: str, **changes: Any) -> Values:
     """The same of a model in a folder of the image."""
     return merged(small(demo=False, model=path), changes)
-
-
-KNATIVE = {"annotations": {"features.knative.dev/http-full-duplex": "Enabled"}}
-"""Without it Knative's proxies, which are Go's, end a stream whose request they take for unread."""
 
 
 class Release:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 from collections.abc import Mapping
@@ -32,18 +33,19 @@ class Results:
         path: the file; made if it is not there.
         versions: what the cluster has, see `Found.versions`.
         image: the runtime's image.
+        note: what a reader has to know of the cluster.
     """
 
-    def __init__(self, path: Path, versions: Mapping[str, Any], image: str) -> None:
+    def __init__(self, path: Path, versions: Mapping[str, Any], image: str, note: str = "") -> None:
         self.path = path
-        self._tree: Tree = json.loads(path.read_text()) if path.exists() else {"runs": {}, "cases": {}}
         now = datetime.now(UTC)
         self._run = now.strftime("%Y%m%dT%H%M%SZ")
-        self._tree["runs"][self._run] = {
+        self._about = {
             "date": now.strftime("%Y-%m-%d"),
             "commit": commit(),
             "image": image,
             "cluster": dict(versions),
+            **({"note": note} if note else {}),
         }
 
     def write(self, case: str, outcome: str, seconds: float, figures: Mapping[str, Any], reason: str = "") -> None:
@@ -55,14 +57,22 @@ class Results:
             figures: what was seen, by words for it.
             reason: of a skip or failure.
         """
-        cases = self._tree["cases"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs at once, such as one of a stream of minutes beside the others, write into one file.
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._write(case, outcome, seconds, figures, reason)
+
+    def _write(self, case: str, outcome: str, seconds: float, figures: Mapping[str, Any], reason: str) -> None:
+        tree: Tree = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}, "cases": {}}
+        tree["runs"][self._run] = self._about
+        cases = tree["cases"]
         if outcome == "skipped" and cases.get(case, {}).get("outcome") in ("passed", "failed"):
             return
         cases[case] = {"outcome": outcome, "seconds": round(seconds, 1), "run": self._run, "figures": dict(figures)}
         if reason:
             cases[case]["reason"] = reason
         used = {c["run"] for c in cases.values()}
-        self._tree["runs"] = {run: what for run, what in self._tree["runs"].items() if run in used or run == self._run}
-        self._tree["cases"] = dict(sorted(cases.items()))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self._tree, indent=1, ensure_ascii=False) + "\n")
+        tree["runs"] = {run: what for run, what in tree["runs"].items() if run in used}
+        tree["cases"] = dict(sorted(cases.items()))
+        self.path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")

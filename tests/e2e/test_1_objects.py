@@ -18,6 +18,7 @@ import yaml
 from kubernetes.client.exceptions import ApiException
 from kubernetes.utils.quantity import parse_quantity
 
+from tests.charts import kserve_merge
 from tests.e2e.cluster import Cluster, Object, wait
 from tests.e2e.conftest import Record, Suite
 from tests.e2e.releases import CATALOGUE, CHART, SCENARIOS, HelmFailed, Release, helm
@@ -83,11 +84,39 @@ def _install(cluster: Cluster, scenario: Scenario) -> None:
         scenario.problem = str(error)
 
 
+# What the scenario `storage` names, and every cluster has its own of.
+_MODELSCOPE: Object = {
+    "apiVersion": "serving.kserve.io/v1alpha1",
+    "kind": "ClusterStorageContainer",
+    "metadata": {"name": "modelscope"},
+    "spec": {
+        "container": {"name": "storage-initializer", "image": "registry.invalid/modelscope-initializer:1"},
+        "supportedUriFormats": [{"prefix": "ms://"}],
+        "workloadType": "initContainer",
+    },
+}
+
+
 @pytest.fixture(scope="module")
-def scenarios(suite: Suite) -> Mapping[str, Scenario]:
-    """All scenarios, each in a namespace of its own, some time after they were installed."""
+def stores(cluster: Cluster) -> Iterator[None]:
+    """A ClusterStorageContainer of the name that a scenario has, unless the cluster has one."""
+    path = f"{cluster.path_of(_MODELSCOPE, '')}/{_MODELSCOPE['metadata']['name']}"
+    ours = cluster.get(path) is None
+    if ours:
+        cluster.apply(_MODELSCOPE, "")
+    yield
+    if ours:
+        cluster.delete(_MODELSCOPE, "")
+
+
+@pytest.fixture(scope="module")
+def scenarios(suite: Suite, stores: None, request: pytest.FixtureRequest) -> Mapping[str, Scenario]:
+    """All scenarios that were asked for, each in a namespace of its own, some time after they were installed."""
     made = {}
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     for n, path in enumerate(SCENARIOS):
+        if asked and NAMES[n] not in asked:
+            continue
         namespace = suite.namespace(f"sc{n}", {"pod-security.kubernetes.io/enforce": "privileged"})
         suite.cluster.forbid_pods(namespace)
         made[NAMES[n]] = Scenario(suite.release(f"sc{n}", namespace, yaml.safe_load(path.read_text()) or {}))
@@ -136,7 +165,7 @@ def _wait_written(cluster: Cluster, namespace: str, isvc: Object) -> None:
     wait(
         f"workload of {name}",
         lambda: _written(cluster, namespace, isvc),
-        30,
+        120,
         seen=lambda: cluster.story(namespace, name),
     )
 
@@ -173,6 +202,70 @@ def test_what_the_chart_writes_stays_as_it_is(scenarios: Mapping[str, Scenario],
     assert not wrong, "\n".join(wrong)
 
 
+def _differences(have: Any, want: Any, at: str = "") -> list[str]:
+    """Where `have`, in which a server has written its defaults, does not hold what `want` does."""
+    if isinstance(want, dict) and isinstance(have, dict):
+        return [line for key, value in want.items() for line in _differences(have.get(key), value, f"{at}.{key}")]
+    if isinstance(want, list) and isinstance(have, list) and len(have) == len(want):
+        return [line for n, value in enumerate(want) for line in _differences(have[n], value, f"{at}[{n}]")]
+    # What is empty the server may leave out.
+    return [] if _same(have, want) or not (have or want) else [f"{at}: {have!r}, and the model says {want!r}"]
+
+
+def _sorted_env(template: Object) -> Object:
+    """The same with environment and volumes by name and mounts by path: their order says nothing here."""
+    spec = template["spec"]
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        # By name alone: what refers to another variable keeps its place by what the chart's own tests hold.
+        container["env"] = sorted(container.get("env", []), key=lambda item: item["name"])
+        container["volumeMounts"] = sorted(container.get("volumeMounts", []), key=lambda item: item["mountPath"])
+    spec["volumes"] = sorted(spec.get("volumes", []), key=lambda item: item["name"])
+    return template
+
+
+def _modelled(isvc: Object, runtime: Object) -> dict[str, Object]:
+    """Path below the namespace, and pod template (of a Knative Service its revision's), as our model has them."""
+    template = kserve_merge.pod(isvc, runtime)
+    if _is_knative(isvc):
+        service = kserve_merge.knative_service(isvc, template)
+        return {f"serving.knative.dev/v1 services {service['metadata']['name']}": service["spec"]["template"]}
+    variant = isvc["spec"]["predictor"].get("name", "")
+    name = "-".join(part for part in (isvc["metadata"]["name"], variant, "predictor") if part)
+    labels = {**template["metadata"]["labels"], "app": f"isvc.{name}"}
+    made = {f"apps/v1 deployments {name}": {**template, "metadata": {**template["metadata"], "labels": labels}}}
+    if "workerSpec" in isvc["spec"]["predictor"]:
+        made[f"apps/v1 deployments {name}-worker"] = {"spec": kserve_merge.worker_pod(isvc, runtime)}
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kserve_s_workload_is_what_our_model_of_it_says(
+    scenarios: Mapping[str, Scenario], cluster: Cluster, record: Record, name: str
+) -> None:
+    """The chart's tests judge pods by `tests/charts/kserve_merge.py`: here it is judged by KServe itself."""
+    scenario = _usable(scenarios, name)
+    runtimes = {o["metadata"]["name"]: o for o in scenario.objects if o["kind"].endswith("ServingRuntime")}
+    wrong, compared = [], 0
+    for isvc in (o for o in scenario.objects if o["kind"] == "InferenceService"):
+        runtime = runtimes.get(isvc["spec"]["predictor"]["model"]["runtime"])
+        if runtime is None:
+            continue
+        isvc["metadata"]["namespace"] = scenario.release.namespace
+        for where, template in _modelled(isvc, runtime).items():
+            base, plural, workload = where.split()
+            live = cluster.get(f"/apis/{base}/namespaces/{scenario.release.namespace}/{plural}/{workload}")
+            if live is None and workload.endswith("-worker") and cluster.deletes_workers:
+                record("workers not compared", f"KServe {cluster.found.kserve} deletes them at every reconcile")
+                continue
+            if live is None:
+                wrong.append(f"{where} is not there")
+                continue
+            wrong += _differences(_sorted_env(live["spec"]["template"]), _sorted_env(template), workload)
+            compared += 1
+    record("workloads compared", compared)
+    assert not wrong, "\n".join(wrong)
+
+
 def test_an_upgrade_that_changes_nothing_restarts_nothing(
     scenarios: Mapping[str, Scenario], cluster: Cluster, record: Record
 ) -> None:
@@ -192,6 +285,34 @@ def test_an_upgrade_that_changes_nothing_restarts_nothing(
         changed = [line for lines in pool.map(upgrade, usable) for line in lines]
     record("scenarios", len(usable))
     assert not changed, changed
+
+
+def test_runtimes_of_the_next_version_are_taken_beside_those_of_this_one(
+    suite: Suite, cluster: Cluster, record: Record
+) -> None:
+    """Chosen by format, kept on upgrade: KServe refuses two of one priority."""
+    path = next(path for path in SCENARIOS if path.name == "versioned-runtimes-values.yaml")
+    values = {"runtimes": yaml.safe_load(path.read_text())["runtimes"]}
+    release = suite.release("next", suite.namespace("next"), values)
+    runtimes = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes"
+    listed = f"{runtimes}?labelSelector=app.kubernetes.io/instance={release.name}"
+    priorities: dict[str, int] = {}
+    for version in ("98.0.0", "98.0.1", "98.1.0"):
+        release.values["image"] = {**release.values["image"], "tag": version}
+        if release.installed:
+            release.upgrade()
+        else:
+            release.install()
+        priorities = {
+            item["metadata"]["name"]: item["spec"]["supportedModelFormats"][0]["priority"]
+            for item in cluster.get(listed)["items"]
+        }
+    record("runtimes of three versions", len(priorities))
+    of_cpu = [priority for name, priority in sorted(priorities.items()) if "-cpu-" in name]
+    assert len(priorities) == 6
+    assert of_cpu == sorted(of_cpu)
+    release.uninstall()
+    cluster.delete_what_is_left_of(release.name)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +394,10 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
                 wrong.append(f"{path.relative_to(CATALOGUE)}: {str(getattr(error, 'body', error))[:600]}")
         for thing in applied:
             cluster.delete(thing, catalogue)
+        # The canary's steps of the two modes bear one name.
+        names = {thing["metadata"]["name"] for thing in applied if thing["kind"] == "InferenceService"}
+        gone = lambda names=names: not names & {s["metadata"]["name"] for s in cluster.isvcs(catalogue)}  # noqa: E731
+        wait("its services removed", gone, 60)
     wait(
         "the catalogue removed",
         lambda: set(cluster.left_in(catalogue)) <= before,

@@ -7,21 +7,27 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import httpx
+import numpy
 import pytest
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
-from tests.e2e import protocols
+from tests import triton
+from tests.e2e import protocols, scraping
 from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import MODEL, OTHER_MODEL, Release, of_model
+from tests.e2e.releases import CHART, MODEL, MONITORED, OTHER_MODEL, POD_MONITOR, HelmFailed, Release, Values, of_model
 from tests.e2e.traffic import Count, Load, Target, ask, fingerprint, percentile, within_three_sigma
 
 NAME = "chat"
 LONG_TOKENS = 1500
 """A stream of some ten seconds on one core; the model's context ends at 2048."""
+
+DASHBOARDS = sorted((CHART / "files" / "dashboards").glob("*.json"))
 
 # Run in the serving container, whose first process is the runtime. Prints the pid that it has ended.
 _KILL_ENGINE = """
@@ -58,14 +64,24 @@ class Service:
         return self.release.namespace
 
 
+def _route_host(namespace: str) -> str:
+    """Host of the chart's own route."""
+    return f"route-{namespace}.example.com"
+
+
 @pytest.fixture(scope="module")
 def service(suite: Suite) -> Iterator[Service]:
     """`chat` in Standard mode with gRPC, on one pod, in a namespace in which Pod Security is `restricted`."""
     namespace = suite.namespace("std")
-    values = {
+    values: Values = {
         "cluster": {"deploymentMode": "Standard", "gatewayAPI": suite.cluster.found.gateway_api},
         "inferenceServices": {NAME: of_model(MODEL, grpc={"enabled": True})},
     }
+    if suite.cluster.found.gateway_api:
+        # KServe's own route carries HTTP alone; the chart's carries gRPC too.
+        values["routes"] = {NAME: {"hosts": [_route_host(namespace)], "inferenceService": NAME}}
+    if suite.cluster.has_kind(*POD_MONITOR):
+        values["monitoring"] = MONITORED
     release = suite.release("std", namespace, values)
     install_s = release.install()
     ready_s = suite.cluster.wait_ready(namespace, NAME)
@@ -152,6 +168,24 @@ def test_every_protocol_from_inside_and_grpc(service: Service, inside: Callable[
     record("of them over gRPC", sum(name.startswith("gRPC") for name in took))
 
 
+@pytest.mark.needs("gateway")
+def test_grpc_through_the_gateway(service: Service, record: Record) -> None:
+    """Over the chart's route: KServe's has HTTP alone. Health and reflection too, by Python's client and Triton's."""
+    address, host = httpx.URL(service.target.base).netloc.decode(), _route_host(service.namespace)
+    assert ask(replace(service.target, host=host), "/v2/health/ready").status_code == 200
+    record("questions answered", len(protocols.grpc(address, NAME, host)))
+    arguments = [("grpc.default_authority", host)]
+    with triton.client.InferenceServerClient(address, channel_args=arguments) as client:
+        assert client.is_server_live()
+        assert client.is_model_ready(NAME)
+        text = triton.client.InferInput("text_input", [1], "BYTES")
+        text.set_data_from_numpy(numpy.array([protocols.SUM.encode()], dtype=object))
+        answer = client.infer(NAME, [text], parameters={"temperature": "0", "max_tokens": 16})
+        said = answer.as_numpy("text_output")[0].decode()
+        record("Triton's client is answered", said.strip()[:60])
+        assert protocols.ANSWER in said
+
+
 def test_metrics_from_inside(service: Service, inside: Callable[..., str], record: Record) -> None:
     host = f"{NAME}-predictor.{service.namespace}.svc.cluster.local"
     text = inside(f"import httpx; print(httpx.get('http://{host}/metrics', timeout=30).text)")
@@ -160,11 +194,60 @@ def test_metrics_from_inside(service: Service, inside: Callable[..., str], recor
     record("families of metrics", text.count("# TYPE "))
 
 
+def _panels() -> dict[str, str]:
+    """Queries of the chart's dashboards with everything selected, by dashboard, panel and letter."""
+    found = {}
+    for path in DASHBOARDS:
+        for panel in json.loads(path.read_text())["panels"]:
+            for target in panel["targets"]:
+                query = target["expr"].replace("$__rate_interval", "1m")
+                query = query.replace("$namespace", ".*").replace("$inferenceservice", ".*")
+                found[f"{path.stem}: {panel['title']} {target['refId']}"] = query
+    return found
+
+
+def test_what_is_scraped_is_what_rules_and_dashboards_ask_for(
+    service: Service, cluster: Cluster, tmp_path: Path, record: Record
+) -> None:
+    """A Prometheus of the suite's own reads the pods as the PodMonitor says, with the PrometheusRule's rules."""
+    if scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
+        pytest.skip("NOT RUN: no Prometheus is installed here, or the cluster has no kind PodMonitor")
+    where = f"/apis/monitoring.coreos.com/v1/namespaces/{service.namespace}"
+    (monitor,) = cluster.get(f"{where}/podmonitors")["items"]
+    (rule,) = cluster.get(f"{where}/prometheusrules")["items"]
+    prometheus = scraping.Scraper(cluster, tmp_path, monitor, rule["spec"]["groups"])
+    try:
+        seen = lambda: json.dumps(prometheus.get("targets")["activeTargets"])[:1500]  # noqa: E731
+        (up,) = wait("a pod that is scraped", lambda: prometheus.query("up == 1"), 60, seen=seen)
+        with Load(service.target, workers=3):
+            wait("rates", lambda: prometheus.query("sum(rate(kserve_vllm_requests_total[1m])) > 0"), 60)
+            time.sleep(25)
+        labels = {name: up["metric"].get(name) for name in ("namespace", "inferenceservice", "revision")}
+        record("labels of what is scraped", labels)
+        assert labels == {
+            "namespace": service.namespace,
+            "inferenceservice": NAME,
+            "revision": f"{NAME}-predictor",
+        }
+        rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+        bad = [f"{rule['name']}: {rule.get('lastError')}" for rule in rules if rule["health"] != "ok"]
+        record("rules evaluated", len(rules))
+        record("alerts that fire", sorted(r["name"] for r in rules if r.get("state") == "firing") or "none")
+        panels = {name: bool(prometheus.query(query)) for name, query in _panels().items()}
+        record("queries of dashboards with data", f"{sum(panels.values())} of {len(panels)}")
+        record("without", ", ".join(sorted(name for name, found in panels.items() if not found)) or "none")
+        assert not bad, bad
+        assert sum(panels.values()) > len(panels) / 2, panels
+    finally:
+        prometheus.stop()
+
+
 @pytest.mark.needs("gateway")
 def test_no_stream_is_cut(service: Service, request: pytest.FixtureRequest, record: Record) -> None:
     count = Load(service.target, workers=4, count=request.config.option.streams, stream=True).run(600)
     record("streams whole", count.whole)
-    record("cut or lost", len(count.lost))
+    record("cut", count.cut)
+    record("not answered", len(count.lost) - count.cut)
     record("median, seconds", percentile(count.seconds, 0.5))
     assert not count.lost, count.lost[:5]
     assert count.whole == request.config.option.streams
@@ -300,11 +383,28 @@ def test_a_container_killed_for_memory_comes_back(service: Service, cluster: Clu
     record("seconds to Ready again", time.monotonic() - began)
 
 
+@pytest.mark.needs("gateway")
+def test_a_canary_that_would_get_no_request_is_refused(service: Service, cluster: Cluster, record: Record) -> None:
+    """KServe 0.20 starts a Standard canary's pods and sends them nothing: the chart looks the version up."""
+    if cluster.splits_standard_canary:
+        pytest.skip(f"NOT RUN: KServe {cluster.found.kserve} gives a canary in Standard mode its part")
+    values = {"inferenceServices": {NAME: {"canary": {"percent": 10, "model": OTHER_MODEL}}}}
+    before = service.release.values
+    with pytest.raises(HelmFailed) as refused:
+        service.release.upgrade(values)
+    service.release.values = before
+    said = next(line for line in str(refused.value).splitlines() if "sends no traffic" in line)
+    record("helm says", said.strip())
+    assert ask(service.target, "/v2/health/ready").status_code == 200
+
+
 @pytest.fixture(scope="module")
 def canary(service: Service, cluster: Cluster) -> str:
     """A canary at 10 %, ready; the fingerprint of the stable model."""
+    if not cluster.splits_standard_canary:
+        pytest.skip(f"NOT RUN: KServe {cluster.found.kserve} routes nothing to a canary in Standard mode; 0.21 does")
     stable = fingerprint(service.target)
-    canary = {"percent": 10, "model": OTHER_MODEL, "name": "canary", "replicas": 1}
+    canary = {"percent": 10, "model": OTHER_MODEL, "replicas": 1}
     service.release.upgrade({"inferenceServices": {NAME: {"canary": canary}}})
     name = f"{NAME}-canary-predictor"
     wait(
@@ -331,9 +431,7 @@ def test_a_canary_in_standard_mode_loses_nothing(service: Service, canary: str, 
 
 
 @pytest.mark.needs("gateway")
-def test_canary_shares_in_standard_mode(service: Service, canary: str, cluster: Cluster, record: Record) -> None:
-    if not cluster.splits_standard_canary:
-        pytest.skip(f"NOT RUN: KServe {cluster.found.kserve} routes nothing to a canary in Standard mode; 0.21 does")
+def test_canary_shares_in_standard_mode(service: Service, canary: str, record: Record) -> None:
     for percent in (10, 0, 50, 100):
         service.release.upgrade({"inferenceServices": {NAME: {"canary": {"percent": percent}}}})
         time.sleep(3)

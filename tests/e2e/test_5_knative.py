@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 import pytest
 
 from tests.e2e import protocols
 from tests.e2e.cluster import Cluster, host_of, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import KNATIVE, MODEL, OTHER_MODEL, Release, Values, merged, of_model
+from tests.e2e.releases import MODEL, MONITORED, OTHER_MODEL, POD_MONITOR, Release, Values, of_model
 from tests.e2e.traffic import Count, Load, Target, fingerprint, percentile, within_three_sigma
 
 pytestmark = pytest.mark.needs("knative")
@@ -33,17 +34,14 @@ class Service:
         return self.release.namespace
 
 
-def _chat(**changes: object) -> Values:
-    return of_model(MODEL, **merged(KNATIVE, changes))
-
-
 @pytest.fixture(scope="module")
 def service(suite: Suite) -> Iterator[Service]:
     """`chat` in Knative mode on one pod."""
     namespace = suite.namespace("kn")
-    release = suite.release(
-        "kn", namespace, {"cluster": {"deploymentMode": "Knative"}, "inferenceServices": {CHAT: _chat()}}
-    )
+    values: Values = {"cluster": {"deploymentMode": "Knative"}, "inferenceServices": {CHAT: of_model(MODEL)}}
+    if suite.cluster.has_kind(*POD_MONITOR):
+        values["monitoring"] = MONITORED
+    release = suite.release("kn", namespace, values)
     release.install()
     took = suite.cluster.wait_ready(namespace, CHAT)
     yield Service(release, suite.target(namespace, CHAT), took)
@@ -61,7 +59,10 @@ def zero(suite: Suite) -> Iterator[Service]:
         "target": 2,
         "knative": {"windowSeconds": 20, "targetUtilizationPercentage": 100, "scaleToZeroRetentionSeconds": 0},
     }
-    values = {"cluster": {"deploymentMode": "Knative"}, "inferenceServices": {ZERO: _chat(autoscaling=scaling)}}
+    values = {
+        "cluster": {"deploymentMode": "Knative"},
+        "inferenceServices": {ZERO: of_model(MODEL, autoscaling=scaling)},
+    }
     release = suite.release("zero", namespace, values)
     release.install()
     took = suite.cluster.wait_ready(namespace, ZERO)
@@ -113,7 +114,8 @@ def test_every_protocol_through_knative_s_proxies(service: Service, record: Reco
 def test_no_stream_is_cut_in_knative_mode(service: Service, request: pytest.FixtureRequest, record: Record) -> None:
     count = Load(service.target, workers=4, count=request.config.option.streams, stream=True).run(700)
     record("streams whole", count.whole)
-    record("cut or lost", len(count.lost))
+    record("cut", count.cut)
+    record("not answered", len(count.lost) - count.cut)
     record("median, seconds", percentile(count.seconds, 0.5))
     assert not count.lost, count.lost[:5]
     assert count.whole == request.config.option.streams
@@ -163,9 +165,9 @@ def test_a_canary_that_never_gets_ready_takes_no_request(service: Service, clust
 
 
 def test_canary_shares_in_knative_mode(service: Service, cluster: Cluster, record: Record) -> None:
-    """0, 10, 50 and 100 %, promoted; one load of the new model for all of it."""
+    """0, 1, 10, 50 and 100 %, promoted; one load of the new model for all of it."""
     stable, before = fingerprint(service.target), set(_revisions(cluster, service))
-    for percent in (0, 10, 50, 100):
+    for percent in (0, 1, 10, 50, 100):
         with Load(service.target, workers=1, tokens=4, pause_s=0.2) as meanwhile:
             _change(cluster, service, {"percent": percent, "model": OTHER_MODEL})
         assert not meanwhile.count.lost, meanwhile.count.lost[:5]
@@ -249,10 +251,23 @@ def test_to_zero_and_from_zero_with_ten_at_once(zero: Service, cluster: Cluster,
     began = time.monotonic()
     wait("no pod", lambda: _pods(cluster, zero) == 0, 300, seen=lambda: cluster.story(zero.namespace, ZERO))
     record("seconds to no pod", time.monotonic() - began)
-    count = Load(zero.target, workers=10, count=10, tokens=8).run(300)
+    asked = datetime.now(UTC)
+    count = Load(zero.target, workers=10, count=10, tokens=8, stream=True).run(300)
     record("asked at once from zero", count.sent)
     record("answered", count.whole)
-    record("the first after, seconds", min(count.seconds, default=0.0))
-    record("the last after, seconds", max(count.seconds, default=0.0))
+    record(
+        "the request held, until its pod was made, scheduled, started, ready; seconds", _phases(cluster, zero, asked)
+    )
+    record("until the first token; seconds", min(count.first_s, default=0.0))
+    record("until the last answer was whole; seconds", max(count.seconds, default=0.0))
     assert not count.lost, count.lost
     assert count.whole == 10
+
+
+def _phases(cluster: Cluster, service: Service, since: datetime) -> str:
+    """Seconds from `since` to each step of the first pod's start, as Kubernetes has put them down (whole seconds)."""
+    pod = min(cluster.pods(service.namespace, ZERO), key=lambda p: p.metadata.creation_timestamp)
+    status = next(s for s in pod.status.container_statuses if s.name == "kserve-container")
+    at = {c.type: c.last_transition_time for c in pod.status.conditions}
+    times = (pod.metadata.creation_timestamp, at["PodScheduled"], status.state.running.started_at, at["Ready"])
+    return ", ".join(f"{max(0.0, (t - since).total_seconds()):.0f}" for t in times)

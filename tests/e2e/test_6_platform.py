@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
 from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import merged, small
-from tests.e2e.traffic import Load
+from tests.e2e.releases import MODEL, merged, of_model, small
+from tests.e2e.traffic import PROMPT, Load
 
 NAME = "chat"
 
@@ -72,4 +73,42 @@ def test_a_gpu_service_gets_ready(suite: Suite, cluster: Cluster, record: Record
     )
     release.install()
     record("seconds to Ready", cluster.wait_ready(namespace, NAME, 850))
+    release.uninstall()
+
+
+@pytest.mark.timeout(3600)
+def test_a_stream_of_minutes_is_not_cut(
+    suite: Suite, cluster: Cluster, request: pytest.FixtureRequest, record: Record
+) -> None:
+    """A context longer than the demo model was trained for: what it writes is nonsense, and it writes on and on."""
+    minutes = request.config.option.stream_minutes
+    if not minutes:
+        pytest.skip("NOT RUN: it takes minutes and a core of its own (--stream-minutes 15)")
+    namespace = suite.namespace("long")
+    mode = "Knative" if cluster.found.knative else "Standard"
+    tokens = 120_000
+    override = json.dumps({"max_position_embeddings": 2 * tokens})
+    long = of_model(
+        MODEL, extraArgs=["--enforce-eager", "--max-model-len", str(2 * tokens), "--hf-overrides", override]
+    )
+    release = suite.release("long", namespace, {"cluster": {"deploymentMode": mode}, "inferenceServices": {NAME: long}})
+    release.install()
+    cluster.wait_ready(namespace, NAME)
+    target = suite.target(namespace, NAME)
+    began, pieces, last, longest = time.monotonic(), 0, time.monotonic(), 0.0
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    with target.client(120) as client, client.stream("POST", "/openai/v1/completions", json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        for line in answer.iter_lines():
+            now = time.monotonic()
+            longest, last, pieces = max(longest, now - last), now, pieces + line.startswith("data: {")
+            if now - began > minutes * 60:
+                break
+            assert "[DONE]" not in line, f"all {tokens} tokens were written after {now - began:.0f} s"
+    took = time.monotonic() - began
+    record("mode", mode)
+    record("minutes", took / 60)
+    record("tokens", pieces)
+    record("longest pause, seconds", longest)
+    assert took >= minutes * 60, f"cut after {took:.0f} s and {pieces} tokens"
     release.uninstall()

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,8 @@ class Count:
         lost: every other request: when it was sent and what happened.
         who: complete answers by `system_fingerprint`, which differs between servers of different models.
         seconds: of each complete answer.
+        first_s: of each complete stream, until its first token.
+        cut: how many of the lost ones were streams that had begun.
         refused: answers of a status in `expected` of the load.
     """
 
@@ -32,6 +35,8 @@ class Count:
     lost: list[str] = field(default_factory=list)
     who: collections.Counter[str] = field(default_factory=collections.Counter)
     seconds: list[float] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    cut: int = 0
     refused: int = 0
 
     @property
@@ -73,8 +78,12 @@ class Target:
         tokens: int = 16,
         exactly: bool = False,
         prompt: str = PROMPT,
+        on_first: Callable[[], None] | None = None,
     ) -> tuple[int, str, str]:
         """One completion: (status, fingerprint, text). Status 0 is a stream that ended early.
+
+        Args:
+            on_first: called when the first token of a stream is there.
 
         Raises:
             httpx.HTTPError: no answer, or one that was cut.
@@ -106,6 +115,8 @@ class Target:
                     if "error" in event:
                         return 0, "", data
                     fingerprint = event.get("system_fingerprint") or fingerprint
+                    if on_first is not None and not pieces:
+                        on_first()
                     for choice in event["choices"]:
                         text += choice["text"]
                         pieces += 1
@@ -182,10 +193,14 @@ class Load:
                 self._stop.wait(self._pause_s)
 
     def _ask(self, client: httpx.Client, stream: bool) -> None:
-        began = time.monotonic()
+        began, firsts = time.monotonic(), list[float]()
         try:
             status, fingerprint, text = self._target.completion(
-                client, stream=stream, tokens=self._tokens, exactly=self._exactly
+                client,
+                stream=stream,
+                tokens=self._tokens,
+                exactly=self._exactly,
+                on_first=lambda: firsts.append(time.monotonic() - began),
             )
         except (httpx.HTTPError, ValueError, KeyError) as error:
             status, fingerprint, text = -1, "", f"{type(error).__name__}: {error}"
@@ -195,10 +210,13 @@ class Load:
                 self.count.whole += 1
                 self.count.who[fingerprint] += 1
                 self.count.seconds.append(took)
+                self.count.first_s += firsts
             elif status in self._expected:
                 self.count.refused += 1
             else:
-                what = {0: "a cut stream", -1: "no answer"}.get(status, f"status {status}")
+                cut = status == 0 or (status == -1 and bool(firsts))
+                what = "a cut stream" if cut else "no answer" if status == -1 else f"status {status}"
+                self.count.cut += cut
                 self.count.lost.append(f"+{began - self._began:.1f} s, after {took:.2f} s: {what}: {text[:200]}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.config.settings import Settings
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.engine import vllm
-from kserve_vllm.engine.vllm import parse_engine_args
+from kserve_vllm.engine.vllm import _look_for_folders, parse_engine_args
 
 Resolve = Callable[..., Settings]
 
@@ -285,3 +286,12 @@ def test_the_page_is_on_with_the_demo_alone() -> None:
     rows = ((["--demo"], True), (["--demo", "--ui", "false"], False), (["org/m"], False), (["org/m", "--ui"], True))
     for arguments, wanted in rows:
         assert cli.resolve(arguments, {}).server.ui is wanted, arguments
+
+
+@pytest.mark.parametrize("flag", ["model", "tokenizer"])
+def test_a_path_that_leads_nowhere_is_told_as_one_and_a_name_of_the_hub_is_not(flag: str, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    with pytest.raises(ConfigError, match=f"^--{flag} {absent}: there is no such file or folder here"):
+        _look_for_folders(argparse.Namespace(**{flag: str(absent)}))
+    for fine in (str(tmp_path), "owner/name", "s3://bucket/model", None):
+        _look_for_folders(argparse.Namespace(**{flag: fine}))

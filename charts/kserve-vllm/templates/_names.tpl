@@ -19,6 +19,12 @@ transformers and explainers. It overwrites or deletes what has these names, so n
 {{- printf "%s-route" . -}}
 {{- end }}
 
+{{/* Names of gRPC's services at port 8081, which are the first part of a call's path: inference, and what every gRPC
+client and probe asks for, health and the reflection by which grpcurl lists and describes. */}}
+{{- define "kserve-vllm.grpcServices" -}}
+inference.GRPCInferenceService,grpc.health.v1.Health,grpc.reflection.v1.ServerReflection,grpc.reflection.v1alpha.ServerReflection
+{{- end }}
+
 {{/* At most 63 characters; what is cut is made up for by a hash, so that two names stay two. */}}
 {{- define "kserve-vllm.shorten" -}}
 {{- if gt (len .) 63 }}{{ printf "%s-%s" (trunc 54 . | trimSuffix "-") (sha256sum . | trunc 8) }}{{ else }}{{ . }}{{ end -}}
@@ -32,6 +38,22 @@ transformers and explainers. It overwrites or deletes what has these names, so n
 {{- $name = printf "%s-%s" $name (default $root.Chart.AppVersion $root.Values.image.tag | lower | replace "." "-" | replace "_" "-" | replace "+" "-") -}}
 {{- end -}}
 {{- include "kserve-vllm.shorten" $name -}}
+{{- end }}
+
+{{/* Priority of a runtime among those that KServe may choose. Takes (list $ priority-by-kind). KServe refuses a second
+runtime of one priority for a format, so that with the version in the name the newer version comes before the kept older
+one: 100 for each patch, 10,000 for each minor, 1,000,000 for each major version. */}}
+{{- define "kserve-vllm.runtimePriority" -}}
+{{- $root := index . 0 -}}
+{{- $version := default $root.Chart.AppVersion $root.Values.image.tag -}}
+{{- $parts := regexFind "[0-9]+(\\.[0-9]+)*" $version | splitList "." -}}
+{{- $priority := index . 1 | int -}}
+{{- if $root.Values.runtimes.versionInName -}}
+{{- range $n, $weight := list 1000000 10000 100 -}}
+{{- if lt $n (len $parts) }}{{ $priority = add $priority (mul $weight (min 99 (index $parts $n | default "0" | int))) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $priority -}}
 {{- end }}
 
 {{/* Value of the label by which a release's PodMonitor finds the pods of its runtimes, whoever wrote the services. */}}

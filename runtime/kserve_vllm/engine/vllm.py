@@ -218,6 +218,7 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
+        _look_for_folders(args)
         _default_to_eager_without_compiler(args)
         _look_at_bfloat16(args)
         if count == 1 or index < 0:
@@ -232,6 +233,21 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         return config, engine_args
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
+
+
+def _look_for_folders(args: argparse.Namespace) -> None:
+    """A path that leads nowhere: vLLM would take it for a name at the Hugging Face Hub, and speak of that.
+
+    Raises:
+        ConfigError: neither a file nor a folder is there.
+    """
+    for flag in ("model", "tokenizer"):
+        value = getattr(args, flag, None)
+        if isinstance(value, str) and value.startswith(("/", "./", "../")) and not Path(value).exists():
+            raise ConfigError(
+                f"--{flag} {value}: there is no such file or folder here. In a pod, mount a volume with it or let "
+                "KServe fetch it (storageUri, which comes to /mnt/models); a model of the Hugging Face Hub: OWNER/NAME"
+            )
 
 
 def _compact_json(config: VllmConfig) -> None:

@@ -44,6 +44,12 @@ def _knative(f: Facts) -> bool:
     return f.mode == "Knative"
 
 
+def _routed(f: Facts) -> bool:
+    """Knative's route has a revision to go to: before that it has no ingress yet, and no need of one."""
+    waiting = r"RevisionMissing .*is waiting for a Revision to become ready"
+    return _knative(f) and f.event_about("Route", waiting) is None
+
+
 def _no_knative(f: Facts) -> Match | None:
     """Knative's kinds are not served, or some of them only: left-overs, or custom resource definitions alone."""
     for kind in ("KnativeService", "Revision"):
@@ -329,7 +335,7 @@ CAUSES = (
         said(
             r"IngressNotConfigured|Uninitialized Waiting for load balancer|LoadBalancerNotReady|"
             r"Ingress has not yet been reconciled|IngressNotReady",
-            when=_knative,
+            when=_routed,
         ),
     ),
     Cause(
@@ -339,6 +345,7 @@ CAUSES = (
         "The Knative service waits for a revision that is not there.",
         ("kubectl -n $ns describe ksvc $name-predictor",),
         said(r"RevisionMissing", when=_knative),
+        last_resort=True,
     ),
     Cause(
         "canary-not-ready",

@@ -120,6 +120,28 @@ def _slow(f: Facts) -> Match | None:
     return None
 
 
+def _loading(f: Facts) -> Match | None:
+    """A pod whose first start goes on, for less than ten minutes; see `_slow` for longer."""
+    if f.about_a_server:
+        return None
+    for pod in f.unready:
+        name, body = pod["metadata"]["name"], f.health.get(pod["metadata"]["name"])
+        for _, status in f.statuses(pod, SERVING):
+            began = moment(dig(status, "state", "running", "startedAt"))
+            if began is None or status.get("restartCount") or dig(pod, "metadata", "deletionTimestamp"):
+                continue
+            state = str((body or {}).get("state", "starting"))
+            if body:
+                seconds, limit = float(body.get("seconds") or 0), 600
+                seen = f"{name}: state {state} for {seconds:.0f} s"
+            else:
+                seconds, limit = (f.snapshot.now - began).total_seconds(), 60
+                seen = f"{name}: started {seconds:.0f} s ago, its port is not open yet"
+            if state in ("loading", "warming", "starting") and seconds <= limit:
+                return {"pod": name, "state": state, "seconds": f"{seconds:.0f}", "evidence": seen}
+    return None
+
+
 def _exit(code: int) -> Callable[[Facts], Match | None]:
     def find(f: Facts) -> Match | None:
         for pod in f.unready:
@@ -191,6 +213,7 @@ CAUSES = (
             r"No model found in|is not a local folder and is not a valid model identifier|"
             r"Failed to fetch model\. The path or model (?P<what>.*) does not exist"
             r"|Invalid repository ID or local directory specified"
+            r"|--model (?P<path>/\S+): there is no such file or folder"
         ),
     ),
     Cause(
@@ -592,6 +615,17 @@ CAUSES = (
         "$container of $pod ends with code $code, and no row of the table knows its words. Its last line stands below.",
         ("kubectl -n $ns logs $pod -c $container --previous --tail=100",),
         _crash,
+        last_resort=True,
+    ),
+    Cause(
+        "pod-loading",
+        "A pod loads its model",
+        39,
+        "$pod has been $state for $seconds s. Nothing is wrong so far: it gets ready when the model is warm.",
+        ("kubectl -n $ns get pods -l serving.kserve.io/inferenceservice=$name -w",),
+        _loading,
+        DEGRADED,
+        explains=("not-ready", "revision-image-or-config"),
         last_resort=True,
     ),
     Cause(
