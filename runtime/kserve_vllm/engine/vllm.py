@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 _REFUSED: Mapping[str, str] = {
     "--port": "use --http-port",
     "--uds": "the runtime listens on a port; use --host and --http-port",
-    "--grpc": "gRPC is always on; --grpc-port 0 switches it off",
+    "--grpc": "gRPC is always on; --grpc-server off switches it off",
     "--enable-ssl-refresh": "restart the pod, or end TLS in the mesh",
     "--ssl-ca-certs": "client certificates are not checked here; end TLS in the mesh",
     "--ssl-cert-reqs": "client certificates are not checked here; end TLS in the mesh",
