@@ -252,7 +252,9 @@ def spread(ratios: Sequence[float]) -> str:
 
 def over(cells: Sequence[dict[str, Any]], server: str, base: str) -> Iterator[str]:
     """A line for each load of a server that `base` had too: ratios within a round, as `spread` writes them."""
-    found = {(cell["mode"], cell["concurrency"], cell["round"], cell["server"]): cell for cell in cells}
+    found: dict[Any, dict[str, Any]] = {
+        (cell["mode"], cell["concurrency"], cell["round"], cell["server"]): cell for cell in cells
+    }
     for mode, concurrency in sorted({(cell["mode"], cell["concurrency"]) for cell in cells}):
         pairs = [
             (cell, found[key])

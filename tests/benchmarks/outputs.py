@@ -15,7 +15,12 @@ import types
 from typing import Any
 
 REQUESTS, TOKENS = 64, 128
-WAYS = {"vLLM's": (), "outputs": ("outputs",), "texts": ("texts",), "outputs and texts": ("texts", "outputs")}
+WAYS: dict[str, tuple[str, ...]] = {
+    "vLLM's": (),
+    "outputs": ("outputs",),
+    "texts": ("texts",),
+    "outputs and texts": ("texts", "outputs"),
+}
 
 
 def one(tokenizer: Any, ids: list[int], shortcuts: tuple[str, ...]) -> float:

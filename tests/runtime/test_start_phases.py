@@ -43,7 +43,8 @@ def test_a_process_began_when_the_kernel_says() -> None:
 
 
 def test_the_first_probe_that_is_told_ready_is_noted_once() -> None:
-    life, noted = Lifecycle(), []
+    life = Lifecycle()
+    noted: list[int] = []
     life.on_first_probe(lambda: noted.append(1))
     assert not life.probed()
     assert not noted
