@@ -119,7 +119,7 @@ _QUANTITIES = {"requests", "limits"}
 
 
 @functools.cache
-def _crds() -> dict[tuple[str, str], Document]:
+def published() -> dict[tuple[str, str], Document]:
     """Schemas of the published CRDs by (apiVersion, kind), as `schemas.json` holds them."""
     return reduce_crds.whole(json.loads(reduce_crds.REDUCED.read_text()))
 
@@ -154,7 +154,7 @@ def _open(schema: Document) -> bool:
 
 def crd_problems(document: Document) -> list[str]:
     """What is wrong with a custom resource by its CRD; KeyError when no CRD is known for it."""
-    schema = _crds()[(document["apiVersion"], document["kind"])]
+    schema = published()[(document["apiVersion"], document["kind"])]
     name = f"{document['kind']}/{document['metadata']['name']}"
     body = {key: value for key, value in document.items() if key not in ("apiVersion", "kind", "metadata")}
     properties = {key: value for key, value in schema["properties"].items() if key in body}

@@ -2,7 +2,7 @@
 
 Usage: python tests/tools/reduce_crds.py FOLDER    write tests/charts/schemas.json anew from the YAML files in FOLDER
 
-Names, types and bounds are kept; descriptions and rules in code are not. Equal parts, such as the pod's specification,
+Names, types and bounds are kept, and the defaults of a few kinds; descriptions and rules in code are not. Equal parts, such as the pod's specification,
 are written once: `nodes` holds them, and an integer in the place of a schema is an index into it.
 """
 
@@ -25,6 +25,9 @@ _KEPT = {
     "minItems", "maxItems", "x-kubernetes-preserve-unknown-fields", "x-kubernetes-int-or-string",
 }  # fmt: skip
 
+# Kinds whose defaults are kept: the tests show that the chart writes all that the API server would add.
+_WITH_DEFAULTS = {"HTTPRoute", "PodMonitor"}
+
 
 def _children(schema: Schema, each: Callable[[Any], Any]) -> Schema:
     """The parts of a schema that are schemas again, each put through `each`."""
@@ -45,8 +48,9 @@ def reduced(folder: Path) -> Schema:
     nodes: list[Schema] = []
     index: dict[str, int] = {}
 
-    def node(schema: Schema) -> int:
-        made = {key: value for key, value in schema.items() if key in _KEPT} | _children(schema, node)
+    def node(schema: Schema, kept: set[str]) -> int:
+        parts = _children(schema, functools.partial(node, kept=kept))
+        made = {key: value for key, value in schema.items() if key in kept} | parts
         text = json.dumps(made, sort_keys=True)
         if text not in index:
             index[text] = len(nodes)
@@ -58,7 +62,8 @@ def reduced(folder: Path) -> Schema:
         spec = yaml.safe_load(path.read_text())["spec"]
         for version in spec["versions"]:
             name = f"{spec['group']}/{version['name']} {spec['names']['kind']}"
-            kinds[name] = node(version["schema"]["openAPIV3Schema"])
+            kept = _KEPT | ({"default"} if spec["names"]["kind"] in _WITH_DEFAULTS else set())
+            kinds[name] = node(version["schema"]["openAPIV3Schema"], kept)
     return {"kinds": kinds, "nodes": nodes}
 
 
