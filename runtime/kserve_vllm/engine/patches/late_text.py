@@ -139,7 +139,8 @@ def late_detokenizer() -> type[Any]:
 
         def _left(self) -> list[int]:
             """Tokens that no text is made of yet."""
-            return self.token_ids[self.made : len(self.token_ids) - self.unseen]
+            left: list[int] = self.token_ids[self.made : len(self.token_ids) - self.unseen]
+            return left
 
         def _text_of(self, new: list[int]) -> str | None:
             """Text of tokens after those before; None where characters are broken."""
