@@ -2,8 +2,9 @@
 
 Usage: python tests/tools/reduce_crds.py FOLDER    write tests/charts/schemas.json anew from the YAML files in FOLDER
 
-Names, types and bounds are kept, and the defaults of a few kinds; descriptions and rules in code are not. Equal parts, such as the pod's specification,
-are written once: `nodes` holds them, and an integer in the place of a schema is an index into it.
+Names, types and bounds are kept, and the defaults of a few kinds; descriptions and rules in code are not. Equal
+parts, such as the pod's specification, are written once: `nodes` holds them, and an integer in the place of a schema
+is an index into it.
 """
 
 from __future__ import annotations
