@@ -82,6 +82,7 @@ def test_no_object_of_the_schema_takes_any_key() -> None:
         *(f"/definitions/{name}" for name in ("anyObject", "container", "envFrom", "volume", "volumeMount")),
         *(f"/properties/runtimes/properties/{kind}/properties/securityContext" for kind in ("cpu", "gpu", "multinode")),
         "/definitions/extraRuntimeDefaults/properties/securityContext",
+        "/definitions/engineRuntimeDefaults/properties/securityContext",
         "/definitions/inferenceServiceDefaults/properties/speculative",
         "/definitions/inferenceServiceDefaults/properties/affinity/additionalProperties",
         "/definitions/inferenceServiceDefaults/properties/topologySpreadConstraints/items/properties/labelSelector",

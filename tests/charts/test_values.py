@@ -46,7 +46,7 @@ EXAMPLES: dict[str, Any] = {
     "existing": "there", "size": "3Gi", "accessModes": ["ReadOnlyMany"], "directory": "there",
     "repository": "org/other", "endpoint": "https://hub.example.com", "exclude": ["*.bin"],
     "files": [{"url": "https://a.example.com/b", "sha256": "0" * 64, "path": "b"}],
-    "gpuResource": "amd.com/gpu",
+    "gpuResource": "amd.com/gpu", "tensorrtLLM.model": "other",
     "sourceModelUri": "hf://org/other", "modelSize": "3Gi", "nodeGroups": ["other"],
     "hosts": ["other.example.com"], "inferenceService": "other",
     "headerRoutes": [{"header": "x-a", "value": "b", "inferenceService": "other"}],
