@@ -44,6 +44,7 @@ from kserve_vllm.policy.quotas.limiter import Limits, Quota
 from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE
 from kserve_vllm.servers import http1, http2
+from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer, HTTPServer
 from tests.robustness.test_grpc_intake import INFER, KEYS, Product
 from tests.robustness.test_places import CHAT, middleware
@@ -587,7 +588,8 @@ class OnePort(Product):
         self.do(self._open(files))
 
     async def _open(self, files: dict[str, Any]) -> None:
-        self.http = HTTPServer(self.edge, ServerSettings(host="127.0.0.1", **files), 0)
+        shown = Certificates(files["ssl_certfile"], files["ssl_keyfile"], {}) if files else None
+        self.http = HTTPServer(self.edge, ServerSettings(host="127.0.0.1", **files), 0, certificates=shown)
         self.http.start()
         await self.http.join(self._server)
         while not self.http._server.started:

@@ -56,8 +56,10 @@ def imported_rooms(path: Path) -> set[str]:
 KNOW_VLLM = {
     PACKAGE / "engine" / f"{name}.py"
     for name in (
+        "fork_server",
         "items",
         "loras",
+        "preloaded",
         "processes",
         "vllm",
         "hooks/anthropic_repair",
@@ -66,6 +68,7 @@ KNOW_VLLM = {
         "hooks/request_repair",
         "hooks/responses_repair",
         "patches/inline_rendering",
+        "patches/late_text",
         "patches/openai_stream",
         "patches/plain_outputs",
     )

@@ -355,6 +355,8 @@ TABLE: tuple[Touchpoint, ...] = (
     *_rows("a client can't make the table of headers large", "fall back", "exists", "hpack.table",
            "HeaderTable.resized", "grpc-server"),
     # ---- processes
+    *_rows("vLLM's processes are copies of one", "fall back", "exists", "vllm.v1.worker.cpu_worker", "",
+           "forked-start"),
     *_rows("vLLM's processes are copies of one", "fall back", "source", "vllm.v1.engine.utils",
            "CoreEngineProcManager.__init__", "forked-start"),
     *_rows("vLLM's processes are copies of one", "fall back", "holds", "vllm.v1.engine.utils", "",

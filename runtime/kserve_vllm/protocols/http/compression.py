@@ -60,7 +60,7 @@ def inflated(scope: Scope, receive: Receive) -> Receive:
     coding = codings[0].removeprefix("x-")
     if len(codings) > 1 or coding not in CODINGS:
         sentence = f"content-encoding {', '.join(codings)!r} is not inflated here; send gzip, deflate or none"
-        raise UnsupportedCoding(sentence, field="content-encoding", close=True)
+        raise UnsupportedCoding(sentence, field="content-encoding")
     gone = (b"content-encoding", b"content-length", b"transfer-encoding")
     scope["headers"] = [header for header in scope["headers"] if header[0] not in gone]
     scope["headers"].append((b"transfer-encoding", b"chunked"))
@@ -125,7 +125,7 @@ class _Inflated:
 
     def _refuse(self, sentence: str) -> InvalidRequest:
         self._over = True
-        refusal = InvalidRequest(sentence, field="body", close=True)
+        refusal = InvalidRequest(sentence, field="body")
         context = current.get()
         if context is not None:  # apps make an error of their own of what is raised while they read
             context.refusal = refusal

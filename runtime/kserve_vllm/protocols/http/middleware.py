@@ -276,9 +276,7 @@ class RequestMiddleware:
         length = headers.get(b"content-length")
         if length is None and b"transfer-encoding" not in headers:
             return None
-        too_large = BodyTooLarge(
-            f"the body is larger than {self._max_body >> 20} MiB (--max-body-mib)", field="body", close=True
-        )
+        too_large = BodyTooLarge(f"the body is larger than {self._max_body >> 20} MiB (--max-body-mib)", field="body")
         if length is not None and wire.whole_number(length, self._max_body) is None:
             raise too_large
         if self._body_timeout_s:
