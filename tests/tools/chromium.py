@@ -8,6 +8,7 @@ Source of the protocol: https://chromedevtools.github.io/devtools-protocol/
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -69,8 +70,10 @@ class Browser:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self.events: list[dict[str, Any]] = []
         self._number = 0
+        self._open = contextlib.ExitStack()
         try:
-            self._socket = connect(self._page_socket(), max_size=64 << 20, open_timeout=60)
+            wire = connect(self._page_socket(), max_size=64 << 20, open_timeout=60)
+            self._socket = self._open.enter_context(wire)
         except BaseException:
             self.close()
             raise
@@ -99,8 +102,7 @@ class Browser:
 
     def close(self) -> None:
         """End it."""
-        if hasattr(self, "_socket"):
-            self._socket.close()
+        self._open.close()
         self._process.terminate()
         try:
             self._process.wait(20)
