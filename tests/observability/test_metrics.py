@@ -75,6 +75,10 @@ def test_a_metric_is_named_by_prometheus_conventions(each: Any) -> None:
         "_connections",
         "_in_force",
         "_fallback",
+        "_reloads",
+        "_lines",
+        "_batches_running",
+        "_batches_unfinished",
     )
     assert each.name.endswith((*units, *counted))
 

@@ -291,6 +291,6 @@ def test_opentelemetrys_switch_holds_over_an_endpoint(caplog: pytest.LogCaptureF
     assert type(tracing_of(None, None, "0", {"OTEL_TRACES_EXPORTER": "none"})) is Tracing
 
 
-def test_spans_are_written_to_the_console_where_the_variable_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+def test_spans_are_written_to_the_console_where_the_variable_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert sampled(tracing_of(None, 1.0, "0", {"OTEL_TRACES_EXPORTER": "console"}), 1) == 1
-    assert '"name": "/v1/completions"' in capfd.readouterr().out
+    assert '"name": "/v1/completions"' in capsys.readouterr().out

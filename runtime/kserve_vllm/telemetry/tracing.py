@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ class OTLPTracing(Tracing):
         if endpoint is not None:
             self._provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
         if console:
-            self._provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
+            self._provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter(out=sys.stdout)))
         self._tracer: Tracer = self._provider.get_tracer("kserve_vllm", version)
 
     def open(self, request_context: RequestContext, headers: Mapping[str, str]) -> None:
