@@ -139,7 +139,7 @@ class MemoryStore:
         clock: seconds, monotonic.
     """
 
-    OVERHEAD_BYTES = 470
+    OVERHEAD_BYTES = 450
     """What an entry costs beside its key's characters and its value's bytes."""
 
     remote = False
