@@ -175,7 +175,7 @@ def test_a_reserved_port_takes_no_connection_and_can_be_shared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--ssl-certfile", "/no/such/file", "--ssl-keyfile", "/no/such/file"], "--ssl-certfile or --ssl-keyfile"),
+        (["--ssl-certfile", "/no/such/file", "--ssl-keyfile", "/no/such/file"], "--ssl-certfile /no/such/file can't"),
         (["--usage-sink", "file:/no/such/folder/usage"], "--usage-sink: /no/such/folder/usage can't be opened"),
     ],
 )

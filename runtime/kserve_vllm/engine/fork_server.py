@@ -84,7 +84,8 @@ class EngineProcess(multiprocessing.context.ForkServerProcess):
 
     def run(self) -> None:
         """Look like a fresh process, then do what a fresh one would."""
-        os.environ.clear()
+        for name in os.environ.keys() - self._environment.keys():
+            del os.environ[name]
         os.environ.update(self._environment)
         if not needs_a_fresh_process(self._environment):
             _apply_to_openmp(self._environment)
