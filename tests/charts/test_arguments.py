@@ -1,7 +1,11 @@
-"""Every argument list of the chart and the catalogue is one that the runtime's own parser takes."""
+"""Every argument list of the chart and the catalogue is one that the runtime's own parser takes.
+
+Those of other engines, whose parsers are not here, have only flags that the parsers name (engine_flags.json).
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +42,12 @@ def services() -> Iterator[tuple[str, Document, Document]]:
             yield str(path.relative_to(CATALOGUE)), isvc, runtime
 
 
+def other_engine(isvc: Document) -> str:
+    """The engine that an InferenceService runs, where it is not kserve-vllm."""
+    name = str(isvc["spec"]["predictor"]["model"]["runtime"]).removeprefix("kserve-").rpartition("-")[0]
+    return name if name in KNOWN else ""
+
+
 def argument_lists() -> dict[tuple[str, ...], str]:
     """Each list of arguments that a container is started with, and one place that it comes from."""
     found: dict[tuple[str, ...], str] = {}
@@ -50,6 +60,8 @@ def argument_lists() -> dict[tuple[str, ...], str]:
         found.setdefault(tuple(words), where)
 
     for where, isvc, runtime in services():
+        if other_engine(isvc):
+            continue
         add(kserve_merge.pod(isvc, runtime)["spec"]["containers"][0], where)
         if "workerSpec" in isvc["spec"]["predictor"]:
             worker = kserve_merge.worker_pod(isvc, runtime)["containers"][0]
@@ -62,7 +74,11 @@ def argument_lists() -> dict[tuple[str, ...], str]:
     return found
 
 
+KNOWN: dict[str, list[str]] = json.loads((Path(__file__).parent / "engine_flags.json").read_text())
 LISTS = argument_lists()
+OTHERS = {where: (isvc, runtime) for where, isvc, runtime in services() if other_engine(isvc)}
+# What the chart's start scripts take and turn into something else.
+SCRIPTS = {"lmdeploy": {"--model-path"}, "ollama": {"--name", "--model"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +96,20 @@ def test_the_runtime_takes_the_arguments(words: tuple[str, ...], tmp_path: Path)
     template.write_text("{{ messages }}")
     mounted = "--chat-template=/etc/kserve-vllm/chat-template/"
     cli.check_serve_args([f"--chat-template={template}" if w.startswith(mounted) else w for w in words])
+
+
+@pytest.mark.parametrize("where", OTHERS)
+def test_another_engine_gets_only_flags_of_its_parser(where: str) -> None:
+    isvc, runtime = OTHERS[where]
+    engine = other_engine(isvc)
+    words = kserve_merge.expanded(kserve_merge.pod(isvc, runtime)["spec"]["containers"][0])
+    given = {word.split("=", 1)[0] for word in words if word.startswith("-")}
+    assert given
+    assert given <= set(KNOWN[engine]) | SCRIPTS.get(engine, set())
+
+
+def test_every_other_engine_is_in_a_scenario() -> None:
+    assert {other_engine(isvc) for isvc, _ in OTHERS.values()} == set(KNOWN)
 
 
 def test_the_runtime_refuses_a_flag_that_it_does_not_know() -> None:

@@ -347,7 +347,7 @@ CASES: dict[str, tuple[Document, str]] = {
     "the chart's own condition": ({"enabled": False}, "enabled is for the condition of a parent chart"),
     "an alert that is not there": (
         {"monitoring": {"prometheusRule": {"enabled": True, "alerts": {"Nonsense": {"for": "1m"}}}}},
-        "monitoring.prometheusRule.alerts: there is no alert Nonsense; there are KServeVllm",
+        "monitoring.prometheusRule.alerts: there is no alert Nonsense; there are KServeEngine",
     ),
     "a canary of a stored model": (
         only(storage={"path": "a"}, canary={"percent": 1, "model": "org/new"}),

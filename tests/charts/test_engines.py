@@ -216,7 +216,7 @@ def test_what_an_engine_cannot_do_is_refused_with_what_to_do(name: str) -> None:
         "multiNode": {"enabled": True}, "grpc": {"enabled": True}, "maxNumSeqs": 3, "maxModelLen": 3,
         "quantization": "awq", "chatTemplate": {"configMap": "c"}, "lora": {"adapters": [{"name": "a", "path": "/a"}]},
         "parallelism": {"data": 2, "tensor": 2, "pipeline": 2}, "tracing": {"endpoint": "http://c:1"},
-        "modelFormat": "kserve-vllm",
+        "modelFormat": "kserve-vllm", "coldStart": {"cache": {"claim": "c"}},
     }  # fmt: skip
     said = refused({"inferenceServices": {"chat": {"engine": name, "demo": True, "env": [
         {"name": "KSERVE_VLLM_SEED", "value": 1}], **tried}}})  # fmt: skip

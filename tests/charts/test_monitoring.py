@@ -52,7 +52,7 @@ def names_of(expression: str) -> set[str]:
     text = re.sub(r"label_values\(([^,]+),[^)]*\)", r"\1", text)
     text = re.sub(r"\[[^]]*\]", "", text)
     words = re.findall(r"(?<![\w$:.])[a-zA-Z_:][\w:]*+(?!\s*\()", text)
-    return set(words) - {"or", "and", "unless", "by", "on"}
+    return set(words) - {"or", "and", "unless", "by", "on", "offset"}
 
 
 def recorded() -> set[str]:

@@ -15,6 +15,7 @@ from tests.charts.support import (
     Document,
     default_runtimes,
     helm,
+    load,
     load_all,
     of_kind,
     predictor,
@@ -25,6 +26,14 @@ from tests.charts.support import (
 )
 
 VERSION = "0.1.0"
+# What is known of every other engine than kserve-vllm.
+ENGINES: dict[str, Document] = {path.stem: load(path) for path in sorted((CHART / "files" / "engines").glob("*.yaml"))}
+# The flag by which each engine learns what clients call the model. TGI takes every name; Triton takes the one of the
+# directory in the repository, which the model cache that builds it writes (tensorrtLLM.model).
+NAME_FLAGS = {
+    "kserve-vllm": "--model_name", "sglang": "--served-model-name", "lmdeploy": "--model-name", "llama-cpp": "--alias",
+    "ollama": "--name", "tgi": "", "triton": "",
+}  # fmt: skip
 # Knative's switch for each gated pod field.
 GATED = {
     "nodeSelector": "kubernetes.podspec-nodeselector",
@@ -35,6 +44,8 @@ GATED = {
     "priorityClassName": "kubernetes.podspec-priorityclassname",
     "schedulerName": "kubernetes.podspec-schedulername",
 }
+# Of the fields that KServe adds.
+FETCHES = {"initContainers": "kubernetes.podspec-init-containers"}
 # Pod fields that Knative always takes.
 FREE = {
     "containers", "volumes", "serviceAccountName", "imagePullSecrets", "enableServiceLinks",
@@ -71,6 +82,19 @@ each = pytest.mark.parametrize(
 def container_of(isvc: Document, runtime: Document) -> Document:
     found: Document = kserve_merge.pod(isvc, runtime)["spec"]["containers"][0]
     return found
+
+
+def engine_of(runtime: Document) -> str:
+    """Name of the engine that a runtime runs: its own model format's."""
+    formats = {form["name"] for form in runtime["spec"]["supportedModelFormats"]} - {"huggingface"}
+    (own,) = formats
+    return str(own) if own == "kserve-vllm" else str(own).removeprefix("kserve-")
+
+
+def claim_of(pod: Document, mount: Document) -> str:
+    """Name of the claim that a mount is of; empty for another volume."""
+    (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
+    return str(volume.get("persistentVolumeClaim", {}).get("claimName", ""))
 
 
 def merged(values: Document, name: str = "chat") -> Document:
@@ -115,9 +139,12 @@ def test_the_pod_has_no_token_and_no_service_links(isvc: Document, runtime: Docu
 
 
 @each
-def test_the_image_is_the_version_of_the_chart(isvc: Document, runtime: Document) -> None:
-    flavour = "cpu" if "cpu" in runtime["metadata"]["name"] else "gpu"
+def test_the_image_is_the_version_of_the_chart_or_the_engines(isvc: Document, runtime: Document) -> None:
+    flavour = "cpu" if "-cpu" in runtime["metadata"]["name"] else "gpu"
     image = container_of(isvc, runtime)["image"].split("@")[0]
+    if engine_of(runtime) in ENGINES:
+        assert image == ENGINES[engine_of(runtime)]["images"][flavour]
+        return
     if runtime["metadata"]["name"] == "kserve-vllm-amd":
         flavour = "rocm"
     assert image.endswith(f"/kserve-vllm:{VERSION}-{flavour}")
@@ -139,41 +166,62 @@ def test_secrets_are_given_by_reference(isvc: Document, runtime: Document) -> No
 
 
 def test_pods_of_the_chart_itself_are_locked_down() -> None:
-    found = 0
+    seen: dict[str, set[str]] = {}
     for path in CI_FILES:
         for document in render_ci(path):
-            spec = {"Pod": document["spec"], "Job": document["spec"].get("template", {}).get("spec")}.get(
-                document["kind"]
-            ) if "spec" in document else None  # fmt: skip
-            if spec is None:
+            if document["kind"] not in ("Pod", "Job"):
                 continue
-            found += 1
+            spec = document["spec"] if document["kind"] == "Pod" else document["spec"]["template"]["spec"]
             assert spec["automountServiceAccountToken"] is False
+            assert spec["enableServiceLinks"] is False
             assert spec["securityContext"]["runAsNonRoot"] is True
             assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-            for container in spec["containers"]:
+            for container in spec["containers"] + spec.get("initContainers", []):
                 assert container["securityContext"]["readOnlyRootFilesystem"] is True
+                assert container["securityContext"]["allowPrivilegeEscalation"] is False
                 assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-                assert container["image"].rsplit(":", 1)[1] == f"{VERSION}-cpu"
-    assert found > 10
+                seen.setdefault(container["name"], set()).add(container["image"].rsplit("/", 1)[1])
+                # What starts an engine on a GPU asks for one, and nothing else does.
+                on_gpu = any(name.endswith("/gpu") for name in container["resources"].get("limits", {}))
+                assert on_gpu == (not container["image"].endswith("-cpu")), container["name"]
+    ours = f"kserve-vllm:{VERSION}"
+    assert seen == {
+        "ask": {f"{ours}-cpu"},
+        "fill": {f"{ours}-cpu"},
+        "batch": {f"{ours}-cpu", f"{ours}-gpu"},
+        "build": {ENGINES["triton"]["images"]["gpu"].rsplit("/", 1)[1]},
+    }
 
 
 # The file system.
 
 
 @each
-def test_what_is_written_goes_to_tmp(isvc: Document, runtime: Document) -> None:
+def test_what_is_written_goes_to_tmp_or_to_the_claim_for_it(isvc: Document, runtime: Document) -> None:
     pod = kserve_merge.pod(isvc, runtime)["spec"]
-    container = pod["containers"][0]
+    container, engine = pod["containers"][0], engine_of(runtime)
     mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
     files = {path for path in mounts if mounts[path].get("readOnly")}
-    assert set(mounts) - files == {"/tmp", "/dev/shm"}
+    compiled = {path for path in mounts if path not in files and claim_of(pod, mounts[path])}
+    assert set(mounts) - files - compiled == {"/tmp", "/dev/shm"}
     volumes = {v["name"]: v for v in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
     assert "medium" not in volumes[mounts["/tmp"]["name"]]["emptyDir"]
     env = {e["name"]: e.get("value", "") for e in container["env"]}
-    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME"):
         assert (env[name] + "/").startswith("/tmp/")
+    caches = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    if engine not in ENGINES:
+        caches.add("VLLM_CACHE_ROOT")
+        assert compiled <= {"/var/cache/kserve-vllm"}
+    else:
+        # No claim is written to, and the engine's own variables with paths are of /tmp; one is the model that is read.
+        assert not compiled
+        caches |= {name for name, value in ENGINES[engine]["env"].items() if value.startswith("/")} - {"MODEL_ID"}
+        assert not [name for name in env if name.startswith("VLLM_")]
+    below = f"{min(compiled, default='/tmp')}/"
+    for name in caches:
+        assert (env[name] + "/").startswith(below), name
 
 
 def test_shared_memory_of_an_inferenceservice_replaces_the_runtimes() -> None:
@@ -195,9 +243,16 @@ def test_ports_are_what_the_mode_takes(isvc: Document, runtime: Document) -> Non
         assert len(ports) == 1
         # By the name h2c Knative's proxies speak HTTP/2, which gRPC needs.
         assert ports[0].get("name", "") == ("h2c" if isvc["metadata"]["name"] == "one-port" else "")
-    elif len(ports) > 1:
-        assert [p["containerPort"] for p in ports] == [8080, 8081]
-        assert "grpc" in ports[1]["name"]
+        return
+    # The metrics of another engine may have a port of their own, which the PodMonitor and KServe's annotation name.
+    scraped = runtime["spec"]["annotations"].get("prometheus.kserve.io/port", "8080")
+    others = {p["containerPort"]: p["name"] for p in ports[1:]}
+    assert set(others) <= {8081, int(scraped)}
+    assert scraped == "8080" or int(scraped) in others
+    if others:
+        # A name with "grpc" makes a port HTTP/2.
+        grpc = [number for number, name in others.items() if "grpc" in name]
+        assert grpc == [number for number in others if number == 8081]
         assert "grpc" not in ports[0]["name"]
 
 
@@ -205,8 +260,10 @@ def test_ports_are_what_the_mode_takes(isvc: Document, runtime: Document) -> Non
 def test_probes_ask_the_engine_and_leave_a_70b_model_its_time(isvc: Document, runtime: Document) -> None:
     container = container_of(isvc, runtime)
     paths = {name: container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
-    assert paths["startupProbe"] == paths["readinessProbe"] == {"path": "/v2/health/ready", "port": 8080}
-    assert paths["livenessProbe"] == {"path": "/v2/health/live", "port": 8080}
+    facts = ENGINES.get(engine_of(runtime), {"ready": "/v2/health/ready", "live": "/v2/health/live"})
+    ready = facts["ready"].replace("{{.Name}}", isvc["metadata"]["name"])
+    assert paths["startupProbe"] == paths["readinessProbe"] == {"path": ready, "port": 8080}
+    assert paths["livenessProbe"] == {"path": facts["live"], "port": 8080}
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 30 * 60
 
@@ -265,7 +322,12 @@ def test_the_runtime_takes_the_format_and_no_agent_is_injected(isvc: Document, r
 @each
 def test_the_model_is_served_under_the_name_of_the_inferenceservice(isvc: Document, runtime: Document) -> None:
     words = kserve_merge.expanded(container_of(isvc, runtime))
-    assert words[0] == f"--model_name={isvc['metadata']['name']}"
+    engine = engine_of(runtime)
+    if flag := NAME_FLAGS[engine]:
+        assert f"{flag}={isvc['metadata']['name']}" in words
+        assert engine != "kserve-vllm" or words[0].startswith(flag)
+    else:
+        assert not [word for word in words if "name=" in word and "hostname=" not in word]
 
 
 @each
@@ -274,8 +336,10 @@ def test_no_request_is_above_its_limit_after_the_merge(isvc: Document, runtime: 
     limits = resources.get("limits", {})
     for name, limit in limits.items():
         assert amount(resources["requests"][name]) <= amount(limit), name
-    assert amount(resources["requests"]["cpu"]) >= 2
-    assert amount(resources["requests"]["memory"]) >= amount("6Gi")
+    # llama.cpp runs small models on one core; the others have the tokenizer and the scheduler beside the model.
+    least = (1, "4Gi") if engine_of(runtime) == "llama-cpp" else (2, "6Gi")
+    assert amount(resources["requests"]["cpu"]) >= least[0]
+    assert amount(resources["requests"]["memory"]) >= amount(least[1])
 
 
 def amount(quantity: str | int) -> float:
@@ -382,10 +446,10 @@ def test_gpus_are_requested_and_limited_alike(values: Document, expected: Docume
 )
 def test_a_knative_pod_has_only_fields_that_knative_takes(isvc: Document, runtime: Document) -> None:
     pod = kserve_merge.pod(isvc, runtime)["spec"]
-    assert set(pod) <= FREE | set(GATED)
-    for container in pod["containers"]:
+    assert set(pod) <= FREE | set(GATED) | set(FETCHES)
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    for container in pod["containers"] + pod.get("initContainers", []):
         assert "lifecycle" not in container
-        volumes = {v["name"]: v for v in pod["volumes"]}
         for mount in container["volumeMounts"]:
             if {"configMap", "secret"} & set(volumes[mount["name"]]):
                 assert mount["readOnly"] is True
@@ -415,7 +479,13 @@ def test_every_gated_field_of_a_scenario_is_in_its_notes(path: Path) -> None:
     for name, isvc in of_kind(documents, "InferenceService").items():
         if mode_of(isvc) == "Knative":
             pod = kserve_merge.pod(isvc, runtimes[isvc["spec"]["predictor"]["model"]["runtime"]])["spec"]
-            needed |= {(GATED[field], name) for field in pod if field in GATED}
+            gated = GATED | FETCHES
+            needed |= {(gated[field], name) for field in pod if field in gated}
+            claims = {v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+            needed |= {("kubernetes.podspec-persistent-volume-claim", name) for _ in claims}
+            mounts = [m for container in pod["containers"] for m in container["volumeMounts"] if m["name"] in claims]
+            if not all(m.get("readOnly") for m in mounts):
+                needed.add(("kubernetes.podspec-persistent-volume-write", name))
     notes = flags_in_notes("--values", str(path))
     for flag, name in needed:
         assert any(line.strip().startswith(flag) and name in line for line in notes.splitlines()), flag

@@ -353,5 +353,6 @@ def test_helm_test_has_a_pod_for_each_inferenceservice() -> None:
         pod = pods[f"{name}-test"]
         assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
         arguments = pod["spec"]["containers"][0]["args"]
-        assert arguments == [f"http://{name}-predictor.models.svc.cluster.local", name, "generate", "300", "open"]
+        url = f"http://{name}-predictor.models.svc.cluster.local"
+        assert arguments == [url, name, "generate", "300", "/v2/health/ready", "/openai/v1", "open"]
     assert not of_kind(render({**service(), "tests": {"enabled": False}}), "Pod")

@@ -70,8 +70,8 @@ and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl).
 {{- if $ca }}{{ $_ := set $s "files" (append $s.files $ca) }}{{ end -}}
 {{- $_ := set $s "outwardEnv" (include "kserve-vllm.outwardEnv" $root | fromJsonArray) -}}
 {{- include (ternary "kserve-vllm.engine.arguments" "kserve-vllm.service.arguments" $s.other) $s -}}
-{{- include "kserve-vllm.service.flags" (list $root $s) -}}
 {{- include "kserve-vllm.service.coldStart" (list $root $s) -}}
+{{- include "kserve-vllm.service.flags" (list $root $s) -}}
 {{- end }}
 
 {{/* Secrets and ConfigMaps that are mounted below /etc/kserve-vllm: name, secret or configMap, key, flag. */}}
@@ -149,14 +149,14 @@ and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl).
 {{- if or $s.fetchedAdapters $s.initContainers }}{{ $flags = append $flags "kubernetes.podspec-init-containers" }}{{ end -}}
 {{- if hasPrefix "pvc://" $s.storageUri }}{{ $flags = append $flags "kubernetes.podspec-persistent-volume-claim" }}{{ end -}}
 {{- $claims := list -}}
-{{- range concat (default list $runtime.extraVolumes) $s.extraVolumes -}}
+{{- range concat (default list $runtime.extraVolumes) $s.compiled.volumes $s.extraVolumes -}}
 {{- $volume := . -}}
 {{- range $kind, $flag := dict "persistentVolumeClaim" "persistent-volume-claim" "hostPath" "volumes-hostpath" "csi" "volumes-csi" "image" "volumes-image" -}}
 {{- if hasKey $volume $kind }}{{ $flags = append $flags (printf "kubernetes.podspec-%s" $flag) }}{{ end -}}
 {{- end -}}
 {{- if .persistentVolumeClaim }}{{ $claims = append $claims .name }}{{ end -}}
 {{- end -}}
-{{- range concat (default list $runtime.extraVolumeMounts) $s.extraVolumeMounts -}}
+{{- range concat (default list $runtime.extraVolumeMounts) $s.compiled.mounts $s.extraVolumeMounts -}}
 {{- if and (has .name $claims) (not .readOnly) }}{{ $flags = append $flags "kubernetes.podspec-persistent-volume-write" }}{{ end -}}
 {{- end -}}
 {{- range concat $s.env $runtime.env -}}
