@@ -41,7 +41,8 @@ def _starts_engine(path: Path) -> bool:
     """Whether a file starts servers: it takes `Server` or `free_port` from `tests.support`, or starts a command."""
     text = path.read_text()
     taken = re.search(r"^from tests\.support import .*\b(Server|free_port)\b", text, re.MULTILINE)
-    return taken is not None or '[sys.executable, "-m", "kserve_vllm", "serve"' in text
+    started = re.search(r'sys\.executable,\s+"-m",\s+"kserve_vllm",\s+"serve"', text)
+    return taken is not None or started is not None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -60,8 +61,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 # They start servers of their own, and no clock runs in them: they may share the processor with other servers. Files
 # with the same name beside them have their servers in common.
-_PATIENT = {"test_embeddings": "embeddings", "test_image": "image", "test_answers": "answers",
-            **dict.fromkeys(("test_logs", "test_metrics", "test_queries", "test_traces"), "observability")}  # fmt: skip
+_PATIENT = {
+    "test_embeddings": "embeddings",
+    "test_image": "image",
+    "test_answers": "answers",
+    **dict.fromkeys(("test_logs", "test_metrics", "test_queries", "test_traces"), "observability"),
+}
 
 
 @functools.cache

@@ -78,9 +78,18 @@ class Server:
         self.one_port_address = f"127.0.0.1:{self.http_port}"
         self._log_file = tempfile.NamedTemporaryFile("w+", prefix="kserve-vllm-", suffix=".log")  # noqa: SIM115
         command = [
-            sys.executable, "-m", "kserve_vllm", "serve", *arguments, "--host", "127.0.0.1",
-            "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "kserve_vllm",
+            "serve",
+            *arguments,
+            "--host",
+            "127.0.0.1",
+            "--http-port",
+            str(self.http_port),
+            "--grpc-port",
+            str(self.grpc_port),
+        ]
         self.started_at = time.monotonic()
         self.process = subprocess.Popen(
             command,

@@ -43,10 +43,21 @@ class RedisServer:
         """Start it, and wait until it answers."""
         assert self._process is None
         self._process = subprocess.Popen(
-            [executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--appendonly", "no", "--dir", tempfile.gettempdir()],
+            [
+                executable(),
+                "--port",
+                str(self.port),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--dir",
+                tempfile.gettempdir(),
+            ],
             stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         deadline = time.monotonic() + 10
         while self.command("PING") != "+PONG":
             assert self._process.poll() is None, "redis-server ended at its start"

@@ -61,8 +61,12 @@ def draw(url: str, board: dict[str, Any], file: Path, seconds: int = _SHOWN_S) -
                 points = [(float(at), float(value)) for at, value in row["values"] if value != "NaN"]
                 if points:
                     end = time.time()
-                    axis.plot([at - end for at, _ in points], [value for _, value in points], linewidth=1.1,
-                              label=label(target["legendFormat"], row["metric"]))  # fmt: skip
+                    axis.plot(
+                        [at - end for at, _ in points],
+                        [value for _, value in points],
+                        linewidth=1.1,
+                        label=label(target["legendFormat"], row["metric"]),
+                    )
                     drawn += 1
         filled += bool(drawn)
         unit = panel["fieldConfig"]["defaults"]["unit"]

@@ -31,10 +31,24 @@ def resolve(uv: str, requirements: str) -> dict[str, str]:
         Path(folder, "pyproject.toml").write_text(_PROJECT)
         Path(folder, "all.in").write_text(requirements)
         text = subprocess.run(
-            [uv, "pip", "compile", "-q", "--universal", "--python-version", _PYTHON, "--no-annotate", "--no-header",
-             "--generate-hashes", "all.in"],
-            cwd=folder, check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
+            [
+                uv,
+                "pip",
+                "compile",
+                "-q",
+                "--universal",
+                "--python-version",
+                _PYTHON,
+                "--no-annotate",
+                "--no-header",
+                "--generate-hashes",
+                "all.in",
+            ],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     pins = {}
     for block in re.split(r"\n(?=\S)", text.strip()):
         pins[block.split(" ", 1)[0]] = block

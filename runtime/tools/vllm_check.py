@@ -78,8 +78,10 @@ def main() -> int:
         version = compat.installed_version("vllm")
         place = Installed().folder("vllm")
         assert place is not None, "vLLM is not installed"
-        modules = [".".join(file.relative_to(place.parent).with_suffix("").parts).removesuffix(".__init__")
-                   for file in sorted((place / "entrypoints").rglob("*.py"))]  # fmt: skip
+        modules = [
+            ".".join(file.relative_to(place.parent).with_suffix("").parts).removesuffix(".__init__")
+            for file in sorted((place / "entrypoints").rglob("*.py"))
+        ]
     else:
         wheel = Wheel(args.wheel)
         name, version = args.wheel.name.split("-")[:2]

@@ -79,9 +79,24 @@ async def evictions() -> float:
 
 
 RECORD = UsageRecord(
-    timestamp(time.time()), "3f1c9a52-6a5e-4b1e-9a53-5c1b9df0f6e1", "team-a", "team-a-2026", "demo", "pirate", "openai",
-    "/v1/chat/completions", "ok", 200, 812, 640, 128, 1.523, 0.112, "normal", "miss",
-)  # fmt: skip
+    timestamp(time.time()),
+    "3f1c9a52-6a5e-4b1e-9a53-5c1b9df0f6e1",
+    "team-a",
+    "team-a-2026",
+    "demo",
+    "pirate",
+    "openai",
+    "/v1/chat/completions",
+    "ok",
+    200,
+    812,
+    640,
+    128,
+    1.523,
+    0.112,
+    "normal",
+    "miss",
+)
 
 
 async def records(sink: str, whole: bool) -> float:

@@ -103,10 +103,14 @@ def main() -> None:
             server.stop()
     for name, share in (("median", 50), ("99th percentile", 99)):
         first, second = (statistics.quantiles(each, n=100)[share - 1] * 1e3 for each in (alone, beside))
-        print(f"time to first token, {name}: {first:.1f} ms alone, {second:.1f} ms beside a batch, "
-              f"ratio {second / first:.2f}")  # fmt: skip
-    print(f"{len(alone)} requests alone, {len(beside)} beside a batch, of which {lines} lines were answered; "
-          f"{args.clients} live clients")  # fmt: skip
+        print(
+            f"time to first token, {name}: {first:.1f} ms alone, {second:.1f} ms beside a batch, "
+            f"ratio {second / first:.2f}"
+        )
+    print(
+        f"{len(alone)} requests alone, {len(beside)} beside a batch, of which {lines} lines were answered; "
+        f"{args.clients} live clients"
+    )
 
 
 if __name__ == "__main__":

@@ -52,14 +52,45 @@ def vllm_bench(server: Running, concurrency: int, requests: int, args: argparse.
 
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "tests.benchmarks.vllm_command", "bench", "serve", "--backend", "openai-chat",
-            "--endpoint", "/v1/chat/completions", "--base-url", f"http://127.0.0.1:{server.http_port}",
-            "--model", MODEL, "--tokenizer", str(demo.folder("model")), "--dataset-name", "random",
-            "--random-input-len", str(args.prompt_tokens), "--random-output-len", str(args.tokens), "--ignore-eos",
-            "--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--save-result",
-            "--percentile-metrics", "ttft,itl,tpot", "--metric-percentiles", "99", "--disable-tqdm",
-            "--temperature", "0", "--result-dir", folder, "--result-filename", "result.json",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "tests.benchmarks.vllm_command",
+            "bench",
+            "serve",
+            "--backend",
+            "openai-chat",
+            "--endpoint",
+            "/v1/chat/completions",
+            "--base-url",
+            f"http://127.0.0.1:{server.http_port}",
+            "--model",
+            MODEL,
+            "--tokenizer",
+            str(demo.folder("model")),
+            "--dataset-name",
+            "random",
+            "--random-input-len",
+            str(args.prompt_tokens),
+            "--random-output-len",
+            str(args.tokens),
+            "--ignore-eos",
+            "--num-prompts",
+            str(requests),
+            "--max-concurrency",
+            str(concurrency),
+            "--save-result",
+            "--percentile-metrics",
+            "ttft,itl,tpot",
+            "--metric-percentiles",
+            "99",
+            "--disable-tqdm",
+            "--temperature",
+            "0",
+            "--result-dir",
+            folder,
+            "--result-filename",
+            "result.json",
+        ]
         if server.configuration.key:
             command += ["--header", f"Authorization=Bearer {server.configuration.key}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
@@ -108,12 +139,27 @@ def offline(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [
-            sys.executable, "-m", "tests.benchmarks.vllm_command", "bench", "throughput",
-            "--model", str(demo.folder("model")), "--dataset-name", "random", "--random-input-len",
-            str(args.prompt_tokens), "--random-output-len", str(args.tokens),
-            "--num-prompts", str(max(64, args.tokens_per_cell // args.tokens)), *engine_flags(args),
-            "--max-num-seqs", "64", "--output-json", str(path),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "tests.benchmarks.vllm_command",
+            "bench",
+            "throughput",
+            "--model",
+            str(demo.folder("model")),
+            "--dataset-name",
+            "random",
+            "--random-input-len",
+            str(args.prompt_tokens),
+            "--random-output-len",
+            str(args.tokens),
+            "--num-prompts",
+            str(max(64, args.tokens_per_cell // args.tokens)),
+            *engine_flags(args),
+            "--max-num-seqs",
+            "64",
+            "--output-json",
+            str(path),
+        ]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **ENGINE_ENV}
         )
@@ -149,8 +195,12 @@ def started(name: str, number: int, args: argparse.Namespace, report: dict[str, 
         server = Running(configuration, engine_flags(args), args.instant)
         try:
             yield server
-            start = {"round": number, "server": name, "ready_s": server.ready_s,
-                     "peak_mib": server.memory_mib(peak=True)}  # fmt: skip
+            start = {
+                "round": number,
+                "server": name,
+                "ready_s": server.ready_s,
+                "peak_mib": server.memory_mib(peak=True),
+            }
             report["starts"].append(start)
             say(f"  {name:9} ready after {server.ready_s:.1f} s, peak {start['peak_mib']:.0f} MiB")
         finally:
@@ -159,8 +209,13 @@ def started(name: str, number: int, args: argparse.Namespace, report: dict[str, 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds. Results are written after each of them."""
-    report: dict[str, Any] = {"machine": machine(), "arguments": vars(args) | {"out": str(args.out)}, "cells": [],
-                              "starts": [], "offline": []}  # fmt: skip
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "arguments": vars(args) | {"out": str(args.out)},
+        "cells": [],
+        "starts": [],
+        "offline": [],
+    }
     deadline = time.monotonic() + args.minutes * 60
     with contextlib.ExitStack() as together:
         running: dict[str, Running] = {}
@@ -215,9 +270,14 @@ def machine() -> dict[str, Any]:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-            "vllm": str(vllm_version), "kserve-vllm": version("kserve-vllm"),
-            "at": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
+    return {
+        "cpu": model,
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "vllm": str(vllm_version),
+        "kserve-vllm": version("kserve-vllm"),
+        "at": time.strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -361,8 +421,10 @@ def bars(found: list[dict[str, Any]]) -> str:
             width = 260 * row[key] / most[key]
             lines.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="13" fill="{colour}"/>')
             lines.append(f'<text x="{left + width + 4:.1f}" y="{top + 11}">{row[key]:,.1f}</text>')
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{40 + 18 * len(found)}" '
-            'font-family="sans-serif" font-size="12">')  # fmt: skip
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{40 + 18 * len(found)}" '
+        'font-family="sans-serif" font-size="12">'
+    )
     titles = '<text x="260" y="18">tokens/s</text><text x="620" y="18">front-end CPU us/token</text>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', titles, *lines, "</svg>", ""])
 
@@ -373,8 +435,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--servers", nargs="+", choices=list(CONFIGURATIONS), default=["ours", "vllm", "policies"])
-    parser.add_argument("--modes", nargs="+", choices=modes,
-                        default=["chat-stream-vllm-bench", "chat-stream", "chat", "v2", "grpc-stream"])  # fmt: skip
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=modes,
+        default=["chat-stream-vllm-bench", "chat-stream", "chat", "v2", "grpc-stream"],
+    )
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 128])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)

@@ -70,10 +70,19 @@ def main() -> None:
     parser.add_argument("--max-concurrent", type=int, default=8)
     parser.add_argument("--class-share", default="batch=0.13")
     args = parser.parse_args()
-    server = Server([
-        *DEMO, "--max-model-len", "1024", "--max-concurrent", str(args.max_concurrent), "--class-share",
-        args.class_share, "--queue-timeout", "120",
-    ])  # fmt: skip
+    server = Server(
+        [
+            *DEMO,
+            "--max-model-len",
+            "1024",
+            "--max-concurrent",
+            str(args.max_concurrent),
+            "--class-share",
+            args.class_share,
+            "--queue-timeout",
+            "120",
+        ]
+    )
     try:
         server.wait_ready()
         alone, under, done = asyncio.run(measure(server.url, args.times))
@@ -81,10 +90,14 @@ def main() -> None:
         server.stop()
     assert set(done) == {200}, set(done)
     first, second = statistics.median(alone) * 1e3, statistics.median(under) * 1e3
-    print(f"{CLIENTS} clients of class batch, {len(done)} of their requests answered; "
-          f"--max-concurrent {args.max_concurrent} --class-share {args.class_share}")  # fmt: skip
-    print(f"time to first token of critical requests, median of {args.times}: {first:.1f} ms alone, "
-          f"{second:.1f} ms under the flood, ratio {second / first:.2f}")  # fmt: skip
+    print(
+        f"{CLIENTS} clients of class batch, {len(done)} of their requests answered; "
+        f"--max-concurrent {args.max_concurrent} --class-share {args.class_share}"
+    )
+    print(
+        f"time to first token of critical requests, median of {args.times}: {first:.1f} ms alone, "
+        f"{second:.1f} ms under the flood, ratio {second / first:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MODES = (
-    "chat-stream", "completion-stream", "chat", "v2", "grpc-stream", "grpc-stream-shared", "intake", "prefix-hot"
-)  # fmt: skip
+MODES = ("chat-stream", "completion-stream", "chat", "v2", "grpc-stream", "grpc-stream-shared", "intake", "prefix-hot")
 """`grpc-stream` has a connection for each stream, as HTTP/1.1 has to; `grpc-stream-shared` one for all, as gRPC's
 clients have. `intake` and `prefix-hot` are whole chats of `SIZES`, of which the latter asks the same few prompts again
 and again, in every run with the same seed."""
@@ -78,8 +76,10 @@ def http_request(args: argparse.Namespace, text: str) -> bytes:
     path, body = http_body(args.mode, args.model, text, args.tokens)
     raw = json.dumps(body).encode()
     authorization = f"authorization: Bearer {args.key}\r\n" if args.key else ""
-    head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{authorization}"
-            f"content-length: {len(raw)}\r\n\r\n")  # fmt: skip
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{authorization}"
+        f"content-length: {len(raw)}\r\n\r\n"
+    )
     return head.encode() + raw
 
 
@@ -160,8 +160,15 @@ class H2Connection:
 
     def open(self, path: str, headers: dict[str, str]) -> int:
         """Begin a call of `/service/method`, with further headers, each shorter than 127 bytes; its number."""
-        fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost",
-                  "content-type": "application/grpc", "te": "trailers", **headers}  # fmt: skip
+        fields = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": path,
+            ":authority": "localhost",
+            "content-type": "application/grpc",
+            "te": "trailers",
+            **headers,
+        }
         # HPACK (RFC 7541, 6.2.2): literal fields that are not indexed, without Huffman coding.
         block = b"".join(
             b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()

@@ -45,19 +45,28 @@ def one(tokenizer: Any, ids: list[int], shortcuts: tuple[str, ...]) -> float:
     for name in names:
         params = SamplingParams(max_tokens=TOKENS, output_kind=RequestOutputKind.FINAL_ONLY)
         request = EngineCoreRequest(
-            request_id=name, external_req_id=name, prompt_token_ids=ids[:64], mm_features=None, sampling_params=params,
-            pooling_params=None, arrival_time=1.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
-        )  # fmt: skip
+            request_id=name,
+            external_req_id=name,
+            prompt_token_ids=ids[:64],
+            mm_features=None,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=1.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
         processor.add_request(request, "prompt", None, 0, queue)
     steps = []
     for step in range(TOKENS):
         last = FinishReason.LENGTH if step == TOKENS - 1 else None
         prefill = PrefillStats(64, 64, 0, 0, 0, 64) if step == 0 else None
-        steps.append([
-            EngineCoreOutput(
-                request_id=name, new_token_ids=[ids[step]], finish_reason=last, prefill_stats=prefill
-            ) for name in names
-        ])  # fmt: skip
+        steps.append(
+            [
+                EngineCoreOutput(request_id=name, new_token_ids=[ids[step]], finish_reason=last, prefill_stats=prefill)
+                for name in names
+            ]
+        )
     began = time.process_time()
     for number, outputs in enumerate(steps):
         processor.process_outputs(outputs, 1.0 + number, IterationStats())
@@ -87,8 +96,10 @@ def main() -> None:
     for name, times in found.items():
         ratios = [a / b for a, b in zip(times, found["vLLM's"], strict=True)]
         each = 1e6 * statistics.median(times) / (REQUESTS * TOKENS)
-        print(f"{name:18} {each:6.2f} us a token, {statistics.median(ratios):.2f} of vLLM's "
-              f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+        print(
+            f"{name:18} {each:6.2f} us a token, {statistics.median(ratios):.2f} of vLLM's "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

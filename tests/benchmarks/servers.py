@@ -84,14 +84,33 @@ def with_policies(folder: Path, collector: str) -> Configuration:
     key = tenants.new_key()
     limits = {"requests_per_minute": 10**8, "tokens_per_minute": 10**10, "concurrent": 10**6}
     keys = folder / "keys.json"
-    keys.write_text(json.dumps({
-        "tenants": {"bench": {"limits": limits}},
-        "keys": [{"id": "bench", "tenant": "bench", "sha256": tenants.digest(key), "limits": limits}],
-    }))  # fmt: skip
-    return Configuration("policies", ours=True, key=key, arguments=[
-        "--keys-file", str(keys), "--requests-per-minute", str(10**8), "--tokens-per-minute", str(10**10),
-        "--usage-sink", f"file:{folder / 'usage.jsonl'}", "--otlp-endpoint", collector, "--trace-sample-ratio", "0.01",
-    ])  # fmt: skip
+    keys.write_text(
+        json.dumps(
+            {
+                "tenants": {"bench": {"limits": limits}},
+                "keys": [{"id": "bench", "tenant": "bench", "sha256": tenants.digest(key), "limits": limits}],
+            }
+        )
+    )
+    return Configuration(
+        "policies",
+        ours=True,
+        key=key,
+        arguments=[
+            "--keys-file",
+            str(keys),
+            "--requests-per-minute",
+            str(10**8),
+            "--tokens-per-minute",
+            str(10**10),
+            "--usage-sink",
+            f"file:{folder / 'usage.jsonl'}",
+            "--otlp-endpoint",
+            collector,
+            "--trace-sample-ratio",
+            "0.01",
+        ],
+    )
 
 
 def with_rust(folder: Path = RUST_FOLDER) -> Configuration:
@@ -108,8 +127,21 @@ def with_rust(folder: Path = RUST_FOLDER) -> Configuration:
     if not binary.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as wheels:
-            _output([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                     "--dest", wheels, f"vllm=={version}"])  # fmt: skip
+            _output(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--only-binary",
+                    ":all:",
+                    "--dest",
+                    wheels,
+                    f"vllm=={version}",
+                ]
+            )
             with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
                 name = next(each for each in wheel.namelist() if Path(each).name == "vllm-rs")
                 whole = Path(wheels) / "vllm-rs"
@@ -134,10 +166,19 @@ class Running:
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{configuration.name}-", suffix=".log")  # noqa: SIM115
         flags = ["--model", str(demo.folder("model")), "--served-model-name", MODEL, "--host", "127.0.0.1", *engine]
         if configuration.ours:
-            command = ["-m", "kserve_vllm", "serve", *flags, "--http-port", str(self.http_port),
-                       "--grpc-port", str(self.grpc_port),
-                       # Paused in the middle of a probe, the engine would count as hanging.
-                       "--engine-stall-timeout", "3600"]  # fmt: skip
+            command = [
+                "-m",
+                "kserve_vllm",
+                "serve",
+                *flags,
+                "--http-port",
+                str(self.http_port),
+                "--grpc-port",
+                str(self.grpc_port),
+                # Paused in the middle of a probe, the engine would count as hanging.
+                "--engine-stall-timeout",
+                "3600",
+            ]
         else:
             model = flags.pop(1)
             flags.remove("--model")
@@ -196,9 +237,24 @@ class Running:
 
     def load(self, mode: str, concurrency: int, requests: int, **options: Any) -> dict[str, Any]:
         """Run `load.py` against this server; its figures with the front end's processor time per token."""
-        command = [sys.executable, "-m", "tests.benchmarks.load", mode, "--concurrency", str(concurrency),
-                   "--requests", str(requests), "--http-port", str(self.http_port), "--grpc-port",
-                   str(self.grpc_port), "--model", MODEL, "--key", self.configuration.key]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.load",
+            mode,
+            "--concurrency",
+            str(concurrency),
+            "--requests",
+            str(requests),
+            "--http-port",
+            str(self.http_port),
+            "--grpc-port",
+            str(self.grpc_port),
+            "--model",
+            MODEL,
+            "--key",
+            self.configuration.key,
+        ]
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         return self.measured(lambda: json.loads(_output(command)))

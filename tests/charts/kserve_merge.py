@@ -21,18 +21,45 @@ from tests.charts.support import Document
 
 # Of a runtime, besides containers.
 RUNTIME_POD_FIELDS = (
-    "nodeSelector", "affinity", "tolerations", "volumes", "imagePullSecrets", "schedulerName", "resourceClaims"
-)  # fmt: skip
+    "nodeSelector",
+    "affinity",
+    "tolerations",
+    "volumes",
+    "imagePullSecrets",
+    "schedulerName",
+    "resourceClaims",
+)
 # Fields of the predictor that are KServe's own and not the pod's.
 PREDICTOR_FIELDS = {
-    "annotations", "autoScaling", "batcher", "canaryTrafficPercent", "containerConcurrency", "deploymentStrategy",
-    "labels", "logger", "maxReplicas", "minReplicas", "model", "name", "scaleMetric", "scaleMetricType", "scaleTarget",
-    "storageContainerName", "storageUris", "timeout", "workerSpec",
-}  # fmt: skip
+    "annotations",
+    "autoScaling",
+    "batcher",
+    "canaryTrafficPercent",
+    "containerConcurrency",
+    "deploymentStrategy",
+    "labels",
+    "logger",
+    "maxReplicas",
+    "minReplicas",
+    "model",
+    "name",
+    "scaleMetric",
+    "scaleMetricType",
+    "scaleTarget",
+    "storageContainerName",
+    "storageUris",
+    "timeout",
+    "workerSpec",
+}
 # Fields of `model` that are not the container's.
 MODEL_FIELDS = {"modelFormat", "runtime", "runtimeVersion", "protocolVersion", "storageUri", "storage", "confidential"}
-_KEYS = {"env": "name", "volumeMounts": "mountPath", "ports": "containerPort", "volumes": "name",
-         "imagePullSecrets": "name"}  # fmt: skip
+_KEYS = {
+    "env": "name",
+    "volumeMounts": "mountPath",
+    "ports": "containerPort",
+    "volumes": "name",
+    "imagePullSecrets": "name",
+}
 
 
 GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "intel.com/gpu", "habana.ai/gaudi")

@@ -102,9 +102,16 @@ def helm(*arguments: str, stdin: str | None = None) -> str:
 def render_text(values: Mapping[str, Any], *arguments: str) -> str:
     """What the chart renders from `values`, as helm prints it."""
     return helm(
-        "template", "release", str(CHART), "--namespace", NAMESPACE, "--values", "-", *arguments,
+        "template",
+        "release",
+        str(CHART),
+        "--namespace",
+        NAMESPACE,
+        "--values",
+        "-",
+        *arguments,
         stdin=yaml.safe_dump(dict(values)),
-    )  # fmt: skip
+    )
 
 
 def render(values: Mapping[str, Any], *arguments: str) -> list[Document]:

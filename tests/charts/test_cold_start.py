@@ -51,8 +51,13 @@ def test_what_shapes_what_is_compiled_has_a_folder_of_its_own() -> None:
 
 
 def test_workers_of_several_nodes_have_the_same_folder() -> None:
-    chat = {"storageUri": "pvc://models/a", "deploymentMode": "Standard", "multiNode": {"enabled": True},
-            "parallelism": {"pipeline": 2, "tensor": 2}, **CACHED}  # fmt: skip
+    chat = {
+        "storageUri": "pvc://models/a",
+        "deploymentMode": "Standard",
+        "multiNode": {"enabled": True},
+        "parallelism": {"pipeline": 2, "tensor": 2},
+        **CACHED,
+    }
     found = predictor({"inferenceServices": {"chat": chat}})
     (worker,) = found["workerSpec"]["containers"]
     assert folders(worker) == folders(found["model"])

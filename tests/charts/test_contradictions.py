@@ -712,17 +712,29 @@ def said(case: str) -> str:
 
 
 # What needs a cluster to be said; tests/charts/test_notes.py has them.
-BY_LOOKUP = ("ClusterServingRuntime ", "claim %s has", "LocalModelCache %s", "it is there in %s mode",
-             "allow-zero-initial-scale")  # fmt: skip
+BY_LOOKUP = (
+    "ClusterServingRuntime ",
+    "claim %s has",
+    "LocalModelCache %s",
+    "it is there in %s mode",
+    "allow-zero-initial-scale",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
     assert CASES[case][1] in " ".join(said(case).split())
     places = (
-        "inferenceService", "routes.", "modelCaches.m: ", "batchJobs.b: ", "runtimes.",
-        "monitoring.", "proxy.", "caBundle: ", "enabled",
-    )  # fmt: skip
+        "inferenceService",
+        "routes.",
+        "modelCaches.m: ",
+        "batchJobs.b: ",
+        "runtimes.",
+        "monitoring.",
+        "proxy.",
+        "caBundle: ",
+        "enabled",
+    )
     assert all(line.startswith(places) for line in said(case).splitlines())
 
 
@@ -772,8 +784,20 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         {"inferenceServices": {"a" * 53: DEMO}, "cluster": {"domainTemplate": "{{.Name}}.x"}},
         {"inferenceServices": {"a" * 46: {**DEMO, "tagRouting": True}}},
     ],
-    ids=["Knative", "Standard", "canary", "enough GPUs", "a share", "a raised limit", "just in time", "a reference",
-         "a path of a token", "an address without a password", "the longest name", "the longest tag"],
-)  # fmt: skip
+    ids=[
+        "Knative",
+        "Standard",
+        "canary",
+        "enough GPUs",
+        "a share",
+        "a raised limit",
+        "just in time",
+        "a reference",
+        "a path of a token",
+        "an address without a password",
+        "the longest name",
+        "the longest tag",
+    ],
+)
 def test_the_neighbours_of_contradictions_are_taken(values: Document) -> None:
     assert render(values)

@@ -40,9 +40,13 @@ def everything(name: str) -> Document:
     facts = ENGINES[name]
     able = {**facts.get("flags", {}), **facts.get("variables", {}), **facts.get("splits", {})}
     values: Document = {
-        "engine": name, "device": "gpu", "deploymentMode": "Standard", "storageUri": "s3://a/b", "extraArgs": ["--x=1"],
+        "engine": name,
+        "device": "gpu",
+        "deploymentMode": "Standard",
+        "storageUri": "s3://a/b",
+        "extraArgs": ["--x=1"],
         "resources": {"limits": {"cpu": "1500m"}},
-    }  # fmt: skip
+    }
     settings = {"maxNumSeqs": 7, "maxModelLen": 100, "quantization": "awq"}
     values |= {
         key: value for key, value in settings.items() if key in able or (key == "maxModelLen" and "context" in facts)
@@ -140,10 +144,15 @@ def test_a_runtime_has_probes_of_its_engine_and_no_format_of_another(name: str, 
 
 def test_one_line_moves_a_service() -> None:
     common: Document = {
-        "deploymentMode": "Standard", "storageUri": "hf://org/model", "maxModelLen": 4096, "maxNumSeqs": 8,
-        "autoscaling": {"class": "keda", "maxReplicas": 5}, "gpu": {"products": ["NVIDIA-L4"]},
-        "resources": {"requests": {"memory": "9Gi"}}, "nodeSelector": {"pool": "a"},
-    }  # fmt: skip
+        "deploymentMode": "Standard",
+        "storageUri": "hf://org/model",
+        "maxModelLen": 4096,
+        "maxNumSeqs": 8,
+        "autoscaling": {"class": "keda", "maxReplicas": 5},
+        "gpu": {"products": ["NVIDIA-L4"]},
+        "resources": {"requests": {"memory": "9Gi"}},
+        "nodeSelector": {"pool": "a"},
+    }
     movable = ["kserve-vllm", "sglang", "tgi", "lmdeploy", "llama-cpp"]
     documents = render({"inferenceServices": {f"on-{name}": {**common, "engine": name} for name in movable}})
     services = of_kind(documents, "InferenceService")
@@ -177,13 +186,19 @@ def test_the_runtime_of_an_engine_is_there_when_it_is_used_or_asked_for() -> Non
 
 def test_every_value_of_an_engines_runtime_does_something() -> None:
     changes: dict[str, Any] = {
-        "name": "other", "images": {"gpu": "r/a:1"}, "requests": {"cpu": 9}, "sharedMemory": "3Gi",
+        "name": "other",
+        "images": {"gpu": "r/a:1"},
+        "requests": {"cpu": 9},
+        "sharedMemory": "3Gi",
         "extraArgs": ["--x"],
-        "env": [{"name": "A", "value": 1}], "securityContext": {"readOnlyRootFilesystem": False},
-        "envFrom": [{"secretRef": {"name": "s"}}], "extraVolumes": [{"name": "x", "emptyDir": {}}],
-        "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}], "nodeSelector": {"a": 1},
+        "env": [{"name": "A", "value": 1}],
+        "securityContext": {"readOnlyRootFilesystem": False},
+        "envFrom": [{"secretRef": {"name": "s"}}],
+        "extraVolumes": [{"name": "x", "emptyDir": {}}],
+        "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+        "nodeSelector": {"a": 1},
         "tolerations": [{"key": "a", "operator": "Exists"}],
-    }  # fmt: skip
+    }
     assert set(changes) | {"enabled"} == set(load(CHART / "values.yaml")["engineRuntimeDefaults"])
     names = list(ENGINES)
     plain = of_kind(render({"engineRuntimeDefaults": {"enabled": True}}), "ClusterServingRuntime")
@@ -210,19 +225,42 @@ def test_a_value_is_everywhere_or_each_engines_own() -> None:
 def test_what_an_engine_cannot_do_is_refused_with_what_to_do(name: str) -> None:
     facts = ENGINES[name]
     tried: Document = {
-        "apiKeys": {"secretName": "s"}, "redis": {"secretName": "s"}, "warmup": {"configMap": "c"},
-        "moderation": {"configMap": "c"}, "apiServerCount": 2, "responseCache": "memory", "usageSink": "log",
-        "profile": "low-latency", "servedNames": ["x"], "speculative": {"method": "ngram"}, "task": "embed",
-        "multiNode": {"enabled": True}, "grpc": {"enabled": True}, "maxNumSeqs": 3, "maxModelLen": 3,
-        "quantization": "awq", "chatTemplate": {"configMap": "c"}, "lora": {"adapters": [{"name": "a", "path": "/a"}]},
-        "parallelism": {"data": 2, "tensor": 2, "pipeline": 2}, "tracing": {"endpoint": "http://c:1"},
-        "modelFormat": "kserve-vllm", "coldStart": {"cache": {"claim": "c"}},
-    }  # fmt: skip
-    said = refused({"inferenceServices": {"chat": {"engine": name, "demo": True, "env": [
-        {"name": "KSERVE_VLLM_SEED", "value": 1}], **tried}}})  # fmt: skip
+        "apiKeys": {"secretName": "s"},
+        "redis": {"secretName": "s"},
+        "warmup": {"configMap": "c"},
+        "moderation": {"configMap": "c"},
+        "apiServerCount": 2,
+        "responseCache": "memory",
+        "usageSink": "log",
+        "profile": "low-latency",
+        "servedNames": ["x"],
+        "speculative": {"method": "ngram"},
+        "task": "embed",
+        "multiNode": {"enabled": True},
+        "grpc": {"enabled": True},
+        "maxNumSeqs": 3,
+        "maxModelLen": 3,
+        "quantization": "awq",
+        "chatTemplate": {"configMap": "c"},
+        "lora": {"adapters": [{"name": "a", "path": "/a"}]},
+        "parallelism": {"data": 2, "tensor": 2, "pipeline": 2},
+        "tracing": {"endpoint": "http://c:1"},
+        "modelFormat": "kserve-vllm",
+        "coldStart": {"cache": {"claim": "c"}},
+    }
+    said = refused(
+        {
+            "inferenceServices": {
+                "chat": {"engine": name, "demo": True, "env": [{"name": "KSERVE_VLLM_SEED", "value": 1}], **tried}
+            }
+        }
+    )
     able = {*facts.get("flags", {}), *facts.get("variables", {}), *facts.get("splits", {})}
-    able |= {key for key, has in {"maxModelLen": "context", "lora": "adapters", "task": "embed", "grpc": "grpc"}.items()
-             if has in facts}  # fmt: skip
+    able |= {
+        key
+        for key, has in {"maxModelLen": "context", "lora": "adapters", "task": "embed", "grpc": "grpc"}.items()
+        if has in facts
+    }
     able |= {path.split(".")[0] for path in able if not path.startswith("parallelism")}
     for top in tried:
         refusal = f"{facts['title']} cannot do {top}"
@@ -311,9 +349,19 @@ def test_the_build_of_an_engine_makes_a_repository_of_the_images_templates(tmp_p
         "    def save(self, at): Path(at).mkdir(); Path(at, 'config.json').write_text(repr(self.given))\n"
         "    def shutdown(self): pass\n"
     )
-    (job,) = of_kind(render({"modelCaches": {"m": {
-        "huggingFace": {"repository": "a/b"}, "tensorrtLLM": {"model": "chat", "tensor": 2, "maxBatchSize": 9},
-    }}}), "Job").values()  # fmt: skip
+    (job,) = of_kind(
+        render(
+            {
+                "modelCaches": {
+                    "m": {
+                        "huggingFace": {"repository": "a/b"},
+                        "tensorrtLLM": {"model": "chat", "tensor": 2, "maxBatchSize": 9},
+                    }
+                }
+            }
+        ),
+        "Job",
+    ).values()
     pod = job["spec"]["template"]["spec"]
     assert [each["name"] for each in pod["initContainers"]] == ["fill"]
     (container,) = pod["containers"]
@@ -324,8 +372,11 @@ def test_the_build_of_an_engine_makes_a_repository_of_the_images_templates(tmp_p
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     repository = models / "repository"
     assert {path.name for path in repository.iterdir() if path.is_dir()} == {
-        "preprocessing", "postprocessing", "tensorrt_llm", "chat",
-    }  # fmt: skip
+        "preprocessing",
+        "postprocessing",
+        "tensorrt_llm",
+        "chat",
+    }
     assert 'name: "chat"\nmax_batch_size: 9\n' in (repository / "chat" / "config.pbtxt").read_text()
     assert '"/mnt/models/tensorrt_llm/1/tokenizer" ""' in (repository / "preprocessing" / "config.pbtxt").read_text()
     assert "'max_seq_len': 4096" in (repository / "tensorrt_llm" / "1" / "engine" / "config.json").read_text()

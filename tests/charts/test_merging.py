@@ -23,7 +23,9 @@ def test_labels_and_annotations_of_the_user_win_everywhere() -> None:
     documents = render(
         {
             **service(
-                labels=MINE, podLabels=MINE, annotations={"features.knative.dev/http-full-duplex": "Disabled"},
+                labels=MINE,
+                podLabels=MINE,
+                annotations={"features.knative.dev/http-full-duplex": "Disabled"},
                 podAnnotations={"autoscaling.knative.dev/window": "30s"},
                 autoscaling={"knative": {"windowSeconds": 60}},
             ),
@@ -37,7 +39,7 @@ def test_labels_and_annotations_of_the_user_win_everywhere() -> None:
             "serviceAccounts": {"a": {"annotations": {"count": 1}, "secrets": ["s", "s"]}},
             "image": {"pullSecrets": ["p", "p"]},
         }
-    )  # fmt: skip
+    )
     isvc = of_kind(documents, "InferenceService")["chat"]
     assert isvc["metadata"]["annotations"]["features.knative.dev/http-full-duplex"] == "Disabled"
     assert isvc["spec"]["predictor"]["annotations"] == {"autoscaling.knative.dev/window": "30s"}
@@ -50,8 +52,9 @@ def test_labels_and_annotations_of_the_user_win_everywhere() -> None:
         assert runtime["spec"]["annotations"]["size"] == "3"
         # The PodMonitor selects by the second one, which stays.
         assert runtime["spec"]["labels"] == {
-            "app.kubernetes.io/part-of": "mine", "kserve-vllm/runtimes-of": "models.release",
-        }  # fmt: skip
+            "app.kubernetes.io/part-of": "mine",
+            "kserve-vllm/runtimes-of": "models.release",
+        }
         assert runtime["spec"]["imagePullSecrets"] == [{"name": "p"}]
     account = of_kind(documents, "ServiceAccount")["a"]
     assert account["metadata"]["annotations"] == {"count": "1"}
@@ -88,13 +91,16 @@ def test_numbers_are_taken_where_text_is_asked_for() -> None:
     documents = render(
         {
             **standard(
-                nodeSelector={"zone": 1}, extraArgs=["--seed", 1], servedNames=[4], serviceAccountName=7,
+                nodeSelector={"zone": 1},
+                extraArgs=["--seed", 1],
+                servedNames=[4],
+                serviceAccountName=7,
                 tolerations=[{"key": "a", "operator": "Equal", "value": 1}],
                 resources={"requests": {"cpu": 8, "memory": "1Gi"}},
             ),
             "runtimes": {"gpu": {"requests": {"cpu": 8}}},
         }
-    )  # fmt: skip
+    )
     predictor = of_kind(documents, "InferenceService")["chat"]["spec"]["predictor"]
     assert predictor["nodeSelector"] == {"zone": "1"}
     assert predictor["tolerations"] == [{"key": "a", "operator": "Equal", "value": "1"}]

@@ -56,8 +56,13 @@ def names_of(expression: str) -> set[str]:
 
 
 def recorded() -> set[str]:
-    return {rule["record"] for path in RULES.glob("*.yaml") for group in load(path)["groups"] for rule in group["rules"]
-            if "record" in rule}  # fmt: skip
+    return {
+        rule["record"]
+        for path in RULES.glob("*.yaml")
+        for group in load(path)["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
 
 
 def exposed() -> set[str]:
@@ -127,9 +132,12 @@ def test_every_alert_says_what_is_wrong_and_what_to_look_at() -> None:
 
 def test_the_alert_for_loading_waits_longer_than_the_startup_probe() -> None:
     (alert,) = [
-        r for p in RULES.glob("*.yaml") for g in load(p)["groups"] for r in g["rules"]
+        r
+        for p in RULES.glob("*.yaml")
+        for g in load(p)["groups"]
+        for r in g["rules"]
         if r.get("alert") == "KServeVllmEngineNotReady"
-    ]  # fmt: skip
+    ]
     startup = load(CHART / "values.yaml")["runtimes"]["probes"]["startup"]
     assert int(alert["for"].removesuffix("m")) * 60 > startup["periodSeconds"] * startup["failureThreshold"]
 
@@ -145,9 +153,12 @@ def test_dashboards_reach_the_cluster_as_they_are_in_the_files() -> None:
 
 @pytest.mark.parametrize(
     ("knative", "app", "revision"),
-    [("chat-predictor-00002", "chat-predictor-00002", "chat-predictor-00002"),
-     ("", "isvc.chat-predictor", "chat-predictor"), ("", "isvc.chat-canary-predictor", "chat-canary-predictor")],
-)  # fmt: skip
+    [
+        ("chat-predictor-00002", "chat-predictor-00002", "chat-predictor-00002"),
+        ("", "isvc.chat-predictor", "chat-predictor"),
+        ("", "isvc.chat-canary-predictor", "chat-canary-predictor"),
+    ],
+)
 def test_the_pod_monitor_names_the_revision_in_both_modes(knative: str, app: str, revision: str) -> None:
     (monitor,) = of_kind(render_ci(SCENARIO), "PodMonitor").values()
     (rule,) = [

@@ -19,10 +19,24 @@ from tests.charts.support import CI_FILES, Document, of_kind, refused, render_ci
 COMPONENTS = ("predictor", "transformer", "explainer")
 # Kinds that KServe or Knative writes for an InferenceService.
 KINDS = {
-    "Deployment", "Service", "HorizontalPodAutoscaler", "ScaledObject", "HTTPRoute", "GRPCRoute", "VirtualService",
-    "Ingress", "Route", "ConfigMap", "Revision", "Configuration", "OpenTelemetryCollector", "ServiceAccount",
-    "PodDisruptionBudget", "DestinationRule", "TriggerAuthentication",
-}  # fmt: skip
+    "Deployment",
+    "Service",
+    "HorizontalPodAutoscaler",
+    "ScaledObject",
+    "HTTPRoute",
+    "GRPCRoute",
+    "VirtualService",
+    "Ingress",
+    "Route",
+    "ConfigMap",
+    "Revision",
+    "Configuration",
+    "OpenTelemetryCollector",
+    "ServiceAccount",
+    "PodDisruptionBudget",
+    "DestinationRule",
+    "TriggerAuthentication",
+}
 
 
 def owned_by_kserve(service: Document) -> re.Pattern[str]:
@@ -50,9 +64,19 @@ def test_no_object_of_a_scenario_has_a_name_of_kserves(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["chat", "chat-predictor", "chat-transformer", "chat-v2-predictor", "chat-predictor-00003", "chat-predictor-worker",
-     "modelconfig-chat-0", "latest-chat-predictor", "chat-head-1", "chat-predictor-default"],
-)  # fmt: skip
+    [
+        "chat",
+        "chat-predictor",
+        "chat-transformer",
+        "chat-v2-predictor",
+        "chat-predictor-00003",
+        "chat-predictor-worker",
+        "modelconfig-chat-0",
+        "latest-chat-predictor",
+        "chat-head-1",
+        "chat-predictor-default",
+    ],
+)
 def test_the_list_knows_the_names_of_kserve(name: str) -> None:
     service = {"metadata": {"name": "chat"}, "spec": {"canary": [{"predictor": {"name": "v2"}}]}}
     assert owned_by_kserve(service).fullmatch(name)

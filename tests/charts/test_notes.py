@@ -21,15 +21,22 @@ from tests.charts.support import CHART, HelmError, helm, tool
 Document = dict[str, Any]
 # Groups and kinds that the chart writes or looks up: (plural, kind, namespaced).
 KINDS = {
-    "v1": [("configmaps", "ConfigMap", True), ("pods", "Pod", True), ("secrets", "Secret", True),
-           ("serviceaccounts", "ServiceAccount", True), ("persistentvolumeclaims", "PersistentVolumeClaim", True)],
+    "v1": [
+        ("configmaps", "ConfigMap", True),
+        ("pods", "Pod", True),
+        ("secrets", "Secret", True),
+        ("serviceaccounts", "ServiceAccount", True),
+        ("persistentvolumeclaims", "PersistentVolumeClaim", True),
+    ],
     "networking.k8s.io/v1": [("networkpolicies", "NetworkPolicy", True)],
     "apps/v1": [("deployments", "Deployment", True)],
     "batch/v1": [("jobs", "Job", True)],
-    "serving.kserve.io/v1alpha1": [("clusterservingruntimes", "ClusterServingRuntime", False),
-                                   ("localmodelcaches", "LocalModelCache", False)],
+    "serving.kserve.io/v1alpha1": [
+        ("clusterservingruntimes", "ClusterServingRuntime", False),
+        ("localmodelcaches", "LocalModelCache", False),
+    ],
     "serving.kserve.io/v1beta1": [("inferenceservices", "InferenceService", True)],
-}  # fmt: skip
+}
 
 
 class Cluster(ThreadingHTTPServer):
@@ -139,9 +146,18 @@ def installed(cluster: Cluster, tmp_path: Path, *arguments: str, stdin: str | No
         )
     )
     return helm(
-        "install", "release", str(CHART), "--namespace", "models", "--dry-run=server", "--kubeconfig", str(config),
-        "--disable-openapi-validation", *arguments, stdin=stdin,
-    )  # fmt: skip
+        "install",
+        "release",
+        str(CHART),
+        "--namespace",
+        "models",
+        "--dry-run=server",
+        "--kubeconfig",
+        str(config),
+        "--disable-openapi-validation",
+        *arguments,
+        stdin=stdin,
+    )
 
 
 def notes(cluster: Cluster, tmp_path: Path, scenario: str) -> str:
@@ -161,9 +177,15 @@ def put(cluster: Cluster, path: str, document: Document) -> None:
 
 def test_flags_that_are_on_are_not_spoken_of(cluster: Cluster, tmp_path: Path) -> None:
     features(
-        cluster, nodeselector="enabled", tolerations="Enabled", affinity="allowed", topologyspreadconstraints="enabled",
-        runtimeclassname="enabled", priorityclassname="enabled", schedulername="enabled",
-    )  # fmt: skip
+        cluster,
+        nodeselector="enabled",
+        tolerations="Enabled",
+        affinity="allowed",
+        topologyspreadconstraints="enabled",
+        runtimeclassname="enabled",
+        priorityclassname="enabled",
+        schedulername="enabled",
+    )
     said = notes(cluster, tmp_path, "placement")
     assert "feature flags" not in said
 
@@ -173,8 +195,11 @@ def test_flags_that_are_off_are_named_with_the_services_that_need_them(cluster: 
     said = notes(cluster, tmp_path, "placement")
     off = re.findall(r"^  (kubernetes\.podspec-\w+) \((\w+)\)$", said, re.MULTILINE)
     assert {flag.removeprefix("kubernetes.podspec-") for flag, _ in off} == {
-        "tolerations", "topologyspreadconstraints", "runtimeclassname", "priorityclassname",
-    }  # fmt: skip
+        "tolerations",
+        "topologyspreadconstraints",
+        "runtimeclassname",
+        "priorityclassname",
+    }
     assert {name for _, name in off} == {"here"}
 
 
@@ -188,8 +213,10 @@ def test_the_command_that_switches_them_on_does(cluster: Cluster, tmp_path: Path
     before.write_text(json.dumps(next(iter(cluster.objects.values()))))
     patched = subprocess.run(
         [tool("kubectl"), "patch", "--local", "-f", str(before), "--type", "merge", "-p", words[-1], "-o", "json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     data = json.loads(patched.stdout)["data"]
     assert len(data) == 7
     assert set(data.values()) == {"enabled"}
@@ -232,40 +259,66 @@ KSERVE = "/apis/apps/v1/namespaces/kserve/deployments/kserve-controller-manager"
 LOOKUPS: dict[str, tuple[str, Document, Document, str]] = {
     "another release's runtime": (
         "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-gpu",
-        {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "ClusterServingRuntime",
-         "metadata": {"name": "kserve-vllm-gpu", "annotations": {"meta.helm.sh/release-name": "platform",
-                                                                 "meta.helm.sh/release-namespace": "ml"}}},
+        {
+            "apiVersion": "serving.kserve.io/v1alpha1",
+            "kind": "ClusterServingRuntime",
+            "metadata": {
+                "name": "kserve-vllm-gpu",
+                "annotations": {"meta.helm.sh/release-name": "platform", "meta.helm.sh/release-namespace": "ml"},
+            },
+        },
         {},
         "runtimes.gpu: ClusterServingRuntime kserve-vllm-gpu belongs to release platform in namespace ml. To run on "
         "it, set runtimes.enabled to false and `runtime: kserve-vllm-gpu` in the services",
     ),
     "a service in another mode": (
         "/apis/serving.kserve.io/v1beta1/namespaces/models/inferenceservices/chat",
-        {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService",
-         "metadata": {"name": "chat", "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment"}}},
+        {
+            "apiVersion": "serving.kserve.io/v1beta1",
+            "kind": "InferenceService",
+            "metadata": {"name": "chat", "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment"}},
+        },
         {"inferenceServices": {"chat": {"demo": True, "device": "cpu"}}},
         "inferenceServices.chat: it is there in Standard mode, and KServe does not let the mode change",
     ),
     "a claim of another class": (
         "/api/v1/namespaces/models/persistentvolumeclaims/m",
-        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "m"},
-         "spec": {"storageClassName": "slow", "accessModes": ["ReadWriteMany"]}},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "m"},
+            "spec": {"storageClassName": "slow", "accessModes": ["ReadWriteMany"]},
+        },
         {"modelCaches": {"m": {"huggingFace": {"repository": "a/b"}, "claim": {"storageClassName": "quick"}}}},
         'modelCaches.m: claim m has storage class "slow", which can\'t change',
     ),
     "a claim with other modes": (
         "/api/v1/namespaces/models/persistentvolumeclaims/m",
-        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "m"},
-         "spec": {"storageClassName": "slow", "accessModes": ["ReadWriteOnce"]}},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "m"},
+            "spec": {"storageClassName": "slow", "accessModes": ["ReadWriteOnce"]},
+        },
         {"modelCaches": {"m": {"huggingFace": {"repository": "a/b"}}}},
         "modelCaches.m: claim m has access modes ReadWriteOnce, which can't change",
     ),
     "a local cache of another model": (
         "/apis/serving.kserve.io/v1alpha1/localmodelcaches/m",
-        {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "LocalModelCache", "metadata": {"name": "m"},
-         "spec": {"sourceModelUri": "hf://a/old"}},
-        {"modelCaches": {"m": {"type": "LocalModelCache",
-                               "localModelCache": {"sourceModelUri": "hf://a/new", "nodeGroups": ["g"]}}}},
+        {
+            "apiVersion": "serving.kserve.io/v1alpha1",
+            "kind": "LocalModelCache",
+            "metadata": {"name": "m"},
+            "spec": {"sourceModelUri": "hf://a/old"},
+        },
+        {
+            "modelCaches": {
+                "m": {
+                    "type": "LocalModelCache",
+                    "localModelCache": {"sourceModelUri": "hf://a/new", "nodeGroups": ["g"]},
+                }
+            }
+        },
         "modelCaches.m: LocalModelCache m is there with the model hf://a/old, which can't change",
     ),
     "an initial scale of 0": (
@@ -276,15 +329,37 @@ LOOKUPS: dict[str, tuple[str, Document, Document, str]] = {
     ),
     "KServe 0.20 and several nodes": (
         KSERVE,
-        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "kserve-controller-manager"},
-         "spec": {"template": {"spec": {"containers": [
-             {"name": "kube-rbac-proxy", "image": "quay.io/brancz/kube-rbac-proxy:v0.18.0"},
-             {"name": "manager", "image": "docker.io/kserve/kserve-controller:v0.20.0@sha256:" + "0" * 64}]}}}},
-        {"inferenceServices": {"big": {"deploymentMode": "Standard", "storageUri": "pvc://v/m",
-                                       "multiNode": {"enabled": True}, "parallelism": {"pipeline": 2}}}},
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "kserve-controller-manager"},
+            "spec": {
+                "template": {
+                    "spec": {
+                        "containers": [
+                            {"name": "kube-rbac-proxy", "image": "quay.io/brancz/kube-rbac-proxy:v0.18.0"},
+                            {
+                                "name": "manager",
+                                "image": "docker.io/kserve/kserve-controller:v0.20.0@sha256:" + "0" * 64,
+                            },
+                        ]
+                    }
+                }
+            },
+        },
+        {
+            "inferenceServices": {
+                "big": {
+                    "deploymentMode": "Standard",
+                    "storageUri": "pvc://v/m",
+                    "multiNode": {"enabled": True},
+                    "parallelism": {"pipeline": 2},
+                }
+            }
+        },
         "inferenceServices.big: KServe 0.20.0 deletes the workers of a multiNode service at every reconcile",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LOOKUPS)

@@ -31,9 +31,14 @@ ENGINES: dict[str, Document] = {path.stem: load(path) for path in sorted((CHART 
 # The flag by which each engine learns what clients call the model. TGI takes every name; Triton takes the one of the
 # directory in the repository, which the model cache that builds it writes (tensorrtLLM.model).
 NAME_FLAGS = {
-    "kserve-vllm": "--model_name", "sglang": "--served-model-name", "lmdeploy": "--model-name", "llama-cpp": "--alias",
-    "ollama": "--name", "tgi": "", "triton": "",
-}  # fmt: skip
+    "kserve-vllm": "--model_name",
+    "sglang": "--served-model-name",
+    "lmdeploy": "--model-name",
+    "llama-cpp": "--alias",
+    "ollama": "--name",
+    "tgi": "",
+    "triton": "",
+}
 # Knative's switch for each gated pod field.
 GATED = {
     "nodeSelector": "kubernetes.podspec-nodeselector",
@@ -48,9 +53,13 @@ GATED = {
 FETCHES = {"initContainers": "kubernetes.podspec-init-containers"}
 # Pod fields that Knative always takes.
 FREE = {
-    "containers", "volumes", "serviceAccountName", "imagePullSecrets", "enableServiceLinks",
+    "containers",
+    "volumes",
+    "serviceAccountName",
+    "imagePullSecrets",
+    "enableServiceLinks",
     "automountServiceAccountToken",
-}  # fmt: skip
+}
 
 
 def everything() -> Iterator[tuple[str, Document, Document]]:

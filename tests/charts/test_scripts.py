@@ -113,8 +113,12 @@ def fill(hub: Hub, root: Path, token: str | None = None, **source: Any) -> subpr
     env = {"PATH": os.environ["PATH"], "KSERVE_VLLM_CACHE_ROOT": str(root)} | ({"HF_TOKEN": token} if token else {})
     return subprocess.run(
         [sys.executable, *container["command"][1:], *container["args"]],
-        env=env, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def present(root: Path) -> set[str]:
@@ -241,8 +245,12 @@ def start_worker(tmp_path: Path, peers: list[list[str]] | None = None, **env: st
     base = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VLLM_HOST_IP": "10.0.0.2"}
     return subprocess.run(
         [sys.executable, "-c", script, "--headless", "--nnodes=2"],
-        env=base | env, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        env=base | env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
 
 
 def test_the_worker_of_two_nodes_is_rank_1_without_asking_anyone(tmp_path: Path) -> None:
@@ -374,9 +382,12 @@ def smoke(
     environment = {name: value for name, value in os.environ.items() if name != "API_KEY"}
     return subprocess.run(
         [sys.executable, *container["command"][1:], *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env=environment if key is None else {**environment, "API_KEY": key},
-    )  # fmt: skip
+    )
 
 
 def test_helm_test_waits_for_readiness_and_asks_for_one_completion(answering: int) -> None:

@@ -29,45 +29,106 @@ NAMES: Document = load(CHART / "files" / "names.yaml")
 EXAMPLES: dict[str, Any] = {
     "deploymentMode": "Standard",
     "runtime": "somebody-elses",
-    "labels": {"team": "a"}, "annotations": {"team": "a"}, "podLabels": {"team": "b"}, "podAnnotations": {"team": "b"},
-    "storageUri": "s3://bucket/other", "model": "org/other", "modelFormat": "huggingface", "servedNames": ["other"],
-    "quantization": "awq", "speculative": {"method": "ngram", "num_speculative_tokens": 2},
-    "extraArgs": ["--seed=1"], "env": [{"name": "A", "value": "b"}],
-    "adapters": [{"name": "a", "path": "/mnt/models/a"}], "maxRank": 32,
-    "products": ["NVIDIA-L4"], "productLabel": "gpu", "resource": "amd.com/gpu",
-    "requests": {"memory": "3Gi"}, "limits": {"memory": "40Gi"}, "sharedMemory": "3Gi", "memory": "3Gi", "cpu": "3",
-    "nodeSelector": {"pool": "a"}, "tolerations": [{"key": "a", "operator": "Exists"}],
+    "labels": {"team": "a"},
+    "annotations": {"team": "a"},
+    "podLabels": {"team": "b"},
+    "podAnnotations": {"team": "b"},
+    "storageUri": "s3://bucket/other",
+    "model": "org/other",
+    "modelFormat": "huggingface",
+    "servedNames": ["other"],
+    "quantization": "awq",
+    "speculative": {"method": "ngram", "num_speculative_tokens": 2},
+    "extraArgs": ["--seed=1"],
+    "env": [{"name": "A", "value": "b"}],
+    "adapters": [{"name": "a", "path": "/mnt/models/a"}],
+    "maxRank": 32,
+    "products": ["NVIDIA-L4"],
+    "productLabel": "gpu",
+    "resource": "amd.com/gpu",
+    "requests": {"memory": "3Gi"},
+    "limits": {"memory": "40Gi"},
+    "sharedMemory": "3Gi",
+    "memory": "3Gi",
+    "cpu": "3",
+    "nodeSelector": {"pool": "a"},
+    "tolerations": [{"key": "a", "operator": "Exists"}],
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
     "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}],
-    "rollout": "surge", "class": "keda", "metric": "rps", "mode": "basic", "target": 3, "timeoutSeconds": 300,
-    "progressDeadlineSeconds": 5000, "windowSeconds": 30, "panicWindowPercentage": 20, "panicThresholdPercentage": 300,
-    "terminationGracePeriodSeconds": 333, "percent": 20, "maxUnavailable": 2,
-    "fromNamespaces": ["a"], "metricsFromNamespaces": ["a"], "egressCIDRs": ["203.0.113.0/24"],
-    "existing": "there", "size": "3Gi", "accessModes": ["ReadOnlyMany"], "directory": "there",
-    "repository": "org/other", "endpoint": "https://hub.example.com", "exclude": ["*.bin"],
+    "rollout": "surge",
+    "class": "keda",
+    "metric": "rps",
+    "mode": "basic",
+    "target": 3,
+    "timeoutSeconds": 300,
+    "progressDeadlineSeconds": 5000,
+    "windowSeconds": 30,
+    "panicWindowPercentage": 20,
+    "panicThresholdPercentage": 300,
+    "terminationGracePeriodSeconds": 333,
+    "percent": 20,
+    "maxUnavailable": 2,
+    "fromNamespaces": ["a"],
+    "metricsFromNamespaces": ["a"],
+    "egressCIDRs": ["203.0.113.0/24"],
+    "existing": "there",
+    "size": "3Gi",
+    "accessModes": ["ReadOnlyMany"],
+    "directory": "there",
+    "repository": "org/other",
+    "endpoint": "https://hub.example.com",
+    "exclude": ["*.bin"],
     "files": [{"url": "https://a.example.com/b", "sha256": "0" * 64, "path": "b"}],
-    "gpuResource": "amd.com/gpu", "tensorrtLLM.model": "other",
-    "sourceModelUri": "hf://org/other", "modelSize": "3Gi", "nodeGroups": ["other"],
-    "hosts": ["other.example.com"], "inferenceService": "other",
+    "gpuResource": "amd.com/gpu",
+    "tensorrtLLM.model": "other",
+    "sourceModelUri": "hf://org/other",
+    "modelSize": "3Gi",
+    "nodeGroups": ["other"],
+    "hosts": ["other.example.com"],
+    "inferenceService": "other",
     "headerRoutes": [{"header": "x-a", "value": "b", "inferenceService": "other"}],
-    "secrets": ["s"], "imagePullSecrets": ["s"], "pullSecrets": ["s"],
-    "tag": "9.9.9", "digests.cpu": "sha256:" + "1" * 64, "digests.gpu": "sha256:" + "1" * 64,
-    "kserveVersion": "0.21.0", "prometheusAddress": "http://other:9090", "domainTemplate": "{{.Name}}.{{.Namespace}}",
-    "tmpSizeLimit": "3Gi", "interval": "5s",
-    "commonLabels": {"team": "c"}, "commonAnnotations": {"team": "c"}, "platform": "openshift",
+    "secrets": ["s"],
+    "imagePullSecrets": ["s"],
+    "pullSecrets": ["s"],
+    "tag": "9.9.9",
+    "digests.cpu": "sha256:" + "1" * 64,
+    "digests.gpu": "sha256:" + "1" * 64,
+    "kserveVersion": "0.21.0",
+    "prometheusAddress": "http://other:9090",
+    "domainTemplate": "{{.Name}}.{{.Namespace}}",
+    "tmpSizeLimit": "3Gi",
+    "interval": "5s",
+    "commonLabels": {"team": "c"},
+    "commonAnnotations": {"team": "c"},
+    "platform": "openshift",
     "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}}],
-    "httpProxy": "http://p:1", "httpsProxy": "http://p:1", "noProxy": ["a"], "domain": "corp.example",
-    "envFrom": [{"secretRef": {"name": "s"}}], "initContainers": [{"name": "i", "image": "i:1"}],
-    "extraVolumes": [{"name": "x", "emptyDir": {}}], "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
-    "image": "registry.example.com/a:1", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
-    "extra": {"mine": {}}, "engines": {"sglang": {"enabled": True}},
-    "resources": {"limits": {"cpu": 2}}, "parameters": {"a": "b"}, "sampleRatio": 0.5,
-    "serverArgs": ["--model=org/other"], "url": "http://other", "input": "other.jsonl",
+    "httpProxy": "http://p:1",
+    "httpsProxy": "http://p:1",
+    "noProxy": ["a"],
+    "domain": "corp.example",
+    "envFrom": [{"secretRef": {"name": "s"}}],
+    "initContainers": [{"name": "i", "image": "i:1"}],
+    "extraVolumes": [{"name": "x", "emptyDir": {}}],
+    "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+    "image": "registry.example.com/a:1",
+    "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
+    "extra": {"mine": {}},
+    "engines": {"sglang": {"enabled": True}},
+    "resources": {"limits": {"cpu": 2}},
+    "parameters": {"a": "b"},
+    "sampleRatio": 0.5,
+    "serverArgs": ["--model=org/other"],
+    "url": "http://other",
+    "input": "other.jsonl",
     "output": "others.jsonl",
-    "resourceClaims": [{"name": "g", "resourceClaimName": "c"}], "startupSeconds": 100,
-    "egress": [{"ports": [{"port": 6379}]}], "availability": 0.99, "firstToken": 0.9, "firstTokenSeconds": 1,
+    "resourceClaims": [{"name": "g", "resourceClaimName": "c"}],
+    "startupSeconds": 100,
+    "egress": [{"ports": [{"port": 6379}]}],
+    "availability": 0.99,
+    "firstToken": 0.9,
+    "firstTokenSeconds": 1,
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},
-}  # fmt: skip
+}
 # Numbers that may not be just one more than the default.
 NUMBERS = {
     "maxReplicas": 7,
@@ -146,25 +207,43 @@ SERVICES: dict[str, Document] = {
     "Knative canary": {**MODEL, "canary": {"percent": 10, "storageUri": "hf://org/new"}},
     "to zero": {**MODEL, "autoscaling": {"minReplicas": 0}},
     "Standard": STANDARD,
-    "Standard canary": {**STANDARD, "autoscaling": {"minReplicas": 4},
-                        "canary": {"percent": 10, "storageUri": "hf://org/new"}},
+    "Standard canary": {
+        **STANDARD,
+        "autoscaling": {"minReplicas": 4},
+        "canary": {"percent": 10, "storageUri": "hf://org/new"},
+    },
     "HPA on CPU": {**STANDARD, "autoscaling": {"class": "hpa", "metric": "cpu"}},
     "HPA on vLLM": {**STANDARD, "autoscaling": {"class": "hpa"}},
     "KEDA": {**STANDARD, "autoscaling": {"class": "keda", "kedaAuthentication": {"name": "a"}}},
-    "several nodes": {**STANDARD, "storageUri": "pvc://v/m", "multiNode": {"enabled": True},
-                      "parallelism": {"pipeline": 2}},
+    "several nodes": {
+        **STANDARD,
+        "storageUri": "pvc://v/m",
+        "multiNode": {"enabled": True},
+        "parallelism": {"pipeline": 2},
+    },
     "adapters": {**MODEL, "lora": {"adapters": [{"name": "one", "path": "/1"}, {"name": "two", "path": "/2"}]}},
-    "files": {**STANDARD, "chatTemplate": {"configMap": "c"}, "apiKeys": {"secretName": "s"},
-              "redis": {"secretName": "s"}, "lora": {"watched": {"configMap": "c"}}, "warmup": {"configMap": "c"},
-              "moderation": {"configMap": "c"}, "gpu": {"products": ["A"]}, "grpc": {"enabled": True}},
+    "files": {
+        **STANDARD,
+        "chatTemplate": {"configMap": "c"},
+        "apiKeys": {"secretName": "s"},
+        "redis": {"secretName": "s"},
+        "lora": {"watched": {"configMap": "c"}},
+        "warmup": {"configMap": "c"},
+        "moderation": {"configMap": "c"},
+        "gpu": {"products": ["A"]},
+        "grpc": {"enabled": True},
+    },
     "stored": {"storage": {"path": "there", "key": "k"}},
     "claims": {**STANDARD, "resourceClaims": [{"name": "a", "resourceClaimName": "b"}]},
     "SGLang": {**STANDARD, "engine": "sglang"},
     "Ollama": {**MODEL, "engine": "ollama", "device": "cpu"},
     "traced": {**MODEL, "tracing": {"endpoint": "http://c:4317"}, "redis": {"secretName": "s"}},
-    "guarded": {**STANDARD, "networkPolicy": {"enabled": True, "restrictEgress": True},
-                "podDisruptionBudget": {"enabled": True}},
-}  # fmt: skip
+    "guarded": {
+        **STANDARD,
+        "networkPolicy": {"enabled": True, "restrictEgress": True},
+        "podDisruptionBudget": {"enabled": True},
+    },
+}
 REPOSITORY = {"huggingFace": {"repository": "org/model"}}
 CACHES: dict[str, Document] = {
     "a claim": REPOSITORY,
@@ -173,17 +252,22 @@ CACHES: dict[str, Document] = {
     "an engine": {**REPOSITORY, "tensorrtLLM": {"model": "chat"}},
     "files": {"files": [{"url": "https://a.example.com/a", "sha256": "0" * 64, "path": "a"}]},
     "LocalModelCache": {
-        "type": "LocalModelCache", "localModelCache": {"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]},
+        "type": "LocalModelCache",
+        "localModelCache": {"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]},
     },
-}  # fmt: skip
+}
 ROUTES: dict[str, Document] = {
     "GatewayAPI": {"hosts": ["a.example.com"], "inferenceService": "chat"},
     "Istio": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Istio"},
-    "ejection": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Istio",
-                 "outlierEjection": {"enabled": True}},
+    "ejection": {
+        "hosts": ["a.example.com"],
+        "inferenceService": "chat",
+        "type": "Istio",
+        "outlierEjection": {"enabled": True},
+    },
     "Ingress": {"hosts": ["a.example.com"], "inferenceService": "chat", "type": "Ingress"},
     "no timeouts": {"hosts": ["a.example.com"], "inferenceService": "chat", "gateway": {"timeouts": False}},
-}  # fmt: skip
+}
 BATCHES: dict[str, Document] = {
     "a batch for a server": {"claim": "c", "url": "http://chat", "apiKey": {"secretName": "s"}},
     "a batch with its own": {"claim": "c", "serverArgs": ["--demo"]},
@@ -293,12 +377,21 @@ RELEASES: dict[str, Document] = {
 # Each release shows what the ones before it do not.
 TOPS: dict[str, tuple[str, ...]] = {
     "all on": (
-        "image", "cluster", "commonLabels", "commonAnnotations", "extraObjects", "caBundle", "proxy", "podSecurity",
-        "runtimes", "monitoring", "tests",
+        "image",
+        "cluster",
+        "commonLabels",
+        "commonAnnotations",
+        "extraObjects",
+        "caBundle",
+        "proxy",
+        "podSecurity",
+        "runtimes",
+        "monitoring",
+        "tests",
     ),
     "nothing": ("image", "caBundle", "proxy", "podSecurity", "runtimes", "monitoring", "tests"),
     "some off": ("image", "runtimes", "tests"),
-}  # fmt: skip
+}
 assert set(TOPS["all on"]) == {
     t for t in DEFAULTS if not t.endswith("Defaults") and f"{t[:-1]}Defaults" not in DEFAULTS
 }
@@ -364,13 +457,15 @@ def test_null_is_the_default_for_a_value_and_for_a_whole_block() -> None:
 def test_null_takes_back_what_the_defaults_of_the_values_say() -> None:
     values: Document = {
         "inferenceServiceDefaults": {
-            "nodeSelector": {"pool": "a", "zone": "b"}, "autoscaling": {"maxReplicas": 9}, "maxModelLen": 5,
+            "nodeSelector": {"pool": "a", "zone": "b"},
+            "autoscaling": {"maxReplicas": 9},
+            "maxModelLen": 5,
         },
         "inferenceServices": {
             "chat": {**MODEL, "nodeSelector": {"pool": None}, "autoscaling": None, "maxModelLen": None},
             "other": MODEL,
         },
-    }  # fmt: skip
+    }
     found = {d["metadata"]["name"]: d["spec"]["predictor"] for d in render(values) if d["kind"] == "InferenceService"}
     assert found["chat"]["nodeSelector"] == {"zone": "b"}
     assert (found["chat"]["maxReplicas"], found["other"]["maxReplicas"]) == (3, 9)
@@ -406,18 +501,28 @@ def test_values_kept_from_an_earlier_chart_lack_blocks_and_work(tmp_path: Path) 
 
 
 def test_an_earlier_name_means_the_new_one_and_notes_say_so() -> None:
-    old: Document = changed(MODEL, ("sharing",), {
-        "keys": {"secret": "s", "key": "a"}, "redis": {"secret": "r", "key": "b"},
-        "adapters": {"configMap": "c", "key": "d"}, "warmup": {"configMap": "e", "key": "f"},
-        "moderation": {"configMap": "g", "key": "h"},
-    })  # fmt: skip
+    old: Document = changed(
+        MODEL,
+        ("sharing",),
+        {
+            "keys": {"secret": "s", "key": "a"},
+            "redis": {"secret": "r", "key": "b"},
+            "adapters": {"configMap": "c", "key": "d"},
+            "warmup": {"configMap": "e", "key": "f"},
+            "moderation": {"configMap": "g", "key": "h"},
+        },
+    )
     old["canary"] = {"percent": 1, "storageUri": "hf://org/new", "tagRouting": True}
     new: Document = {
-        **MODEL, "apiKeys": {"secretName": "s", "key": "a"}, "redis": {"secretName": "r", "key": "b"},
-        "lora": {"watched": {"configMap": "c", "key": "d"}}, "warmup": {"configMap": "e", "key": "f"},
-        "moderation": {"configMap": "g", "key": "h"}, "tagRouting": True,
+        **MODEL,
+        "apiKeys": {"secretName": "s", "key": "a"},
+        "redis": {"secretName": "r", "key": "b"},
+        "lora": {"watched": {"configMap": "c", "key": "d"}},
+        "warmup": {"configMap": "e", "key": "f"},
+        "moderation": {"configMap": "g", "key": "h"},
+        "tagRouting": True,
         "canary": {"percent": 1, "storageUri": "hf://org/new"},
-    }  # fmt: skip
+    }
     standard = {"cluster": {"gatewayAPI": True}}
     pairs: list[tuple[Document, Document]] = [
         ({"inferenceServices": {"chat": old}}, {"inferenceServices": {"chat": new}}),
@@ -433,7 +538,7 @@ def test_an_earlier_name_means_the_new_one_and_notes_say_so() -> None:
             {"inferenceServices": {"chat": MODEL}, "inferenceServiceDefaults": {"sharing": {"keys": {"secret": "s"}}}},
             {"inferenceServices": {"chat": {**MODEL, "apiKeys": {"secretName": "s"}}}},
         ),
-    ]  # fmt: skip
+    ]
     tried = set()
     for before, after in pairs:
         assert render(before) == render(after)

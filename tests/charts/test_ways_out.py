@@ -77,8 +77,12 @@ def test_services_runtimes_and_jobs_take_volumes_mounts_and_environment() -> Non
         "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
         "envFrom": [{"secretRef": {"name": "s"}}],
     }
-    several: Document = {"storageUri": "pvc://v/m", "deploymentMode": "Standard", "multiNode": {"enabled": True},
-               "parallelism": {"pipeline": 2}}  # fmt: skip
+    several: Document = {
+        "storageUri": "pvc://v/m",
+        "deploymentMode": "Standard",
+        "multiNode": {"enabled": True},
+        "parallelism": {"pipeline": 2},
+    }
     documents = render(
         {
             "inferenceServices": {"chat": {"storageUri": "hf://a/b", **more}, "large": {**several, **more}},
@@ -124,11 +128,16 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
         ({"extraVolumes": [{"name": "a", "hostPath": {"path": "/a"}}]}, "podspec-volumes-hostpath"),
         ({"extraVolumes": [{"name": "a", "csi": {"driver": "d"}}]}, "podspec-volumes-csi"),
         ({"extraVolumes": [{"name": "a", "image": {"reference": "d"}}]}, "podspec-volumes-image"),
-        ({"extraVolumes": [{"name": "a", "persistentVolumeClaim": {"claimName": "c"}}],
-          "extraVolumeMounts": [{"name": "a", "mountPath": "/a"}]}, "podspec-persistent-volume-write"),
+        (
+            {
+                "extraVolumes": [{"name": "a", "persistentVolumeClaim": {"claimName": "c"}}],
+                "extraVolumeMounts": [{"name": "a", "mountPath": "/a"}],
+            },
+            "podspec-persistent-volume-write",
+        ),
     ],
     ids=["init containers", "host path", "CSI", "image", "a claim to write on"],
-)  # fmt: skip
+)
 def test_notes_name_the_flags_of_knative_for_what_the_user_adds(values: Document, flag: str) -> None:
     text = helm(
         "install", "release", str(CHART), "--dry-run=client", "--values", "-", stdin=json.dumps(service(**values))
@@ -170,10 +179,12 @@ def test_certificates_reach_services_and_jobs(given: Document, volume: Document)
 def test_a_proxy_reaches_services_and_jobs_and_leaves_the_cluster_out() -> None:
     documents = render(
         {
-            **service(env=[{"name": "NO_PROXY", "value": "mine"}]), **CACHE, "cluster": {"domain": "corp.example"},
+            **service(env=[{"name": "NO_PROXY", "value": "mine"}]),
+            **CACHE,
+            "cluster": {"domain": "corp.example"},
             "proxy": {"httpsProxy": "http://proxy:3128", "noProxy": ["10.0.0.0/8"]},
         }
-    )  # fmt: skip
+    )
     (job,) = of_kind(documents, "Job").values()
     found = env_of(job["spec"]["template"]["spec"]["containers"][0])
     assert found["HTTPS_PROXY"] == found["https_proxy"] == "http://proxy:3128"
@@ -192,28 +203,43 @@ def test_common_labels_and_annotations_are_on_every_object_and_lose_against_its_
             "commonLabels": {"team": "a", "number": 1},
             "commonAnnotations": {"owner": "b", "helm.sh/resource-policy": "none"},
             "inferenceServices": {
-                "chat": {"deploymentMode": "Standard", "storageUri": "hf://a/b", "labels": {"team": "c"},
-                         "autoscaling": {"class": "hpa"}, "networkPolicy": {"enabled": True},
-                         "podDisruptionBudget": {"enabled": True}},
+                "chat": {
+                    "deploymentMode": "Standard",
+                    "storageUri": "hf://a/b",
+                    "labels": {"team": "c"},
+                    "autoscaling": {"class": "hpa"},
+                    "networkPolicy": {"enabled": True},
+                    "podDisruptionBudget": {"enabled": True},
+                },
             },
             "routes": {
                 "a": {"hosts": ["a.example.com"], "inferenceService": "chat"},
-                "b": {"hosts": ["b.example.com"], "inferenceService": "chat", "type": "Istio",
-                      "outlierEjection": {"enabled": True}},
+                "b": {
+                    "hosts": ["b.example.com"],
+                    "inferenceService": "chat",
+                    "type": "Istio",
+                    "outlierEjection": {"enabled": True},
+                },
                 "c": {"hosts": ["c.example.com"], "inferenceService": "chat", "type": "Ingress"},
             },
             "serviceAccounts": {"a": {}},
             "modelCaches": {
                 **CACHE["modelCaches"],
-                "n": {"type": "LocalModelCache",
-                      "localModelCache": {"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]}},
+                "n": {
+                    "type": "LocalModelCache",
+                    "localModelCache": {"sourceModelUri": "hf://a/b", "nodeGroups": ["g"]},
+                },
             },
             "monitoring": {name: {"enabled": True} for name in ("podMonitor", "prometheusRule", "dashboards")},
         }
-    )  # fmt: skip
+    )
     kinds = {d["kind"] for d in documents}
-    written = {line.split(": ")[1] for path in (CHART / "templates").rglob("*.yaml")
-               for line in path.read_text().splitlines() if line.startswith("kind: ")}  # fmt: skip
+    written = {
+        line.split(": ")[1]
+        for path in (CHART / "templates").rglob("*.yaml")
+        for line in path.read_text().splitlines()
+        if line.startswith("kind: ")
+    }
     assert kinds == written | {"ClusterServingRuntime"}
     for document in documents:
         labels, annotations = document["metadata"]["labels"], document["metadata"]["annotations"]
@@ -336,8 +362,11 @@ def test_extended_resources_stand_beside_the_gpu() -> None:
     values = service(resources={"limits": {"rdma/ib": 1, "nvidia.com/gpumem": 8000, "hugepages-2Mi": "1Gi"}})
     resources = predictor(values)["model"]["resources"]
     assert resources["limits"] == {
-        "nvidia.com/gpu": "1", "rdma/ib": 1, "nvidia.com/gpumem": 8000, "hugepages-2Mi": "1Gi",
-    }  # fmt: skip
+        "nvidia.com/gpu": "1",
+        "rdma/ib": 1,
+        "nvidia.com/gpumem": 8000,
+        "hugepages-2Mi": "1Gi",
+    }
     assert resources["requests"] == resources["limits"]
     gaudi = predictor(service(gpu={"resource": "habana.ai/gaudi", "count": 2}))["model"]["resources"]
     assert gaudi["limits"] == {"habana.ai/gaudi": "2"}
@@ -380,11 +409,15 @@ def test_the_domain_of_the_cluster_is_in_every_host_name() -> None:
         **standard(),
         "cluster": {"domain": "k8s.example.com"},
         "routes": {
-            "a": {"type": "Istio", "hosts": ["a.example.com"], "inferenceService": "chat",
-                  "outlierEjection": {"enabled": True}},
+            "a": {
+                "type": "Istio",
+                "hosts": ["a.example.com"],
+                "inferenceService": "chat",
+                "outlierEjection": {"enabled": True},
+            },
             "b": {"type": "Istio", "hosts": ["b.example.com"], "inferenceService": "small"},
         },
-    }  # fmt: skip
+    }
     values["inferenceServices"]["small"] = {"storageUri": "hf://a/b"}
     text = render_text(values)
     assert "cluster.local" not in text
@@ -402,8 +435,15 @@ def test_pods_listen_on_ipv6_and_go_to_nodes_of_one_architecture() -> None:
     assert len(everything) == 6
     assert all(spec["nodeSelector"] == {"kubernetes.io/arch": "amd64"} for _, spec in everything)
     assert "--host" not in render_text({})
-    notes = helm("install", "r", str(CHART), "--dry-run=client", "--values", "-",
-                 stdin=json.dumps({**service(), "image": {"architecture": "arm64"}}))  # fmt: skip
+    notes = helm(
+        "install",
+        "r",
+        str(CHART),
+        "--dry-run=client",
+        "--values",
+        "-",
+        stdin=json.dumps({**service(), "image": {"architecture": "arm64"}}),
+    )
     assert "kubernetes.podspec-nodeselector: enabled (chat)" in notes
 
 
@@ -474,9 +514,11 @@ def parent(tmp_path: Path) -> Path:
     helm("package", str(CHART), "--destination", str(chart / "charts"))
     version = load(CHART / "Chart.yaml")["version"]
     dependency = {
-        "name": "kserve-vllm", "version": version, "repository": "https://charts.example.com",
+        "name": "kserve-vllm",
+        "version": version,
+        "repository": "https://charts.example.com",
         "condition": "kserve-vllm.enabled",
-    }  # fmt: skip
+    }
     about = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
     (chart / "Chart.yaml").write_text(yaml.safe_dump(about))
     mine = {"enabled": True, **service(gpu=None)}
@@ -502,9 +544,12 @@ def test_features_of_the_runtime_are_flags_of_it() -> None:
     isvc = of_kind(ci("features"), "InferenceService")["chat"]
     args = isvc["spec"]["predictor"]["model"]["args"]
     assert {
-        "--api-server-count=2", "--response-cache=memory", "--usage-sink=log",
-        "--otlp-endpoint=http://collector.monitoring:4317", "--trace-sample-ratio=0.1",
-    } <= set(args)  # fmt: skip
+        "--api-server-count=2",
+        "--response-cache=memory",
+        "--usage-sink=log",
+        "--otlp-endpoint=http://collector.monitoring:4317",
+        "--trace-sample-ratio=0.1",
+    } <= set(args)
     assert not [
         a for a in predictor(service())["model"]["args"] if a.startswith(("--api", "--resp", "--usage", "--ot"))
     ]

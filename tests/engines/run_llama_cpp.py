@@ -133,8 +133,11 @@ def run(scratch: Path) -> None:
         pod = of_kind(documents, "Pod")["chat-test"]["spec"]["containers"][0]
         smoke = subprocess.run(
             [sys.executable, *pod["command"][1:], base, *pod["args"][1:]],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert smoke.returncode == 0, smoke.stderr
         print("helm test:", smoke.stdout.strip(), flush=True)
 

@@ -28,9 +28,20 @@ def receiver() -> Iterator[Receiver]:
 def observed(receiver: Receiver) -> Iterator[Server]:
     """The demo model, observed."""
     arguments = [
-        *DEMO, "--max-model-len", "1024", "--allow-model-control", "--max-body-mib", "1", "--api-key", KEY,
-        "--otlp-endpoint", receiver.endpoint, "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-    ]  # fmt: skip
+        *DEMO,
+        "--max-model-len",
+        "1024",
+        "--allow-model-control",
+        "--max-body-mib",
+        "1",
+        "--api-key",
+        KEY,
+        "--otlp-endpoint",
+        receiver.endpoint,
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    ]
     running = Server(arguments, env={"OTEL_BSP_SCHEDULE_DELAY": "300", "OTEL_RESOURCE_ATTRIBUTES": "team=blue"})
     try:
         yield running.wait_ready()
@@ -41,8 +52,16 @@ def observed(receiver: Receiver) -> Iterator[Server]:
 @pytest.fixture(scope="package")
 def talkative(receiver: Receiver) -> Iterator[Server]:
     """The demo model with prompts in the log, and vLLM's own traces beside ours."""
-    arguments = [*DEMO, "--max-model-len", "1024", "--enable-log-requests", "--otlp-endpoint", receiver.endpoint,
-                 "--otlp-traces-endpoint", receiver.endpoint]  # fmt: skip
+    arguments = [
+        *DEMO,
+        "--max-model-len",
+        "1024",
+        "--enable-log-requests",
+        "--otlp-endpoint",
+        receiver.endpoint,
+        "--otlp-traces-endpoint",
+        receiver.endpoint,
+    ]
     running = Server(arguments, env={"VLLM_LOGGING_LEVEL": "DEBUG", "OTEL_BSP_SCHEDULE_DELAY": "300"})
     try:
         yield running.wait_ready()

@@ -45,8 +45,13 @@ class Client:
 
     def chat_stream(self, model: str = "demo", **headers: str) -> list[dict[str, Any]]:
         """The chunks of a streamed chat completion."""
-        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "stream": True, **LONG,
-                "stream_options": {"include_usage": True}}  # fmt: skip
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": PROMPT}],
+            "stream": True,
+            **LONG,
+            "stream_options": {"include_usage": True},
+        }
         response = self.post("/openai/v1/chat/completions", body, **headers)
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
         return [json.loads(line) for line in lines if line != "[DONE]"]
@@ -93,8 +98,14 @@ class Client:
 
     def give_up(self) -> None:
         """Begin to read a long stream, then go away."""
-        body = {"model": "demo", "prompt": PROMPT, "stream": True, "max_tokens": 900, "min_tokens": 900,
-                "ignore_eos": True}  # fmt: skip
+        body = {
+            "model": "demo",
+            "prompt": PROMPT,
+            "stream": True,
+            "max_tokens": 900,
+            "min_tokens": 900,
+            "ignore_eos": True,
+        }
         with httpx.stream("POST", self.server.url + "/v1/completions", json=body, headers=self.headers) as response:
             next(response.iter_lines())
 

@@ -88,8 +88,12 @@ class Prometheus:
         canary = {**labels, "pod": "canary", "revision": "demo-00002"}
 
         def job(name: str, path: str, target: str, more: dict[str, str]) -> dict[str, Any]:
-            return {"job_name": name, "metrics_path": path, "honor_labels": name == "dcgm",
-                    "static_configs": [{"targets": [target], "labels": more}]}  # fmt: skip
+            return {
+                "job_name": name,
+                "metrics_path": path,
+                "honor_labels": name == "dcgm",
+                "static_configs": [{"targets": [target], "labels": more}],
+            }
 
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -107,10 +111,16 @@ class Prometheus:
         """When queries are evaluated, in seconds of the wall clock; now where it is None."""
         self._log = (folder / "log").open("w+")
         self._process = subprocess.Popen(
-            [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
-             f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage"],
-            stdout=self._log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [
+                binary,
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/data",
+                f"--web.listen-address=127.0.0.1:{port}",
+                "--enable-feature=exemplar-storage",
+            ],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
         until(self._up, 30)
 
     def _up(self) -> bool:

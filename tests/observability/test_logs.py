@@ -39,9 +39,18 @@ def test_a_finished_request_leaves_one_line_with_who_what_and_how_long(observed:
     until(lambda: bool(request_lines(observed, "log-test-1")), 3)
     (line,) = request_lines(observed, "log-test-1")
     assert line["trace_id"] == trace
-    expected = {"level": "info", "protocol": "openai", "endpoint": "/v1/chat/completions", "model": "demo",
-                "tenant": "none", "outcome": "ok", "status": 200, "finish_reasons": ["length"],
-                "prompt_tokens": usage["prompt_tokens"], "output_tokens": LONG["max_tokens"]}  # fmt: skip
+    expected = {
+        "level": "info",
+        "protocol": "openai",
+        "endpoint": "/v1/chat/completions",
+        "model": "demo",
+        "tenant": "none",
+        "outcome": "ok",
+        "status": 200,
+        "finish_reasons": ["length"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "output_tokens": LONG["max_tokens"],
+    }
     assert {key: line[key] for key in expected} == expected
     assert 0 < line["ttft_s"] < line["duration_s"]
     assert line["queue_s"] >= 0

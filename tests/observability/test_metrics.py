@@ -107,8 +107,12 @@ def test_a_flood_of_tenants_or_models_ends_in_the_label_other() -> None:
     ]
     assert {label["tenant"] for label in labels} == {"tenant-0", "tenant-1", "tenant-2", "other"}
     assert {label["model"] for label in labels} == {"demo", "other"}
-    assert recorder.value("kserve_vllm_requests_total", protocol="v2", endpoint="/v2", model="other", tenant="other",
-                       outcome="ok") == 498  # fmt: skip
+    assert (
+        recorder.value(
+            "kserve_vllm_requests_total", protocol="v2", endpoint="/v2", model="other", tenant="other", outcome="ok"
+        )
+        == 498
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,8 +332,7 @@ def test_a_client_that_goes_away_counts_as_cancelled_with_the_tokens_it_cost(obs
     assert observed.metric("kserve_vllm_output_tokens_total") > before[1]
     body = {"model": "demo", "prompt": "x", "max_tokens": 900, "min_tokens": 900, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{observed.url}/v1/completions", json=body, timeout=0.3,
-                   headers={"authorization": f"Bearer {KEY}"})  # fmt: skip
+        httpx.post(f"{observed.url}/v1/completions", json=body, timeout=0.3, headers={"authorization": f"Bearer {KEY}"})
     until(lambda: count(observed, outcome="cancelled") == before[0] + 2, 5)
 
 

@@ -215,9 +215,11 @@ def test_prometheus_keeps_the_exemplars_with_their_trace_ids(prometheus: Prometh
 
 def test_the_dashboards_are_what_their_description_says() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "runtime/tools/build_dashboards.py"), "--check"], capture_output=True, text=True,
+        [sys.executable, str(ROOT / "runtime/tools/build_dashboards.py"), "--check"],
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -239,10 +239,14 @@ def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() 
 
 @pytest.mark.parametrize(
     "header",
-    ["", "x", "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
-     "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
-     "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"],
-)  # fmt: skip
+    [
+        "",
+        "x",
+        "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+        "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+    ],
+)
 def test_a_broken_traceparent_is_passed_over(header: str) -> None:
     context = RequestContext("1", "v2", "/x")
     Tracing().open(context, {"traceparent": header})

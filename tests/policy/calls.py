@@ -17,12 +17,31 @@ from tests.clients import tensor
 from tests.support import Server
 from tests.triton import service_pb2, service_pb2_grpc
 
-PROTOCOLS = ("chat", "chat-stream", "completions", "completions-stream", "responses", "messages", "infer", "generate",
-             "generate-stream", "predict", "grpc", "grpc-stream")  # fmt: skip
+PROTOCOLS = (
+    "chat",
+    "chat-stream",
+    "completions",
+    "completions-stream",
+    "responses",
+    "messages",
+    "infer",
+    "generate",
+    "generate-stream",
+    "predict",
+    "grpc",
+    "grpc-stream",
+)
 CHATS = ("chat", "chat-stream", "responses", "messages")
 OVER_HTTP2 = ("completions", "completions-stream", "predict", "generate-stream")
-_HTTP_STATUS = {"OK": 200, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "INVALID_ARGUMENT": 400,
-                "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503}  # fmt: skip
+_HTTP_STATUS = {
+    "OK": 200,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "INVALID_ARGUMENT": 400,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNAVAILABLE": 503,
+}
 
 
 @dataclass
@@ -71,14 +90,18 @@ def call(
     path, body = {
         "chat": ("/v1/chat/completions", {**common, "messages": chat, "stream": stream}),
         "completions": ("/v1/completions", {**common, "prompt": prompt, "stream": stream}),
-        "responses": ("/v1/responses", {"model": model, "input": prompt, "temperature": 0.0,
-                                        "max_output_tokens": max_tokens, "store": False}),
+        "responses": (
+            "/v1/responses",
+            {"model": model, "input": prompt, "temperature": 0.0, "max_output_tokens": max_tokens, "store": False},
+        ),
         "messages": ("/v1/messages", {**common, "messages": chat}),
         "infer": (f"/v2/models/{model}/infer", {"inputs": [tensor("text_input", [prompt])], "parameters": parameters}),
-        "generate": (f"/v2/models/{model}/generate{'_stream' if stream else ''}",
-                     {"text_input": prompt, "parameters": parameters}),
+        "generate": (
+            f"/v2/models/{model}/generate{'_stream' if stream else ''}",
+            {"text_input": prompt, "parameters": parameters},
+        ),
         "predict": (f"/v1/models/{model}:predict", {"instances": [prompt], "parameters": parameters}),
-    }[protocol.removesuffix("-stream")]  # fmt: skip
+    }[protocol.removesuffix("-stream")]
     second = protocol in OVER_HTTP2
     with httpx.Client(http1=not second, http2=second, timeout=120) as client:
         response = client.post(server.url + path, json=body, headers=sent)
@@ -124,6 +147,14 @@ def _grpc(server: Server, protocol: str, sent: dict[str, str], prompt: str, mode
             return Answer(_HTTP_STATUS[error.code().name], metadata, error.details())
     errors = [piece.error_message for piece in pieces if piece.error_message]
     # A stream answers an error of one of its requests in a message; there is no code in it.
-    return Answer(0 if errors else 200, {}, errors[0] if errors else "".join(
-        piece.infer_response.raw_output_contents[0][4:].decode() for piece in pieces if
-        piece.infer_response.raw_output_contents))  # fmt: skip
+    return Answer(
+        0 if errors else 200,
+        {},
+        errors[0]
+        if errors
+        else "".join(
+            piece.infer_response.raw_output_contents[0][4:].decode()
+            for piece in pieces
+            if piece.infer_response.raw_output_contents
+        ),
+    )

@@ -67,8 +67,15 @@ def test_higher_classes_go_first_and_within_a_class_who_came_first() -> None:
     async def work() -> list[str]:
         crowd = Crowd(admission())
         await crowd.ask("first", BATCH)
-        for name, priority in (("b1", BATCH), ("n1", NORMAL), ("b2", BATCH), ("c1", CRITICAL), ("n2", NORMAL),
-                               ("l1", LOW), ("h1", HIGH)):  # fmt: skip
+        for name, priority in (
+            ("b1", BATCH),
+            ("n1", NORMAL),
+            ("b2", BATCH),
+            ("c1", CRITICAL),
+            ("n2", NORMAL),
+            ("l1", LOW),
+            ("h1", HIGH),
+        ):
             await crowd.ask(name, priority)
         await crowd.leave_all()
         assert nothing_is_held(crowd.queue)
@@ -339,18 +346,37 @@ def test_the_numbers_for_operators() -> None:
         stats = crowd.queue.stats()
         classes = stats.pop("classes")
         assert stats == {
-            "slots": 2, "in_use": 2, "waiting": 2, "queue_size": 7, "timeout_s": 60, "mean_held_s": 4.0,
-            "granted": 3, "refused": 0, "evicted": 0, "timed_out": 0, "gone": 0,
-        }  # fmt: skip
+            "slots": 2,
+            "in_use": 2,
+            "waiting": 2,
+            "queue_size": 7,
+            "timeout_s": 60,
+            "mean_held_s": 4.0,
+            "granted": 3,
+            "refused": 0,
+            "evicted": 0,
+            "timed_out": 0,
+            "gone": 0,
+        }
         assert list(classes) == ["critical", "high", "normal", "low", "batch"]
         # One waits already, and requests hold one of one slot for 4 s.
         assert classes["batch"] == {
-            "in_use": 1, "slots": 1, "waiting": 1, "queue_size": 3, "oldest_wait_s": 2.0, "estimated_wait_s": 8.0,
-        }  # fmt: skip
+            "in_use": 1,
+            "slots": 1,
+            "waiting": 1,
+            "queue_size": 3,
+            "oldest_wait_s": 2.0,
+            "estimated_wait_s": 8.0,
+        }
         assert classes["normal"]["estimated_wait_s"] == 4.0
         assert classes["critical"] == {
-            "in_use": 0, "slots": 2, "waiting": 0, "queue_size": 7, "oldest_wait_s": 0.0, "estimated_wait_s": 2.0,
-        }  # fmt: skip
+            "in_use": 0,
+            "slots": 2,
+            "waiting": 0,
+            "queue_size": 7,
+            "oldest_wait_s": 0.0,
+            "estimated_wait_s": 2.0,
+        }
         await crowd.leave_all()
         assert crowd.slots == {}
 

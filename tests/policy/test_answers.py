@@ -52,10 +52,21 @@ def answering(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> I
     """A server with the cache in Redis, a limit for the whole service, and hooks."""
     hooks: Path = tmp_path_factory.mktemp("hooks") / "hooks.yaml"
     hooks.write_text(HOOKS)
-    running = Server([
-        *DEMO, "--max-model-len", "1024", "--response-cache", "redis", "--redis-url", redis.url,
-        "--moderation-file", str(hooks), "--requests-per-minute", "100000",
-    ])  # fmt: skip
+    running = Server(
+        [
+            *DEMO,
+            "--max-model-len",
+            "1024",
+            "--response-cache",
+            "redis",
+            "--redis-url",
+            redis.url,
+            "--moderation-file",
+            str(hooks),
+            "--requests-per-minute",
+            "100000",
+        ]
+    )
     try:
         yield running.wait_ready()
     finally:

@@ -24,8 +24,12 @@ GOOD = "a bird flies"
 
 @pytest.fixture
 def redact(tmp_path: Path) -> Moderation:
-    return load(tmp_path, "redact", {"literal": "falcon", "replacement": "bird"},
-                {"regex": r"\b\d{16}\b", "replacement": "[card]"})  # fmt: skip
+    return load(
+        tmp_path,
+        "redact",
+        {"literal": "falcon", "replacement": "bird"},
+        {"regex": r"\b\d{16}\b", "replacement": "[card]"},
+    )
 
 
 @pytest.fixture
@@ -35,8 +39,9 @@ def refuse(tmp_path: Path) -> Moderation:
 
 def load(folder: Path, action: str, *patterns: dict[str, str]) -> Moderation:
     path = folder / f"{action}.yaml"
-    path.write_text(yaml.safe_dump({"hooks": [{"name": "h", "action": action, "patterns": list(patterns),
-                                               "tenants": ["t"]}]}))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump({"hooks": [{"name": "h", "action": action, "patterns": list(patterns), "tenants": ["t"]}]})
+    )
     return Moderation(path)
 
 
@@ -103,7 +108,7 @@ BODIES = {
     "rerank": ("/v2/rerank", {"query": "x", "documents": [BAD]}),
     "rerank instruction": ("/rerank", {"query": "x", "documents": ["y"], "instruction": BAD}),
     "any door": ("/invocations", {"prompt": BAD}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES.keys())
@@ -370,7 +375,8 @@ def test_a_job_is_looked_at_like_a_body(redact: Moderation, refuse: Moderation) 
     assert clean(job(messages=messages)).messages == [{"role": "user", "content": GOOD}]
     assert messages[0]["content"] == BAD
     assert clean(job(prompt="x", options={"structured_outputs": {"choice": [BAD]}})).options == {
-        "structured_outputs": {"choice": [GOOD]}}  # fmt: skip
+        "structured_outputs": {"choice": [GOOD]}
+    }
     fine = job(prompt=GOOD, messages=None, options={"stop": [BAD]})
     assert clean(fine) is fine
     with pytest.raises(Refused):

@@ -102,7 +102,11 @@ def test_a_refusal_names_the_hook_and_never_the_text(make: Make) -> None:
     assert "'no-falcon'" in error.message
     assert "falcon flies" not in error.message
     assert (error.http_status, error.grpc_status, error.openai_type, error.reason) == (
-        400, "INVALID_ARGUMENT", "content_filter", "moderation")  # fmt: skip
+        400,
+        "INVALID_ARGUMENT",
+        "content_filter",
+        "moderation",
+    )
 
 
 def test_each_hook_sees_what_the_one_before_it_left(make: Make) -> None:
@@ -169,8 +173,10 @@ def test_verdicts_are_counted_by_hook(make: Make) -> None:
         prompt(moderation, "a@b.example and a falcon")
     answer(moderation, "a@b.example ", "c@d.example ", "end")
     assert seen == [
-        ("privacy", "prompt", "redacted"), ("no-falcon", "prompt", "refused"), ("privacy", "answer", "redacted")
-    ]  # fmt: skip
+        ("privacy", "prompt", "redacted"),
+        ("no-falcon", "prompt", "refused"),
+        ("privacy", "answer", "redacted"),
+    ]
 
 
 # Patterns on answers
@@ -223,15 +229,36 @@ def test_a_refusal_comes_after_the_text_in_front_of_it(make: Make) -> None:
     assert isinstance(error, Refused)
 
 
-PATTERNS = [r"\b(?:\d[ -]?){4,6}\b", "foobar|foo", "foo|foobar", r"[ab.]+@[ab]+\.[ab]{2,}", r"\d{3}$", "(?<=x)a+",
-            "(?<!b)o+(?!b)", "a.{0,4}b", "a.{0,4}?b", r"(\w)\1", r"(?i)Fo\B", "(?>a*)b?x", "^a+", "(?m)^b|a$",
-            r"[[:digit:]$\b]+-", "a(?=b|$)", r"\mfo", r"b\M", r"(?P<n>a)(?P=n)+b"]  # fmt: skip
+PATTERNS = [
+    r"\b(?:\d[ -]?){4,6}\b",
+    "foobar|foo",
+    "foo|foobar",
+    r"[ab.]+@[ab]+\.[ab]{2,}",
+    r"\d{3}$",
+    "(?<=x)a+",
+    "(?<!b)o+(?!b)",
+    "a.{0,4}b",
+    "a.{0,4}?b",
+    r"(\w)\1",
+    r"(?i)Fo\B",
+    "(?>a*)b?x",
+    "^a+",
+    "(?m)^b|a$",
+    r"[[:digit:]$\b]+-",
+    "a(?=b|$)",
+    r"\mfo",
+    r"b\M",
+    r"(?P<n>a)(?P=n)+b",
+]
 HOOKS = [
     *({"name": "one", "action": "redact", "patterns": [{"regex": p, "replacement": "#"}]} for p in PATTERNS),
-    {"name": "all", "action": "redact",
-     "patterns": [{"regex": p, "replacement": f"<{i}>"} for i, p in enumerate(PATTERNS)]},
+    {
+        "name": "all",
+        "action": "redact",
+        "patterns": [{"regex": p, "replacement": f"<{i}>"} for i, p in enumerate(PATTERNS)],
+    },
     {"name": "stop", "action": "refuse", "patterns": [{"regex": p} for p in PATTERNS[:4]]},
-]  # fmt: skip
+]
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -465,8 +492,10 @@ def test_an_entry_point_may_refuse(make: Make, module: str, function: str) -> No
     assert "".join(passed) == "this is good, but that is "
 
 
-@pytest.mark.parametrize("function", ["breaks", "odd", "sleeps", "leaves", "leaves_the_loop", "cancels",
-                                      "cancels_in_the_loop", "cancels_itself"])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    ["breaks", "odd", "sleeps", "leaves", "leaves_the_loop", "cancels", "cancels_in_the_loop", "cancels_itself"],
+)
 def test_an_entry_point_that_fails_answers_503_or_lets_pass_as_it_was_told(
     make: Make, module: str, function: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -510,8 +539,15 @@ def test_a_call_that_never_comes_back_does_not_keep_the_process_from_ending(tmp_
                 print("refused")
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=env, timeout=60,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=env,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == ["refused"] * 20
 
 

@@ -87,17 +87,34 @@ class Replicas:
         keys.write_text(json.dumps(key_file()))
         (folder / "vendor").write_text(VENDOR_KEY)
         endpoint = {"url": vendor.url("/ok"), "model": "omni", "api_key_file": str(folder / "vendor")}
-        hooks.write_text(json.dumps({"hooks": [
-            {"name": "the-vendor", "tenants": ["vendor"], "endpoint": endpoint},
-            {"name": "by-steps", "tenants": ["vendor-by-steps"], "endpoint": endpoint, "window_chars": 16},
-            {"name": "house-rules", "tenants": ["ours"], "entry_point": "house_rules:check"},
-        ]}))  # fmt: skip
+        hooks.write_text(
+            json.dumps(
+                {
+                    "hooks": [
+                        {"name": "the-vendor", "tenants": ["vendor"], "endpoint": endpoint},
+                        {"name": "by-steps", "tenants": ["vendor-by-steps"], "endpoint": endpoint, "window_chars": 16},
+                        {"name": "house-rules", "tenants": ["ours"], "entry_point": "house_rules:check"},
+                    ]
+                }
+            )
+        )
         modules.mkdir()
         (modules / "house_rules.py").write_text(textwrap.dedent(RULES))
         path = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
         sink = receiver.url.replace("://", f"://name:{PASSWORD}@")
-        common = [*DEMO, "--max-model-len", "2048", "--max-num-seqs", "16", "--keys-file", str(keys),
-                  "--redis-url", redis.url, "--usage-sink", sink]  # fmt: skip
+        common = [
+            *DEMO,
+            "--max-model-len",
+            "2048",
+            "--max-num-seqs",
+            "16",
+            "--keys-file",
+            str(keys),
+            "--redis-url",
+            redis.url,
+            "--usage-sink",
+            sink,
+        ]
         env = {"PYTHONPATH": path, "NO_PROXY": "127.0.0.1"}
         self.denying = Server([*common, "--redis-away", "deny", "--moderation-file", str(hooks)], env)
         self.allowing = Server([*common, "--drain-timeout", "0.2", "--drain-delay", "0"], env)
@@ -234,8 +251,13 @@ def test_a_place_that_is_held_on_one_server_is_taken_on_the_other(replicas: Repl
 
 def test_deny_refuses_over_every_protocol_and_goes_on_when_redis_is_back(replicas: Replicas) -> None:
     server = replicas.denying
-    shapes = {"chat": '"type":"ServiceUnavailableError"', "messages": '"type":"overloaded_error"',
-              "infer": '{"error":"', "generate": '{"error":"', "predict": '{"error":"'}  # fmt: skip
+    shapes = {
+        "chat": '"type":"ServiceUnavailableError"',
+        "messages": '"type":"overloaded_error"',
+        "infer": '{"error":"',
+        "generate": '{"error":"',
+        "predict": '{"error":"',
+    }
     assert server.metric("kserve_vllm_redis_up") == 1
     # A rush before may have had some of these: a call to Redis is given up after a quarter of a second.
     before = server.metric("kserve_vllm_rejections_total", reason="limits_unavailable")

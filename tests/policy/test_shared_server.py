@@ -53,12 +53,34 @@ class Shared(Server):
         self.keys.write_text(json.dumps(key_file()))
         self.admin_port = free_port()
         self.admin_url = f"http://127.0.0.1:{self.admin_port}"
-        super().__init__([
-            *DEMO, "--max-model-len", "1024", "--max-num-seqs", "16", "--keys-file", str(self.keys),
-            "--admin-port", str(self.admin_port), "--usage-sink", f"file:{self.usage}",
-            "--max-concurrent", "8", "--queue-size", "1024", "--queue-timeout", "5",
-            "--body-timeout", "2", "--allowed-origins", '["https://page"]', "--batch-dir", str(self.batches),
-        ], {"VLLM_SERVER_DEV_MODE": "1"})  # fmt: skip
+        super().__init__(
+            [
+                *DEMO,
+                "--max-model-len",
+                "1024",
+                "--max-num-seqs",
+                "16",
+                "--keys-file",
+                str(self.keys),
+                "--admin-port",
+                str(self.admin_port),
+                "--usage-sink",
+                f"file:{self.usage}",
+                "--max-concurrent",
+                "8",
+                "--queue-size",
+                "1024",
+                "--queue-timeout",
+                "5",
+                "--body-timeout",
+                "2",
+                "--allowed-origins",
+                '["https://page"]',
+                "--batch-dir",
+                str(self.batches),
+            ],
+            {"VLLM_SERVER_DEV_MODE": "1"},
+        )
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
         """Usage records with these values."""
@@ -214,9 +236,16 @@ def test_a_tenant_is_shown_only_its_models(shared: Shared, key: str, names: set[
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models/{}", "/openai/v1/models/{}", "/v1/models/demo:{}", "/v2/models/{}", "/v2/models/{}/ready",
-     "/v2/models/{}/versions/1", "/v1/adapters/{}"],
-)  # fmt: skip
+    [
+        "/v1/models/{}",
+        "/openai/v1/models/{}",
+        "/v1/models/demo:{}",
+        "/v2/models/{}",
+        "/v2/models/{}/ready",
+        "/v2/models/{}/versions/1",
+        "/v1/adapters/{}",
+    ],
+)
 def test_a_model_of_others_is_answered_as_one_that_does_not_exist(shared: Shared, path: str) -> None:
     def ask(name: str, key: str) -> httpx.Response:
         headers = {"authorization": f"Bearer {key}", "x-request-id": "r"}
@@ -580,8 +609,11 @@ def test_openais_sdk_runs_batches(shared: Shared, url: str) -> None:
     lines = [*(batch_line(n, url) for n in range(6)), {**batch_line(6, url), "body": {"model": "nobody"}}]
     source = uploaded(api, lines)
     made = api.batches.create(
-        input_file_id=source.id, endpoint=url, completion_window="24h", metadata={"run": url},  # type: ignore[arg-type]
-    )  # fmt: skip
+        input_file_id=source.id,
+        endpoint=url,
+        completion_window="24h",
+        metadata={"run": url},  # type: ignore[arg-type]
+    )
     assert (made.object, made.endpoint, made.metadata) == ("batch", url, {"run": url})
     assert made.expires_at == made.created_at + 86_400
     api.files.delete(source.id)
@@ -641,8 +673,9 @@ def test_limits_of_the_tenant_hold_for_its_batch(shared: Shared) -> None:
     api = client(shared, "upper")
     made = api.batches.create(
         input_file_id=uploaded(api, [batch_line(0), batch_line(1, model="upper")]).id,
-        endpoint="/v1/chat/completions", completion_window="24h",
-    )  # fmt: skip
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+    )
     done = over(api, made.id)
     (good,), (bad,) = answers(api, done.output_file_id), answers(api, done.error_file_id)
     assert good["custom_id"] == "id-1"
@@ -650,8 +683,17 @@ def test_limits_of_the_tenant_hold_for_its_batch(shared: Shared) -> None:
 
 
 def test_what_a_killed_replica_had_begun_is_finished_by_another(shared: Shared) -> None:
-    arguments = [*DEMO, "--max-model-len", "1024", "--keys-file", str(shared.keys), "--batch-dir", str(shared.batches),
-                 "--batch-concurrency", "2"]  # fmt: skip
+    arguments = [
+        *DEMO,
+        "--max-model-len",
+        "1024",
+        "--keys-file",
+        str(shared.keys),
+        "--batch-dir",
+        str(shared.batches),
+        "--batch-concurrency",
+        "2",
+    ]
     replica = Server(arguments)
     try:
         replica.wait_ready()

@@ -71,9 +71,21 @@ def receiver() -> Receiver:
 
 @pytest.mark.parametrize(
     "spelling",
-    ["", "stdout", "file", "file:", "file://usage.jsonl", "LOG", "ftp://host/x", "http", "http://", "https:///path",
-     "http://host:port/", "/var/log/usage"],
-)  # fmt: skip
+    [
+        "",
+        "stdout",
+        "file",
+        "file:",
+        "file://usage.jsonl",
+        "LOG",
+        "ftp://host/x",
+        "http",
+        "http://",
+        "https:///path",
+        "http://host:port/",
+        "/var/log/usage",
+    ],
+)
 def test_a_wrong_spelling_is_answered_with_the_three_right_ones(spelling: str) -> None:
     with pytest.raises(ConfigError) as error:
         Usage(spelling)
@@ -110,11 +122,24 @@ def test_a_line_has_every_field_under_its_name(tmp_path: Path) -> None:
     close(usage)
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
     assert first == {
-        "time": "2026-01-01T00:00:00.250Z", "request_id": "r-0", "tenant": "team-a", "key_id": "team-a-2026",
-        "model": "demo", "adapter": "pirate", "protocol": "openai", "endpoint": "/v1/chat/completions",
-        "outcome": "ok", "status": 200, "prompt_tokens": 12, "cached_tokens": 8, "output_tokens": 5,
-        "duration_s": 0.5, "ttft_s": 0.1, "priority": "normal", "cache": "miss",
-    }  # fmt: skip
+        "time": "2026-01-01T00:00:00.250Z",
+        "request_id": "r-0",
+        "tenant": "team-a",
+        "key_id": "team-a-2026",
+        "model": "demo",
+        "adapter": "pirate",
+        "protocol": "openai",
+        "endpoint": "/v1/chat/completions",
+        "outcome": "ok",
+        "status": 200,
+        "prompt_tokens": 12,
+        "cached_tokens": 8,
+        "output_tokens": 5,
+        "duration_s": 0.5,
+        "ttft_s": 0.1,
+        "priority": "normal",
+        "cache": "miss",
+    }
     assert second == {**first, "adapter": None, "status": "OK", "ttft_s": None}
 
 

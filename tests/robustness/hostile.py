@@ -42,8 +42,15 @@ HONEST, HOSTILE = "kv-honest", "kv-hostile"
 TOKENS = 200
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 WITH_KEY = HEAD + f"Authorization: Bearer {HOSTILE}\r\n".encode()
-CHAT = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "1, 2, 3"}],
-                   "max_tokens": 500, "ignore_eos": True, "stream": True}).encode()  # fmt: skip
+CHAT = json.dumps(
+    {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "1, 2, 3"}],
+        "max_tokens": 500,
+        "ignore_eos": True,
+        "stream": True,
+    }
+).encode()
 PAUSE_S = 0.02  # between two attacks of a client, so that the clients do not take the processors themselves
 
 
@@ -184,9 +191,17 @@ def messages_over_grpc_without_a_key(server: Server) -> str:
     with connect(server.grpc_port) as sock:
         for _ in range(100):
             stream = h2.get_next_available_stream_id()
-            h2.send_headers(stream, [(":method", "POST"), (":scheme", "http"), (":authority", "x"), ("te", "trailers"),
-                                     (":path", "/inference.GRPCInferenceService/ModelInfer"),
-                                     ("content-type", "application/grpc")])  # fmt: skip
+            h2.send_headers(
+                stream,
+                [
+                    (":method", "POST"),
+                    (":scheme", "http"),
+                    (":authority", "x"),
+                    ("te", "trailers"),
+                    (":path", "/inference.GRPCInferenceService/ModelInfer"),
+                    ("content-type", "application/grpc"),
+                ],
+            )
             with contextlib.suppress(Exception):  # the window is empty before long, which the client may not pass
                 h2.send_data(stream, b"\0\x03\0\0\0" + bytes(16_000))
             sock.sendall(h2.data_to_send())
@@ -195,9 +210,15 @@ def messages_over_grpc_without_a_key(server: Server) -> str:
 
 
 ATTACKS: list[Callable[[Server], str]] = [
-    heads_that_never_end, heads_of_any_size, heads_without_bodies, bodies_without_a_key, bodies_that_are_hard_to_read,
-    streams_that_nobody_reads, streams_that_are_reset, messages_over_grpc_without_a_key,
-]  # fmt: skip
+    heads_that_never_end,
+    heads_of_any_size,
+    heads_without_bodies,
+    bodies_without_a_key,
+    bodies_that_are_hard_to_read,
+    streams_that_nobody_reads,
+    streams_that_are_reset,
+    messages_over_grpc_without_a_key,
+]
 
 
 def attack(server: Server, seconds: float) -> dict[str, Counter[str]]:
@@ -252,8 +273,9 @@ def main() -> int:
         print(json.dumps(attack(target, options.seconds)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        server = Server([*DEMO, "--max-model-len", "1024", "--max-body-mib", "4", "--keys-file",
-                         str(keys(Path(folder)))]).wait_ready()  # fmt: skip
+        server = Server(
+            [*DEMO, "--max-model-len", "1024", "--max-body-mib", "4", "--keys-file", str(keys(Path(folder)))]
+        ).wait_ready()
         try:
             return compare(server, options.seconds)
         finally:
@@ -280,8 +302,11 @@ def compare(server: Server, seconds: float) -> int:
             asyncio.run(honest.run(seconds))
         time.sleep(1)
         parts[part] = honest, memory_mib(server)
-        print(f"{part:12} p99 gap {honest.p99_ms:7.1f} ms, {honest.whole} answers, {len(honest.failures)} failed, "
-              f"{parts[part][1]:.0f} MiB", flush=True)  # fmt: skip
+        print(
+            f"{part:12} p99 gap {honest.p99_ms:7.1f} ms, {honest.whole} answers, {len(honest.failures)} failed, "
+            f"{parts[part][1]:.0f} MiB",
+            flush=True,
+        )
         for line in sorted(set(honest.failures))[:5]:
             print(f"             {line}")
     for name, counts in json.loads(answers).items():

@@ -63,8 +63,16 @@ def endpoints(apps: tuple[FastAPI, FastAPI]) -> Endpoints:
 
 def filled(template: str) -> str:
     """A path of a route."""
-    for name, value in {"model_name": "demo", "model_version": "1", "response_id": "r", "name": "a",
-                        "adapter_name": "a", "path": "", "file_id": "f", "batch_id": "b"}.items():  # fmt: skip
+    for name, value in {
+        "model_name": "demo",
+        "model_version": "1",
+        "response_id": "r",
+        "name": "a",
+        "adapter_name": "a",
+        "path": "",
+        "file_id": "f",
+        "batch_id": "b",
+    }.items():
         template = template.replace("{" + name + "}", value)
     assert "{" not in template, template
     return template

@@ -52,15 +52,20 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ("9112, 5.2: no folded fields", GET + HOST + b"A: b\r\n c\r\n\r\n", [400]),
     ("9110, 5.5: no zero in a field", GET + HOST + b"A: b\0c\r\n\r\n", [400]),
     ("9112, 2.2: no bare carriage return", GET + HOST + b"A: b\rc\r\n\r\n", [400]),
-    ("9112, 6.1: a length and chunks", POST + LAST + b"Content-Length: 5\r\n"
-     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
+    (
+        "9112, 6.1: a length and chunks",
+        POST + LAST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        [400],
+    ),
     ("9112, 6.2: two lengths", POST + LAST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nabc", [400]),
     ("9112, 6.2: a list of lengths", POST + LAST + b"Content-Length: 2, 2\r\n\r\nab", [400]),
     ("9110, 8.6: a length with a sign", POST + LAST + b"Content-Length: +2\r\n\r\nab", [400]),
-    ("9110, 8.6: a length of 5,000 digits", POST + LAST + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\n",
-     [400]),
-    ("9112, 6.1: a coding that is not known", POST + LAST + b"Transfer-Encoding: gzip, chunked\r\n\r\n"
-     b"0\r\n\r\n", [501]),
+    ("9110, 8.6: a length of 5,000 digits", POST + LAST + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\n", [400]),
+    (
+        "9112, 6.1: a coding that is not known",
+        POST + LAST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        [501],
+    ),
     ("9112, 6.1: chunks are not last", POST + LAST + b"Transfer-Encoding: chunked, gzip\r\n\r\n", [400]),
     ("9112, 6.1: HTTP/1.0 has no chunks", b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
     ("9112, 7.1: a chunk", CHUNKED + b"3\r\nabc\r\n0\r\n\r\n", [200]),
@@ -70,21 +75,27 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ("9112, 7.1: a size of 5,000 digits", CHUNKED + b"1" * 5000 + b"\r\n", [400]),
     ("9110, 10.1.1: what can't be expected", POST + LAST + b"Expect: a miracle\r\n\r\n", [417]),
     ("9110, 10.1.1: HTTP/1.0 expects nothing", b"GET /a HTTP/1.0\r\nExpect: a miracle\r\n\r\n", [200]),
-    ("9110, 10.1.1: 100 before a body", POST + LAST + b"Expect: 100-Continue\r\nContent-Length: 2\r\n\r\nab",
-     [100, 200]),
-    ("9110, 7.8: another protocol may be ignored", GET + HOST + b"Connection: upgrade, HTTP2-Settings\r\n"
-     b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n", [200]),
-    ("6455, 4.1: a handshake is a GET", POST + HOST + UPGRADE + b""
-     b"Content-Length: 2\r\n\r\nab", [200]),
-    ("6455, 4.1: the same without a body", POST + HOST + UPGRADE + b"\r\n",
-     [200]),
-    ("6455, 4.2.1: a handshake without a key", GET + HOST + UPGRADE + b""
-     b"Sec-WebSocket-Version: 13\r\n\r\n", [400]),
+    (
+        "9110, 10.1.1: 100 before a body",
+        POST + LAST + b"Expect: 100-Continue\r\nContent-Length: 2\r\n\r\nab",
+        [100, 200],
+    ),
+    (
+        "9110, 7.8: another protocol may be ignored",
+        GET + HOST + b"Connection: upgrade, HTTP2-Settings\r\n"
+        b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n",
+        [200],
+    ),
+    ("6455, 4.1: a handshake is a GET", POST + HOST + UPGRADE + b"Content-Length: 2\r\n\r\nab", [200]),
+    ("6455, 4.1: the same without a body", POST + HOST + UPGRADE + b"\r\n", [200]),
+    ("6455, 4.2.1: a handshake without a key", GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\n\r\n", [400]),
     ("9112, 9.3.2: requests in a row", GET + HOST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n", [200, 200]),
-    ("9112, 9.3.2: the first is answered before the second is refused", GET + HOST + b"\r\nGET /b HTTP/1.1\r\n\r\n",
-     [200, 400]),
-    ("9112, 9.6: nothing is answered behind close", GET + LAST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n",
-     [200]),
+    (
+        "9112, 9.3.2: the first is answered before the second is refused",
+        GET + HOST + b"\r\nGET /b HTTP/1.1\r\n\r\n",
+        [200, 400],
+    ),
+    ("9112, 9.6: nothing is answered behind close", GET + LAST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
     ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", [400]),
     ("what begins as HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n", [400]),
     ("bound: fields of a head", GET + HOST + b"a: b\r\n" * http1.MAX_FIELDS + b"\r\n", [431]),
@@ -96,7 +107,7 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ("bound: one field behind a body", CHUNKED + b"0\r\na: " + b"b" * (2 * http1.MAX_FRAMING), [400]),
     ("bound: one extension of a chunk", CHUNKED + b"3;a=" + b"b" * (2 * http1.MAX_FRAMING), [400]),
     ("bound: chunks of one byte", CHUNKED + b"1\r\na\r\n" * http1.MAX_FRAMING, [400]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("promise", "sent", "expected"), ROWS, ids=[row[0] for row in ROWS])
@@ -216,8 +227,9 @@ def test_a_port_holds_so_many_connections() -> None:
 
 
 def test_a_websocket_counts_as_a_connection() -> None:
-    handshake = (GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\n"
-                 b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")  # fmt: skip
+    handshake = (
+        GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
     with served(max_connections=16) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
             sock.sendall(handshake)

@@ -206,8 +206,14 @@ def test_without_http2_a_preface_is_refused() -> None:
 def test_clients_of_both_versions_are_told_the_same(port: HTTPServer) -> None:
     url = f"http://127.0.0.1:{port.port}"
     with httpx.Client(http1=False, http2=True) as second, httpx.Client() as first:
-        for method, path, sent in (("GET", "/a%20b?q=1", b""), ("POST", "/b", b"x" * 3_000_000), ("HEAD", "/c", b""),
-                                   ("GET", "/stream", b""), ("PUT", "/d", b"y"), ("OPTIONS", "/e", b"")):  # fmt: skip
+        for method, path, sent in (
+            ("GET", "/a%20b?q=1", b""),
+            ("POST", "/b", b"x" * 3_000_000),
+            ("HEAD", "/c", b""),
+            ("GET", "/stream", b""),
+            ("PUT", "/d", b"y"),
+            ("OPTIONS", "/e", b""),
+        ):
             answers = [client.request(method, url + path, content=sent) for client in (first, second)]
             assert [each.http_version for each in answers] == ["HTTP/1.1", "HTTP/2"]
             one, two = ({name: value for name, value in each.headers.items()} for each in answers)
@@ -235,8 +241,11 @@ def test_curl_speaks_it_too(port: HTTPServer) -> None:
     for size in (3, 2_000_000):
         done = subprocess.run(
             [curl, "-sS", "--http2-prior-knowledge", "--data-binary", "@-", "-w", "\n%{http_version}", url],
-            input=b"z" * size, capture_output=True, check=True, timeout=30,
-        )  # fmt: skip
+            input=b"z" * size,
+            capture_output=True,
+            check=True,
+            timeout=30,
+        )
         body, _, version = done.stdout.decode().rpartition("\n")
         assert (version, json.loads(body)["size"]) == ("2", size)
 
@@ -244,10 +253,29 @@ def test_curl_speaks_it_too(port: HTTPServer) -> None:
 # What HTTP/1.1 refuses is refused, and what HTTP/2 adds is right
 
 TARGETS = [
-    "/a", "/", "//a", "/a//b", "/%2e%2e/a", "/a%0A", "/a%00", "/a?b=c&d=%20", "/a#b", "/a;x=1", "/A", "/%C3%A4",
-    "/a%FF", "/openai/v1/models", "a", "*", "http:/x", "/a b", "/\xe4", "/a\x01", "/" + "a" * http1.MAX_TARGET,
+    "/a",
+    "/",
+    "//a",
+    "/a//b",
+    "/%2e%2e/a",
+    "/a%0A",
+    "/a%00",
+    "/a?b=c&d=%20",
+    "/a#b",
+    "/a;x=1",
+    "/A",
+    "/%C3%A4",
+    "/a%FF",
+    "/openai/v1/models",
+    "a",
+    "*",
+    "http:/x",
+    "/a b",
+    "/\xe4",
+    "/a\x01",
+    "/" + "a" * http1.MAX_TARGET,
     "/a?" + "b" * 9000,
-]  # fmt: skip
+]
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "QUERY", "M-SEARCH", "BREW", "get"]
 HEADS: list[Fields] = [
     [("a", "b")] * 3,
@@ -326,13 +354,31 @@ def test_an_authority_is_taken_or_refused_as_a_host_is(port: HTTPServer, client:
         ([], [("transfer-encoding", "chunked")]),
         ([], [("content-length", "0"), ("content-length", "3")]),
         ([(":method", "CONNECT"), (":authority", "x:443")], []),
-        ([(":method", "CONNECT"), (":protocol", "websocket"), (":scheme", "http"), (":path", "/v1/realtime"),
-          (":authority", "x")], []),
+        (
+            [
+                (":method", "CONNECT"),
+                (":protocol", "websocket"),
+                (":scheme", "http"),
+                (":path", "/v1/realtime"),
+                (":authority", "x"),
+            ],
+            [],
+        ),
         ([(":method", "GET"), (":scheme", "http"), (":path", "/a")], []),
     ],
-    ids=["another host", "connection", "upgrade", "keep-alive", "proxy-connection", "transfer-encoding", "two lengths",
-         "CONNECT", "extended CONNECT", "no host"],
-)  # fmt: skip
+    ids=[
+        "another host",
+        "connection",
+        "upgrade",
+        "keep-alive",
+        "proxy-connection",
+        "transfer-encoding",
+        "two lengths",
+        "CONNECT",
+        "extended CONNECT",
+        "no host",
+    ],
+)
 def test_what_has_no_place_in_http2_reaches_no_app(
     client: Client, port: HTTPServer, monkeypatch: pytest.MonkeyPatch, pseudo: Fields, fields: Fields
 ) -> None:
@@ -510,8 +556,9 @@ def test_an_access_line_is_as_that_of_http1(caplog: pytest.LogCaptureFixture) ->
     with served(access_log=True) as server, caplog.at_level(logging.INFO, "uvicorn.access"):
         Client(server.port).ask("GET", "/a?b=c")
         httpx.get(f"http://127.0.0.1:{server.port}/a?b=c")
-    lines = [re.sub(r":[0-9]+ ", ":0 ", record.getMessage()) for record in caplog.records
-             if record.name == "uvicorn.access"]  # fmt: skip
+    lines = [
+        re.sub(r":[0-9]+ ", ":0 ", record.getMessage()) for record in caplog.records if record.name == "uvicorn.access"
+    ]
     assert lines == [f'127.0.0.1:0 - "GET /a?b=c HTTP/{version}" 200' for version in ("2", "1.1")]
 
 
@@ -698,8 +745,10 @@ def test_a_policy_says_the_same_over_both_versions(one: OnePort, row: tuple[str,
     if path != "/metrics":
         said, body = (re.sub(rb'[0-9a-f]{32}|"version": "[12.]+"', b"", each) for each in (said, second.body))
         assert body == said
-    ours, theirs = ({n: v for n, v in headers.items() if n not in OF_ONE_REQUEST and not n.startswith("x-ratelimit-re")}
-                    for headers in (first, second.headers))  # fmt: skip
+    ours, theirs = (
+        {n: v for n, v in headers.items() if n not in OF_ONE_REQUEST and not n.startswith("x-ratelimit-re")}
+        for headers in (first, second.headers)
+    )
     assert ours == theirs
 
 
@@ -799,10 +848,28 @@ def test_a_server_without_a_port_of_its_own_answers_beside_http(tmp_path: Path) 
 
 def test_with_tls_the_client_chooses_by_alpn(tmp_path: Path) -> None:
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
     running = OnePort(tmp_path, **files)
     try:

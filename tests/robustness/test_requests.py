@@ -27,8 +27,13 @@ def message(path: str = CHAT, *fields: bytes, body: bytes | None = None, method:
     """A request as it goes over the wire, with a small chat in it."""
     if body is None:
         body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
-    head = [method + b" " + path.encode() + b" HTTP/1.1", b"Host: x", b"Connection: close", *fields,
-            b"Content-Length: %d" % len(body)]  # fmt: skip
+    head = [
+        method + b" " + path.encode() + b" HTTP/1.1",
+        b"Host: x",
+        b"Connection: close",
+        *fields,
+        b"Content-Length: %d" % len(body),
+    ]
     if not any(field.lower().startswith(b"content-type") for field in fields):
         head.append(b"Content-Type: application/json")
     return b"\r\n".join(head) + b"\r\n\r\n" + body
@@ -100,8 +105,10 @@ def test_of_two_request_ids_neither_is_taken(server: Server) -> None:
 
 
 def test_a_wrong_handshake_gets_an_http_answer(server: Server) -> None:
-    handshake = (b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                 b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")  # fmt: skip
+    handshake = (
+        b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
     for path in (b"/v1/nope", CHAT.encode(), b"/v1/realtime%0A"):
         with socket.create_connection(("127.0.0.1", server.http_port), timeout=20) as sock:
             sock.sendall(handshake % path)
@@ -142,17 +149,27 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("generate: structured_outputs is a number", GENERATE, generate(structured_outputs=1.5)),
     ("V2: a number of 5,000 digits in an option", INFER, tensor(logit_bias="{" + f'"1": {LONG}' + "}")),
     ("V2: in a list of options", INFER, tensor(stop_token_ids=f"[{LONG}]")),
-    ("V2: in the sampling parameters", INFER, {"inputs": [
-        *tensor()["inputs"],
-        {"name": "sampling_parameters", "datatype": "BYTES", "shape": [1], "data": ['{"seed": ' + LONG + "}"]}]}),
+    (
+        "V2: in the sampling parameters",
+        INFER,
+        {
+            "inputs": [
+                *tensor()["inputs"],
+                {"name": "sampling_parameters", "datatype": "BYTES", "shape": [1], "data": ['{"seed": ' + LONG + "}"]},
+            ]
+        },
+    ),
     ("V2: in the JSON", INFER, f'{{"inputs": [], "id": {LONG}}}'),
     ("V1: in the JSON", PREDICT, f'{{"instances": [{LONG}]}}'),
     ("OpenAI: in the JSON", CHAT, f'{{"model": "demo", "messages": [], "seed": {LONG}}}'),
     ("OpenAI: in a stream's JSON", COMPLETIONS, f'{{"model": "demo", "prompt": "a", "stream": true, "seed": {LONG}}}'),
     ("Anthropic: in the JSON", MESSAGES, f'{{"model": "demo", "messages": [], "max_tokens": {LONG}}}'),
-    ("OpenAI: structured_outputs is a text", CHAT, {"model": "demo", "messages": [{"role": "user", "content": "a"}],
-                                                    "structured_outputs": "x"}),
-]  # fmt: skip
+    (
+        "OpenAI: structured_outputs is a text",
+        CHAT,
+        {"model": "demo", "messages": [{"role": "user", "content": "a"}], "structured_outputs": "x"},
+    ),
+]
 
 
 @pytest.mark.parametrize(("promise", "path", "body"), FAULTS, ids=[row[0] for row in FAULTS])
@@ -165,8 +182,9 @@ def test_a_clients_fault_is_no_fault_of_ours(server: Server, promise: str, path:
 
 def test_a_length_of_thousands_of_digits_is_refused(server: Server) -> None:
     for length in (LONG, "-1", "1e3", "٣", "0x1", "99999999999"):
-        answer = httpx.post(server.url + INFER, content=b"{}", headers={
-            b"inference-header-content-length": length.encode()})  # fmt: skip
+        answer = httpx.post(
+            server.url + INFER, content=b"{}", headers={b"inference-header-content-length": length.encode()}
+        )
         assert answer.status_code == 400, answer.text
 
 
@@ -251,8 +269,18 @@ def test_the_watchdog_sees_what_holds_the_loop() -> None:
 
 def binary(body: bytes, count: int) -> tuple[bytes, dict[str, str]]:
     """An infer request whose one BYTES input follows its JSON."""
-    head = json.dumps({"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [count],
-                                   "parameters": {"binary_data_size": len(body)}}]}).encode()  # fmt: skip
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "text_input",
+                    "datatype": "BYTES",
+                    "shape": [count],
+                    "parameters": {"binary_data_size": len(body)},
+                }
+            ]
+        }
+    ).encode()
     return head + body, {"inference-header-content-length": str(len(head))}
 
 
@@ -284,7 +312,7 @@ def heavy() -> list[tuple[str, str, bytes, dict[str, str]]]:
         ("instances of V1", PREDICT, b'{"instances":[' + b'"a",' * 45_000 + b'"a"]}', {}),
         ("empty elements of V2's binary form", INFER, *binary(bytes(room), room // 4)),
         ("the same under a smaller shape", INFER, *binary(bytes(room), 1)),
-    ]  # fmt: skip
+    ]
     return rows
 
 
@@ -293,8 +321,9 @@ def test_no_request_holds_the_loop(server: Server) -> None:
     held: dict[str, float] = {}
     for name, path, body, headers in heavy():
         before = server.metric("kserve_vllm_event_loop_holds_total")
-        answer = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"} | headers,
-                            timeout=120)  # fmt: skip
+        answer = httpx.post(
+            server.url + path, content=body, headers={"content-type": "application/json"} | headers, timeout=120
+        )
         assert answer.status_code < 500, (name, answer.text[:300])
         time.sleep(0.3)  # for the watchdog to wake up
         if after := server.metric("kserve_vllm_event_loop_holds_total") - before:

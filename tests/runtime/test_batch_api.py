@@ -49,8 +49,10 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     body = json.loads((await receive())["body"])
     text = body["messages"][0]["content"]
     await asyncio.sleep(0.005)
-    tree: dict[str, Any] = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}],
-                            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}  # fmt: skip
+    tree: dict[str, Any] = {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
     status = 200 if text else 400
     raw = json.dumps(tree if text else {"error": {"message": "nothing is asked", "code": None}}).encode()
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
@@ -73,10 +75,15 @@ class Edge:
         lifecycle = Lifecycle()
         lifecycle.to(State.READY)
         self.tenants = Tenants(str(keys))
-        self.enforcement = Enforcement(lifecycle, Policies(
-            tenants=self.tenants, limits=Limits(MemoryCounters()), default_priority=Priority.NORMAL,
-            admission=PriorityQueue(8, 64, {}, 60, {Priority.BATCH: 0.5}),
-        ))  # fmt: skip
+        self.enforcement = Enforcement(
+            lifecycle,
+            Policies(
+                tenants=self.tenants,
+                limits=Limits(MemoryCounters()),
+                default_priority=Priority.NORMAL,
+                admission=PriorityQueue(8, 64, {}, 60, {Priority.BATCH: 0.5}),
+            ),
+        )
         self.metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
         self.closed: list[RequestContext] = []
         self.opened: list[openai.AsyncOpenAI] = []

@@ -39,10 +39,28 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name in ("old", "new"):
         folder = tmp_path_factory.mktemp(name)
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}",
-             "-addext", "subjectAltName=DNS:localhost", "-keyout", "tls.key", "-out", "tls.crt"],
-            cwd=folder, check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                f"/CN={name}",
+                "-addext",
+                "subjectAltName=DNS:localhost",
+                "-keyout",
+                "tls.key",
+                "-out",
+                "tls.crt",
+            ],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
         folders.append(folder)
     return folders
 
@@ -216,8 +234,10 @@ def test_a_key_may_stand_in_the_certificates_file(pairs: list[Path], tmp_path: P
 def test_an_encrypted_key_is_refused_with_a_sentence(pairs: list[Path], tmp_path: Path) -> None:
     subprocess.run(
         ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(pairs[0] / "tls.key"), "-out", "key.pem"],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     with pytest.raises(ConfigError, match="the private key is encrypted"):
         Certificates(str(pairs[0] / "tls.crt"), str(tmp_path / "key.pem"), {})
 
@@ -242,9 +262,11 @@ def test_the_health_command_asks_over_tls(pairs: list[Path], said: dict[str, str
         await start(server)
         command = [sys.executable, "-m", "kserve_vllm", "health", "--http-port", str(server.port)]
         process = await asyncio.create_subprocess_exec(
-            *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            *command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env={**os.environ, "https_proxy": "http://127.0.0.1:9", **said},
-        )  # fmt: skip
+        )
         out, _ = await process.communicate()
         await server.stop(0)
         return process.returncode or 0, out.decode()

@@ -92,27 +92,96 @@ def text_of(body: str) -> str:
 
 
 TAKEN: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {"foo": 1, "metadata": {"a": "b"}, "store": True, "modalities": ["text"], "service_tier": "auto",
-            "prediction": None, "verbosity": "low", "safety_identifier": "a", "prompt_cache_key": "b"}),
+    (
+        CHAT,
+        {
+            "foo": 1,
+            "metadata": {"a": "b"},
+            "store": True,
+            "modalities": ["text"],
+            "service_tier": "auto",
+            "prediction": None,
+            "verbosity": "low",
+            "safety_identifier": "a",
+            "prompt_cache_key": "b",
+        },
+    ),
     (CHAT, {"max_tokens": None, "max_completion_tokens": 2}),
     (COMPLETIONS, {"max_tokens": None, "max_completion_tokens": 2}),
     (COMPLETIONS, {"suffix": "", "best_of": 1, "echo": None}),
     (CHAT, {"messages": [{"role": "developer", "content": [{"type": "text", "text": "Be brief"}]}, *MESSAGES]}),
-    (CHAT, {"messages": [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": "42"}], "name": None,
-                                     "refusal": None, "tool_calls": None, "function_call": None, "audio": None,
-                                     "annotations": None}, *MESSAGES]}),
-    (CHAT, {"messages": [{"role": "user", "name": None,
-                          "content": [{"type": "text", "text": "17 +"}, {"type": "text", "text": " 25 ="}]}]}),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "description": None, "parameters": None}}],
-            "tool_choice": None, "parallel_tool_calls": None}),
+    (
+        CHAT,
+        {
+            "messages": [
+                *MESSAGES,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "42"}],
+                    "name": None,
+                    "refusal": None,
+                    "tool_calls": None,
+                    "function_call": None,
+                    "audio": None,
+                    "annotations": None,
+                },
+                *MESSAGES,
+            ]
+        },
+    ),
+    (
+        CHAT,
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "name": None,
+                    "content": [{"type": "text", "text": "17 +"}, {"type": "text", "text": " 25 ="}],
+                }
+            ]
+        },
+    ),
+    (
+        CHAT,
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "description": None, "parameters": None}}],
+            "tool_choice": None,
+            "parallel_tool_calls": None,
+        },
+    ),
     (CHAT, {"functions": None, "function_call": None, "audio": None, "web_search_options": None}),
-    (RESPONSES, {"input": [{"role": "developer", "content": "hi"},
-                           {"role": "user", "content": [{"type": "input_text", "text": SUM}]}], "instructions": None}),
-    (RESPONSES, {"foo": 1, "safety_identifier": "a", "prompt_cache_key": "x", "conversation": None,
-                 "text": {"format": {"type": "text"}, "verbosity": "low"}}),
-    (ANTHROPIC, {"foo": 1, "service_tier": "auto", "container": None, "mcp_servers": [], "context_management": None,
-                 "system": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]}),
-]  # fmt: skip
+    (
+        RESPONSES,
+        {
+            "input": [
+                {"role": "developer", "content": "hi"},
+                {"role": "user", "content": [{"type": "input_text", "text": SUM}]},
+            ],
+            "instructions": None,
+        },
+    ),
+    (
+        RESPONSES,
+        {
+            "foo": 1,
+            "safety_identifier": "a",
+            "prompt_cache_key": "x",
+            "conversation": None,
+            "text": {"format": {"type": "text"}, "verbosity": "low"},
+        },
+    ),
+    (
+        ANTHROPIC,
+        {
+            "foo": 1,
+            "service_tier": "auto",
+            "container": None,
+            "mcp_servers": [],
+            "context_management": None,
+            "system": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}],
+        },
+    ),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -250,10 +319,11 @@ def test_a_conversation_has_as_many_tokens_everywhere(server: Server) -> None:
         system = [each["content"] for each in talk if each["role"] == "system"]
         rest = [each for each in talk if each["role"] != "system"]
         typed = [
-            each if isinstance(each["content"], str)
+            each
+            if isinstance(each["content"], str)
             else {**each, "content": [{**part, "type": "input_text"} for part in each["content"]]}
             for each in talk
-        ]  # fmt: skip
+        ]
         anthropics = {"model": "demo", "messages": rest, **({"system": system[0]} if system else {})}
         counts = {
             "tokenize": post(server, "/tokenize", {"model": "demo", "messages": talk}).json()["count"],
@@ -266,8 +336,12 @@ def test_a_conversation_has_as_many_tokens_everywhere(server: Server) -> None:
 
 
 def test_json_under_a_schema_ends(server: Server) -> None:
-    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"],
-              "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
     body = {
         **BASE[CHAT],
         "max_tokens": 64,

@@ -32,8 +32,13 @@ def flag(name: str, value: bool = True) -> dict[str, Any]:
     return tensor(name, [value], "BOOL")
 
 
-def streamed(server: Server, inputs: dict[str, Any], parameters: dict[str, Any] | None = None, shape: Any = (1,),
-             outputs: list[str] | None = None) -> list[Any]:  # fmt: skip
+def streamed(
+    server: Server,
+    inputs: dict[str, Any],
+    parameters: dict[str, Any] | None = None,
+    shape: Any = (1,),
+    outputs: list[str] | None = None,
+) -> list[Any]:
     """Answers of ModelStreamInfer through Triton's client; an error is raised."""
     made = []
     for name, value in {"text_input": LONG, "stream": True, **inputs}.items():
@@ -99,8 +104,9 @@ def test_every_output_of_the_metadata_can_be_asked_for_by_name(server: Server, n
     assert answer["datatype"] == next(each["datatype"] for each in listed if each["name"] == name)
     assert all(value is not None for value in answer["data"])
     ids = post(server, "/tokenize", {"model": "demo", "prompt": SUM}).json()["tokens"]
-    (same,) = infer(server, {"inputs": [tensor("input_ids", ids, "INT64")], "parameters": dict(GREEDY),
-                             "outputs": [{"name": name}]})["outputs"]  # fmt: skip
+    (same,) = infer(
+        server, {"inputs": [tensor("input_ids", ids, "INT64")], "parameters": dict(GREEDY), "outputs": [{"name": name}]}
+    )["outputs"]
     if name in ("text_output", "output_lengths", "finish_reason", "num_output_tokens"):
         assert same["data"] == answer["data"]
     answers = streamed(server, {}, {"max_tokens": "3"}, outputs=[name])
@@ -283,8 +289,10 @@ def test_a_body_without_json_is_the_prompt(server: Server, prefixed: bool) -> No
 def test_the_request_id_comes_back_in_grpc_metadata(server: Server) -> None:
     with grpc.insecure_channel(server.grpc_address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for name, request in (("ServerMetadata", service_pb2.ServerMetadataRequest()),
-                              ("ModelMetadata", service_pb2.ModelMetadataRequest(name="demo"))):  # fmt: skip
+        for name, request in (
+            ("ServerMetadata", service_pb2.ServerMetadataRequest()),
+            ("ModelMetadata", service_pb2.ModelMetadataRequest(name="demo")),
+        ):
             _, call = getattr(stub, name).with_call(request, metadata=(("x-request-id", "my-id"),))
             assert dict(call.initial_metadata())["x-request-id"] == "my-id"
             _, call = getattr(stub, name).with_call(request)

@@ -50,10 +50,15 @@ async def read(scope: dict[str, Any], chunks: list[bytes]) -> bytes:
 @pytest.mark.parametrize("text", [b"", b"{}", TEXT, bytes(3 << 20)], ids=["empty", "short", "long", "zeros"])
 @pytest.mark.parametrize(
     ("coding", "compress"),
-    [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", bare),
-     ("GZIP", lambda text: gzip.compress(text[:5]) + gzip.compress(text[5:]))],
+    [
+        ("gzip", gzip.compress),
+        ("x-gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("deflate", bare),
+        ("GZIP", lambda text: gzip.compress(text[:5]) + gzip.compress(text[5:])),
+    ],
     ids=["gzip", "x-gzip", "zlib", "bare", "members"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("size", [1 << 30, 1000])
 def test_a_compressed_body_is_read_as_it_was(coding: str, compress: Any, text: bytes, size: int) -> None:
     packed = compress(text)
@@ -107,10 +112,21 @@ def test_a_plain_body_is_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "chosen"),
-    [("gzip", "gzip"), ("deflate", "deflate"), ("gzip, deflate, br", "gzip"), ("gzip;q=0.2, deflate;q=0.9", "deflate"),
-     ("gzip;q=0", None), ("*", "gzip"), ("br", None), ("identity", None), ("*;q=0", None), ("gzip;q=x", None),
-     ("gzip;q=0, *", "deflate"), ("", None)],
-)  # fmt: skip
+    [
+        ("gzip", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip, deflate, br", "gzip"),
+        ("gzip;q=0.2, deflate;q=0.9", "deflate"),
+        ("gzip;q=0", None),
+        ("*", "gzip"),
+        ("br", None),
+        ("identity", None),
+        ("*;q=0", None),
+        ("gzip;q=x", None),
+        ("gzip;q=0, *", "deflate"),
+        ("", None),
+    ],
+)
 def test_the_client_says_which_coding_it_takes(asked: str, chosen: str | None) -> None:
     assert wanted([(b"accept-encoding", asked.encode())]) == chosen
     assert wanted([]) is None

@@ -90,13 +90,17 @@ CASES = {
     "docker run --cpus 2": Case(v2("0-15", "200000", 100), False, "1", environ={}),
     "docker run --cpuset-cpus 4-7": Case(v2("4-7", "max", 100), True, environ={}),
     "a quota on a group above": Case(
-        {**v2("0-15", "max", 100, group="/a.slice/b.scope", at="/a.slice/b.scope"),
-         "sys/fs/cgroup/a.slice/cpu.max": "300000 100000\n"},
-        False, "2", environ={},
+        {
+            **v2("0-15", "max", 100, group="/a.slice/b.scope", at="/a.slice/b.scope"),
+            "sys/fs/cgroup/a.slice/cpu.max": "300000 100000\n",
+        },
+        False,
+        "2",
+        environ={},
     ),
     "a host's view of a pod": Case(v2("0-15", "max", 4, group=f"/{SCOPE}", at=f"/{SCOPE}"), False, environ={}),
     "no control groups at all": Case({"proc/self/cgroup": ""}, True, environ={}),
-}  # fmt: skip
+}
 
 
 def put(files: Mapping[str, str], root: Path, online: str) -> Path:

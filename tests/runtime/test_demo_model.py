@@ -40,8 +40,10 @@ def ask(server: Server, question: str, model: str = "demo") -> str:
 
 def test_it_answers_95_percent_of_200_unseen_sums(server: Server) -> None:
     sums = held_out_sums(200)
-    body = {"instances": [{"messages": [{"role": "user", "content": f"What is {a} {op} {b}?"}]} for a, op, b in sums],
-            "parameters": {"temperature": 0, "max_tokens": 40}}  # fmt: skip
+    body = {
+        "instances": [{"messages": [{"role": "user", "content": f"What is {a} {op} {b}?"}]} for a, op, b in sums],
+        "parameters": {"temperature": 0, "max_tokens": 40},
+    }
     answers = httpx.post(f"{server.url}/v1/models/demo:predict", json=body, timeout=120).json()["predictions"]
     results = [re.findall(r"-?\d+", answer["text"])[-1:] for answer in answers]
     right = sum(
@@ -59,10 +61,12 @@ def test_it_answers_95_percent_of_200_unseen_sums(server: Server) -> None:
         ("Repeat the word apple.", "apple"),
         ("Upper-case the word apple.", "APPLE"),
         ("What is KServe?", "KServe is a platform that serves machine learning models on Kubernetes."),
-        ("Which protocols do you speak?",
-         "I speak OpenAI, Open Inference Protocol V2 over REST and gRPC, and KServe V1."),
+        (
+            "Which protocols do you speak?",
+            "I speak OpenAI, Open Inference Protocol V2 over REST and gRPC, and KServe V1.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_it_knows_what_the_readme_says(question: str, answer: str, server: Server) -> None:
     assert ask(server, question) == answer
 

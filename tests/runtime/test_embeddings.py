@@ -20,8 +20,18 @@ TEXTS = ["What is 17 + 25?", "Repeat the word apple.", "Überraschung"]
 
 @pytest.fixture(scope="module")
 def pooling() -> Iterator[Server]:
-    arguments = [str(demo.folder()), "--model-name", "demo", "--runner", "pooling", "--convert", "embed",
-                 "--enforce-eager", "--max-model-len", "512"]  # fmt: skip
+    arguments = [
+        str(demo.folder()),
+        "--model-name",
+        "demo",
+        "--runner",
+        "pooling",
+        "--convert",
+        "embed",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+    ]
     running = Server(arguments)
     try:
         yield running.wait_ready()

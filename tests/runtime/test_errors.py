@@ -118,10 +118,20 @@ def test_an_unknown_version_is_not_found(server: Server, action: str) -> None:
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses", "/tokenize", INFER, GENERATE, V1])
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b'{"a": NaN}', b"[1, 2]", b'"text"', b"null", b"\xff\xfe{}", b"[" * 5000 + b"]" * 5000,
-     b'{"a":' * 3000 + b"1" + b"}" * 3000, b'{"instances": [Infinity]}'],
+    [
+        b"",
+        b"{",
+        b'{"a": NaN}',
+        b"[1, 2]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe{}",
+        b"[" * 5000 + b"]" * 5000,
+        b'{"a":' * 3000 + b"1" + b"}" * 3000,
+        b'{"instances": [Infinity]}',
+    ],
     ids=["empty", "cut off", "NaN", "list", "text", "null", "not UTF-8", "deep list", "deep object", "Infinity"],
-)  # fmt: skip
+)
 def test_malformed_json_is_refused(server: Server, path: str, body: bytes) -> None:
     answer = post(server, path, body)
     check(answer, 400)

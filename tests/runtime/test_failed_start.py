@@ -140,10 +140,16 @@ def test_a_worker_that_ignores_sigterm_and_systemexit_does_not_keep_the_server(
     message = tmp_path / "termination-log"
     message.touch()
     server = Server(
-        [*DEMO, "--worker-cls", f"tests.runtime.stubborn.{worker}", "--termination-message-path", str(message),
-         *arguments],
+        [
+            *DEMO,
+            "--worker-cls",
+            f"tests.runtime.stubborn.{worker}",
+            "--termination-message-path",
+            str(message),
+            *arguments,
+        ],
         env={"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
+    )
     try:
         below: dict[int, psutil.Process] = {}
         while server.process.poll() is None:

@@ -91,12 +91,18 @@ def common(rng: random.Random) -> dict[str, Any]:
         ("truncate_prompt_tokens", [8, None]),
         (
             "stream_options",
-            [None, {}, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True},
-             {"include_usage": False}, {"continuous_usage_stats": True}],
+            [
+                None,
+                {},
+                {"include_usage": True},
+                {"include_usage": True, "continuous_usage_stats": True},
+                {"include_usage": False},
+                {"continuous_usage_stats": True},
+            ],
         ),
         ("response_format", [{"type": "text"}, None]),
         ("structured_outputs", [{"choice": ["yes", "no"]}, {"regex": "[0-9]{2}"}]),
-    ]  # fmt: skip
+    ]
     for name, values in rng.sample(choose, rng.randint(0, 5)):
         body[name] = rng.choice(values)
     if body.get("temperature") != 0:
@@ -219,8 +225,16 @@ _COMPLETION_CHANGES: list[dict[str, Any]] = [
     {"suffix": "x"},
     {"max_tokens": None},
 ]
-_RAW = [b"", b"{", b"[]", b"null", b'{"stream": true}', b'{"model": "demo", "stream": true, "max_tokens": NaN}',
-        b'\xff{"a": 1}', b'{"model": "demo", "stream": true, "prompt": "\\ud800", "messages": []}']  # fmt: skip
+_RAW = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"stream": true}',
+    b'{"model": "demo", "stream": true, "max_tokens": NaN}',
+    b'\xff{"a": 1}',
+    b'{"model": "demo", "stream": true, "prompt": "\\ud800", "messages": []}',
+]
 
 
 def ask(server: Server, path: str, body: Any, **headers: str) -> httpx.Response:
@@ -374,8 +388,13 @@ def test_whole_answers_are_the_same_with_a_tool_parser(server: Server, path: str
     assert by_path(server, "fast") - fast >= 10
     if path == CHAT:
         function = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
-        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 40, "temperature": 0,
-                "tools": [{"type": "function", "function": function}]}  # fmt: skip
+        body = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 40,
+            "temperature": 0,
+            "tools": [{"type": "function", "function": function}],
+        }
         for choice in ("auto", "none", "required", {"type": "function", "function": {"name": "add"}}):
             ours = ask(server, path, {**body, "tool_choice": choice})
             theirs = ask(server, path, {**body, "tool_choice": choice}, **_BY_VLLM)
@@ -554,14 +573,24 @@ def test_leaving_aborts_within_a_second(plain: Server, path: str) -> None:
 
 def test_a_client_that_reads_slowly_gets_everything(plain: Server) -> None:
     """With frames larger than the socket's buffers; others are served meanwhile."""
-    body = json.dumps({"model": "demo", "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True, "stream": True,
-                       "stream_options": {"include_usage": True, "continuous_usage_stats": True}}).encode()  # fmt: skip
+    body = json.dumps(
+        {
+            "model": "demo",
+            "prompt": "Hi",
+            "max_tokens": 1000,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+    ).encode()
     fast = by_path(plain, "fast")
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.connect(("127.0.0.1", plain.http_port))
-        head = (f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                f"x-request-id: {'i' * 120}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n")  # fmt: skip
+        head = (
+            f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"x-request-id: {'i' * 120}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         sock.sendall(head.encode() + body)
         until(lambda: by_path(plain, "fast") == fast + 1 and running(plain) == 0, 30)
         assert post(plain, COMPLETIONS, {"model": "demo", "prompt": "Hi"}).status_code == 200

@@ -20,8 +20,10 @@ def test_frames_have_the_fields_of_vllm_0_33_where_its_models_have_them(
     from vllm.entrypoints.openai.completion import protocol as completion
 
     module: Any = chat if kind == "chat" else completion
-    names = {"chat": ("ChatCompletionStreamResponse", "ChatCompletionResponseStreamChoice"),
-             "completion": ("CompletionStreamResponse", "CompletionResponseStreamChoice")}[kind]  # fmt: skip
+    names = {
+        "chat": ("ChatCompletionStreamResponse", "ChatCompletionResponseStreamChoice"),
+        "completion": ("CompletionStreamResponse", "CompletionResponseStreamChoice"),
+    }[kind]
     handler: Any = SimpleNamespace(system_fingerprint=None)
     before = openai_stream._write_frames(kind, handler, False, False)
     assert not before.ends_without_tokens
@@ -37,8 +39,11 @@ def test_frames_have_the_fields_of_vllm_0_33_where_its_models_have_them(
     after = openai_stream._write_frames(kind, handler, False, False)
     assert after.ends_without_tokens
     assert after.first == before.first
-    for new, old in ((after.head + after.tail, before.head + before.tail), (after.last, before.last),
-                     (after.last_empty, before.last_empty)):  # fmt: skip
+    for new, old in (
+        (after.head + after.tail, before.head + before.tail),
+        (after.last, before.last),
+        (after.last_empty, before.last_empty),
+    ):
         assert old.count(b"kv_transfer_params") == 0
         assert new.count(b'"kv_transfer_params":null') == 1
     # Of a chat the last choice alone has the versions, of a completion each one.

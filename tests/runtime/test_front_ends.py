@@ -52,8 +52,12 @@ ADAPTERS = ROOT / "runtime" / "kserve_vllm" / "demo" / "adapters"
 @pytest.mark.parametrize(
     ("arguments", "environ", "sentence"),
     [
-        (["--keys-file", "k.yaml"], {}, r"--api-server-count 2 \(from flag --api-server-count\) and --keys-file: "
-         "without Redis every process counts for itself, .* Give --redis-url"),
+        (
+            ["--keys-file", "k.yaml"],
+            {},
+            r"--api-server-count 2 \(from flag --api-server-count\) and --keys-file: "
+            "without Redis every process counts for itself, .* Give --redis-url",
+        ),
         (["--requests-per-minute", "9"], {}, "and --requests-per-minute: without Redis"),
         (["--tokens-per-minute", "9"], {}, "and --tokens-per-minute: without Redis"),
         (["--max-concurrent", "9"], {}, "that queue stands in one process.*--max-num-queued-reqs"),
@@ -63,7 +67,7 @@ ADAPTERS = ROOT / "runtime" / "kserve_vllm" / "demo" / "adapters"
         ([], {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}, "keeps responses in one process"),
         ([], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}, "use --adapters-file"),
     ],
-)  # fmt: skip
+)
 def test_what_would_hold_for_one_process_only_is_refused(
     arguments: list[str], environ: dict[str, str], sentence: str
 ) -> None:
@@ -229,11 +233,27 @@ class Pair(Server):
         rows.append({"id": "admin", "tenant": "ops", "sha256": digest(ADMIN), "admin": True})
         (folder / "keys.json").write_text(json.dumps({"tenants": tenants, "keys": rows}))
         self.declare()
-        super().__init__([
-            *DEMO, *TWO, "--max-model-len", "1024", "--max-num-seqs", "32", "--keys-file", str(folder / "keys.json"),
-            "--redis-url", redis.url, "--usage-sink", f"file:{self.usage}", "--max-num-queued-reqs", "1000",
-            "--adapters-file", str(folder / "adapters.yaml"),
-        ], {"TMPDIR": str(folder)})  # fmt: skip
+        super().__init__(
+            [
+                *DEMO,
+                *TWO,
+                "--max-model-len",
+                "1024",
+                "--max-num-seqs",
+                "32",
+                "--keys-file",
+                str(folder / "keys.json"),
+                "--redis-url",
+                redis.url,
+                "--usage-sink",
+                f"file:{self.usage}",
+                "--max-num-queued-reqs",
+                "1000",
+                "--adapters-file",
+                str(folder / "adapters.yaml"),
+            ],
+            {"TMPDIR": str(folder)},
+        )
 
     def declare(self, **likes: str) -> None:
         """Write the list of adapters, each a copy of a demo adapter, with these added or changed."""
@@ -387,8 +407,14 @@ def test_the_queue_that_is_not_there_is_empty(pair: Pair) -> None:
 
 def stream(server: Server, started: threading.Event, key: str | None = None) -> str:
     """The data lines of a long chat stream over a connection of its own."""
-    body = {"model": "demo", "messages": [{"role": "user", "content": "Count."}], "stream": True, "max_tokens": 500,
-            "ignore_eos": True, "temperature": 0}  # fmt: skip
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Count."}],
+        "stream": True,
+        "max_tokens": 500,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
     headers = {"authorization": f"Bearer {key}"} if key else {}
     lines = []
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120) as response:

@@ -397,8 +397,14 @@ class Raw:
     def ask(self, method: str, message: bytes | None, end: bool = True, **headers: str) -> int:
         """Begin a call; `message` with its prefix, or nothing."""
         stream = self.h2.get_next_available_stream_id()
-        named = {":method": "POST", ":scheme": "http", ":path": f"/test.Test/{method}", ":authority": "localhost",
-                 "te": "trailers", "content-type": "application/grpc"}  # fmt: skip
+        named = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": f"/test.Test/{method}",
+            ":authority": "localhost",
+            "te": "trailers",
+            "content-type": "application/grpc",
+        }
         named |= {name.replace("_", "-") if not name.startswith(":") else name: v for name, v in headers.items()}
         self.h2.send_headers(stream, list(named.items()), end_stream=end and message is None)
         if message is not None:
@@ -440,8 +446,7 @@ class Raw:
     def status(self, stream: int) -> dict[str, str]:
         """The trailers of a call, or its headers where there was nothing else."""
         events = self.events(lambda e: isinstance(e, StreamEnded) and e.stream_id == stream)
-        heads = [e for e in events
-                 if isinstance(e, (ResponseReceived, TrailersReceived)) and e.stream_id == stream]  # fmt: skip
+        heads = [e for e in events if isinstance(e, (ResponseReceived, TrailersReceived)) and e.stream_id == stream]
         return {str(name): str(value) for name, value in heads[-1].headers or []}
 
 
@@ -493,7 +498,7 @@ def zipped(data: bytes) -> bytes:
         (framed(b"x"), {"my-bin": "???"}, Code.INTERNAL),
         (b"\0\xff\xff\xff\xff", {}, Code.RESOURCE_EXHAUSTED),
     ],
-)  # fmt: skip
+)
 def test_a_call_that_is_wrong_ends_alone(raw: Raw, message: bytes | None, headers: dict[str, str], code: Code) -> None:
     assert raw.status(raw.ask("echo", message, **headers))["grpc-status"] == str(code.value[0])
     assert raw.status(raw.ask("echo", framed(b"well")))["grpc-status"] == "0"
@@ -585,8 +590,14 @@ def test_a_goodbye_lets_open_calls_end(raw: Raw) -> None:
 @pytest.mark.parametrize("method", ["echo", "none", "wait"])
 def test_calls_taken_back_before_they_are_read_leave_others_alone(raw: Raw, method: str) -> None:
     """All in one piece: a call, its end, and another call."""
-    headers = [(":method", "POST"), (":scheme", "http"), (":path", f"/test.Test/{method}"), (":authority", "x"),
-               ("content-type", "application/grpc"), ("te", "trailers")]  # fmt: skip
+    headers = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", f"/test.Test/{method}"),
+        (":authority", "x"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ]
     for _ in range(3):
         stream = raw.h2.get_next_available_stream_id()
         raw.h2.send_headers(stream, headers)
@@ -1002,8 +1013,14 @@ def test_a_connection_whose_client_reads_nothing_ends_all_the_same(
         client.initiate_connection()
         client.increment_flow_control_window(1 << 30)
         client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 30})
-        headers = {":method": "POST", ":scheme": "http", ":path": "/test.Test/count", ":authority": "x",
-                   "content-type": "application/grpc", "te": "trailers"}  # fmt: skip
+        headers = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": "/test.Test/count",
+            ":authority": "x",
+            "content-type": "application/grpc",
+            "te": "trailers",
+        }
         client.send_headers(1, headers.items())
         client.send_data(1, framed(b"100 500000"), end_stream=True)
         sock.sendall(client.data_to_send())
@@ -1108,10 +1125,28 @@ def test_health_is_told_to_all_though_one_watcher_reads_nothing(fast: bool) -> N
 @pytest.mark.parametrize("fast", [True, False])
 def test_calls_over_tls_are_answered(tmp_path: Path, fast: bool) -> None:
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
 
     async def ask() -> None:
         lifecycle = Lifecycle()

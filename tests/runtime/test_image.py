@@ -140,11 +140,23 @@ def test_the_runtime_starts_as_uid_1000_on_a_read_only_root_and_writes_only_to_t
         shutil.copytree(demo.folder(), model)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         command = [
-            "env", "-i", *(f"{k}={v}" for k, v in keep.items()), f"PATH={Path(sys.executable).parent}:/usr/bin:/bin",
-            f"PYTHONPATH={ROOT / 'runtime'}", "VLLM_CPU_KVCACHE_SPACE=1",
-            "kserve-vllm", "serve", str(model), "--enforce-eager", "--host", "127.0.0.1",
-            "--http-port", str(port), "--grpc-port", "0",
-        ]  # fmt: skip
+            "env",
+            "-i",
+            *(f"{k}={v}" for k, v in keep.items()),
+            f"PATH={Path(sys.executable).parent}:/usr/bin:/bin",
+            f"PYTHONPATH={ROOT / 'runtime'}",
+            "VLLM_CPU_KVCACHE_SPACE=1",
+            "kserve-vllm",
+            "serve",
+            str(model),
+            "--enforce-eager",
+            "--host",
+            "127.0.0.1",
+            "--http-port",
+            str(port),
+            "--grpc-port",
+            "0",
+        ]
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
                 ["unshare", "-m", "bash", "-c", _SCRIPT, "bash", folder, str(ROOT), sys.prefix, *command],

@@ -130,8 +130,9 @@ def test_texts_are_those_that_vllm_makes_token_by_token(
         prompt = pieces(tokenizer, chance, chance.choice([0, 1, 2, 5, 30]), broken * chance.choice([0, 1]))
         tokens = pieces(tokenizer, chance, chance.choice([0, 1, 2, 9, 60]), broken)
         skip, stopped, shown = (chance.random() < 0.5 for _ in range(3))
-        asked = request(prompt if chance.random() < 0.9 else None, skip_special_tokens=skip,
-                        include_stop_str_in_output=shown)  # fmt: skip
+        asked = request(
+            prompt if chance.random() < 0.9 else None, skip_special_tokens=skip, include_stop_str_in_output=shown
+        )
         both = [FastIncrementalDetokenizer(tokenizer, asked) for _ in range(2)]
         late = both[1]
         late.__class__ = late_detokenizer()
@@ -233,9 +234,17 @@ def _engine_request(name: str, params: Any) -> Any:
     from vllm.v1.engine import EngineCoreRequest
 
     return EngineCoreRequest(
-        request_id=name, external_req_id=name, prompt_token_ids=[1, 5], mm_features=None, sampling_params=params,
-        pooling_params=None, arrival_time=1.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
-    )  # fmt: skip
+        request_id=name,
+        external_req_id=name,
+        prompt_token_ids=[1, 5],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=1.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,24 @@ MENDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("/completion", {"max_completion_tokens": 3, "max_tokens": 4}, {"max_tokens": 4}),
     ("/completion", {"suffix": "", "best_of": 2, "n": 2}, {"n": 2}),
     ("/completion", {"guided_regex": "a"}, {"structured_outputs": {"regex": "a"}}),
-    ("/completion", {"guided_choice": ["a"], "structured_outputs": {"choice": None}},
-     {"structured_outputs": {"choice": ["a"]}}),
-    ("/completion", {"guided_json": {"a": 1}, "guided_decoding_backend": "xgrammar:no-fallback"},
-     {"structured_outputs": {"json": {"a": 1}}}),
+    (
+        "/completion",
+        {"guided_choice": ["a"], "structured_outputs": {"choice": None}},
+        {"structured_outputs": {"choice": ["a"]}},
+    ),
+    (
+        "/completion",
+        {"guided_json": {"a": 1}, "guided_decoding_backend": "xgrammar:no-fallback"},
+        {"structured_outputs": {"json": {"a": 1}}},
+    ),
     ("/chat", {"functions": [], "function_call": "auto", "audio": None, "modalities": ["text"]}, {}),
-    ("/chat", {"messages": [{"role": "developer", "content": "a", "name": None}]},
-     {"messages": [{"role": "system", "content": "a"}]}),
+    (
+        "/chat",
+        {"messages": [{"role": "developer", "content": "a", "name": None}]},
+        {"messages": [{"role": "system", "content": "a"}]},
+    ),
     ("/plain", {"input": [{"role": "developer", "content": None}]}, {"input": [{"role": "system", "content": None}]}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "body", "mended"), MENDED)
@@ -153,7 +162,7 @@ def test_what_a_route_takes_is_read_from_its_model() -> None:
         (b'data: {"error":{"message":"a"}}', b'data: {"error":{"message":"a"}}'),
         (b"", b""),
     ],
-)  # fmt: skip
+)
 def test_chunks_without_usage_get_null(frame: bytes, mended: bytes) -> None:
     assert with_null_usage(frame) == mended
     assert with_null_usage(frame + b"\n\n") == mended + b"\n\n"
@@ -169,9 +178,17 @@ class VLLMClientError(VLLMError):
 
 @pytest.mark.parametrize(
     ("error", "fault"),
-    [(VLLMClientError("a"), True), (VLLMError("a"), False), (InvalidRequest("a"), True), (NotFound("a"), True),
-     (Unavailable("a"), False), (ValueError("a"), True), (RuntimeError("a"), False), (None, False)],
-)  # fmt: skip
+    [
+        (VLLMClientError("a"), True),
+        (VLLMError("a"), False),
+        (InvalidRequest("a"), True),
+        (NotFound("a"), True),
+        (Unavailable("a"), False),
+        (ValueError("a"), True),
+        (RuntimeError("a"), False),
+        (None, False),
+    ],
+)
 def test_whose_fault_an_exception_is(error: BaseException | None, fault: bool) -> None:
     assert is_client_fault(error, taken_up=False) is fault
 

@@ -40,10 +40,14 @@ def test_a_streamed_chat_is_the_same_text_in_pieces_and_ends_with_usage(client: 
     whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=24)
     chunks = list(
         client.chat.completions.create(
-            model="demo", messages=QUESTION, temperature=0, max_tokens=24, stream=True,
+            model="demo",
+            messages=QUESTION,
+            temperature=0,
+            max_tokens=24,
+            stream=True,
             stream_options={"include_usage": True},
         )
-    )  # fmt: skip
+    )
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content
     assert len([piece for piece in pieces if piece]) > 1
@@ -108,9 +112,12 @@ def test_json_schema_forces_the_form_of_the_answer(one: openai.OpenAI) -> None:
         "additionalProperties": False,
     }
     answer = one.chat.completions.create(
-        model="demo", messages=QUESTION, temperature=0, max_tokens=64,
+        model="demo",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=64,
         response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}},
-    )  # fmt: skip
+    )
     assert json.loads(answer.choices[0].message.content)["sum"] in (41, 42)
 
 
@@ -152,9 +159,14 @@ def test_a_named_tool_is_called(one: openai.OpenAI, server: Server) -> None:
         ).json()["tokens"]
     }
     answer = one.chat.completions.create(
-        model="demo", messages=QUESTION, temperature=0, max_tokens=128, tools=[tool], logit_bias=blanks,
+        model="demo",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=128,
+        tools=[tool],
+        logit_bias=blanks,
         tool_choice={"type": "function", "function": {"name": "add"}},
-    )  # fmt: skip
+    )
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "add"
     assert json.loads(call.function.arguments)["sign"] in ("plus", "minus")
@@ -201,10 +213,8 @@ def test_responses_are_answered(client: openai.OpenAI) -> None:
 
 def test_streamed_responses_end_with_the_whole_text(one: openai.OpenAI) -> None:
     events = list(
-        one.responses.create(
-            model="demo", input="What is 17 + 25?", temperature=0, max_output_tokens=24, stream=True
-        )
-    )  # fmt: skip
+        one.responses.create(model="demo", input="What is 17 + 25?", temperature=0, max_output_tokens=24, stream=True)
+    )
     deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert events[-1].type == "response.completed"
     assert events[-1].response.output_text == deltas

@@ -46,9 +46,14 @@ def ports() -> Iterator[tuple[int, int]]:
     command = [*SERVE.split(), f"ARGS={arguments}"]
     environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
@@ -90,8 +95,13 @@ def test_a_shell_block_runs(block: str, ports: tuple[int, int]) -> None:
     environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", moved(block, ports)],
-        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rest = done.stdout
     for answer in answers(block):
@@ -112,7 +122,9 @@ def test_a_python_block_runs(block: str, ports: tuple[int, int]) -> None:
 
 def test_the_reference_tables_are_what_the_code_says() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "runtime/tools/gen_reference.py"), "--check"], capture_output=True, text=True,
+        [sys.executable, str(ROOT / "runtime/tools/gen_reference.py"), "--check"],
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout

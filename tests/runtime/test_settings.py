@@ -199,8 +199,11 @@ def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the installed command."""
     return subprocess.run(
         [sys.executable, "-m", "kserve_vllm", *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, **env},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+    )
 
 
 def test_config_prints_values_and_sources_and_hides_secrets() -> None:

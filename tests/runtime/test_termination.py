@@ -65,9 +65,13 @@ def test_an_exception_becomes_one_bounded_line() -> None:
 )
 @pytest.mark.parametrize("by", ["flag", "variable"])
 def test_a_setting_that_cant_be_used_is_told_to_kubernetes(
-    message: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str],
-    sentence: str, by: str,
-) -> None:  # fmt: skip
+    message: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+    by: str,
+) -> None:
     if by == "flag":
         arguments = [*arguments, f"{termination.FLAG}={message}"]
     else:

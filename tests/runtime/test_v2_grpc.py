@@ -83,8 +83,9 @@ def test_health_and_metadata_are_told(triton: client.InferenceServerClient) -> N
 
 
 def test_a_batch_is_inferred_with_raw_contents(triton: client.InferenceServerClient, server: Server) -> None:
-    answer = triton.infer("demo", [prompt(SUM, "3 + 4 ="), sampling(), flag("exclude_input_in_output", True)],
-                          request_id="mine")  # fmt: skip
+    answer = triton.infer(
+        "demo", [prompt(SUM, "3 + 4 ="), sampling(), flag("exclude_input_in_output", True)], request_id="mine"
+    )
     assert [text.decode() for text in answer.as_numpy("text_output")] == [
         expected(server),
         expected(server, "3 + 4 ="),
@@ -235,8 +236,9 @@ def test_tokens_are_streamed(triton: client.InferenceServerClient, stream: Strea
     )
 
 
-def test_the_final_response_is_empty_where_asked_for(triton: client.InferenceServerClient, stream: Stream,
-                                                     server: Server) -> None:  # fmt: skip
+def test_the_final_response_is_empty_where_asked_for(
+    triton: client.InferenceServerClient, stream: Stream, server: Server
+) -> None:
     inputs = [prompt(SUM), flag("stream", True), sampling()]
     triton.async_stream_infer("demo", inputs, request_id="s", enable_empty_final_response=True)
     *responses, last = stream.until_final()
@@ -246,8 +248,9 @@ def test_the_final_response_is_empty_where_asked_for(triton: client.InferenceSer
     assert all(response.outputs for response in responses)
 
 
-def test_a_request_without_stream_is_answered_once(triton: client.InferenceServerClient, stream: Stream,
-                                                   server: Server) -> None:  # fmt: skip
+def test_a_request_without_stream_is_answered_once(
+    triton: client.InferenceServerClient, stream: Stream, server: Server
+) -> None:
     triton.async_stream_infer("demo", [prompt(SUM)], parameters={"max_tokens": 16, "top_k": 1})
     (response,) = stream.until_final()
     assert text_of(response) == expected(server)
@@ -287,9 +290,11 @@ def test_requests_on_one_stream_are_answered_side_by_side(stub: Any, server: Ser
             finished.append(response.id)
     assert finished[-1] == SUM, "the first and longest request held up the others"
     assert found == {
-        request.id: expected(server, request.id, max_tokens=request.parameters["max_tokens"].int64_param,
-                             ignore_eos=True) for request in requests
-    }  # fmt: skip
+        request.id: expected(
+            server, request.id, max_tokens=request.parameters["max_tokens"].int64_param, ignore_eos=True
+        )
+        for request in requests
+    }
 
 
 @pytest.mark.parametrize(
@@ -304,8 +309,9 @@ def test_requests_on_one_stream_are_answered_side_by_side(stub: Any, server: Ser
     ],
     ids=["model", "datatype", "shape", "n", "exclude", "version"],
 )
-def test_an_error_in_a_stream_keeps_it_open(stub: Any, server: Server, spoil: Callable[[Any], None],
-                                            sentence: str) -> None:  # fmt: skip
+def test_an_error_in_a_stream_keeps_it_open(
+    stub: Any, server: Server, spoil: Callable[[Any], None], sentence: str
+) -> None:
     bad, good = typed(**GREEDY, stream=True), typed(**GREEDY, stream=True)
     spoil(bad)
     bad.id = "bad"
@@ -347,8 +353,11 @@ def test_the_aio_client_streams(server: Server) -> None:
 def test_kserves_grpc_client_infers(server: Server) -> None:
     async def ask() -> tuple[str, bool]:
         async with kserve.InferenceGRPCClient(server.grpc_address) as connected:
-            request = InferRequest("demo", [InferInput("text_input", [1], "BYTES", data=[SUM.encode()])],
-                                   parameters={"max_tokens": 16, "top_k": 1})  # fmt: skip
+            request = InferRequest(
+                "demo",
+                [InferInput("text_input", [1], "BYTES", data=[SUM.encode()])],
+                parameters={"max_tokens": 16, "top_k": 1},
+            )
             answer = await connected.infer(request)
             ready = await connected.is_model_ready("demo") and await connected.is_server_ready()
             return answer.outputs[0].as_numpy()[0].decode(), ready and await connected.is_server_live()

@@ -305,14 +305,18 @@ def test_binary_tensors_go_both_ways(server: Server) -> None:
             "id": "bin",
             "inputs": [
                 {"name": "text_input", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(raw)}},
-                {"name": "return_num_output_tokens", "datatype": "BOOL", "shape": [1],
-                 "parameters": {"binary_data_size": 1}},
+                {
+                    "name": "return_num_output_tokens",
+                    "datatype": "BOOL",
+                    "shape": [1],
+                    "parameters": {"binary_data_size": 1},
+                },
                 tensor("sampling_parameters", [json.dumps({**GREEDY, "ignore_eos": True})]),
                 tensor("exclude_input_in_output", [True], "BOOL"),
             ],
             "parameters": {"binary_data_output": True},
         }
-    ).encode()  # fmt: skip
+    ).encode()
     answer = httpx.post(
         server.url + "/v2/models/demo/infer",
         content=head + raw + b"\x01",

@@ -61,11 +61,21 @@ class Browser:
         self._log = Path(self._folder.name) / "log"
         # As root it has no sandbox; it shows nothing but our own page.
         command = [
-            binary, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-extensions",
-            "--force-prefers-reduced-motion", f"--window-size={width},{height}", "--remote-debugging-port=0",
-            f"--user-data-dir={self._folder.name}/profile", "about:blank",
-        ]  # fmt: skip
+            binary,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-extensions",
+            "--force-prefers-reduced-motion",
+            f"--window-size={width},{height}",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={self._folder.name}/profile",
+            "about:blank",
+        ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self.events: list[dict[str, Any]] = []

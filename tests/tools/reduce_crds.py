@@ -22,9 +22,21 @@ Schema = dict[str, Any]
 
 REDUCED = Path(__file__).resolve().parents[1] / "charts" / "schemas.json"
 _KEPT = {
-    "type", "required", "enum", "pattern", "format", "nullable", "minimum", "maximum", "minLength", "maxLength",
-    "minItems", "maxItems", "x-kubernetes-preserve-unknown-fields", "x-kubernetes-int-or-string",
-}  # fmt: skip
+    "type",
+    "required",
+    "enum",
+    "pattern",
+    "format",
+    "nullable",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-int-or-string",
+}
 
 # Kinds whose defaults are kept: the tests show that the chart writes all that the API server would add.
 _WITH_DEFAULTS = {"HTTPRoute", "PodMonitor"}

@@ -67,8 +67,11 @@ def prepare(settings: Settings) -> str:
 def waits_for_others(settings: Settings) -> bool:
     """Whether other nodes take part: until they are there, nothing may move here for as long as that takes."""
     flags = {flag.name: flag.tokens for flag in settings.engine}
-    ray = any("ray" in token.split("=") for name in ("distributed-executor-backend", "data-parallel-backend")
-              for token in flags.get(name, ()))  # fmt: skip
+    ray = any(
+        "ray" in token.split("=")
+        for name in ("distributed-executor-backend", "data-parallel-backend")
+        for token in flags.get(name, ())
+    )
     return ray or not flags.keys().isdisjoint(_OF_SEVERAL_NODES)
 
 

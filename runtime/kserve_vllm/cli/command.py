@@ -399,8 +399,12 @@ def _engine_flags(
 ) -> tuple[EngineFlag, ...]:
     """All engine flags, weakest source first, each key from its strongest source alone."""
     layers: list[list[EngineFlag]] = [list(_split_words(leftover))]
-    layers.append([_from_value(name, text, f"variable {tree.ENV_PREFIX}{name.upper().replace('-', '_')}")
-                   for name, text in environ.items()])  # fmt: skip
+    layers.append(
+        [
+            _from_value(name, text, f"variable {tree.ENV_PREFIX}{name.upper().replace('-', '_')}")
+            for name, text in environ.items()
+        ]
+    )
     layers.append([_from_value(name, value, f"file {file}") for name, value in file_part.items()])
     if policy.keys_file or policy.max_concurrent:
         # Classes of requests mean something to the engine's own queue too.
@@ -493,9 +497,11 @@ def _profiles_table() -> str:
 
 def _print_config(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print("usage: kserve-vllm config [the arguments of serve]\n\n"
-              "Print the effective settings as YAML, each with where it came from. Nothing is started. Engine flags "
-              "are checked by vLLM's parser.")  # fmt: skip
+        print(
+            "usage: kserve-vllm config [the arguments of serve]\n\n"
+            "Print the effective settings as YAML, each with where it came from. Nothing is started. Engine flags "
+            "are checked by vLLM's parser."
+        )
         return 0
     from kserve_vllm.engine.vllm import parse_engine_args
 

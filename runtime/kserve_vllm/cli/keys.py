@@ -129,8 +129,12 @@ def add_entry(text: str, entry: dict[str, Any]) -> str:
     if "keys" not in [name for name, _ in parts]:
         return text.rstrip("\n") + f"\nkeys:\n{line}"
     name, rest = parts[-1]
-    indents = {match[1] for match in re.finditer(r"^( *)- ", text[text.rindex("\nkeys:") if "\nkeys:" in text else 0 :],
-                                                flags=re.MULTILINE)}  # fmt: skip
+    indents = {
+        match[1]
+        for match in re.finditer(
+            r"^( *)- ", text[text.rindex("\nkeys:") if "\nkeys:" in text else 0 :], flags=re.MULTILINE
+        )
+    }
     if name == "keys" and not rest.split("#")[0].strip() and len(indents) <= 1:
         return text.rstrip("\n") + f"\n{indents.pop() if indents else '  '}- {json.dumps(entry)}\n"
     tree = yaml.safe_load(text)
@@ -167,11 +171,18 @@ def table(file: tenants.KeyFile) -> str:
         ended = " (ended)" if expires is not None and expires <= now else ""
         tier = file.tiers.get(tenant.tier or "", tenants.Tier())
         limits = key.limits.over(tenant.limits.over(tier.limits)).model_dump(exclude_none=True)
-        rows.append((
-            key.id, key.tenant, tenant.tier or "-", "yes" if key.admin else "-",
-            f"{expires:%Y-%m-%d %H:%M}Z{ended}" if expires is not None else "never",
-            ", ".join(f"{name}={value}" for name, value in limits.items()) or "-", key.sha256[:12],
-        ))  # fmt: skip
+        rows.append(
+            (
+                key.id,
+                key.tenant,
+                tenant.tier or "-",
+                "yes" if key.admin else "-",
+                f"{expires:%Y-%m-%d %H:%M}Z{ended}" if expires is not None else "never",
+                ", ".join(f"{name}={value}" for name, value in limits.items()) or "-",
+                key.sha256[:12],
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)  # fmt: skip
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

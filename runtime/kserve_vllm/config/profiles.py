@@ -41,12 +41,20 @@ PROFILES: Mapping[str, Profile] = {
     ),
     "cost-optimized": Profile(
         "A shared or small device: many sequences, more of the memory for the KV cache.",
-        {"max-num-seqs": 256, "max-num-batched-tokens": 8192, "gpu-memory-utilization": 0.95,
-         "enable-prefix-caching": True},
+        {
+            "max-num-seqs": 256,
+            "max-num-batched-tokens": 8192,
+            "gpu-memory-utilization": 0.95,
+            "enable-prefix-caching": True,
+        },
     ),
     "long-context": Profile(
         "Long documents: few sequences, prompts cut into chunks so that short requests are not stuck behind them.",
-        {"max-num-seqs": 16, "max-num-batched-tokens": 4096, "enable-chunked-prefill": True,
-         "enable-prefix-caching": True},
+        {
+            "max-num-seqs": 16,
+            "max-num-batched-tokens": 4096,
+            "enable-chunked-prefill": True,
+            "enable-prefix-caching": True,
+        },
     ),
-}  # fmt: skip
+}

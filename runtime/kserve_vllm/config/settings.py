@@ -101,8 +101,16 @@ def _shortcuts(given: Any) -> Any:
         return ["all" if given else "none"]
     words = given if isinstance(given, list) else [given]
     names = [part.strip() for word in words for part in str(word).split(",") if part.strip()]
-    older = {"true": "all", "1": "all", "yes": "all", "on": "all",
-             "false": "none", "0": "none", "no": "none", "off": "none"}  # fmt: skip
+    older = {
+        "true": "all",
+        "1": "all",
+        "yes": "all",
+        "on": "all",
+        "false": "none",
+        "0": "none",
+        "no": "none",
+        "off": "none",
+    }
     found = [older.get(name.lower(), name) for name in names] or ["all"]
     unknown = [name for name in found if name not in {"all", "none", *SHORTCUTS}]
     if unknown:
@@ -394,8 +402,9 @@ def check_front_ends(settings: Settings, environ: Mapping[str, str]) -> None:
     """
     policy, count = settings.policy, settings.server.api_server_count
     given = f"--api-server-count {count} (from {settings.sources['server.api_server_count']})"
-    counted = [flag_name(name) for name in ("keys_file", "requests_per_minute", "tokens_per_minute")
-               if getattr(policy, name)]  # fmt: skip
+    counted = [
+        flag_name(name) for name in ("keys_file", "requests_per_minute", "tokens_per_minute") if getattr(policy, name)
+    ]
     if counted and policy.redis_url is None:
         raise ConfigError(
             f"{given} and --{counted[0]}: without Redis every process counts for itself, and {count} of them would "

@@ -16,11 +16,26 @@ from kserve_vllm.core.errors import RequestError
 from kserve_vllm.core.request_context import current
 
 # What Python raises for data of another shape, type or size than was expected.
-_OF_WRONG_DATA = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError,
-                  NotImplementedError)  # fmt: skip
+_OF_WRONG_DATA = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RecursionError,
+    NotImplementedError,
+)
 # These turn a request into what the engine takes, and are used for nothing else.
-_READS_REQUESTS = ("vllm.renderers.", "vllm.inputs.", "vllm.sampling_params", "vllm.pooling_params", "vllm.multimodal.",
-                   "vllm.v1.engine.input_processor", "vllm.v1.structured_output.")  # fmt: skip
+_READS_REQUESTS = (
+    "vllm.renderers.",
+    "vllm.inputs.",
+    "vllm.sampling_params",
+    "vllm.pooling_params",
+    "vllm.multimodal.",
+    "vllm.v1.engine.input_processor",
+    "vllm.v1.structured_output.",
+)
 # These define requests and answers: they read a request as long as the engine has taken up nothing.
 _READS_BOTH = (".protocol", ".utils", ".types")
 

@@ -269,8 +269,10 @@ def _signature(args: ast.arguments) -> str:
     words = [f"{each.arg}{'=' if at >= optional else ''}" for at, each in enumerate(positional)]
     if args.vararg is not None or args.kwonlyargs:
         words.append(f"*{args.vararg.arg if args.vararg is not None else ''}")
-    words += [f"{each.arg}{'=' if default is not None else ''}"
-              for each, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]  # fmt: skip
+    words += [
+        f"{each.arg}{'=' if default is not None else ''}"
+        for each, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    ]
     if args.kwarg is not None:
         words.append(f"**{args.kwarg.arg}")
     return " ".join(words)

@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 _TIMEOUT = re.compile(rb"^([0-9]{1,8})([HMSmun])$")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 # Headers that are the protocol's, not the caller's metadata.
-_RESERVED = frozenset({b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding",
-                       b"grpc-accept-encoding"})  # fmt: skip
+_RESERVED = frozenset(
+    {b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"}
+)
 _LAST_WORD_S = 1.0
 _MAX_PATH = 200
 KEYLESS_MESSAGE = 64 << 10
@@ -436,9 +437,9 @@ class Call:
                 request = await anext(self)
             except StopAsyncIteration:
                 await self.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no message in the request")
-        answer = (
-            handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        )(request, self)  # fmt: skip
+        answer = (handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream)(
+            request, self
+        )
         if inspect.isasyncgen(answer):
             try:
                 async for message in answer:

@@ -70,8 +70,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--url", help="of a server that runs; its key is taken from OPENAI_API_KEY")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at once (default: 64)")
     parser.add_argument("--retry-failed", action="store_true", help="ask again what was answered with an error")
-    parser.add_argument("--give-up-after", type=float, default=600.0, metavar="SECONDS",
-                        help="how long a server may give no answer at all (default: 600)")  # fmt: skip
+    parser.add_argument(
+        "--give-up-after",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a server may give no answer at all (default: 600)",
+    )
     parser.add_argument(
         "--priority", default="batch", help="class of the requests in the server's queue (default: batch)"
     )
@@ -97,8 +102,10 @@ def main(arguments: Sequence[str]) -> int:
             return code
     answered = recall(out, False)
     failed = sum(not good for good in answered.values())
-    print(f"{len(answered)} of {len(requests)} requests are answered, {failed} of them with an error: {out}",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"{len(answered)} of {len(requests)} requests are answered, {failed} of them with an error: {out}",
+        file=sys.stderr,
+    )
     return SOME_FAILED if failed else OK
 
 
@@ -106,8 +113,14 @@ def _answer(
     args: argparse.Namespace, of_server: list[str], source: Path, out: Path, requests: set[str], done: dict[str, bool]
 ) -> int:
     """Answer what has no answer yet. Returns an exit code; `OK` where all have one."""
-    key = next((os.environ[name] for name in ("OPENAI_API_KEY", "KSERVE_VLLM_API_KEY", "VLLM_API_KEY")
-                if os.environ.get(name)), None)  # fmt: skip
+    key = next(
+        (
+            os.environ[name]
+            for name in ("OPENAI_API_KEY", "KSERVE_VLLM_API_KEY", "VLLM_API_KEY")
+            if os.environ.get(name)
+        ),
+        None,
+    )
     server = None if args.url else _Started(of_server)
     try:
         if server is not None and not server.wait_ready():

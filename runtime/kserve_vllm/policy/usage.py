@@ -394,8 +394,11 @@ class Usage:
             self._trouble_at = now
             log.warning(
                 "usage records can't be written to %s, tried again until they can: %s: %s; %d wait",
-                sink.name, type(error).__name__, error, self.waiting,
-            )  # fmt: skip
+                sink.name,
+                type(error).__name__,
+                error,
+                self.waiting,
+            )
 
     def _lose(self, records: int, why: str) -> None:
         self._count("dropped", records)

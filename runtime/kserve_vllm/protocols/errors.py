@@ -39,9 +39,16 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 _SINGLE = frozenset(
-    {b"authorization", b"x-api-key", b"x-priority", b"content-type", b"content-length", b"content-encoding",
-     b"inference-header-content-length"}
-)  # fmt: skip
+    {
+        b"authorization",
+        b"x-api-key",
+        b"x-priority",
+        b"content-type",
+        b"content-length",
+        b"content-encoding",
+        b"inference-header-content-length",
+    }
+)
 
 
 def check_single(fields: Sequence[tuple[bytes, bytes]], as_mapping: Mapping[bytes, bytes]) -> None:

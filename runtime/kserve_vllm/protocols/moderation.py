@@ -172,8 +172,9 @@ async def moderate_body(path: str, raw: bytes, moderation: Hooks, tenant: str) -
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
-        raise InvalidRequest("prompts are moderated here, and the body is no JSON that can be read",
-                             field="body") from None  # fmt: skip
+        raise InvalidRequest(
+            "prompts are moderated here, and the body is no JSON that can be read", field="body"
+        ) from None
     passed = await moderate_tree(path, body, moderation, tenant)
     return raw if passed is body else json.dumps(passed).encode()
 
@@ -466,11 +467,13 @@ def _check_readable(body: Any) -> None:
     kwargs = body.get("chat_template_kwargs")
     own_template = body.get("chat_template") or (isinstance(kwargs, Mapping) and kwargs.get("chat_template"))
     if own_template:
-        raise InvalidRequest("prompts are moderated here, so a request can't bring a chat template",
-                             field="chat_template")  # fmt: skip
+        raise InvalidRequest(
+            "prompts are moderated here, so a request can't bring a chat template", field="chat_template"
+        )
     if body.get("prompt_embeds") or any(_embeds(body.get(field)) for field in ("messages", "input", "data")):
-        raise InvalidRequest("prompts are moderated here, so they must be text and not embeddings",
-                             field="prompt_embeds")  # fmt: skip
+        raise InvalidRequest(
+            "prompts are moderated here, so they must be text and not embeddings", field="prompt_embeds"
+        )
 
 
 def _holds_numbers(value: Any, depth: int = 0) -> bool:
@@ -515,5 +518,8 @@ async def _check_joined(locations: Sequence[Location], texts: Sequence[str], mod
     answered = await moderation.prompt(asked, tenant)
     for again in (answered[span] for span in spans):
         if again[0] != "\n".join(again[2:]) or again[1] != "".join(again[2:]):
-            raise Refused("the moderation does not let this prompt pass: what it would take out stands across several "
-                          "parts of a message", reason="moderation")  # fmt: skip
+            raise Refused(
+                "the moderation does not let this prompt pass: what it would take out stands across several "
+                "parts of a message",
+                reason="moderation",
+            )

@@ -113,8 +113,11 @@ class HTTP2:
         answers where they are."""
         if len(self.requests) < self.most:
             return True
-        found = max((each for each in self.connections if isinstance(each, _Connection)),
-                    key=lambda each: each.untaken, default=None)  # fmt: skip
+        found = max(
+            (each for each in self.connections if isinstance(each, _Connection)),
+            key=lambda each: each.untaken,
+            default=None,
+        )
         if found is None or not found.untaken:
             return False
         found.calm("does not take the answers to its requests")

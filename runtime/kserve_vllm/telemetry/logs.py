@@ -63,11 +63,15 @@ def configure(setting: str = "auto", access_log: bool = False) -> str:
     if "VLLM_LOGGING_CONFIG_PATH" not in os.environ:
         with tempfile.NamedTemporaryFile("w", prefix=_PREFIX, suffix=".json", delete=False) as file:
             tree["handlers"]["failures"] = {
-                "class": "kserve_vllm.telemetry.logs.Failures", "level": "ERROR", "path": file.name + _FAILURES
-            }  # fmt: skip
+                "class": "kserve_vllm.telemetry.logs.Failures",
+                "level": "ERROR",
+                "path": file.name + _FAILURES,
+            }
             tree["handlers"]["milestones"] = {
-                "class": "kserve_vllm.telemetry.logs.Milestones", "level": "INFO", "path": file.name + _MILESTONES
-            }  # fmt: skip
+                "class": "kserve_vllm.telemetry.logs.Milestones",
+                "level": "INFO",
+                "path": file.name + _MILESTONES,
+            }
             tree["loggers"]["vllm"]["handlers"] = ["failures", "milestones"]
             json.dump(tree, file)
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = file.name

@@ -44,8 +44,14 @@ _REFUSED = {
     Refused: "moderation",
 }
 _REFUSED_STATUS = {401: "unauthenticated", 403: "forbidden", 413: "body_too_large", 429: "too_many_requests"}
-_STATES = {State.STARTING: "loading", State.LOADING: "loading", State.WARMING: "loading", State.DRAINING: "draining",
-           State.STOPPED: "draining", State.FAILED: "engine_dead"}  # fmt: skip
+_STATES = {
+    State.STARTING: "loading",
+    State.LOADING: "loading",
+    State.WARMING: "loading",
+    State.DRAINING: "draining",
+    State.STOPPED: "draining",
+    State.FAILED: "engine_dead",
+}
 
 
 class RequestRecorder:

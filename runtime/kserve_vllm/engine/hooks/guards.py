@@ -261,8 +261,11 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
 
     def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(message, EngineDeadError):
-            return shaped("The engine died; the request was not completed.", "ServiceUnavailableError",
-                          HTTPStatus.SERVICE_UNAVAILABLE)  # fmt: skip
+            return shaped(
+                "The engine died; the request was not completed.",
+                "ServiceUnavailableError",
+                HTTPStatus.SERVICE_UNAVAILABLE,
+            )
         reply = shaped(message, *args, **kwargs)
         if reply.error.code < HTTPStatus.INTERNAL_SERVER_ERROR or reply.error.code in _NO_FAULT:
             return reply

@@ -77,8 +77,11 @@ class Frames:
     @staticmethod
     def fill_usage(frame: bytes, prompt_tokens: int, completion_tokens: int) -> bytes:
         """Write token counts into a frame made with `with_usage`."""
-        for mark, value in ((_PROMPT, prompt_tokens), (_COMPLETION, completion_tokens),
-                            (_TOTAL, prompt_tokens + completion_tokens)):  # fmt: skip
+        for mark, value in (
+            (_PROMPT, prompt_tokens),
+            (_COMPLETION, completion_tokens),
+            (_TOTAL, prompt_tokens + completion_tokens),
+        ):
             frame = frame.replace(_mark(mark), b"%d" % value)
         return frame
 

@@ -198,8 +198,13 @@ class _Hook:
         now = time.monotonic()
         if now - self._logged_at > 10 or not self._logged_at:
             self._logged_at = now
-            log.warning("the moderation hook %s could not look at a %s (on_error: %s): %s",
-                        self.name, where, self._on_error, why)  # fmt: skip
+            log.warning(
+                "the moderation hook %s could not look at a %s (on_error: %s): %s",
+                self.name,
+                where,
+                self._on_error,
+                why,
+            )
         if self._on_error == "allow":
             return None
         return self._error(where)

@@ -143,8 +143,22 @@ class Reading:
         slow: whether a pattern took too long.
     """
 
-    __slots__ = ("_concurrent", "_deadline", "_gates", "_patterns", "_pos", "_probes", "_rules", "_size", "_skip_slow",
-                 "_stop", "_text", "replaced", "slow", "stopped")  # fmt: skip
+    __slots__ = (
+        "_concurrent",
+        "_deadline",
+        "_gates",
+        "_patterns",
+        "_pos",
+        "_probes",
+        "_rules",
+        "_size",
+        "_skip_slow",
+        "_stop",
+        "_text",
+        "replaced",
+        "slow",
+        "stopped",
+    )
 
     def __init__(self, patterns: Patterns, stop: bool, skip_slow: bool, concurrent: bool = False) -> None:
         self._patterns = patterns

@@ -132,15 +132,22 @@ class BatchRoutes:
         """The routes."""
         router = APIRouter(prefix="/v1", tags=["Files and batches"])
         file, batch, errors = schemas.FILE, schemas.BATCH, schemas.KEPT_ERRORS
-        router.add_api_route("/files", self.upload, methods=["POST"], openapi_extra=schemas.UPLOAD,
-                             responses=file | errors)  # fmt: skip
+        router.add_api_route(
+            "/files", self.upload, methods=["POST"], openapi_extra=schemas.UPLOAD, responses=file | errors
+        )
         router.add_api_route("/files", self.files, methods=["GET"], responses=schemas.KEPT_LIST | errors)
-        router.add_api_route("/files/{file_id}/content", self.content, methods=["GET"],
-                             responses=schemas.CONTENT | errors)  # fmt: skip
+        router.add_api_route(
+            "/files/{file_id}/content", self.content, methods=["GET"], responses=schemas.CONTENT | errors
+        )
         router.add_api_route("/files/{file_id}", self.file, methods=["GET"], responses=file | errors)
         router.add_api_route("/files/{file_id}", self.delete, methods=["DELETE"], responses=schemas.DELETED | errors)
-        router.add_api_route("/batches", self.create, methods=["POST"], openapi_extra=schemas.body("BatchRequest"),
-                             responses=batch | errors)  # fmt: skip
+        router.add_api_route(
+            "/batches",
+            self.create,
+            methods=["POST"],
+            openapi_extra=schemas.body("BatchRequest"),
+            responses=batch | errors,
+        )
         router.add_api_route("/batches", self.batches, methods=["GET"], responses=schemas.KEPT_LIST | errors)
         router.add_api_route("/batches/{batch_id}/cancel", self.cancel, methods=["POST"], responses=batch | errors)
         router.add_api_route("/batches/{batch_id}", self.batch, methods=["GET"], responses=batch | errors)

@@ -198,15 +198,26 @@ class Runner:
         path = taken.tree["endpoint"]
         owner = taken.owner
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": None,
-            "server": None, OWNER: (owner.tenant, owner.key_id),
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "client": None,
+            "server": None,
+            OWNER: (owner.tenant, owner.key_id),
             "headers": [
-                (b"host", b"batch"), (b"content-type", b"application/json"),
-                (b"content-length", b"%d" % len(body)), (b"x-priority", b"batch"),
+                (b"host", b"batch"),
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(body)),
+                (b"x-priority", b"batch"),
                 (b"x-request-id", request_id.encode()),
             ],
-        }  # fmt: skip
+        }
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         status, headers, parts = 500, {}, []
 
@@ -312,10 +323,14 @@ class _Work:
         left = []
         async for line in _lines(self._source):
             if line["custom_id"] not in taken.done:
-                left.append({
-                    "id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line["custom_id"], "response": None,
-                    "error": {"code": code, "message": message},
-                })  # fmt: skip
+                left.append(
+                    {
+                        "id": f"batch_req_{uuid.uuid4().hex}",
+                        "custom_id": line["custom_id"],
+                        "response": None,
+                        "error": {"code": code, "message": message},
+                    }
+                )
         await asyncio.to_thread(taken.append, left)
         self._runner.count_left(status, len(left))
         await asyncio.to_thread(taken.finish, status, f"{status}_at")

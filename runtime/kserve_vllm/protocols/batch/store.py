@@ -88,9 +88,10 @@ class Counts:
             ("output", ("completion_tokens", "output_tokens")),
         ):
             self.usage[name] += next((int(used[key]) for key in keys if isinstance(used.get(key), int)), 0)
-        for name, outer, inner in (("cached", ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
-                                   ("reasoning", ("completion_tokens_details", "output_tokens_details"),
-                                    "reasoning_tokens")):  # fmt: skip
+        for name, outer, inner in (
+            ("cached", ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
+            ("reasoning", ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"),
+        ):
             for key in outer:
                 if isinstance(details := used.get(key), dict) and isinstance(details.get(inner), int):
                     self.usage[name] += details[inner]
@@ -391,10 +392,17 @@ class Taken:
         self._output: IO[bytes] | None = None
         self._errors: IO[bytes] | None = None
         counted, used = tree["request_counts"], tree["usage"]
-        self.counts = Counts(counted["total"], counted["completed"], counted["failed"], {
-            "input": used["input_tokens"], "cached": used["input_tokens_details"]["cached_tokens"],
-            "output": used["output_tokens"], "reasoning": used["output_tokens_details"]["reasoning_tokens"],
-        })  # fmt: skip
+        self.counts = Counts(
+            counted["total"],
+            counted["completed"],
+            counted["failed"],
+            {
+                "input": used["input_tokens"],
+                "cached": used["input_tokens_details"]["cached_tokens"],
+                "output": used["output_tokens"],
+                "reasoning": used["output_tokens_details"]["reasoning_tokens"],
+            },
+        )
         self.done: set[str] = set()
         """`custom_id`s that have an answer."""
 

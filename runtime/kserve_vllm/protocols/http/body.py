@@ -38,8 +38,13 @@ class BodyBudget:
         most = self._total if context.key_id is None else self._total // 2
         if own > most or self.held + size > self._total:
             whose = "the server holds" if self.held + size > self._total else "requests with this key hold"
-            raise Unavailable(f"{whose} too much of request bodies at once", field="body", retry_after_s=1, close=True,
-                              reason="bodies")  # fmt: skip
+            raise Unavailable(
+                f"{whose} too much of request bodies at once",
+                field="body",
+                retry_after_s=1,
+                close=True,
+                reason="bodies",
+            )
         self._held[context.key_id] = own
         self.held += size
 

@@ -39,9 +39,13 @@ _QUESTIONS = frozenset(
 _ASKED_BY_POST = frozenset({"/v2/repository/index", "/ping"})
 # What callers keep here, each for its tenant: the model does not work for these, and no administrator is needed.
 _KEPT = frozenset(
-    {("POST", "/v1/files"), ("DELETE", "/v1/files/{file_id}"), ("POST", "/v1/batches"),
-     ("POST", "/v1/batches/{batch_id}/cancel")}
-)  # fmt: skip
+    {
+        ("POST", "/v1/files"),
+        ("DELETE", "/v1/files/{file_id}"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/batches/{batch_id}/cancel"),
+    }
+)
 _WORK = frozenset(
     """/v1/chat/completions /v1/chat/completions/batch /v1/chat/completions/render /v1/chat/completions/derender
     /v1/completions /v1/completions/render /v1/completions/derender /v1/responses /v1/responses/render
@@ -231,9 +235,11 @@ class Endpoints:
 
 def choose(scope: MutableMapping[str, Any], target: Target) -> MutableMapping[str, Any]:
     """The scope with which the target's app has to be called."""
-    return {**scope, "method": target.method, _CHOSEN: target.route} if scope["type"] == "http" else {
-        **scope, _CHOSEN: target.route
-    }  # fmt: skip
+    return (
+        {**scope, "method": target.method, _CHOSEN: target.route}
+        if scope["type"] == "http"
+        else {**scope, _CHOSEN: target.route}
+    )
 
 
 def _bind(app: Any, route: Any) -> None:

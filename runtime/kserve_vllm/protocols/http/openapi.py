@@ -47,77 +47,194 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-_TENSOR_METADATA = _object(["name", "datatype", "shape"], name=_TEXT, datatype=_DATATYPE,
-                           shape=_list({"type": "integer"}))  # fmt: skip
-_OUTPUT_TENSOR = _object(["name", "datatype", "shape"], name=_TEXT, datatype=_DATATYPE, shape=_SHAPE,
-                         data={"type": "array"}, parameters={"type": "object"})  # fmt: skip
+_TENSOR_METADATA = _object(
+    ["name", "datatype", "shape"], name=_TEXT, datatype=_DATATYPE, shape=_list({"type": "integer"})
+)
+_OUTPUT_TENSOR = _object(
+    ["name", "datatype", "shape"],
+    name=_TEXT,
+    datatype=_DATATYPE,
+    shape=_SHAPE,
+    data={"type": "array"},
+    parameters={"type": "object"},
+)
 
 SCHEMAS: Mapping[str, dict[str, Any]] = {
     "Error": _object(["error"], error=_TEXT),
-    "OpenAIError": _object(["error"], error=_object(["message", "type", "param", "code"], message=_TEXT, type=_TEXT,
-                                                    param=_MAYBE_TEXT, code=_MAYBE_TEXT)),
+    "OpenAIError": _object(
+        ["error"],
+        error=_object(
+            ["message", "type", "param", "code"], message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_MAYBE_TEXT
+        ),
+    ),
     "InferInputTensor": _object(
-        ["name", "datatype", "shape"], extra=True, name=_TEXT, datatype=_DATATYPE, shape=_SHAPE,
-        data={"type": "array"}, parameters={"type": "object"},
+        ["name", "datatype", "shape"],
+        extra=True,
+        name=_TEXT,
+        datatype=_DATATYPE,
+        shape=_SHAPE,
+        data={"type": "array"},
+        parameters={"type": "object"},
     ),
     "InferRequest": _object(
-        ["inputs"], extra=True, id=_TEXT, parameters=_PARAMETERS, inputs=_list(_ref("InferInputTensor")),
+        ["inputs"],
+        extra=True,
+        id=_TEXT,
+        parameters=_PARAMETERS,
+        inputs=_list(_ref("InferInputTensor")),
         outputs=_list(_object(["name"], extra=True, name=_TEXT, parameters={"type": "object"})),
     ),
     "InferResponse": _object(
-        ["model_name", "model_version", "outputs"], id=_TEXT, model_name=_TEXT, model_version=_TEXT,
-        parameters={"type": "object"}, outputs=_list(_OUTPUT_TENSOR),
+        ["model_name", "model_version", "outputs"],
+        id=_TEXT,
+        model_name=_TEXT,
+        model_version=_TEXT,
+        parameters={"type": "object"},
+        outputs=_list(_OUTPUT_TENSOR),
     ),
     "GenerateRequest": _object(
-        ["text_input"], extra=True, id=_TEXT, text_input=_TEXT, parameters=_PARAMETERS,
-        sampling_parameters={"type": ["string", "object"]}, exclude_input_in_output=_FLAG,
+        ["text_input"],
+        extra=True,
+        id=_TEXT,
+        text_input=_TEXT,
+        parameters=_PARAMETERS,
+        sampling_parameters={"type": ["string", "object"]},
+        exclude_input_in_output=_FLAG,
     ),
-    "GenerateResponse": _object(["model_name", "model_version", "text_output"], extra=True, id=_TEXT, model_name=_TEXT,
-                                model_version=_TEXT, text_output={"type": ["string", "array"]}),
+    "GenerateResponse": _object(
+        ["model_name", "model_version", "text_output"],
+        extra=True,
+        id=_TEXT,
+        model_name=_TEXT,
+        model_version=_TEXT,
+        text_output={"type": ["string", "array"]},
+    ),
     "RepositoryIndexRequest": _object(extra=True, ready=_FLAG),
     "PredictRequest": _object(
-        ["instances"], extra=True, parameters=_PARAMETERS,
+        ["instances"],
+        extra=True,
+        parameters=_PARAMETERS,
         instances={"type": "array", "minItems": 1, "items": {"type": ["string", "object"]}},
     ),
     "PredictResponse": _object(["predictions"], predictions={"type": "array"}),
-    "Health": _object(["ready", "live", "state", "seconds"], extra=True, ready=_FLAG, live=_FLAG, state=_TEXT,
-                      seconds={"type": "number"}, reason=_TEXT),
+    "Health": _object(
+        ["ready", "live", "state", "seconds"],
+        extra=True,
+        ready=_FLAG,
+        live=_FLAG,
+        state=_TEXT,
+        seconds={"type": "number"},
+        reason=_TEXT,
+    ),
     "ServerMetadata": _object(["name", "version", "extensions"], name=_TEXT, version=_TEXT, extensions=_list(_TEXT)),
     "ModelList": _object(["models"], models=_list(_TEXT)),
-    "ModelMetadata": _object(["name", "platform", "inputs", "outputs"], name=_TEXT, versions=_list(_TEXT),
-                             platform=_TEXT, inputs=_list(_TENSOR_METADATA), outputs=_list(_TENSOR_METADATA)),
-    "ModelConfig": _object(["name", "backend", "input", "output"], extra=True, name=_TEXT, backend=_TEXT,
-                           input=_list({"type": "object"}), output=_list({"type": "object"})),
+    "ModelMetadata": _object(
+        ["name", "platform", "inputs", "outputs"],
+        name=_TEXT,
+        versions=_list(_TEXT),
+        platform=_TEXT,
+        inputs=_list(_TENSOR_METADATA),
+        outputs=_list(_TENSOR_METADATA),
+    ),
+    "ModelConfig": _object(
+        ["name", "backend", "input", "output"],
+        extra=True,
+        name=_TEXT,
+        backend=_TEXT,
+        input=_list({"type": "object"}),
+        output=_list({"type": "object"}),
+    ),
     "ModelStatistics": _object(["model_stats"], model_stats=_list({"type": "object"})),
     "ModelReady": _object(["name", "ready"], name=_TEXT, ready=_FLAG),
-    "ModelState": _object(["name", "version", "state", "reason"], name=_TEXT, version=_TEXT,
-                          state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT),
+    "ModelState": _object(
+        ["name", "version", "state", "reason"],
+        name=_TEXT,
+        version=_TEXT,
+        state={"enum": ["READY", "UNAVAILABLE"]},
+        reason=_TEXT,
+    ),
     "Control": _object(["name"], extra=True, name=_TEXT),
     "Adapter": _object(
         ["name", "object", "source", "description", "origin", "state", "error", "revision", "digest", "since"],
-        name=_TEXT, object=_TEXT, source=_TEXT, description=_TEXT, origin={"enum": ["file", "flag", "api"]},
-        state={"enum": ["loaded", "loading", "failed", "unloaded"]}, error=_MAYBE_TEXT, revision=_MAYBE_TEXT,
-        digest=_MAYBE_TEXT, since={"type": "number"}, in_use=_FLAG,
+        name=_TEXT,
+        object=_TEXT,
+        source=_TEXT,
+        description=_TEXT,
+        origin={"enum": ["file", "flag", "api"]},
+        state={"enum": ["loaded", "loading", "failed", "unloaded"]},
+        error=_MAYBE_TEXT,
+        revision=_MAYBE_TEXT,
+        digest=_MAYBE_TEXT,
+        since={"type": "number"},
+        in_use=_FLAG,
     ),
-    "AdapterStats": _object(["name"], name=_TEXT, requests=_COUNT, in_flight=_COUNT, prompt_tokens=_COUNT,
-                            output_tokens=_COUNT, loads=_COUNT, reloads=_COUNT, failures=_COUNT, unloads=_COUNT),
+    "AdapterStats": _object(
+        ["name"],
+        name=_TEXT,
+        requests=_COUNT,
+        in_flight=_COUNT,
+        prompt_tokens=_COUNT,
+        output_tokens=_COUNT,
+        loads=_COUNT,
+        reloads=_COUNT,
+        failures=_COUNT,
+        unloads=_COUNT,
+    ),
     "Models": _object(["object", "data", "models"], object=_TEXT, data=_list({"type": "object"}), models=_list(_TEXT)),
-    "File": _object(["id", "object", "bytes", "created_at", "filename", "purpose", "status"], extra=True, id=_TEXT,
-                    object={"enum": ["file"]}, bytes=_COUNT, created_at=_COUNT, expires_at=_COUNT, filename=_TEXT,
-                    purpose={"enum": ["batch", "batch_output"]}, status=_TEXT),
-    "Batch": _object(["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at"],
-                     extra=True, id=_TEXT, object={"enum": ["batch"]}, endpoint=_TEXT, input_file_id=_TEXT,
-                     completion_window=_TEXT, created_at=_COUNT,
-                     status={"enum": ["validating", "failed", "in_progress", "finalizing", "completed", "expired",
-                                      "cancelling", "cancelled"]}),
-    "BatchRequest": _object(["input_file_id", "endpoint", "completion_window"], extra=True, input_file_id=_TEXT,
-                            endpoint=_TEXT, completion_window=_TEXT, metadata={"type": ["object", "null"]}),
-    "KeptList": _object(["object", "data", "has_more"], object={"enum": ["list"]}, data=_list({"type": "object"}),
-                        first_id=_MAYBE_TEXT, last_id=_MAYBE_TEXT, has_more=_FLAG),
+    "File": _object(
+        ["id", "object", "bytes", "created_at", "filename", "purpose", "status"],
+        extra=True,
+        id=_TEXT,
+        object={"enum": ["file"]},
+        bytes=_COUNT,
+        created_at=_COUNT,
+        expires_at=_COUNT,
+        filename=_TEXT,
+        purpose={"enum": ["batch", "batch_output"]},
+        status=_TEXT,
+    ),
+    "Batch": _object(
+        ["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at"],
+        extra=True,
+        id=_TEXT,
+        object={"enum": ["batch"]},
+        endpoint=_TEXT,
+        input_file_id=_TEXT,
+        completion_window=_TEXT,
+        created_at=_COUNT,
+        status={
+            "enum": [
+                "validating",
+                "failed",
+                "in_progress",
+                "finalizing",
+                "completed",
+                "expired",
+                "cancelling",
+                "cancelled",
+            ]
+        },
+    ),
+    "BatchRequest": _object(
+        ["input_file_id", "endpoint", "completion_window"],
+        extra=True,
+        input_file_id=_TEXT,
+        endpoint=_TEXT,
+        completion_window=_TEXT,
+        metadata={"type": ["object", "null"]},
+    ),
+    "KeptList": _object(
+        ["object", "data", "has_more"],
+        object={"enum": ["list"]},
+        data=_list({"type": "object"}),
+        first_id=_MAYBE_TEXT,
+        last_id=_MAYBE_TEXT,
+        has_more=_FLAG,
+    ),
     "Deleted": _object(["id", "object", "deleted"], id=_TEXT, object=_TEXT, deleted=_FLAG),
     "QueueStats": _object(["slots", "in_use", "waiting"], extra=True, slots={"type": "integer"}),
     "Model": _object(["name", "ready"], extra=True, name=_TEXT, ready=_FLAG),
-}  # fmt: skip
+}
 
 
 def _answer(schema: dict[str, Any] | str, media_type: str = "application/json") -> dict[int | str, dict[str, Any]]:
@@ -167,8 +284,14 @@ PREDICT = _answer("PredictResponse")
 PREDICT[200]["content"]["application/cloudevents+json"] = {"schema": {"type": "object"}}
 ADAPTER = _answer("Adapter")
 ADAPTERS = _answer(_object(["object", "data"], object=_TEXT, data=_list(_ref("Adapter"))))
-ADAPTER_STATS = _answer(_object(["object", "data", "states"], object=_TEXT, data=_list(_ref("AdapterStats")),
-                                states={"type": "object", "additionalProperties": {"type": "integer"}}))  # fmt: skip
+ADAPTER_STATS = _answer(
+    _object(
+        ["object", "data", "states"],
+        object=_TEXT,
+        data=_list(_ref("AdapterStats")),
+        states={"type": "object", "additionalProperties": {"type": "integer"}},
+    )
+)
 V1_MODELS = _answer("Models")
 V1_MODEL = _answer("Model")
 QUEUE_STATS = _answer("QueueStats")
@@ -183,12 +306,16 @@ UPLOAD: dict[str, Any] = {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": _object(["file", "purpose"], extra=True, file={"type": "string", "format": "binary"},
-                                  purpose={"enum": ["batch"]})
+                "schema": _object(
+                    ["file", "purpose"],
+                    extra=True,
+                    file={"type": "string", "format": "binary"},
+                    purpose={"enum": ["batch"]},
+                )
             }
         },
     }
-}  # fmt: skip
+}
 
 
 def body(schema: str, required: bool = True) -> dict[str, Any]:

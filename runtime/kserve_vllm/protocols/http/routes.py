@@ -177,8 +177,9 @@ class Routes:
         stream = self._text.stream(parsed, headers["x-request-id"], trace_headers(headers))
         # The first piece comes before the response starts, so that an error still has a status of its own.
         first, _ = await until_disconnect(request.receive, anext(stream))
-        return StreamingResponse(_events(first, stream, details), media_type="text/event-stream",
-                                 headers={"cache-control": "no-cache"})  # fmt: skip
+        return StreamingResponse(
+            _events(first, stream, details), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+        )
 
     async def _generate_request(
         self, request: Request, model: str, version: str | None, stream: bool
@@ -297,46 +298,80 @@ def _v2_router(routes: Routes) -> APIRouter:
     errors = schemas.ERRORS
     router.add_api_route("", routes.server_metadata, methods=["GET"], responses=schemas.SERVER_METADATA)
     for path, summary in schemas.HEALTH.items():
-        router.add_api_route(path, _answered_by_edge, methods=["GET"], summary=summary,
-                             responses=schemas.HEALTH_ANSWERS, operation_id=summary)  # fmt: skip
+        router.add_api_route(
+            path,
+            _answered_by_edge,
+            methods=["GET"],
+            summary=summary,
+            responses=schemas.HEALTH_ANSWERS,
+            operation_id=summary,
+        )
     router.add_api_route("/models", routes.list_models, methods=["GET"], responses=schemas.MODEL_LIST)
     router.add_api_route("/models/stats", routes.all_statistics, methods=["GET"], responses=schemas.STATISTICS)
-    router.add_api_route("/repository/index", routes.repository_index, methods=["POST"],
-                         openapi_extra=schemas.body("RepositoryIndexRequest", required=False),
-                         responses=schemas.REPOSITORY_INDEX | errors)  # fmt: skip
+    router.add_api_route(
+        "/repository/index",
+        routes.repository_index,
+        methods=["POST"],
+        openapi_extra=schemas.body("RepositoryIndexRequest", required=False),
+        responses=schemas.REPOSITORY_INDEX | errors,
+    )
     model = "/repository/models/{model_name:model}"
     router.add_api_route(f"{model}/load", routes.repository_load, methods=["POST"], responses=schemas.CONTROL | errors)
-    router.add_api_route(f"{model}/unload", routes.repository_unload, methods=["POST"],
-                         responses=schemas.CONTROL | errors)  # fmt: skip
+    router.add_api_route(
+        f"{model}/unload", routes.repository_unload, methods=["POST"], responses=schemas.CONTROL | errors
+    )
     # The longer one first: a model's name may hold slashes.
     for prefix in ("/models/{model_name:model}/versions/{model_version}", "/models/{model_name:model}"):
-        router.add_api_route(f"{prefix}/ready", routes.model_ready, methods=["GET"],
-                             responses=schemas.MODEL_READY | errors)  # fmt: skip
+        router.add_api_route(
+            f"{prefix}/ready", routes.model_ready, methods=["GET"], responses=schemas.MODEL_READY | errors
+        )
         config, statistics = schemas.MODEL_CONFIG | errors, schemas.STATISTICS | errors
         router.add_api_route(f"{prefix}/config", routes.model_config, methods=["GET"], responses=config)
         router.add_api_route(f"{prefix}/stats", routes.model_statistics, methods=["GET"], responses=statistics)
-        router.add_api_route(f"{prefix}/infer", routes.infer, methods=["POST"],
-                             openapi_extra=schemas.body("InferRequest"), responses=schemas.INFER | errors)  # fmt: skip
-        router.add_api_route(f"{prefix}/generate", routes.generate, methods=["POST"],
-                             openapi_extra=schemas.body("GenerateRequest"),
-                             responses=schemas.GENERATE | errors)  # fmt: skip
-        router.add_api_route(f"{prefix}/generate_stream", routes.generate_stream, methods=["POST"],
-                             openapi_extra=schemas.body("GenerateRequest"),
-                             responses=schemas.GENERATE_STREAM | errors)  # fmt: skip
+        router.add_api_route(
+            f"{prefix}/infer",
+            routes.infer,
+            methods=["POST"],
+            openapi_extra=schemas.body("InferRequest"),
+            responses=schemas.INFER | errors,
+        )
+        router.add_api_route(
+            f"{prefix}/generate",
+            routes.generate,
+            methods=["POST"],
+            openapi_extra=schemas.body("GenerateRequest"),
+            responses=schemas.GENERATE | errors,
+        )
+        router.add_api_route(
+            f"{prefix}/generate_stream",
+            routes.generate_stream,
+            methods=["POST"],
+            openapi_extra=schemas.body("GenerateRequest"),
+            responses=schemas.GENERATE_STREAM | errors,
+        )
         router.add_api_route(prefix, routes.model_metadata, methods=["GET"], responses=schemas.MODEL_METADATA | errors)
     return router
 
 
 def _v1_router(routes: Routes) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["KServe V1"])
-    router.add_api_route("/queue/stats", routes.queue_stats, methods=["GET"], tags=["operators"],
-                         responses=schemas.QUEUE_STATS)  # fmt: skip
+    router.add_api_route(
+        "/queue/stats", routes.queue_stats, methods=["GET"], tags=["operators"], responses=schemas.QUEUE_STATS
+    )
     router.add_api_route("/models", routes.v1_and_openai_models, methods=["GET"], responses=schemas.V1_MODELS)
-    router.add_api_route("/models/{model_name:model}:predict", routes.v1_predict, methods=["POST"],
-                         openapi_extra=schemas.body("PredictRequest"),
-                         responses=schemas.PREDICT | schemas.ERRORS)  # fmt: skip
-    router.add_api_route("/models/{model_name:model}", routes.v1_and_openai_model, methods=["GET"],
-                         responses=schemas.V1_MODEL | schemas.ERRORS)  # fmt: skip
+    router.add_api_route(
+        "/models/{model_name:model}:predict",
+        routes.v1_predict,
+        methods=["POST"],
+        openapi_extra=schemas.body("PredictRequest"),
+        responses=schemas.PREDICT | schemas.ERRORS,
+    )
+    router.add_api_route(
+        "/models/{model_name:model}",
+        routes.v1_and_openai_model,
+        methods=["GET"],
+        responses=schemas.V1_MODEL | schemas.ERRORS,
+    )
     return router
 
 

@@ -57,8 +57,9 @@ def to_request(tree: Mapping[str, Any], model: str, version: str | None, stream:
         elif isinstance(value, bool):
             inputs.append(InferInput(name, [1], "BOOL", data=[value]))
         else:
-            raise InvalidRequest(f"{name}: no such input, or not of its type; sampling parameters belong in "
-                                 "parameters", field=name)  # fmt: skip
+            raise InvalidRequest(
+                f"{name}: no such input, or not of its type; sampling parameters belong in parameters", field=name
+            )
     request_id = tree.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidRequest("id must be a string", field="id")

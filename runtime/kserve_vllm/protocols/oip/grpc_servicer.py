@@ -74,8 +74,13 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
 
     answer = file.message_type.add(name="ModelStreamInferResponse")
     answer.field.add(name="error_message", number=1, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
-    answer.field.add(name="infer_response", number=2, type=_Field.TYPE_MESSAGE, label=_Field.LABEL_OPTIONAL,
-                     type_name=".inference.ModelInferResponse")  # fmt: skip
+    answer.field.add(
+        name="infer_response",
+        number=2,
+        type=_Field.TYPE_MESSAGE,
+        label=_Field.LABEL_OPTIONAL,
+        type_name=".inference.ModelInferResponse",
+    )
 
     index = file.message_type.add(name="RepositoryIndexRequest")
     index.field.add(name="repository_name", number=1, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
@@ -84,8 +89,13 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
     row = listing.nested_type.add(name="ModelIndex")
     for number, name in enumerate(("name", "version", "state", "reason"), start=1):
         row.field.add(name=name, number=number, type=_Field.TYPE_STRING, label=_Field.LABEL_OPTIONAL)
-    listing.field.add(name="models", number=1, type=_Field.TYPE_MESSAGE, label=_Field.LABEL_REPEATED,
-                      type_name=".inference.RepositoryIndexResponse.ModelIndex")  # fmt: skip
+    listing.field.add(
+        name="models",
+        number=1,
+        type=_Field.TYPE_MESSAGE,
+        label=_Field.LABEL_REPEATED,
+        type_name=".inference.RepositoryIndexResponse.ModelIndex",
+    )
 
     # Triton's field 1 names a repository, of which there is one here; KServe's names the model.
     for name in ("RepositoryModelLoadRequest", "RepositoryModelUnloadRequest"):
@@ -94,11 +104,18 @@ def _descriptor() -> descriptor_pb2.FileDescriptorProto:
 
     _add_statistics(file)
     service = next(s for s in file.service if s.name == "GRPCInferenceService")
-    service.method.add(name="ModelStreamInfer", input_type=".inference.ModelInferRequest",
-                       output_type=".inference.ModelStreamInferResponse", client_streaming=True,
-                       server_streaming=True)  # fmt: skip
-    service.method.add(name="RepositoryIndex", input_type=".inference.RepositoryIndexRequest",
-                       output_type=".inference.RepositoryIndexResponse")  # fmt: skip
+    service.method.add(
+        name="ModelStreamInfer",
+        input_type=".inference.ModelInferRequest",
+        output_type=".inference.ModelStreamInferResponse",
+        client_streaming=True,
+        server_streaming=True,
+    )
+    service.method.add(
+        name="RepositoryIndex",
+        input_type=".inference.RepositoryIndexRequest",
+        output_type=".inference.RepositoryIndexResponse",
+    )
     for name in ("ModelConfig", "ModelStatistics"):
         service.method.add(name=name, input_type=f".inference.{name}Request", output_type=f".inference.{name}Response")
     return file

@@ -117,8 +117,9 @@ class TextRequest:
         jobs = []
         model = self.adapter or model
         for position, prompt in enumerate(self.prompts):
-            job = TextJob(model, f"{request_id}-{position}", prompt, options=self.options, stream=stream,
-                          trace_headers=trace)  # fmt: skip
+            job = TextJob(
+                model, f"{request_id}-{position}", prompt, options=self.options, stream=stream, trace_headers=trace
+            )
             if self.chat:
                 job = replace(job, prompt=None, messages=[{"role": "user", "content": prompt}])
             jobs.append(job)
@@ -218,8 +219,9 @@ class V2Text:
         by_name = _by_name(request)
         for name in by_name:
             if name not in _TEXT_INPUTS:
-                raise InvalidRequest(f"unknown input {name!r}; a text model takes {', '.join(sorted(_TEXT_INPUTS))}",
-                                     field=name)  # fmt: skip
+                raise InvalidRequest(
+                    f"unknown input {name!r}; a text model takes {', '.join(sorted(_TEXT_INPUTS))}", field=name
+                )
         options = {k: v for k, v in (request.parameters or {}).items() if k not in _PROTOCOL_PARAMETERS}
         chat = _flag(options.pop("apply_chat_template", False), "apply_chat_template")
         triton = "sampling_parameters" in by_name or any(name in by_name for name in _TRITON_FLAGS)
@@ -300,8 +302,9 @@ class V2Text:
                 raise InvalidRequest("input_lengths must hold one integer per row of input_ids", field="input_lengths")
             lengths = [int(n) for n in given]
         if not all(0 < n <= rows.shape[1] for n in lengths):
-            raise InvalidRequest("input_ids: every prompt needs at least one token, and no more than its row has",
-                                 field="input_ids")  # fmt: skip
+            raise InvalidRequest(
+                "input_ids: every prompt needs at least one token, and no more than its row has", field="input_ids"
+            )
         prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
         return prompts, (len(rows),), True, tensor.datatype
 
@@ -334,8 +337,9 @@ class V2Text:
             scores = await self._engine.score(request.model_name, queries, documents, options, request_id)
             return [tensors.output("scores", "FP32", scores, [len(scores)])]
         if set(by_name) != {"text_input"}:
-            raise InvalidRequest("this model takes the input text_input, or the inputs query and documents",
-                                 field="inputs")  # fmt: skip
+            raise InvalidRequest(
+                "this model takes the input text_input, or the inputs query and documents", field="inputs"
+            )
         texts = self._texts(by_name["text_input"])
         if self._engine.embeds:
             rows = await self._engine.embed(request.model_name, texts, options, request_id)

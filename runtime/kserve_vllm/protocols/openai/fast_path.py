@@ -208,8 +208,9 @@ def _plain_message(message: Any) -> bool:
         return False
     content = message.get("content")
     if isinstance(content, list):
-        return all(isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-                   for part in content)  # fmt: skip
+        return all(
+            isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" for part in content
+        )
     return content is None or isinstance(content, str)
 
 
@@ -236,8 +237,20 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 class _Response:
     """Writes one stream. Frames are made and written in callbacks of the event loop, in no task, as outputs come."""
 
-    __slots__ = ("_blocked", "_chunks", "_ended", "_frames", "_headers", "_opened", "_path", "_rest", "_send", "_start",
-                 "_stream", "_tokens")  # fmt: skip
+    __slots__ = (
+        "_blocked",
+        "_chunks",
+        "_ended",
+        "_frames",
+        "_headers",
+        "_opened",
+        "_path",
+        "_rest",
+        "_send",
+        "_start",
+        "_stream",
+        "_tokens",
+    )
 
     def __init__(
         self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send, chunks: bool
