@@ -92,7 +92,7 @@ def selectors(expression: str) -> set[str]:
     bare = re.sub(r"\b(?:by|on|ignoring|without|group_left|group_right)\s*\([^)]*\)", " ", expression)
     bare = re.sub(r"label_replace\(", "(", bare)
     found = re.findall(r"(?<![\w$:\"])([a-zA-Z_:][\w:]*(?:\{[^}]*\})?)(?![\w:]*\()", bare)
-    words = {"and", "or", "unless", "bool", "by", "on", "sum", "max", "min", "avg", "count", "offset"}
+    words = {"and", "or", "unless", "bool", "by", "on", "sum", "max", "min", "avg", "count", "offset", "quantile"}
     quoted = set(re.findall(r'"([^"]*)"', re.sub(r"\{[^}]*\}", "", expression)))
     return {name for name in found if name not in words | quoted}
 

@@ -500,7 +500,7 @@ def test_what_an_adapter_did_is_counted_under_its_name(site: Site) -> None:
 
 
 def test_the_api_is_in_the_document(site: Site) -> None:
-    paths = httpx.get(f"{site.server.url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{site.server.url}/openapi.json", timeout=60).json()["paths"]
     assert set(paths["/v1/adapters/{name}"]) == {"get", "delete"}
     assert {"/v1/adapters", "/v1/adapters/stats", "/v1/adapters/{name}/load"} <= set(paths)
 

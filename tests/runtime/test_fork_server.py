@@ -83,6 +83,8 @@ def seen(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
 def test_a_copy_has_the_environment_of_its_start_and_not_of_what_it_is_a_copy_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Before OpenMP is told anything: what it reads when it is loaded, the process itself would be bound by.
+    fork_server._server.ensure_running()
     monkeypatch.setenv("KSERVE_VLLM_TEST", "before")
     first = seen(monkeypatch, OMP_PLACES=f"{{{PROCESSOR}}}", OMP_PROC_BIND="true", OMP_NUM_THREADS="1")
     assert first["environment"] == dict(os.environ)

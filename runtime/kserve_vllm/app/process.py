@@ -100,6 +100,7 @@ def run(settings: Settings, channel: SupervisorChannel | None = None) -> int:
             return runner.run(_Process(settings, chosen, channel).main())
         finally:
             if channel is None:
+                fork_server.end()
                 logs.forget()
 
 

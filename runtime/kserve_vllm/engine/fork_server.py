@@ -52,6 +52,15 @@ def begin() -> None:
     forkserver.ensure_running()
 
 
+def end() -> None:
+    """End that process, if there is one. What it was copied to is left to who has it."""
+    if (pid := _server._forkserver_pid) is not None:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        _server._forkserver_pid = None
+
+
 def use_for_the_engine() -> None:
     """Let vLLM start its engine process so, from this process."""
     import vllm.v1.engine.utils as starts_engine

@@ -169,6 +169,7 @@ class _Connection(Connection):
         self.first = first
         self._port = port
         self._running: set[int] = set()
+        self._leaves_later = False
         self._idle_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -188,10 +189,22 @@ class _Connection(Connection):
         self._unwait()
         super().connection_lost(error)
 
+    def leave(self) -> None:
+        """Take no new streams, and close when the open ones are over.
+
+        While a request is open, that is not said: some clients' libraries read nothing behind a GOAWAY (Python's h2,
+        which httpx uses), and would lose the answer. gRPC's clients all do.
+        """
+        self._leaves_later = any(isinstance(each[1], Request) for each in self._exchanges.values())
+        if not self._leaves_later:
+            super().leave()
+
     def forget(self, stream_id: int) -> None:
         """An exchange is over."""
         super().forget(stream_id)
         self.rest(stream_id)
+        if self._leaves_later:
+            self.leave()
 
     def rest(self, stream_id: int) -> None:
         """An exchange needs nothing more of us."""
