@@ -49,6 +49,7 @@ def look(results: Any) -> None:
             "parent": os.getppid(),
             "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
             "python_threads": threading.active_count(),
+            "ends_by_a_signal": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
         }
     )
 
@@ -93,6 +94,7 @@ def test_a_copy_has_the_environment_of_its_start_and_not_of_what_it_is_a_copy_of
     assert first["threads"] == 1
     assert first["blocked"] == [signal.SIGINT]
     assert first["python_threads"] == 1
+    assert first["ends_by_a_signal"]
     monkeypatch.delenv("OMP_PLACES")
     monkeypatch.delenv("OMP_PROC_BIND")
     monkeypatch.delenv("KSERVE_VLLM_TEST")

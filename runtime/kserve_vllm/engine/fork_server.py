@@ -100,6 +100,7 @@ class EngineProcess(multiprocessing.context.ForkServerProcess):
             _apply_to_openmp(self._environment)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         if _server._forkserver_alive_fd is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _adopt(self._address, self._key)
         super().run()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 _OUTPUTS = (1, 2)
@@ -40,6 +41,8 @@ with _quietly(), contextlib.suppress(Exception):
     # It looks once for where the title stands, and finds it only while the environment is as the kernel laid it.
     setproctitle.getproctitle()
     fork_server.use_for_workers()
+    # A service manager may send the end to every process: if this one died of it, its copies would count as dead.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Copies share what is here; the collector would write to all of it.
     gc.collect()
     gc.freeze()
