@@ -204,7 +204,8 @@ class _Connection(Connection):
         super().forget(stream_id)
         self.rest(stream_id)
         if self._leaves_later:
-            self.leave()
+            # The frame that ends the exchange may be written right after this.
+            self._loop.call_soon(self.leave)
 
     def rest(self, stream_id: int) -> None:
         """An exchange needs nothing more of us."""
