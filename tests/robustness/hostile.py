@@ -51,6 +51,7 @@ CHAT = json.dumps(
         "stream": True,
     }
 ).encode()
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
 PAUSE_S = 0.02  # between two attacks of a client, so that the clients do not take the processors themselves
 
 
@@ -191,17 +192,8 @@ def messages_over_grpc_without_a_key(server: Server) -> str:
     with connect(server.grpc_port) as sock:
         for _ in range(100):
             stream = h2.get_next_available_stream_id()
-            h2.send_headers(
-                stream,
-                [
-                    (":method", "POST"),
-                    (":scheme", "http"),
-                    (":authority", "x"),
-                    ("te", "trailers"),
-                    (":path", "/inference.GRPCInferenceService/ModelInfer"),
-                    ("content-type", "application/grpc"),
-                ],
-            )
+            pseudo = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), (":path", _INFER)]
+            h2.send_headers(stream, [*pseudo, ("te", "trailers"), ("content-type", "application/grpc")])
             with contextlib.suppress(Exception):  # the window is empty before long, which the client may not pass
                 h2.send_data(stream, b"\0\x03\0\0\0" + bytes(16_000))
             sock.sendall(h2.data_to_send())
@@ -249,7 +241,7 @@ def keys(folder: Path) -> Path:
         {"id": tenant, "tenant": tenant, "sha256": hashlib.sha256(key.encode()).hexdigest()}
         for tenant, key in (("honest", HONEST), ("hostile", HOSTILE))
     ]
-    tenants = {"honest": {}, "hostile": {"limits": {"requests_per_minute": 600, "max_concurrent": 4}}}
+    tenants = {"honest": {}, "hostile": {"limits": {"requests_per_minute": 600, "concurrent": 4}}}
     path = folder / "keys.json"
     path.write_text(json.dumps({"tenants": tenants, "keys": rows}))
     return path
