@@ -32,6 +32,16 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def self_signed(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
+    """Files in a folder, `tls.crt` and `tls.key`: a certificate for localhost by this common name, and its key."""
+    cert, key = folder / "tls.crt", folder / "tls.key"
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(key), "-out", str(cert)]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
 def not_checked(why: str) -> NoReturn:
     """For what this machine lacks: skips the test, or fails it where `CI` is set, whose green says that all was run."""
     if os.environ.get("CI"):

@@ -49,7 +49,7 @@ from kserve_vllm.servers.listeners import GRPCServer, HTTPServer
 from tests.robustness.test_grpc_intake import INFER, KEYS, Product
 from tests.robustness.test_places import CHAT, middleware
 from tests.robustness.wire import ask, echo, read_answer, served, statuses
-from tests.support import not_checked, wait_until
+from tests.support import not_checked, self_signed, wait_until
 
 Fields = list[tuple[str, str]]
 
@@ -849,30 +849,8 @@ def test_a_server_without_a_port_of_its_own_answers_beside_http(tmp_path: Path) 
 
 
 def test_with_tls_the_client_chooses_by_alpn(tmp_path: Path) -> None:
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "subjectAltName=DNS:localhost",
-            "-keyout",
-            "key.pem",
-            "-out",
-            "cert.pem",
-        ],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
+    cert, key = self_signed(tmp_path)
+    files = {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
     running = OnePort(tmp_path, **files)
     try:
         trust = ssl.create_default_context(cafile=files["ssl_certfile"])
@@ -880,7 +858,7 @@ def test_with_tls_the_client_chooses_by_alpn(tmp_path: Path) -> None:
         for wanted, version in ((True, "HTTP/2"), (False, "HTTP/1.1")):
             with httpx.Client(http2=wanted, verify=trust) as client:
                 assert client.get(url).http_version == version
-        credentials = grpc.ssl_channel_credentials(Path(files["ssl_certfile"]).read_bytes())
+        credentials = grpc.ssl_channel_credentials(cert.read_bytes())
         with grpc.secure_channel(f"localhost:{running.http.port}", credentials) as channel:
             _calls(channel)
     finally:

@@ -30,6 +30,7 @@ from kserve_vllm.servers.listeners import GRPCServer, HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
+from tests.support import self_signed
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +39,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folders = []
     for name in ("old", "new"):
         folder = tmp_path_factory.mktemp(name)
-        subprocess.run(
-            [
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-days",
-                "2",
-                "-subj",
-                f"/CN={name}",
-                "-addext",
-                "subjectAltName=DNS:localhost",
-                "-keyout",
-                "tls.key",
-                "-out",
-                "tls.crt",
-            ],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
+        self_signed(folder, name)
         folders.append(folder)
     return folders
 

@@ -8,7 +8,6 @@ import gzip
 import logging
 import random
 import socket
-import subprocess
 import threading
 import time
 import zlib
@@ -47,6 +46,7 @@ from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer
 from tests.runtime.test_errors import recorder
+from tests.support import self_signed
 
 LIMIT = 1 << 20
 Code = grpc.StatusCode
@@ -1124,39 +1124,17 @@ def test_health_is_told_to_all_though_one_watcher_reads_nothing(fast: bool) -> N
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_calls_over_tls_are_answered(tmp_path: Path, fast: bool) -> None:
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "subjectAltName=DNS:localhost",
-            "-keyout",
-            "key.pem",
-            "-out",
-            "cert.pem",
-        ],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+    cert, key = self_signed(tmp_path)
 
     async def ask() -> None:
         lifecycle = Lifecycle()
-        files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
+        files = {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
         settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server="own" if fast else "grpcio", **files)
         servicer = Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle))
         shown = Certificates(files["ssl_certfile"], files["ssl_keyfile"], {})
         server = GRPCServer(servicer, settings, lifecycle, certificates=shown)
         await server.start()
-        credentials = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
+        credentials = grpc.ssl_channel_credentials(cert.read_bytes())
         async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
