@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.model import hardware, measured, traffic, weights
 from kserve_vllm.ops.model.architecture import QUANTIZATIONS, Architecture
 from kserve_vllm.ops.model.memory import EngineSettings, whole_experts
@@ -70,35 +71,51 @@ def parser() -> argparse.ArgumentParser:
         help="precision of the cache (default: the model's)",
     )
     what.add_argument(
-        "--max-model-len", type=_count, help="tokens of the longest sequence (default: what the traffic needs)"
+        "--max-model-len",
+        type=argument_types.count,
+        help="tokens of the longest sequence (default: what the traffic needs)",
     )
-    what.add_argument("--max-num-seqs", type=_count, help="sequences at once (default: what the plan finds)")
-    what.add_argument("--max-num-batched-tokens", type=_count, default=8192, help="tokens of one step (default: 8192)")
     what.add_argument(
-        "--gpu-memory-utilization", type=_share, default=0.92, help="vLLM's share of the GPU (default: 0.92)"
+        "--max-num-seqs", type=argument_types.count, help="sequences at once (default: what the plan finds)"
     )
-    what.add_argument("--adapters", type=_whole, default=0, help="LoRA adapters in one batch")
-    what.add_argument("--adapter-rank", type=_count, default=16, help="their rank (default: 16)")
+    what.add_argument(
+        "--max-num-batched-tokens", type=argument_types.count, default=8192, help="tokens of one step (default: 8192)"
+    )
+    what.add_argument(
+        "--gpu-memory-utilization",
+        type=argument_types.share,
+        default=0.92,
+        help="vLLM's share of the GPU (default: 0.92)",
+    )
+    what.add_argument("--adapters", type=argument_types.whole, default=0, help="LoRA adapters in one batch")
+    what.add_argument("--adapter-rank", type=argument_types.count, default=16, help="their rank (default: 16)")
     what.add_argument("--draft", help="folder of a draft model for speculation")
     load = top.add_argument_group("traffic")
-    load.add_argument("--rate", type=_positive, help="requests per second at the peak (default: 1)")
-    load.add_argument("--prompt", type=_count, help="mean tokens of a prompt (default: 1000)")
-    load.add_argument("--output", type=_count, help="mean tokens of an answer (default: 250)")
+    load.add_argument("--rate", type=argument_types.positive, help="requests per second at the peak (default: 1)")
+    load.add_argument("--prompt", type=argument_types.count, help="mean tokens of a prompt (default: 1000)")
+    load.add_argument("--output", type=argument_types.count, help="mean tokens of an answer (default: 250)")
     load.add_argument(
         "--shared-prefix",
-        type=_fraction,
+        type=argument_types.fraction,
         default=0.0,
         help="share of a prompt that the prefix cache holds, 0 to 1 (default: 0)",
     )
     load.add_argument(
         "--trace", type=Path, help="JSON lines or CSV with time, prompt_tokens and output_tokens per request"
     )
-    load.add_argument("--first-token", type=_positive, metavar="SECONDS", help="bound of 95 of 100 first tokens")
-    load.add_argument("--gap", type=_positive, metavar="SECONDS", help="bound of the mean time between tokens")
     load.add_argument(
-        "--load", type=_share, default=LOAD, help=f"share of a replica's capacity to plan (default: {LOAD})"
+        "--first-token", type=argument_types.positive, metavar="SECONDS", help="bound of 95 of 100 first tokens"
     )
-    load.add_argument("--spare", type=_whole, default=0, help="replicas more than the traffic needs")
+    load.add_argument(
+        "--gap", type=argument_types.positive, metavar="SECONDS", help="bound of the mean time between tokens"
+    )
+    load.add_argument(
+        "--load",
+        type=argument_types.share,
+        default=LOAD,
+        help=f"share of a replica's capacity to plan (default: {LOAD})",
+    )
+    load.add_argument("--spare", type=argument_types.whole, default=0, help="replicas more than the traffic needs")
     gpus = top.add_argument_group("GPUs and prices")
     gpus.add_argument(
         "--gpu",
@@ -107,8 +124,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"may be repeated (default: all with a price): {', '.join(hardware.gpus())}",
     )
-    gpus.add_argument("--tensor", type=_count, help="GPUs that share each layer (default: searched)")
-    gpus.add_argument("--pipeline", type=_count, help="stages of layers (default: searched)")
+    gpus.add_argument("--tensor", type=argument_types.count, help="GPUs that share each layer (default: searched)")
+    gpus.add_argument("--pipeline", type=argument_types.count, help="stages of layers (default: searched)")
     gpus.add_argument("--prices", type=Path, help="YAML: date, currency, prices by GPU and hour")
     gpus.add_argument("--price", action="append", default=[], metavar="GPU=PRICE", help="one price per GPU and hour")
     speed = top.add_argument_group("model of speed")
@@ -130,41 +147,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--manifest", type=Path, metavar="FILE", help="write an InferenceService (- for standard output)")
     out.add_argument("--picture", type=Path, metavar="PNG", help="draw memory and cost; needs matplotlib")
     return top
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError("must be at least 0 and below 1")
-    return value
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -223,7 +205,7 @@ def _overrides(words: Sequence[str]) -> dict[str, float]:
     for word in words:
         name, equals, value = word.partition("=")
         try:
-            found[hardware.gpu(name).name] = _positive(value)
+            found[hardware.gpu(name).name] = argument_types.positive(value)
         except (ValueError, argparse.ArgumentTypeError):
             raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10") from None
         if not equals:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.bench import clients, compare, result
 from kserve_vllm.ops.bench.load import Played, Point, play
 from kserve_vllm.ops.bench.prompts import FromFile, Prompt, Prompts, Shape, WordCount
@@ -120,75 +121,54 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--concurrency", metavar="N,N", help="requests always in flight, for each load (default: 1,4,16)")
     load.add_argument("--rate", metavar="R,R", help="requests a second at random times, for each load")
     load.add_argument(
-        "--requests", type=_count, metavar="N", help="most of a load (default: 20 for each at once; of a rate: --time)"
+        "--requests",
+        type=argument_types.count,
+        metavar="N",
+        help="most of a load (default: 20 for each at once; of a rate: --time)",
     )
-    load.add_argument("--time", type=_positive, default=60.0, help="seconds in which a load is sent (default: 60)")
-    load.add_argument("--timeout", type=_positive, default=120.0, help="seconds for one request (default: 120)")
-    load.add_argument("--repeat", type=_count, default=1, metavar="N", help="run all of it so often (default: 1)")
-    load.add_argument("--warmup", type=_whole, default=4, metavar="N", help="requests before it (default: 4)")
+    load.add_argument(
+        "--time", type=argument_types.positive, default=60.0, help="seconds in which a load is sent (default: 60)"
+    )
+    load.add_argument(
+        "--timeout", type=argument_types.positive, default=120.0, help="seconds for one request (default: 120)"
+    )
+    load.add_argument(
+        "--repeat", type=argument_types.count, default=1, metavar="N", help="run all of it so often (default: 1)"
+    )
+    load.add_argument(
+        "--warmup", type=argument_types.whole, default=4, metavar="N", help="requests before it (default: 4)"
+    )
     what = top.add_argument_group("prompts")
     what.add_argument("--prompts", type=Path, metavar="JSONL", help="lines with prompt or messages, and max_tokens")
-    what.add_argument("--prompt", type=_count, help="mean tokens of a prompt (default: 256)")
-    what.add_argument("--output", type=_count, default=128, help="mean tokens of an answer (default: 128)")
-    what.add_argument("--spread", type=_zero, default=0.0, help="deviation of the logarithm of both (default: 0)")
-    what.add_argument("--shared-prefix", type=_fraction, default=0.0, help="share of a prompt that all have in common")
-    what.add_argument("--seed", type=_whole, default=0, help="of prompts and arrivals (default: 0)")
+    what.add_argument("--prompt", type=argument_types.count, help="mean tokens of a prompt (default: 256)")
+    what.add_argument(
+        "--output", type=argument_types.count, default=128, help="mean tokens of an answer (default: 128)"
+    )
+    what.add_argument(
+        "--spread", type=argument_types.number, default=0.0, help="deviation of the logarithm of both (default: 0)"
+    )
+    what.add_argument(
+        "--shared-prefix", type=argument_types.fraction, default=0.0, help="share of a prompt that all have in common"
+    )
+    what.add_argument("--seed", type=argument_types.whole, default=0, help="of prompts and arrivals (default: 0)")
     what.add_argument("--let-end", action="store_true", help="let answers end where the model ends them")
-    what.add_argument("--temperature", type=_zero, default=0.0, help="of the sampling (default: 0)")
+    what.add_argument("--temperature", type=argument_types.number, default=0.0, help="of the sampling (default: 0)")
     what.add_argument("--extra", metavar="JSON", help='fields for each body (V2: parameters), such as {"top_k": 1}')
     goal = top.add_argument_group("SLO")
-    goal.add_argument("--first-token", type=_positive, metavar="SECONDS", help="bound of the first token")
-    goal.add_argument("--gap", type=_positive, metavar="SECONDS", help="bound of the mean time between tokens")
-    goal.add_argument("--end-to-end", type=_positive, metavar="SECONDS", help="bound of the whole answer")
-    goal.add_argument("--share", type=_share, default=0.95, help="of the requests that keep them (default: 0.95)")
+    goal.add_argument("--first-token", type=argument_types.positive, metavar="SECONDS", help="bound of the first token")
+    goal.add_argument(
+        "--gap", type=argument_types.positive, metavar="SECONDS", help="bound of the mean time between tokens"
+    )
+    goal.add_argument("--end-to-end", type=argument_types.positive, metavar="SECONDS", help="bound of the whole answer")
+    goal.add_argument(
+        "--share", type=argument_types.share, default=0.95, help="of the requests that keep them (default: 0.95)"
+    )
     out = top.add_argument_group("output")
     out.add_argument("--save", type=Path, metavar="FILE", help="write the result as JSON, after each load")
     out.add_argument("--json", action="store_true", help="print the result as JSON")
     out.add_argument("--picture", type=Path, metavar="PNG", help="draw it; needs matplotlib")
     out.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
     return top
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError("must be a number of at least 0")
-    return value
-
-
-def _zero(text: str) -> float:
-    return _number(text)
-
-
-def _positive(text: str) -> float:
-    if (value := _number(text)) == 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if (value := _whole(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _fraction(text: str) -> float:
-    if (value := _number(text)) >= 1:
-        raise argparse.ArgumentTypeError("must be below 1")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 < (value := _number(text)) <= 1:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
-    return value
 
 
 def _target(args: argparse.Namespace) -> clients.Target:
@@ -265,14 +245,14 @@ def _points(args: argparse.Namespace) -> list[Point]:
     if args.rate:
         for text in args.rate.split(","):
             try:
-                rate = _positive(text)
+                rate = argument_types.positive(text)
             except (ValueError, argparse.ArgumentTypeError):
                 raise ConfigError(f"--rate {args.rate!r}: write numbers above 0, such as 1,2,4") from None
             found.append(Point(None, rate, args.requests or max(1, math.ceil(rate * args.time)), args.time))
     else:
         for text in (args.concurrency or "1,4,16").split(","):
             try:
-                number = _count(text)
+                number = argument_types.count(text)
             except (ValueError, argparse.ArgumentTypeError):
                 raise ConfigError(f"--concurrency {args.concurrency!r}: write whole numbers, such as 1,4,16") from None
             found.append(Point(number, None, args.requests or 20 * number, args.time))
@@ -485,9 +465,14 @@ def _compare(arguments: Sequence[str]) -> int:
     )
     top.add_argument("old", type=Path, metavar="OLD", help="result of kserve-vllm bench --save")
     top.add_argument("new", type=Path, metavar="NEW", help="the same loads, later or elsewhere")
-    top.add_argument("--confidence", type=_fraction, default=0.95, help="of the intervals (default: 0.95)")
     top.add_argument(
-        "--tolerance", type=_fraction, default=0.05, help="difference that does not matter (default: 0.05)"
+        "--confidence", type=argument_types.fraction, default=0.95, help="of the intervals (default: 0.95)"
+    )
+    top.add_argument(
+        "--tolerance",
+        type=argument_types.fraction,
+        default=0.05,
+        help="difference that does not matter (default: 0.05)",
     )
     top.add_argument("--json", action="store_true", help="for machines")
     args = top.parse_args(list(arguments))
