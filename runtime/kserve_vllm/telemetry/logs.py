@@ -120,11 +120,12 @@ def milestones() -> dict[str, float]:
     return found
 
 
-class Milestones(logging.Handler):
-    """Notes when vLLM's processes are through with a phase of their start, for the process that started them.
+class _Notes(logging.Handler):
+    """Writes to a file what its process has to tell the one that started it, which has no other way to know.
 
     Args:
-        path: of a file that all of them append to, a JSON list a line.
+        path: of a file that all of them append to, a JSON list a line. What is first counts, so that it does not grow
+            for ever.
     """
 
     def __init__(self, path: str) -> None:
@@ -132,41 +133,39 @@ class Milestones(logging.Handler):
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a line, if the message ends a phase."""
-        message = str(record.msg)
-        phase = next((phase for beginning, phase in STAGES.items() if message.startswith(beginning)), None)
-        if phase is None:
-            return
+        """Append a line, if there is something to tell."""
         try:
+            found = self.note(record)
+            if found is None:
+                return
             with open(self._path, "ab") as file:
                 if file.tell() < _MOST_FAILURES:
-                    file.write(orjson.dumps([phase, record.created]) + b"\n")
-        except OSError:
-            self.handleError(record)
-
-
-class Failures(logging.Handler):
-    """Notes errors that have an exception, for the process that started vLLM's: it has no other way to know the cause.
-
-    Args:
-        path: of a file that all of them append to, a JSON list a line.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Append a line; what is first counts, so that the file does not grow for ever."""
-        error = record.exc_info[1] if record.exc_info else None
-        if error is None:
-            return
-        try:
-            with open(self._path, "ab") as file:
-                if file.tell() < _MOST_FAILURES:
-                    file.write(orjson.dumps([record.getMessage(), describe(error)]) + b"\n")
+                    file.write(orjson.dumps(found) + b"\n")
         except (OSError, ValueError, TypeError):
             self.handleError(record)
+
+    def note(self, record: logging.LogRecord) -> list[Any] | None:
+        """What is told of a record; None for nothing."""
+        raise NotImplementedError
+
+
+class Milestones(_Notes):
+    """Notes when vLLM's processes are through with a phase of their start."""
+
+    def note(self, record: logging.LogRecord) -> list[Any] | None:
+        """The phase that the message ends, and when."""
+        message = str(record.msg)
+        phase = next((phase for beginning, phase in STAGES.items() if message.startswith(beginning)), None)
+        return None if phase is None else [phase, record.created]
+
+
+class Failures(_Notes):
+    """Notes errors of vLLM's processes that have an exception."""
+
+    def note(self, record: logging.LogRecord) -> list[Any] | None:
+        """The message and its cause."""
+        error = record.exc_info[1] if record.exc_info else None
+        return None if error is None else [record.getMessage(), describe(error)]
 
 
 def configuration(chosen: str, level: str, access_log: bool = False) -> dict[str, Any]:
