@@ -15,7 +15,7 @@ import pytest
 from kserve_vllm.cli import command as cli
 from kserve_vllm.ops.bench.clients import OVER_GRPC, PROTOCOLS, STREAMED
 from kserve_vllm.protocols.http import page
-from tests.support import ROOT, Server
+from tests.support import ROOT, Server, not_checked
 from tests.tools import chromium
 
 PICTURE = ROOT / "docs" / "pictures" / "ui.png"
@@ -59,8 +59,7 @@ def test_the_page_may_load_nothing_but_itself(server: Server) -> None:
 def test_the_page_shows_figures_and_chats(server: Server, tmp_path: Path) -> None:
     binary = chromium.find()
     if binary is None:
-        # The set-up has said so, too. A browser is more than every machine with a `CI` can be asked to have.
-        pytest.skip("NOT CHECKED: no chromium: the page at /ui was not looked at; see tests/tools/chromium.py")
+        not_checked("no chromium: the page at /ui was not looked at; see tests/tools/chromium.py")
     with chromium.Browser(binary) as browser:
         browser.call("Page.navigate", url=server.url + "/ui")
         browser.until("document.readyState === 'complete' && document.querySelector('#model')?.options.length")

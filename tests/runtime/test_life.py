@@ -16,10 +16,10 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support import DEMO, Server
+from tests.triton import client as triton
 
 LONG = {"ignore_eos": True, "max_tokens": 900, "temperature": 0}
 
