@@ -32,6 +32,7 @@ setup-dev: python
 	@if [ -f tests/tools/install_kube_tools.py ]; then $(BIN)/python tests/tools/install_kube_tools.py; fi
 	@$(BIN)/python tests/tools/install_prometheus.py
 	@$(BIN)/python -m tests.tools.chromium
+	@$(BIN)/python -m tests.tools.install_aiconfigurator
 
 .PHONY: python
 python:
@@ -88,7 +89,7 @@ vllm-check: setup
 .PHONY: lock
 lock: setup
 	@$(PYTHON) -m venv .tools/uv && .tools/uv/bin/pip install -q uv==0.13.8
-	cd runtime/requirements && for name in runtime dev; do \
+	cd runtime/requirements && for name in runtime dev plan; do \
 		../../.tools/uv/bin/uv pip compile -q --universal --python-version 3.11 --no-annotate \
 		--no-header --generate-hashes $$name.in -o lock-$$name.txt; done
 	$(PYTHON) runtime/tools/lock_gpu.py .tools/uv/bin/uv $(VLLM)

@@ -21,7 +21,8 @@ from kserve_vllm.ops.model import architecture, hardware, measured, memory, step
 from kserve_vllm.ops.model.weights import Model
 from tests.charts.support import CHART, NAMESPACE, helm, load_all
 from tests.ops import capacity
-from tests.support import ROOT
+from tests.support import ROOT, not_checked
+from tests.tools import install_aiconfigurator
 
 DEMO = ROOT / "runtime" / "kserve_vllm" / "demo"
 PUBLISHED: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
@@ -374,8 +375,12 @@ def test_a_benchmark_moves_the_model_to_itself(tmp_path: Path) -> None:
         measured.with_benchmark(step, file)
 
 
-def test_aiconfigurator_speaks_where_it_knows() -> None:
-    pytest.importorskip("aiconfigurator", reason="the extra kserve-vllm[plan] is not installed")
+@pytest.mark.filterwarnings("default")  # of packages that it brings
+def test_aiconfigurator_speaks_where_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not install_aiconfigurator.installed():
+        not_checked("no AIConfigurator: the extra kserve-vllm[plan]; see tests/tools/install_aiconfigurator.py")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(install_aiconfigurator.PLACE)])
+    assert measured.aiconfigurator_installed()
     model, gpu, settings = weights.guess_model("8B"), hardware.gpu("H100"), memory.EngineSettings(max_num_seqs=64)
     step = steptime.roofline(model.architecture, model.weights, gpu, settings)
     found = measured.with_aiconfigurator(
