@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -91,9 +92,9 @@ def tool(name: str) -> str:
     return found
 
 
-def helm(*arguments: str, stdin: str | None = None) -> str:
-    """What helm prints; raises HelmError when it fails."""
-    done = subprocess.run([tool("helm"), *arguments], input=stdin, capture_output=True, text=True, check=False)
+def helm(*arguments: str, stdin: str | None = None, program: str = "helm") -> str:
+    """What helm (or `program`, such as helm3) prints; raises HelmError when it fails."""
+    done = subprocess.run([tool(program), *arguments], input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise HelmError(done.stderr.strip())
     return done.stdout
@@ -146,6 +147,29 @@ def of_kind(documents: Sequence[Document], kind: str) -> dict[str, Document]:
 def default_runtimes() -> dict[str, Document]:
     """The ClusterServingRuntimes that the chart's defaults write, by name."""
     return of_kind(render_ci(CHART / "ci" / "default-values.yaml"), "ClusterServingRuntime")
+
+
+def chart_flags(manifest: Path) -> tuple[str, ...]:
+    """What a manifest of the catalogue asks of the chart beyond its defaults: the flags of its line `# Chart: `."""
+    lines = [line for line in manifest.read_text().splitlines() if line.startswith("# Chart: ")]
+    return tuple(word for line in lines for word in shlex.split(line.removeprefix("# Chart: ")))
+
+
+@functools.cache
+def runtimes_by_flags(flags: tuple[str, ...]) -> dict[str, Document]:
+    """The ClusterServingRuntimes that the chart writes with these flags, by name."""
+    return of_kind(render({}, *flags), "ClusterServingRuntime") if flags else default_runtimes()
+
+
+def runtime_of(manifest: Path, isvc: Document) -> Document:
+    """The runtime that an InferenceService of a manifest of the catalogue names."""
+    return runtimes_by_flags(chart_flags(manifest))[isvc["spec"]["predictor"]["model"]["runtime"]]
+
+
+def runtimes_of(documents: Sequence[Document]) -> dict[str, Document]:
+    """The runtimes for a render's InferenceServices, by name: its own, and another release's where it has none."""
+    own = of_kind(documents, "ClusterServingRuntime") | of_kind(documents, "ServingRuntime")
+    return own or default_runtimes()
 
 
 def service(**values: Any) -> Document:
