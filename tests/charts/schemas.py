@@ -31,6 +31,39 @@ _DESTINATION = {
         },
     },
 }
+# OpenShift's, for the fields that the catalogue writes (route.openshift.io/v1).
+_ROUTE: Document = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["to"],
+    "properties": {
+        "to": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["kind", "name", "weight"],
+            "properties": {
+                "kind": {"enum": ["Service"]},
+                "name": {"type": "string"},
+                "weight": {"type": "integer", "minimum": 0, "maximum": 256},
+            },
+        },
+        "port": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["targetPort"],
+            "properties": {"targetPort": {"type": ["integer", "string"]}},
+        },
+        "tls": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["termination"],
+            "properties": {
+                "termination": {"enum": ["edge", "passthrough", "reencrypt"]},
+                "insecureEdgeTerminationPolicy": {"enum": ["None", "Allow", "Redirect"]},
+            },
+        },
+    },
+}
 ISTIO: dict[str, Document] = {
     "VirtualService": {
         "type": "object",
@@ -226,7 +259,7 @@ def problems(document: Document) -> list[str]:
     """What is wrong with any object that the chart or the catalogue writes."""
     if f"{document['apiVersion']}/{document['kind']}" in CORE:
         return core_problems(document)
-    if document["apiVersion"] == "networking.istio.io/v1":
-        validator = jsonschema.Draft7Validator(ISTIO[document["kind"]])
+    if document["apiVersion"] in ("networking.istio.io/v1", "route.openshift.io/v1"):
+        validator = jsonschema.Draft7Validator({**ISTIO, "Route": _ROUTE}[document["kind"]])
         return [f"{document['kind']}: {e.json_path}: {e.message}" for e in validator.iter_errors(document["spec"])]
     return crd_problems(document)

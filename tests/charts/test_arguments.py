@@ -21,11 +21,12 @@ from tests.charts.support import (
     CHART,
     CI_FILES,
     Document,
-    default_runtimes,
     load,
     load_all,
     of_kind,
     render_ci,
+    runtime_of,
+    runtimes_of,
 )
 
 
@@ -33,13 +34,12 @@ def services() -> Iterator[tuple[str, Document, Document]]:
     """(where, InferenceService, its runtime) of every scenario and every manifest."""
     for path in CI_FILES:
         documents = render_ci(path)
-        runtimes = of_kind(documents, "ClusterServingRuntime") | of_kind(documents, "ServingRuntime")
+        runtimes = runtimes_of(documents)
         for name, isvc in of_kind(documents, "InferenceService").items():
             yield f"{path.stem}/{name}", isvc, runtimes[isvc["spec"]["predictor"]["model"]["runtime"]]
     for path in sorted(CATALOGUE.rglob("*.yaml")):
         for isvc in of_kind(load_all(path.read_text()), "InferenceService").values():
-            runtime = default_runtimes()[isvc["spec"]["predictor"]["model"]["runtime"]]
-            yield str(path.relative_to(CATALOGUE)), isvc, runtime
+            yield str(path.relative_to(CATALOGUE)), isvc, runtime_of(path, isvc)
 
 
 def other_engine(isvc: Document) -> str:

@@ -1,7 +1,11 @@
-"""The manifests of the catalogue apply as they are, on the runtimes that the chart's defaults write."""
+"""The manifests of the catalogue apply as they are, on the runtimes that the chart's defaults write.
+
+A manifest that needs another runtime says in its line `# Chart: ` with which flags the chart writes it.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,13 +14,29 @@ import yaml
 
 from tests.charts import kserve_merge
 from tests.charts.schemas import crd_problems, problems
-from tests.charts.support import CATALOGUE, CHART, GOLDEN, Document, default_runtimes, load, load_all, of_kind
+from tests.charts.support import (
+    CATALOGUE,
+    CHART,
+    GOLDEN,
+    Document,
+    chart_flags,
+    load,
+    load_all,
+    of_kind,
+    render_ci,
+    runtime_of,
+    runtimes_by_flags,
+    runtimes_of,
+)
 
 MANIFESTS = sorted(CATALOGUE.rglob("*.yaml"))
 LISTED = (
     "cpu-demo gpu-single awq-quantized tensor-parallel multi-node scale-to-zero keda-queue-depth canary multi-lora "
-    "speculative-decoding long-context embeddings grpc gpu-sharing private-hf-model pvc-cached"
+    "speculative-decoding long-context embeddings grpc gpu-sharing private-hf-model pvc-cached openshift "
+    "tenant-release amd hami ingress-nginx ipv6 sglang llama-cpp"
 ).split()
+# Those that are the chart's own scenario of the same name, written out.
+WRITTEN_OUT = ["openshift", "tenant-release", "amd", "hami", "ingress-nginx", "ipv6", "sglang", "llama-cpp"]
 IDS = [str(path.relative_to(CATALOGUE).with_suffix("")) for path in MANIFESTS]
 manifest = pytest.mark.parametrize("path", MANIFESTS, ids=IDS)
 
@@ -33,19 +53,17 @@ def is_knative(isvc: Document) -> bool:
     return mode == "Knative"
 
 
-def runtime_of(isvc: Document) -> Document:
-    return default_runtimes()[isvc["spec"]["predictor"]["model"]["runtime"]]
-
-
-def merged(isvc: Document) -> list[Document]:
-    """The objects that KServe makes of an InferenceService."""
-    template = kserve_merge.pod(isvc, runtime_of(isvc))
+def merged(path: Path) -> list[Document]:
+    """The objects that KServe makes of the InferenceService of a manifest."""
+    isvc = service_of(path)
+    runtime = runtime_of(path, isvc)
+    template = kserve_merge.pod(isvc, runtime)
     if is_knative(isvc):
         return [kserve_merge.knative_service(isvc, template)]
     made = [kserve_merge.deployment(isvc, template)]
     predictor = isvc["spec"]["predictor"]
     if "workerSpec" in predictor:
-        worker = kserve_merge.worker_pod(isvc, runtime_of(isvc))
+        worker = kserve_merge.worker_pod(isvc, runtime)
         made.append(kserve_merge.deployment(isvc, {"metadata": template["metadata"], "spec": worker}))
     if "autoScaling" in predictor:
         made.append(kserve_merge.scaled_object(isvc))
@@ -75,9 +93,8 @@ def test_a_manifest_has_no_field_that_would_be_dropped(path: Path) -> None:
 
 @manifest
 def test_what_kserve_makes_of_a_manifest_is_valid(path: Path) -> None:
-    isvc = service_of(path)
     found = []
-    for document in merged(isvc):
+    for document in merged(path):
         found += crd_problems(document) if "knative" in document["apiVersion"] else problems(document)
     assert not found, "\n".join(found)
 
@@ -85,7 +102,7 @@ def test_what_kserve_makes_of_a_manifest_is_valid(path: Path) -> None:
 @manifest
 def test_what_kserve_makes_of_a_manifest_is_what_it_was(path: Path, update_golden: bool) -> None:
     golden = GOLDEN / path.relative_to(CATALOGUE)
-    text = yaml.safe_dump_all(merged(service_of(path)), sort_keys=True, width=120)
+    text = yaml.safe_dump_all(merged(path), sort_keys=True, width=120)
     if update_golden:
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
@@ -113,8 +130,9 @@ def test_a_manifest_leaves_the_drain_its_time(path: Path) -> None:
         assert "terminationGracePeriodSeconds" not in predictor
         assert drain <= predictor["timeout"] <= 600
     else:
-        # Endpoints need a moment to learn that a pod leaves.
-        assert given["--drain-delay"] >= 5
+        # Endpoints need a moment to learn that a pod leaves; another engine's pod sleeps that long.
+        sleep = predictor["model"].get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        assert given.get("--drain-delay", sleep) >= 5
         assert drain < predictor["terminationGracePeriodSeconds"]
         assert predictor["timeout"] > 60
 
@@ -122,14 +140,14 @@ def test_a_manifest_leaves_the_drain_its_time(path: Path) -> None:
 @manifest
 def test_the_gpus_of_a_manifest_are_as_many_as_its_parallelism(path: Path) -> None:
     isvc = service_of(path)
-    runtime = runtime_of(isvc)
+    runtime = runtime_of(path, isvc)
     container = kserve_merge.pod(isvc, runtime)["spec"]["containers"][0]
     words = dict(a.split("=", 1) for a in kserve_merge.expanded(container) if "=" in a)
     stages = 1 if "workerSpec" in isvc["spec"]["predictor"] else int(words.get("--pipeline-parallel-size", 1))
-    needed = int(words.get("--tensor-parallel-size", 1)) * stages
+    needed = int(words.get("--tensor-parallel-size", words.get("--tp-size", 1))) * stages
     limits = container["resources"].get("limits", {})
-    gpus = sum(int(n) for resource, n in limits.items() if resource.startswith("nvidia.com/"))
-    assert gpus == (0 if runtime["metadata"]["name"] == "kserve-vllm-cpu" else needed)
+    whole = [n for resource, n in limits.items() if re.fullmatch(r"(nvidia|amd)\.com/(gpu|mig-.+)", resource)]
+    assert sum(map(int, whole)) == (0 if runtime["metadata"]["name"].endswith("-cpu") else needed)
 
 
 @manifest
@@ -202,11 +220,80 @@ def test_a_canary_in_standard_mode_has_a_fixed_number_of_pods() -> None:
 
 def test_head_and_workers_of_the_multi_node_service_get_the_same_engine() -> None:
     isvc = service_of(CATALOGUE / "multi-node.yaml")
-    head = kserve_merge.pod(isvc, runtime_of(isvc))["spec"]["containers"][0]
-    worker = kserve_merge.worker_pod(isvc, runtime_of(isvc))["containers"][0]
+    head = kserve_merge.pod(isvc, runtime_of(CATALOGUE / "multi-node.yaml", isvc))["spec"]["containers"][0]
+    worker = kserve_merge.worker_pod(isvc, runtime_of(CATALOGUE / "multi-node.yaml", isvc))["containers"][0]
     alone = ("--model_name", "--model=", "--node-rank", "--master-addr", "--headless", "--drain-")
     shaped = [[a for a in kserve_merge.expanded(c) if not a.startswith(alone)] for c in (head, worker)]
     assert sorted(shaped[0]) == sorted(shaped[1])
     assert {"--nnodes=2", "--tensor-parallel-size=8", "--pipeline-parallel-size=2"} <= set(shaped[0])
     assert head["resources"]["limits"] == worker["resources"]["limits"]
-    assert kserve_merge.ray_node_count(isvc, runtime_of(isvc)) == 2
+    assert kserve_merge.ray_node_count(isvc, runtime_of(CATALOGUE / "multi-node.yaml", isvc)) == 2
+
+
+def as_the_chart_has_it(isvc: Document, runtime: Document) -> Document:
+    """The pod of a service and how many there are, without its names, Helm's labels and what only sizes it."""
+    predictor = isvc["spec"]["predictor"]
+    pod = json.loads(
+        json.dumps(kserve_merge.pod(isvc, runtime))
+        .replace(f"={isvc['metadata']['name']}", "=NAME")
+        .replace(f'"{isvc["metadata"]["name"]}"', '"NAME"')
+    )
+    pod["metadata"]["labels"] = {
+        name: value for name, value in pod["metadata"]["labels"].items() if "kubernetes.io/" not in name
+    }
+    for container in pod["spec"]["containers"]:
+        container["args"] = [a for a in container["args"] if not a.startswith(("--max-model-len", "--host"))]
+        container["resources"] = {
+            group: {name: str(n) for name, n in amounts.items() if "/" in name}
+            for group, amounts in container["resources"].items()
+        }
+        container["volumeMounts"].sort(key=lambda mount: str(mount["mountPath"]))
+    return {"pod": pod, "storage": predictor["model"].get("storageUri"), "several": predictor.get("storageUris")}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_a_manifest_is_the_chart_s_scenario_of_its_name(name: str) -> None:
+    path = CATALOGUE / f"{name}.yaml"
+    mine = service_of(path)
+    scenario = list(render_ci(CHART / "ci" / f"{name}-values.yaml"))
+    (theirs,) = of_kind(scenario, "InferenceService").values()
+    model = theirs["spec"]["predictor"]["model"]
+    if name == "openshift":
+        # A larger model, since it is not about the model.
+        model["storageUri"] = mine["spec"]["predictor"]["model"]["storageUri"]
+    found = as_the_chart_has_it(mine, runtime_of(path, mine))
+    wanted = as_the_chart_has_it(theirs, runtimes_of(scenario)[model["runtime"]])
+    if name in ("amd", "ipv6", "sglang"):
+        # The scenario's runtime has settings that the manifest's flags do not repeat.
+        for each in (found, wanted):
+            each["pod"]["spec"].pop("nodeSelector", None)
+            for container in each["pod"]["spec"]["containers"]:
+                container["env"] = [e for e in container["env"] if e["name"] != "HIP_FORCE_DEV_KERNARG"]
+    assert found == wanted
+
+
+def test_flags_of_the_chart_are_asked_for_only_where_the_defaults_do_not_do() -> None:
+    asked = {path.stem for path in MANIFESTS if chart_flags(path)}
+    assert asked == {"openshift", "amd", "sglang", "llama-cpp"}
+    for path in MANIFESTS:
+        if path.stem in asked - {"openshift"}:
+            assert service_of(path)["spec"]["predictor"]["model"]["runtime"] not in runtimes_by_flags(())
+
+
+def test_the_pod_on_openshift_names_no_user_and_its_names_are_looked_up_at_5353() -> None:
+    path = CATALOGUE / "openshift.yaml"
+    pod = merged(path)[0]["spec"]["template"]
+    assert not [word for word in ("runAsUser", "runAsGroup", "fsGroup") if word in json.dumps(pod)]
+    (policy,) = of_kind(load_all(path.read_text()), "NetworkPolicy").values()
+    assert {(53, "UDP"), (53, "TCP"), (5353, "UDP"), (5353, "TCP")} == {
+        (p["port"], p["protocol"]) for p in policy["spec"]["egress"][0]["ports"]
+    }
+
+
+def test_the_ingress_is_the_chart_s() -> None:
+    (mine,) = of_kind(load_all((CATALOGUE / "ingress-nginx.yaml").read_text()), "Ingress").values()
+    (theirs,) = of_kind(render_ci(CHART / "ci" / "ingress-nginx-values.yaml"), "Ingress").values()
+    text = json.dumps(theirs["spec"]).replace("chat-predictor", "ingress-nginx-predictor")
+    assert mine["spec"] == json.loads(text)
+    nginx = {k: v for k, v in theirs["metadata"]["annotations"].items() if k.startswith("nginx.")}
+    assert mine["metadata"]["annotations"] == nginx

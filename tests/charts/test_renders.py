@@ -23,6 +23,7 @@ from tests.charts.support import (
     of_kind,
     render,
     render_ci,
+    runtimes_of,
     service,
     standard,
     tool,
@@ -65,7 +66,7 @@ def test_kinds_of_kubernetes_itself_have_no_unknown_field(path: Path) -> None:
 @scenario
 def test_what_kserve_makes_of_a_scenario_is_valid_too(path: Path) -> None:
     documents = render_ci(path)
-    runtimes = of_kind(documents, "ClusterServingRuntime") | of_kind(documents, "ServingRuntime")
+    runtimes = runtimes_of(documents)
     found: list[str] = []
     for isvc in of_kind(documents, "InferenceService").values():
         predictor = isvc["spec"]["predictor"]

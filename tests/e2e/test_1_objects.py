@@ -21,7 +21,7 @@ from kubernetes.utils.quantity import parse_quantity
 from tests.charts import kserve_merge
 from tests.e2e.cluster import Cluster, Object, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import CATALOGUE, CHART, SCENARIOS, HelmFailed, Release, helm
+from tests.e2e.releases import CATALOGUE, CHART, SCENARIOS, HelmFailed, Release, Values, helm
 
 _AT_ONCE = 3
 _KSERVE_ACTS_WITHIN_S = 5.0
@@ -110,7 +110,26 @@ def stores(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def scenarios(suite: Suite, stores: None, request: pytest.FixtureRequest) -> Mapping[str, Scenario]:
+def platform(suite: Suite) -> Iterator[str]:
+    """A namespace with a release of the runtimes that other releases and the catalogue run on, by their usual names."""
+    namespace = suite.namespace("cat", {"pod-security.kubernetes.io/enforce": "privileged"})
+    suite.cluster.forbid_pods(namespace)
+    named: Values = {kind: {"name": f"kserve-vllm-{kind}"} for kind in ("cpu", "gpu", "multinode")}
+    # What the catalogue's lines `# Chart: ` ask for.
+    more = {
+        "extra": {"kserve-vllm-amd": {"image": "registry.invalid/kserve-vllm:0.1.0-rocm"}},
+        "engines": {"sglang": {"enabled": True}, "llama-cpp": {"enabled": True}},
+    }
+    release = suite.release("cat", namespace, {"runtimes": {**named, **more}})
+    path = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-cpu"
+    if suite.cluster.get(path) is None:
+        release.install()
+    yield namespace
+    release.uninstall()
+
+
+@pytest.fixture(scope="module")
+def scenarios(suite: Suite, stores: None, platform: str, request: pytest.FixtureRequest) -> Mapping[str, Scenario]:
     """All scenarios that were asked for, each in a namespace of its own, some time after they were installed."""
     made = {}
     asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
@@ -351,27 +370,22 @@ def _key(thing: Object) -> tuple[str, str]:
     return thing["kind"], thing["metadata"]["name"]
 
 
-@pytest.fixture(scope="module")
-def catalogue(suite: Suite) -> Iterator[str]:
-    """A namespace for the catalogue, on runtimes of the names that the chart gives by default."""
-    namespace = suite.namespace("cat", {"pod-security.kubernetes.io/enforce": "privileged"})
-    suite.cluster.forbid_pods(namespace)
-    release = suite.release(
-        "cat", namespace, {"runtimes": {kind: {"name": f"kserve-vllm-{kind}"} for kind in ("cpu", "gpu", "multinode")}}
-    )
-    path = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-cpu"
-    if suite.cluster.get(path) is None:
-        release.install()
-    yield namespace
-    release.uninstall()
+def _lacks_runtime(cluster: Cluster, objects: list[Object]) -> str:
+    """The runtime that a manifest names and the cluster has not; empty if none."""
+    for thing in objects:
+        if thing["kind"] == "InferenceService":
+            name = thing["spec"]["predictor"]["model"]["runtime"]
+            if cluster.get(f"/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/{name}") is None:
+                return f"the runtime {name}"
+    return ""
 
 
 def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
-    catalogue: str, cluster: Cluster, record: Record
+    platform: str, cluster: Cluster, record: Record
 ) -> None:
     """The steps of a canary one after the other, on one another, as they are meant to be applied."""
     taken, missing, wrong = 0, [], []
-    before = set(cluster.left_in(catalogue))
+    before = set(cluster.left_in(platform))
     steps: dict[Path, list[Path]] = {}
     for path in MANIFESTS:
         steps.setdefault(path.parent if path.parent != CATALOGUE else path, []).append(path)
@@ -379,31 +393,31 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
         applied: list[Object] = []
         for path in paths:
             objects = _documents(path.read_text())
-            if lacks := _missing(cluster, objects):
+            if lacks := _missing(cluster, objects) or _lacks_runtime(cluster, objects):
                 missing.append(f"{path.stem}: {lacks}")
                 continue
             try:
                 for thing in objects:
-                    cluster.apply(thing, catalogue)
+                    cluster.apply(thing, platform)
                     if all(_key(thing) != _key(other) for other in applied):
                         applied.append(thing)
                 for isvc in (o for o in objects if o["kind"] == "InferenceService"):
-                    _wait_written(cluster, catalogue, isvc)
+                    _wait_written(cluster, platform, isvc)
                 taken += 1
             except (ApiException, AssertionError) as error:
                 wrong.append(f"{path.relative_to(CATALOGUE)}: {str(getattr(error, 'body', error))[:600]}")
         for thing in applied:
-            cluster.delete(thing, catalogue)
+            cluster.delete(thing, platform)
         # The canary's steps of the two modes bear one name.
         names = {thing["metadata"]["name"] for thing in applied if thing["kind"] == "InferenceService"}
-        gone = lambda names=names: not names & {s["metadata"]["name"] for s in cluster.isvcs(catalogue)}  # noqa: E731
+        gone = lambda names=names: not names & {s["metadata"]["name"] for s in cluster.isvcs(platform)}  # noqa: E731
         wait("its services removed", gone, 60)
     wait(
         "the catalogue removed",
-        lambda: set(cluster.left_in(catalogue)) <= before,
+        lambda: set(cluster.left_in(platform)) <= before,
         120,
         1.0,
-        seen=lambda: str(set(cluster.left_in(catalogue)) - before),
+        seen=lambda: str(set(cluster.left_in(platform)) - before),
     )
     record("manifests taken, written and removed", taken)
     if missing:
@@ -411,11 +425,11 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_service_that_kserve_refuses_is_refused_here_too(catalogue: str, cluster: Cluster) -> None:
+def test_a_service_that_kserve_refuses_is_refused_here_too(platform: str, cluster: Cluster) -> None:
     """The webhooks are asked at all: without this, `taken` says nothing."""
     broken = _documents((CATALOGUE / "cpu-demo.yaml").read_text())[0]
     broken["spec"]["predictor"]["minReplicas"] = 3
     broken["spec"]["predictor"]["maxReplicas"] = 1
     with pytest.raises(ApiException) as refused:
-        cluster.apply(broken, catalogue)
+        cluster.apply(broken, platform)
     assert "admission webhook" in str(refused.value.body)
