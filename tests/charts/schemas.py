@@ -145,6 +145,8 @@ CORE = {
     "networking.k8s.io/v1/Ingress": "V1Ingress",
     "networking.k8s.io/v1/NetworkPolicy": "V1NetworkPolicy",
     "policy/v1/PodDisruptionBudget": "V1PodDisruptionBudget",
+    "rbac.authorization.k8s.io/v1/Role": "V1Role",
+    "rbac.authorization.k8s.io/v1/RoleBinding": "V1RoleBinding",
 }
 _OBJECT_META = {"name", "namespace", "labels", "annotations"}
 # Quantities may be written as numbers; every other map of strings takes strings alone.

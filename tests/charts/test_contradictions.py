@@ -32,6 +32,12 @@ def batch(**values: Any) -> Document:
     return {"batchJobs": {"b": values}}
 
 
+def rollout(service: Document | None = None, **values: Any) -> Document:
+    """A rollout Job for a service in Standard mode, which may have other values."""
+    here = {"storageUri": "s3://b/model", "deploymentMode": "Standard", **(service or {})}
+    return {**GATEWAY, "inferenceServices": {"r": here}, "rolloutJobs": {"r": values}}
+
+
 def only(**values: Any) -> Document:
     """One InferenceService with exactly these values."""
     return {"inferenceServices": {"chat": values}}
@@ -342,7 +348,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a proxy for nobody": (
         {"proxy": {"httpProxy": "http://proxy:3128"}},
-        "proxy.httpProxy does nothing without inferenceServices and without a model cache with a Job",
+        "proxy.httpProxy does nothing without inferenceServices and without a Job",
     ),
     "the chart's own condition": ({"enabled": False}, "enabled is for the condition of a parent chart"),
     "an alert that is not there": (
@@ -684,6 +690,68 @@ CASES: dict[str, tuple[Document, str]] = {
         batch(claim="c", url="http://a", serverImage="gpu"),
         "serverImage does nothing with a url",
     ),
+    # Rollouts.
+    "a rollout of nothing": (rollout(), "rolloutJobs.r: say what is new: model, image or args"),
+    "a rollout of a flag in two words": (
+        rollout(args=["--max-num-seqs", "3"]),
+        'args has "3"; each is one flag with its value, as in --max-num-seqs=128',
+    ),
+    "a rollout of a secret": (
+        rollout(args=["--api-key=plain"]),
+        "args has --api-key with a secret in plain text; give the service it as environment",
+    ),
+    "steps down": (rollout(model="s3://b/new", steps=[50, 10]), "steps have to rise, and 10 comes after 50"),
+    "more failures than looks": (
+        rollout(model="s3://b/new", count=2, threshold=3),
+        "threshold 3 cannot be reached in 2 looks at a step",
+    ),
+    "a rollout beside a canary by hand": (
+        rollout({"canary": {"percent": 10, "storageUri": "s3://b/new"}}, model="s3://b/new"),
+        "inferenceServices.r has canary.percent, and the Job sets the percent itself",
+    ),
+    "a rollout of another engine": (
+        rollout({"engine": "sglang"}, model="s3://b/new"),
+        "a rollout is judged by kserve-vllm's metrics, and inferenceServices.r runs SGLang",
+    ),
+    "a new model without its scheme": (
+        rollout(model="org/new"),
+        "model org/new has no scheme, and the model of inferenceServices.r is s3://b/model",
+    ),
+    "a rollout of what is there": (
+        rollout(model="s3://b/model"),
+        "inferenceServices.r has this model already. After a promotion, take the rollout Job out",
+    ),
+    "a rollout without the Gateway API": (
+        {**rollout(model="s3://b/new"), "cluster": {"gatewayAPI": False}},
+        "in Standard mode a rollout needs KServe's Gateway API support",
+    ),
+    "a rollout on a KServe that does not split": (
+        {**rollout(model="s3://b/new"), "cluster": {"gatewayAPI": True, "kserveVersion": "0.20.0"}},
+        "rolloutJobs.r: KServe 0.20.0 sends no traffic to a Standard canary",
+    ),
+    "a rollout Job of several nodes": (
+        rollout(
+            {"storageUri": "pvc://v/m", "multiNode": {"enabled": True}, "parallelism": {"pipeline": 2}},
+            model="pvc://v/n",
+        ),
+        "KServe has no canary for multi-node services, so that a rollout has nothing to shift",
+    ),
+    "a rollout with fetched adapters": (
+        rollout({"lora": {"adapters": [{"name": "a", "storageUri": "s3://b/a"}]}}, model="s3://b/new"),
+        "give those of inferenceServices.r as path",
+    ),
+    "a name too long for a rollout": (
+        {
+            **GATEWAY,
+            "inferenceServices": {"a" * 42: {"storageUri": "s3://b/model", "deploymentMode": "Standard"}},
+            "rolloutJobs": {"a" * 42: {"model": "s3://b/new"}},
+        },
+        "the name may have 41 characters for a rollout",
+    ),
+    "a key of answers that are not compared": (
+        rollout(model="s3://b/new", answers={"minEqual": 0.5}),
+        "answers.minEqual does nothing without answers.configMap",
+    ),
     # Model caches.
     "a cache of nothing": (cache(), "give one of huggingFace.repository and files"),
     "a local cache of nothing": (
@@ -729,6 +797,7 @@ def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
         "routes.",
         "modelCaches.m: ",
         "batchJobs.b: ",
+        "rolloutJobs.",
         "runtimes.",
         "monitoring.",
         "proxy.",
@@ -761,6 +830,7 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         (route(inferenceService="other"), "httproutes"),
         (route(type="Istio", inferenceService="other"), "virtualservices"),
         (cache(), "persistentvolumeclaims"),
+        (rollout(), "rolloutjobs"),
         (cache(type="LocalModelCache"), "localmodelcaches"),
         ({"runtimes": {"gpu": {"extraArgs": ["--port=1"]}}}, "runtimes"),
     ):

@@ -21,6 +21,8 @@ from tests.charts.support import (
     predictor,
     render,
     render_ci,
+    runtime_of,
+    runtimes_of,
     service,
     standard,
 )
@@ -66,13 +68,12 @@ def everything() -> Iterator[tuple[str, Document, Document]]:
     """(where, InferenceService, runtime) of every scenario and every manifest."""
     for path in CI_FILES:
         documents = render_ci(path)
-        runtimes = of_kind(documents, "ClusterServingRuntime") | of_kind(documents, "ServingRuntime")
+        runtimes = runtimes_of(documents)
         for isvc in of_kind(documents, "InferenceService").values():
             yield path.stem, isvc, runtimes[isvc["spec"]["predictor"]["model"]["runtime"]]
     for path in sorted(CATALOGUE.rglob("*.yaml")):
         for isvc in of_kind(load_all(path.read_text()), "InferenceService").values():
-            name = isvc["spec"]["predictor"]["model"]["runtime"]
-            yield str(path.relative_to(CATALOGUE)), isvc, default_runtimes()[name]
+            yield str(path.relative_to(CATALOGUE)), isvc, runtime_of(path, isvc)
 
 
 def mode_of(isvc: Document) -> str:

@@ -121,6 +121,9 @@ EXAMPLES: dict[str, Any] = {
     "url": "http://other",
     "input": "other.jsonl",
     "output": "others.jsonl",
+    "args": ["--seed=1"],
+    "steps": [5, 100],
+    "address": "http://other:9090",
     "resourceClaims": [{"name": "g", "resourceClaimName": "c"}],
     "startupSeconds": 100,
     "egress": [{"ports": [{"port": 6379}]}],
@@ -139,6 +142,12 @@ NUMBERS = {
     "pipeline": 2,
     "data": 2,
     "replicas": 1,
+    "confidence": 0.9,
+    "quantile": 0.8,
+    "maxErrorRate": 0.2,
+    "maxRefusalRate": 0.2,
+    "minEqual": 0.2,
+    "maxRefusalDrift": 0.2,
 }
 
 
@@ -272,10 +281,19 @@ BATCHES: dict[str, Document] = {
     "a batch for a server": {"claim": "c", "url": "http://chat", "apiKey": {"secretName": "s"}},
     "a batch with its own": {"claim": "c", "serverArgs": ["--demo"]},
 }
+ROLLOUTS: dict[str, Document] = {
+    "a rollout": {"model": "hf://org/new"},
+    "a rollout with answers": {
+        "image": "registry.example.com/new:1",
+        "answers": {"configMap": "c", "apiKey": {"secretName": "s"}},
+        "prometheus": {"tokenSecret": {"name": "s"}},
+    },
+}
 CONTEXTS = [
     *(("inferenceServices", "inferenceServiceDefaults", name, base) for name, base in SERVICES.items()),
     *(("modelCaches", "modelCacheDefaults", name, base) for name, base in CACHES.items()),
     *(("batchJobs", "batchJobDefaults", name, base) for name, base in BATCHES.items()),
+    *(("rolloutJobs", "rolloutJobDefaults", name, base) for name, base in ROLLOUTS.items()),
     *(("routes", "routeDefaults", name, base) for name, base in ROUTES.items()),
     ("serviceAccounts", "serviceAccountDefaults", "an account", {}),
     ("runtimes.extra", "extraRuntimeDefaults", "a runtime for GPUs", {}),
@@ -432,6 +450,7 @@ WHOLE: Document = {
     **AROUND,
     "modelCaches": {"m": REPOSITORY},
     "batchJobs": {"b": BATCHES["a batch with its own"]},
+    "rolloutJobs": {"chat": ROLLOUTS["a rollout"]},
     "serviceAccounts": {"a": {}},
     "routes": {"r": ROUTES["GatewayAPI"]},
 }
@@ -440,7 +459,7 @@ WHOLE: Document = {
 def test_null_is_the_default_for_a_value_and_for_a_whole_block() -> None:
     plain = render(WHOLE)
     for top, values in DEFAULTS.items():
-        if top in ("inferenceServices", "modelCaches", "batchJobs", "routes", "serviceAccounts", "cluster"):
+        if top in ("inferenceServices", *WHOLE):
             continue
         assert render({**WHOLE, top: None}) == plain, top
         if not isinstance(values, dict):
@@ -480,6 +499,7 @@ def test_an_entry_that_is_null_or_switched_off_is_not_there() -> None:
         "routes": {**WHOLE["routes"], **extra},
         "modelCaches": {**WHOLE["modelCaches"], **extra},
         "batchJobs": {**WHOLE["batchJobs"], **extra},
+        "rolloutJobs": {**WHOLE["rolloutJobs"], **extra},
         "serviceAccounts": {**WHOLE["serviceAccounts"], **extra},
     }
     assert render({**WHOLE, **off}) == render(WHOLE)

@@ -223,6 +223,8 @@ def test_common_labels_and_annotations_are_on_every_object_and_lose_against_its_
                 "c": {"hosts": ["c.example.com"], "inferenceService": "chat", "type": "Ingress"},
             },
             "serviceAccounts": {"a": {}},
+            "cluster": {"gatewayAPI": True},
+            "rolloutJobs": {"chat": {"model": "hf://a/new"}},
             "modelCaches": {
                 **CACHE["modelCaches"],
                 "n": {

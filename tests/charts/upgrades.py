@@ -13,14 +13,17 @@ DEPLOYMENT_MODE = "serving.kserve.io/deploymentMode"
 def fixed_fields(document: Document) -> Document:
     """What an update of `document` may not touch; {} for kinds that can change as a whole.
 
-    Job: pod template and selector. PersistentVolumeClaim: all of the spec but the size, which may grow. StatefulSets
-    and Deployments are KServe's. InferenceService: the deployment mode (KServe's webhook). LocalModelCache: where the
-    model is from (a rule of its schema). ServingRuntimes: workers can't be taken out (KServe's webhook).
+    Job: pod template, selector and the policy for failures. RoleBinding: the role. PersistentVolumeClaim: all of the
+    spec but the size, which may grow. StatefulSets and Deployments are KServe's. InferenceService: the deployment mode
+    (KServe's webhook). LocalModelCache: where the model is from (a rule of its schema). ServingRuntimes: workers can't
+    be taken out (KServe's webhook).
     """
     spec = document.get("spec", {})
     match document["kind"]:
         case "Job":
-            return {"template": spec["template"], "selector": spec.get("selector")}
+            return {name: spec.get(name) for name in ("template", "selector", "podFailurePolicy")}
+        case "RoleBinding":
+            return {"roleRef": document["roleRef"]}
         case "PersistentVolumeClaim":
             return {name: value for name, value in spec.items() if name != "resources"}
         case "InferenceService":

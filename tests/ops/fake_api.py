@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,7 +57,9 @@ class FakeApi:
                 length = int(self.headers.get("content-length") or 0)
                 raw = self.rfile.read(length)
                 body = json.loads(raw) if raw and raw != b"null" else None
-                if self.headers.get("authorization") != f"Bearer {TOKEN}":
+                scheme, _, token = (self.headers.get("authorization") or "").partition(" ")
+                # The scheme's case is free, and in a pod the client writes it small.
+                if (scheme.lower(), token) != ("bearer", TOKEN):
                     status, answer = 401, api.status(401, "Unauthorized")
                 else:
                     with api.lock:
@@ -72,7 +75,9 @@ class FakeApi:
             def log_message(self, *_: Any) -> None:
                 pass
 
+        self._handler = Handler
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._others: list[ThreadingHTTPServer] = []
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
         self.kubeconfig = folder / "kubeconfig"
@@ -92,9 +97,20 @@ class FakeApi:
         )
 
     def stop(self) -> None:
-        """Close the port."""
-        self._http.shutdown()
-        self._http.server_close()
+        """Close the ports."""
+        for server in (self._http, *self._others):
+            server.shutdown()
+            server.server_close()
+
+    def over_tls(self, certificate: Path, key: Path) -> int:
+        """A second port, with TLS; gives its number."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self._others.append(server)
+        return int(server.server_address[1])
 
     def put(self, kind: str, obj: dict[str, Any], namespace: str = "team-a") -> None:
         """Keep an object."""

@@ -16,15 +16,16 @@ import pytest
 
 from kserve_vllm.cli import main
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.cluster import Cluster, Unreadable
+from kserve_vllm.ops.cluster import Cluster, Unreadable, path_of
 from kserve_vllm.ops.rollout.command import change_of
 from kserve_vllm.ops.rollout.judge import Thresholds
 from kserve_vllm.ops.rollout.modes import driver_of, inverse, merged
 from kserve_vllm.ops.rollout.prometheus import PrometheusError, Sample
-from kserve_vllm.ops.rollout.run import PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
+from kserve_vllm.ops.rollout.run import PAUSED, PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
 from kserve_vllm.ops.rollout.state import State, Store, Superseded
 from tests.ops.controllers import NAME, NAMESPACE, FakeKnative, FakeStandard
-from tests.ops.fake_api import FakeApi
+from tests.ops.fake_api import TOKEN, FakeApi
+from tests.support import self_signed
 
 GOOD = Sample({"ok": 1000}, pods=1)
 BAD = Sample({"ok": 900, "server_error": 100}, pods=1)
@@ -200,7 +201,7 @@ def test_a_kserve_without_canaries_is_a_sentence(api: FakeApi) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "code", "phase"),
-    [("rollback", ROLLED_BACK, "Failed"), ("pause", STOPPED, "Paused"), ("promote", PROMOTED, "Succeeded")],
+    [("rollback", ROLLED_BACK, "Failed"), ("pause", PAUSED, "Paused"), ("promote", PROMOTED, "Succeeded")],
 )
 def test_too_few_samples_end_as_was_asked(policy: Any, code: int, phase: str, api: FakeApi) -> None:
     FakeKnative(api)
@@ -244,7 +245,7 @@ def test_a_change_by_someone_else_pauses(api: FakeApi) -> None:
         return GOOD
 
     run, driver, store = rollout(api, meddle)
-    assert run.run(begin(driver, [10, 50, 100])) == STOPPED
+    assert run.run(begin(driver, [10, 50, 100])) == PAUSED
     state = store.load()
     assert state is not None
     assert state.phase == "Paused"
@@ -379,6 +380,93 @@ def test_abort_gives_all_traffic_back(api: FakeApi, capsys: pytest.CaptureFixtur
     assert command(api, "--abort") == ROLLED_BACK
     assert world.share("chat-predictor-00001") == 100
     assert command(api, "--abort") == 2
+
+
+def test_what_an_id_began_is_begun_once_and_stays_paused(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Job's pod that is run again, or a Job that is written again after its end."""
+    world = FakeKnative(api)
+    run, driver, store = rollout(api, lambda: FEW, on_inconclusive="pause")
+    state = begin(driver, [10, 100])
+    state.id = "one"
+    assert run.run(state) == PAUSED
+    job = ("--model", "hf://a/new", "--id")
+    assert command(api, *job, "one") == PAUSED
+    assert "the rollout one is paused" in capsys.readouterr().out
+    # Nobody else's Job goes on with it, and a person does.
+    assert command(api, *job, "two") == 2
+    assert "another rollout of chat is under way" in capsys.readouterr().err
+    assert world.share("chat-predictor-00002") == 10
+    assert command(api, "--abort") == ROLLED_BACK
+    revisions = world.revisions
+    assert command(api, *job, "one") == ROLLED_BACK
+    assert "the rollout one is over: Failed" in capsys.readouterr().out
+    assert world.revisions == revisions
+    # It is known after others too.
+    kept = store.load()
+    assert kept is not None
+    later = State(
+        driver.mode,
+        kept.change,
+        "x",
+        kept.stable,
+        kept.before,
+        [100],
+        phase="Succeeded",
+        id="two",
+        ended=kept.endings(),
+    )
+    store.save(later, driver.isvc())
+    assert command(api, *job, "one") == ROLLED_BACK
+    assert command(api, *job, "two") == PROMOTED
+
+
+def test_it_waits_for_a_service_that_is_not_there_yet(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    FakeKnative(api)
+    isvc = api.get("InferenceService", NAME)
+    path = path_of("InferenceService", NAMESPACE, NAME)
+    del api.objects[path]
+    job = ("--model", "hf://a/old", "--wait")
+    assert command(api, *job, "0") == 2
+    assert "there is no InferenceService" in capsys.readouterr().err
+    asked = 0
+    answer = api.answer
+
+    def later(method: str, path_: str, body: Any) -> tuple[int, Any]:
+        nonlocal asked
+        asked += path_ == path
+        if asked == 2:
+            api.objects[path] = isvc
+        return answer(method, path_, body)
+
+    api.answer = later  # type: ignore[method-assign]
+    assert command(api, *job, "60") == 2
+    captured = capsys.readouterr()
+    assert "waiting for chat to be ready" in captured.out
+    assert "nothing would change" in captured.err
+
+
+def test_in_a_pod_the_account_of_the_pod_is_used(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the token, the authority and the namespace that Kubernetes mounts, over TLS."""
+    certificate, key = self_signed(tmp_path)
+    account = tmp_path / "serviceaccount"
+    account.mkdir()
+    (account / "token").write_text(TOKEN)
+    (account / "namespace").write_text(NAMESPACE)
+    (account / "ca.crt").write_bytes(certificate.read_bytes())
+    FakeKnative(api)
+    port = api.over_tls(certificate, key)
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nowhere/config"))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(account / "token"))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(account / "ca.crt"))
+    monkeypatch.setattr("kserve_vllm.ops.cluster.NAMESPACE_FILE", str(account / "namespace"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "localhost")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(port))
+    assert command(api, "--status") == 0
+    assert "there was no rollout of chat" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ does nothing for any entry.
 | toJson -}}
 {{- end }}
 
-{{/* Of a route, a model cache, a runtime or a batch. Takes a dict with root, at, kind, chart (key of the defaults) and entry. */}}
+{{/* Of a route, a model cache, a runtime, a batch or a rollout. Takes a dict with root, at, kind, chart (key of the defaults) and entry. */}}
 {{- define "kserve-vllm.idle.entry" -}}
 {{- $e := .entry -}}
 {{- $conditions := dict -}}
@@ -110,6 +110,8 @@ does nothing for any entry.
 {{- $conditions = dict "ejection" $e.outlierEjection.enabled "gatewayAPI" (eq $e.type "GatewayAPI") "gateway" (ne $e.type "Ingress") "ingress" (eq $e.type "Ingress") "timeouts" (or $e.gateway.timeouts (ne $e.type "GatewayAPI")) -}}
 {{- else if eq .kind "batchJobs" -}}
 {{- $conditions = dict "ownServer" (eq $e.url "") "elsewhere" (ne $e.url "") "batchKey" (ne $e.apiKey.secretName "") -}}
+{{- else if eq .kind "rolloutJobs" -}}
+{{- $conditions = dict "rolloutToken" (ne $e.prometheus.tokenSecret.name "") "answers" (ne $e.answers.configMap "") "answersKey" (ne $e.answers.apiKey.secretName "") -}}
 {{- else if eq .kind "extra" -}}
 {{- $conditions = dict "onCpu" (eq $e.base "cpu") -}}
 {{- else -}}
@@ -130,13 +132,14 @@ does nothing for any entry.
 {{- $gpu := and $on (or .Values.runtimes.gpu.enabled .Values.runtimes.multinode.enabled) -}}
 {{- $services := not (empty .Values.internal.services) -}}
 {{- $jobs := false -}}
-{{- $fills := false -}}
-{{- range .Values.internal.caches }}{{ if eq .type "PersistentVolumeClaim" }}{{ $jobs = true }}{{ $fills = true }}{{ end }}{{ end -}}
+{{- $cpuJobs := not (empty .Values.internal.rollouts) -}}
+{{- if $cpuJobs }}{{ $jobs = true }}{{ end -}}
+{{- range .Values.internal.caches }}{{ if eq .type "PersistentVolumeClaim" }}{{ $jobs = true }}{{ $cpuJobs = true }}{{ end }}{{ end -}}
 {{- $batchImages := list -}}
 {{- range .Values.internal.batches }}{{ $jobs = true }}{{ $batchImages = append $batchImages .serverImage }}{{ end -}}
 {{- $keys := false -}}
 {{- range .Values.internal.services }}{{ if .apiKeys.secretName }}{{ $keys = true }}{{ end }}{{ end -}}
-{{- $cpuImage := or $fills (has "cpu" $batchImages) (and .Values.tests.enabled $services) -}}
+{{- $cpuImage := or $cpuJobs (has "cpu" $batchImages) (and .Values.tests.enabled $services) -}}
 {{- $gpuImage := has "gpu" $batchImages -}}
 {{- range $key, $runtime := .Values.internal.runtimes -}}
 {{- if and $on $runtime.enabled (not $runtime.image) -}}

@@ -7,7 +7,7 @@ Every template begins with it: the values are made whole once, and `.Values.inte
 - Entries that are null or have `enabled: false` are left out. The others are laid over their defaults.
 
 `.Values.internal`: defaults (the chart's own), renamed (sentences for NOTES), misnamed (sentences that end the render),
-services, routes, caches, batches, accounts and extras (entries by name; services also with what _service.tpl derives), runtimes (all
+services, routes, caches, batches, rollouts, accounts and extras (entries by name; services also with what _service.tpl derives), runtimes (all
 of them by key: cpu, gpu, multinode, extra.NAME, engine.NAME.DEVICE; each with its base), engines (what is known of each) and
 engineRuntimes (those that are written).
 */}}
@@ -18,7 +18,7 @@ engineRuntimes (those that are written).
 {{- include "kserve-vllm.load.names" (list . $internal) -}}
 {{- include "kserve-vllm.complete" (list .Values $defaults) -}}
 {{- $_ := set .Values "internal" $internal -}}
-{{- $kinds := dict "services" (list "inferenceServices" "inferenceServiceDefaults") "routes" (list "routes" "routeDefaults") "caches" (list "modelCaches" "modelCacheDefaults") "batches" (list "batchJobs" "batchJobDefaults") "accounts" (list "serviceAccounts" "serviceAccountDefaults") "extras" (list "runtimes.extra" "extraRuntimeDefaults") -}}
+{{- $kinds := dict "services" (list "inferenceServices" "inferenceServiceDefaults") "routes" (list "routes" "routeDefaults") "caches" (list "modelCaches" "modelCacheDefaults") "batches" (list "batchJobs" "batchJobDefaults") "rollouts" (list "rolloutJobs" "rolloutJobDefaults") "accounts" (list "serviceAccounts" "serviceAccountDefaults") "extras" (list "runtimes.extra" "extraRuntimeDefaults") -}}
 {{- range $kind, $keys := $kinds -}}
 {{- $entries := dict -}}
 {{- $given := dict "in" $.Values "path" (first $keys) -}}

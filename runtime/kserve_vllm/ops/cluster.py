@@ -44,6 +44,8 @@ KINDS: Mapping[str, tuple[str, bool]] = {
     "Route": ("/apis/serving.knative.dev/v1|routes", True),
     "PodAutoscaler": ("/apis/autoscaling.internal.knative.dev/v1alpha1|podautoscalers", True),
 }
+# Where Kubernetes tells a pod its namespace.
+NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 MISSING_CLIENT = (
     "this command talks to a cluster and needs the Kubernetes client, which is not installed. "
     "Install it: pip install 'kserve-vllm[ops]'"
@@ -102,7 +104,7 @@ class Cluster:
                 raise ConfigError(f"the kubeconfig can't be used: {error}") from error
             try:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-                with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
+                with open(NAMESPACE_FILE) as file:
                     self.default_namespace = file.read().strip()
             except (ConfigException, OSError) as inside:
                 raise ConfigError(

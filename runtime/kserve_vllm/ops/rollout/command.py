@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from kserve_vllm.ops.rollout.answers import REFUSAL, Allowed, Answer, ask_all, c
 from kserve_vllm.ops.rollout.judge import Check, Thresholds
 from kserve_vllm.ops.rollout.modes import Driver, driver_of, inverse, merged
 from kserve_vllm.ops.rollout.prometheus import Prometheus, PrometheusError
-from kserve_vllm.ops.rollout.run import STOPPED, Options, Rollout, Stop
+from kserve_vllm.ops.rollout.run import PAUSED, PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
 from kserve_vllm.ops.rollout.state import OPEN, State, Store, Superseded
 
 _HTTP_PORT = 8080
@@ -47,7 +48,8 @@ The state is kept in the ConfigMap NAME-rollout, which the InferenceService owns
 Rights: get and patch on inferenceservices; get on revisions, deployments and httproutes; get, create and update on
 configmaps; for --answers also list on pods and create on pods/proxy.
 
-Exit codes: 0 promoted, 1 rolled back, 2 an argument can't be used, 3 stopped or paused (run it again to go on).
+Exit codes: 0 promoted, 1 rolled back, 2 an argument can't be used, 3 stopped, or the cluster was away (run it again to
+go on), 4 paused, or taken over by another process (look at it first).
 """
 _FLAG_DEFAULTS = Options()
 _T = Thresholds()
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         return _main(args, cluster, namespace)
     except Superseded as error:
         print(f"kserve-vllm: {error}; this one ends", file=sys.stderr)
-        return STOPPED
+        return PAUSED
     except Unreadable as error:
         print(
             f"kserve-vllm: the cluster refuses: {error}. What was done is kept; run the same command again, or "
@@ -136,6 +138,20 @@ def _parser() -> argparse.ArgumentParser:
         default=_FLAG_DEFAULTS.progress_deadline_s,
         metavar="SECONDS",
         help="for the canary to get ready (default: %(default)g)",
+    )
+    how.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="for the service to be there and ready before it begins (default: %(default)g)",
+    )
+    how.add_argument(
+        "--id",
+        default="",
+        metavar="TEXT",
+        help="for a Job that may be run again: what was begun with an id goes on, is not begun twice, and where it was "
+        "paused it stays so",
     )
     how.add_argument("--dry-run", action="store_true", help="say what would be done, and whether the cluster takes it")
     how.add_argument("--abort", action="store_true", help="roll back a rollout that is under way")
@@ -216,7 +232,6 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
     if args.status:
         print(_status(state, args.name, args.json))
         return 0
-    driver = driver_of(cluster, namespace, args.name)
     steps = _steps(args.steps)
     options = _options(args, len(steps))
     prometheus = Prometheus(args.prometheus, _token(args.prometheus_token_file))
@@ -225,6 +240,9 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
+    if args.id and state is not None and (code := _seen(args, state, say)) is not None:
+        return code
+    driver = _driver(args, cluster, namespace, say)
     if args.abort:
         if state is None or state.phase not in OPEN:
             raise ConfigError(f"there is no rollout of {args.name} under way")
@@ -243,7 +261,7 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
     elif not wanted:
         raise ConfigError(f"there is no rollout of {args.name} under way; give --model, --image or --arg to begin one")
     else:
-        state = _begin(args, driver, steps)
+        state = _begin(args, driver, steps, state.endings() if state else {})
         if args.dry_run:
             return _dry_run(args, driver, state, prometheus, namespace, say)
     compare_answers = _answers(args, cluster, namespace) if args.answers else None
@@ -288,6 +306,7 @@ def _options(args: argparse.Namespace, steps: int) -> Options:
         ("count", 1, 1000),
         ("threshold", 1, 1000),
         ("progress_deadline", 1, 86400),
+        ("wait", 0, 86400),
         ("min_samples", 1, 10**9),
     ):
         if not low <= getattr(args, name) <= high:
@@ -394,7 +413,55 @@ def _replaced(words: list[str], flag: str) -> list[str]:
     return out if done else [*out, flag]
 
 
-def _begin(args: argparse.Namespace, driver: Driver, steps: list[int]) -> State:
+def _seen(args: argparse.Namespace, state: State, say: Callable[[str], None]) -> int | None:
+    """The exit code where the rollout with this id is over or paused; None where there is something to do.
+
+    Raises:
+        ConfigError: one that was begun otherwise is under way.
+    """
+    if (how := state.endings().get(args.id)) is not None:
+        say(f"the rollout {args.id} is over: {how}. Another --id begins it again")
+        return PROMOTED if how == "Succeeded" else ROLLED_BACK
+    if state.phase not in OPEN:
+        return None
+    if state.id != args.id:
+        raise ConfigError(
+            f"another rollout of {args.name} is under way ({state.words}, {state.phase} at {state.weight} %); "
+            f"kserve-vllm rollout {args.name} --status"
+        )
+    if state.phase != "Paused":
+        return None
+    say(
+        f"the rollout {args.id} is paused: {state.reason}. Go on with it: kserve-vllm rollout {args.name}; or roll it "
+        f"back: kserve-vllm rollout {args.name} --abort"
+    )
+    return PAUSED
+
+
+def _driver(args: argparse.Namespace, cluster: Cluster, namespace: str, say: Callable[[str], None]) -> Driver:
+    """The service's driver, once the service is ready or `--wait` is over.
+
+    Raises:
+        ConfigError: there is no such service.
+    """
+    deadline = time.monotonic() + args.wait
+    said = False
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            driver = driver_of(cluster, namespace, args.name)
+            if left <= 0 or condition(driver.isvc(), "Ready").get("status") == "True":
+                return driver
+        except ConfigError:
+            if left <= 0:
+                raise
+        if not said:
+            say(f"waiting for {args.name} to be ready")
+            said = True
+        time.sleep(min(left, _FLAG_DEFAULTS.poll_s))
+
+
+def _begin(args: argparse.Namespace, driver: Driver, steps: list[int], ended: dict[str, str]) -> State:
     isvc = driver.isvc()
     if condition(isvc, "Ready").get("status") != "True":
         raise ConfigError(
@@ -408,7 +475,8 @@ def _begin(args: argparse.Namespace, driver: Driver, steps: list[int]) -> State:
     ):
         raise ConfigError(f"{args.name} is in the middle of a canary that this command did not begin")
     change = change_of(predictor, args.model, args.image, args.arg)
-    return State(driver.mode, change, _words(args), driver.stable(), inverse(predictor, change), steps)
+    before = inverse(predictor, change)
+    return State(driver.mode, change, _words(args), driver.stable(), before, steps, id=args.id, ended=ended)
 
 
 def _dry_run(
@@ -419,8 +487,6 @@ def _dry_run(
     namespace: str,
     say: Callable[[str], None],
 ) -> int:
-    import time
-
     driver.start(state, dry_run=True)
     now = time.time()
     say(f"{state.mode} mode: the API server would take it")

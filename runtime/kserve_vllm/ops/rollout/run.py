@@ -13,7 +13,7 @@ from kserve_vllm.ops.rollout.modes import CanaryFailed, Driver
 from kserve_vllm.ops.rollout.prometheus import Prometheus, PrometheusError, Sample
 from kserve_vllm.ops.rollout.state import State, Store
 
-PROMOTED, ROLLED_BACK, STOPPED = 0, 1, 3
+PROMOTED, ROLLED_BACK, STOPPED, PAUSED = 0, 1, 3, 4
 _BEFORE_S = 600.0
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class Rollout:
             return STOPPED
         if state.phase == "RollingBack":
             self._roll_back(state)
-        return {"Succeeded": PROMOTED, "Failed": ROLLED_BACK}.get(state.phase, STOPPED)
+        return {"Succeeded": PROMOTED, "Failed": ROLLED_BACK, "Paused": PAUSED}.get(state.phase, STOPPED)
 
     def abort(self, state: State) -> int:
         """Roll back now."""

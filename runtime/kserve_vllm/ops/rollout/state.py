@@ -46,6 +46,8 @@ class State:
         baseline: the stable version's sample of the last step, for the step that leaves it no traffic.
         reason: why it is rolled back or paused.
         history: `{"at", "step", "weight", "event", ...}`, oldest first.
+        id: who began it (`--id`), or "" by hand.
+        ended: by id, the phase in which earlier rollouts of this service ended.
     """
 
     mode: str
@@ -63,11 +65,18 @@ class State:
     baseline: Json = field(default_factory=dict)
     reason: str = ""
     history: list[Json] = field(default_factory=list)
+    id: str = ""
+    ended: dict[str, str] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
         """The present step's weight in percent."""
         return self.steps[min(self.step, len(self.steps) - 1)]
+
+    def endings(self) -> dict[str, str]:
+        """How each rollout with an id ended, this one too where it is over; the last ones of many."""
+        over = {self.id: str(self.phase)} if self.id and self.phase not in OPEN else {}
+        return dict(list({**self.ended, **over}.items())[-_MOST_ENTRIES:])
 
     def note(self, event: str, at: float, **more: Any) -> None:
         """Write down what happened."""
