@@ -161,6 +161,50 @@ CASES: dict[str, tuple[Document, str]] = {
         service(env=[{"name": "KSERVE_VLLM_REDIS_URL", "value": "redis://:pw@redis:6379/0"}]),
         "KSERVE_VLLM_REDIS_URL looks like a secret and is given as plain text",
     ),
+    "a password by its short name": (
+        service(env=[{"name": "MYSQL_PWD", "value": "x"}]),
+        "MYSQL_PWD looks like a secret and is given as plain text",
+    ),
+    "a key inside a connection string": (
+        service(env=[{"name": "STORE", "value": "Protocol=https;AccountName=a;AccountKey=abc=="}]),
+        "STORE looks like a secret and is given as plain text",
+    ),
+    "a password in an address of a value": (
+        service(usageSink="https://user:pw@sink.example.com"),
+        "inferenceServices.chat.usageSink: the address has a password in plain text",
+    ),
+    "a password in an address of a list": (
+        service(lora={"adapters": [{"name": "a", "storageUri": "https://user:pw@a.example.com/b"}]}),
+        "inferenceServices.chat.lora.adapters[0].storageUri: the address has a password in plain text",
+    ),
+    "a password in Prometheus's address": (
+        {"cluster": {"prometheusAddress": "http://user:pw@prometheus:9090"}},
+        "cluster.prometheusAddress: the address has a password in plain text",
+    ),
+    "a password in a hub's address": (
+        cache(huggingFace={"repository": "a/b", "endpoint": "https://user:pw@hub.example.com"}),
+        "modelCaches.m.huggingFace.endpoint: the address has a password in plain text",
+    ),
+    "a password in the address for a batch": (
+        batch(claim="c", url="http://user:pw@chat"),
+        "batchJobs.b.url: the address has a password in plain text",
+    ),
+    "a token of a cache's Job": (
+        cache(huggingFace={"repository": "a/b"}, job={"env": [{"name": "HF_TOKEN", "value": "x"}]}),
+        "modelCaches.m: HF_TOKEN looks like a secret",
+    ),
+    "a key of a batch's Job": (
+        batch(claim="c", url="http://chat", job={"env": [{"name": "OPENAI_API_KEY", "value": "x"}]}),
+        "batchJobs.b: OPENAI_API_KEY looks like a secret",
+    ),
+    "a token of a rollout's Job": (
+        rollout(model="s3://b/new", job={"env": [{"name": "HF_TOKEN", "value": "x"}]}),
+        "rolloutJobs.r: HF_TOKEN looks like a secret",
+    ),
+    "an account that is called as a rollout's": (
+        {**rollout(model="s3://b/new"), "serviceAccounts": {"r-rollout": {}}},
+        "the account that it writes would be called as serviceAccounts.r-rollout",
+    ),
     "a password on the command line": (
         service(extraArgs=["--usage-sink=https://user:pw@sink.example.com"]),
         "extraArgs has --usage-sink with a secret in plain text",
@@ -795,8 +839,9 @@ def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
     places = (
         "inferenceService",
         "routes.",
-        "modelCaches.m: ",
-        "batchJobs.b: ",
+        "modelCaches.m",
+        "batchJobs.b",
+        "cluster.",
         "rolloutJobs.",
         "runtimes.",
         "monitoring.",
@@ -850,6 +895,8 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         standard(terminationGracePeriodSeconds=130, drain={"timeoutSeconds": 120}),
         service(env=[{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]),
         service(env=[{"name": "HF_TOKEN_PATH", "value": "/x"}, {"name": "AWS_ACCESS_KEY_ID", "value": "x"}]),
+        service(env=[{"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": "/var/secrets/key.json"}]),
+        {**service(sharedMemory="1.5G"), "runtimes": {"tmpSizeLimit": "500G"}},
         service(extraArgs=["--usage-sink=https://sink.example.com/a:b@c", "--max-concurrent=4"]),
         {"inferenceServices": {"a" * 53: DEMO}, "cluster": {"domainTemplate": "{{.Name}}.x"}},
         {"inferenceServices": {"a" * 46: {**DEMO, "tagRouting": True}}},
@@ -864,6 +911,8 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         "just in time",
         "a reference",
         "a path of a token",
+        "a path of credentials",
+        "sizes in other units",
         "an address without a password",
         "the longest name",
         "the longest tag",

@@ -473,6 +473,23 @@ def test_null_is_the_default_for_a_value_and_for_a_whole_block() -> None:
     assert render({**WHOLE, "inferenceServices": services}) == plain
 
 
+def nulls_of(node: Document) -> Document:
+    """The same tree with null for each value."""
+    return {k: nulls_of(v) if isinstance(v, dict) and v and k != "labels" else None for k, v in node.items()}
+
+
+def test_null_is_the_default_for_every_single_value() -> None:
+    plain = render(WHOLE)
+    deep = {top: nulls_of(v) for top, v in DEFAULTS.items() if isinstance(v, dict) and v and top not in WHOLE}
+    assert len(deep) > 10
+    assert render({**WHOLE, **deep}) == plain
+    services = {
+        name: {**{k: v for k, v in nulls_of(DEFAULTS["inferenceServiceDefaults"]).items() if k not in entry}, **entry}
+        for name, entry in AROUND["inferenceServices"].items()
+    }
+    assert render({**WHOLE, "inferenceServices": services}) == plain
+
+
 def test_null_takes_back_what_the_defaults_of_the_values_say() -> None:
     values: Document = {
         "inferenceServiceDefaults": {
@@ -505,6 +522,7 @@ def test_an_entry_that_is_null_or_switched_off_is_not_there() -> None:
     assert render({**WHOLE, **off}) == render(WHOLE)
     default_off = {
         **WHOLE,
+        "rolloutJobs": {},
         "serviceAccountDefaults": {"enabled": False},
         "serviceAccounts": {"a": {}, "b": {"enabled": True}},
     }

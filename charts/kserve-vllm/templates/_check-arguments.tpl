@@ -16,7 +16,7 @@
 
 {{/* Not empty for text that is a secret by its looks: a password in an address, a token's known beginning. */}}
 {{- define "kserve-vllm.secretText" -}}
-{{- if regexMatch "(://[^/@ ]*:[^/@ ]+@|(?i)^(bearer|basic) +[^ ]|(^|[=, ])(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,})" . }}yes{{ end -}}
+{{- if regexMatch "(://[^/@ ]*:[^/@ ]+@|(?i)^(bearer|basic) +[^ ]|(^|[=, ])(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}|(?i)(^|[;, ])(accountkey|sharedaccesskey|password|pwd)=[^;, ])" . }}yes{{ end -}}
 {{- end }}
 
 {{/* Not empty for a word of the command line that holds a secret. */}}
@@ -28,9 +28,42 @@
 {{- define "kserve-vllm.secretVariable" -}}
 {{- if hasKey . "value" -}}
 {{- $value := include "kserve-vllm.string" .value -}}
-{{- $named := regexMatch "(?i)(token|secret|passw(or)?d|passphrase|credentials?|(api|access|private|account|signing|encryption)_?key)$" .name -}}
+{{- $named := regexMatch "(?i)(token|secret|passw(or)?d|passphrase|credentials?|(^|_)(pass|pwd|pat)|connection_?string|(api|access|private|account|signing|encryption)_?key)$" .name -}}
+{{/* Where credentials lie is no secret, and PWD is where a shell is. */}}
+{{- if or (and (regexMatch "(?i)(credentials?|^pwd)$" .name) (hasPrefix "/" $value)) (regexMatch "(?i)^oldpwd$" .name) }}{{ $named = false }}{{ end -}}
 {{- if and $value (or $named (include "kserve-vllm.secretText" $value)) }}yes{{ end -}}
 {{- end -}}
+{{- end }}
+
+{{/* Of the environment of a Job's pod. Takes (list at env). */}}
+{{- define "kserve-vllm.check.jobEnvironment" -}}
+{{- range index . 1 }}
+{{- if include "kserve-vllm.secretVariable" . }}
+{{ printf "%s: %s looks like a secret and is given as plain text; use valueFrom.secretKeyRef." (index $ 0) .name }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of addresses anywhere in values, which objects then show to all who may read them. Takes (list at values). Environment
+and arguments have sentences of their own. */}}
+{{- define "kserve-vllm.check.addresses" -}}
+{{- $at := index . 0 -}}
+{{- $value := index . 1 -}}
+{{- if kindIs "map" $value }}
+{{- range $key, $child := $value }}
+{{- if not (has $key (list "env" "extraArgs" "serverArgs" "args")) }}
+{{ include "kserve-vllm.check.addresses" (list (printf "%s.%s" $at $key) $child) }}
+{{- end }}
+{{- end }}
+{{- else if kindIs "slice" $value }}
+{{- range $index, $child := $value }}
+{{ include "kserve-vllm.check.addresses" (list (printf "%s[%d]" $at $index) $child) }}
+{{- end }}
+{{- else if kindIs "string" $value }}
+{{- if regexMatch "://[^/@ ]*:[^/@ ]+@" $value }}
+{{ printf "%s: the address has a password in plain text; give it without, and the password by a Secret (env with valueFrom.secretKeyRef, serviceAccounts)." $at }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* Of extra arguments and environment. */}}

@@ -28,6 +28,11 @@
 {{- with index $root.Values.internal.services $name }}
 {{ include "kserve-vllm.check.rollout" (dict "root" $root "r" $r "s" . "at" $at) }}
 {{- end }}
+{{- if and (not $r.serviceAccountName) (hasKey $root.Values.internal.accounts (include "kserve-vllm.rolloutName" $r)) }}
+{{ printf "%s: the account that it writes would be called as serviceAccounts.%s; give that one another name, or name it in serviceAccountName." $at (include "kserve-vllm.rolloutName" $r) }}
+{{- end }}
+{{ include "kserve-vllm.check.jobEnvironment" (list $at $r.job.env) }}
+{{ include "kserve-vllm.check.addresses" (list $at $r) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" $at "kind" "rolloutJobs" "chart" "rolloutJobDefaults" "entry" $r) }}
 {{- end }}
 {{- end }}

@@ -27,6 +27,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.check.canary" $check }}
 {{- end }}
 {{ include "kserve-vllm.check.outward" . }}
+{{ include "kserve-vllm.check.addresses" (list "inferenceServices" .Values.inferenceServices) }}
+{{ include "kserve-vllm.check.addresses" (list "inferenceServiceDefaults" .Values.inferenceServiceDefaults) }}
 {{ include "kserve-vllm.idle.services" . }}
 {{- end }}
 
@@ -56,6 +58,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{ include "kserve-vllm.check.engines" . }}
 {{ include "kserve-vllm.check.alerts" . }}
+{{ include "kserve-vllm.check.addresses" (list "cluster" .Values.cluster) }}
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}
 
@@ -168,6 +171,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{ include "kserve-vllm.check.claim" (dict "root" $root "c" $c "at" $at) }}
 {{- end }}
+{{ include "kserve-vllm.check.jobEnvironment" (list $at $c.job.env) }}
+{{ include "kserve-vllm.check.addresses" (list $at $c) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "modelCaches" "chart" "modelCacheDefaults" "entry" $c) }}
 {{- end }}
 {{- end }}
