@@ -88,7 +88,11 @@ SHARED: dict[str, Any] = {
         },
     },
     # Parts of Kubernetes' API, which its server checks.
-    "anyObject": {"type": ["object", "string"], "additionalProperties": True},
+    "anyObject": {
+        "type": ["object", "string"],
+        "additionalProperties": True,
+        "required": ["apiVersion", "kind", "metadata"],
+    },
     "container": {"type": "object", "additionalProperties": True, "required": ["name", "image"]},
     "envFrom": {"type": "object", "additionalProperties": True, "minProperties": 1},
     "volume": {"type": "object", "additionalProperties": True, "required": ["name"], "minProperties": 2},

@@ -515,6 +515,14 @@ CASES: dict[str, tuple[Document, str]] = {
         "KServe replaces all nodes of a multiNode service at once",
     ),
     # Autoscaling.
+    "a mode by its annotation": (
+        service(annotations={"serving.kserve.io/deploymentMode": "Standard"}),
+        "an annotation has serving.kserve.io/deploymentMode; set deploymentMode instead",
+    ),
+    "a class by an annotation of all objects": (
+        {**standard(), "commonAnnotations": {"serving.kserve.io/autoscalerClass": "hpa"}},
+        "an annotation has serving.kserve.io/autoscalerClass; set autoscaling.class instead",
+    ),
     "kpa as autoscaler class": (service(autoscaling={"class": "kpa"}), "KServe refuses kpa as autoscalerClass"),
     "an HPA in Knative": (
         service(autoscaling={"class": "hpa"}),

@@ -126,6 +126,10 @@ def test_values_outside_their_range_are_refused() -> None:
         {"image": {"tag": "latest"}},
         {"image": {"digests": {"gpu": "sha256:abc"}}},
         {"runtimes": {"progressDeadlineSeconds": 60}},
+        {"routes": {"r": {"hosts": ["https://chat.example.com"]}}},
+        {"routes": {"r": {"hosts": ["Chat.example.com"]}}},
+        {"routes": {"r": {"hosts": ["chat.example.com:8443"]}}},
+        {"extraObjects": [{"metadata": {"name": "neither kind nor version"}}]},
     ):
         with pytest.raises(HelmError, match="values don't meet the specifications of the schema"):
             render(values)

@@ -4,6 +4,11 @@
 {{- $s := .s -}}
 {{- $at := .at -}}
 {{- $a := $s.autoscaling -}}
+{{- range $key, $value := dict "serving.kserve.io/deploymentMode" "deploymentMode" "serving.kserve.io/autoscalerClass" "autoscaling.class" }}
+{{- if or (hasKey $s.annotations $key) (hasKey $s.podAnnotations $key) (hasKey $root.Values.commonAnnotations $key) }}
+{{ printf "%s: an annotation has %s; set %s instead, other values are derived from it." $at $key $value }}
+{{- end }}
+{{- end }}
 {{- if eq $s.class "kpa" }}
 {{ printf "%s: KServe refuses kpa as autoscalerClass. Knative's autoscaler needs none: leave autoscaling.class empty in Knative mode." $at }}
 {{- end }}
