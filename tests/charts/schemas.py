@@ -250,6 +250,9 @@ def _core(kind: str, value: Any, at: str) -> Iterator[str]:
         if not isinstance(value, dict):
             yield f"{at}: {value!r} is not a {kind}"
             return
+        for attribute, declared in model.model_fields.items():
+            if declared.is_required() and model.attribute_map[attribute] not in value:
+                yield f"{at}.{model.attribute_map[attribute]}: required, and not there"
         for key, child in value.items():
             if key not in names:
                 yield f"{at}.{key}: unknown field"

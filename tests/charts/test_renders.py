@@ -158,6 +158,8 @@ def test_the_check_of_kubernetes_kinds_finds_wrong_fields_and_types() -> None:
     assert not problems(budget)
     broken: Document = {**budget, "spec": {**budget["spec"], "maxUnavailible": 1, "unhealthyPodEvictionPolicy": 3}}
     assert len(problems(broken)) == 2
+    binding: Document = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": "b"}}
+    assert problems(binding) == ["RoleBinding/b.roleRef: required, and not there"]
 
 
 def test_the_walk_honours_structural_schemas() -> None:
