@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kserve_vllm.telemetry.metrics import DECLARED
-from tests.charts.support import CHART, load, of_kind, predictor, render, render_ci, standard
+from tests.charts.support import CHART, helm, load, load_all, of_kind, predictor, render, render_ci, standard
 
 RULES = CHART / "files" / "rules"
 DASHBOARDS = CHART / "files" / "dashboards"
@@ -149,6 +149,23 @@ def test_dashboards_reach_the_cluster_as_they_are_in_the_files() -> None:
         assert board["metadata"]["labels"]["grafana_dashboard"] == "yes-please"
         data |= {name: json.loads(text) for name, text in board["data"].items()}
     assert data == {path.name: json.loads(path.read_text()) for path in DASHBOARDS.glob("*.json")}
+
+
+def test_two_releases_with_the_longest_names_share_no_object_and_scrape_no_pod_of_each_other() -> None:
+    names: list[set[tuple[str, str]]] = []
+    labels: list[str] = []
+    for release in ("a" * 53, "a" * 52 + "b"):
+        command = ("template", release, str(CHART), "--namespace", "models", "--values", str(SCENARIO))
+        documents = load_all(helm(*command, "--set", "runtimes.scope=Namespaced"))
+        own = [d for d in documents if d["kind"] in ("ConfigMap", "PodMonitor", "PrometheusRule")]
+        names.append({(d["kind"], d["metadata"]["name"]) for d in own})
+        assert len(names[-1]) == len(own), "no two of one release"
+        assert all(len(name) <= 253 for _, name in names[-1])
+        (monitor,) = of_kind(documents, "PodMonitor").values()
+        labels.append(monitor["spec"]["selector"]["matchLabels"]["kserve-vllm/runtimes-of"])
+    assert not names[0] & names[1]
+    assert labels[0] != labels[1]
+    assert all(len(label) <= 63 for label in labels)
 
 
 @pytest.mark.parametrize(
