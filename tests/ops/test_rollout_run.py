@@ -423,20 +423,20 @@ def test_what_an_id_began_is_begun_once_and_stays_paused(api: FakeApi, capsys: p
 def test_it_waits_for_a_service_that_is_not_there_yet(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     FakeKnative(api)
     isvc = api.get("InferenceService", NAME)
-    path = path_of("InferenceService", NAMESPACE, NAME)
-    del api.objects[path]
+    there = path_of("InferenceService", NAMESPACE, NAME)
+    del api.objects[there]
     job = ("--model", "hf://a/old", "--wait")
     assert command(api, *job, "0") == 2
     assert "there is no InferenceService" in capsys.readouterr().err
     asked = 0
     answer = api.answer
 
-    def later(method: str, path_: str, body: Any) -> tuple[int, Any]:
+    def later(method: str, path: str, body: Any) -> tuple[int, Any]:
         nonlocal asked
-        asked += path_ == path
+        asked += path == there
         if asked == 2:
-            api.objects[path] = isvc
-        return answer(method, path_, body)
+            api.objects[there] = isvc
+        return answer(method, path, body)
 
     api.answer = later  # type: ignore[method-assign]
     assert command(api, *job, "60") == 2
