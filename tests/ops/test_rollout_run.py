@@ -431,12 +431,12 @@ def test_it_waits_for_a_service_that_is_not_there_yet(api: FakeApi, capsys: pyte
     asked = 0
     answer = api.answer
 
-    def later(method: str, path: str, body: Any) -> tuple[int, Any]:
+    def later(method: str, target: str, body: Any) -> tuple[int, Any]:
         nonlocal asked
-        asked += path == there
+        asked += target == there
         if asked == 2:
             api.objects[there] = isvc
-        return answer(method, path, body)
+        return answer(method, target, body)
 
     api.answer = later  # type: ignore[method-assign]
     assert command(api, *job, "60") == 2
