@@ -88,7 +88,8 @@ SHARED: dict[str, Any] = {
         },
     },
     # Parts of Kubernetes' API, which its server checks.
-    "anyObject": {
+    "anyObject": {"type": ["object", "string"], "additionalProperties": True},
+    "wholeObject": {
         "type": ["object", "string"],
         "additionalProperties": True,
         "required": ["apiVersion", "kind", "metadata"],

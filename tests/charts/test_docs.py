@@ -79,7 +79,10 @@ def test_no_object_of_the_schema_takes_any_key() -> None:
     # vLLM's own config, checked by vLLM's parser; parts of Kubernetes' API, checked by its server; Helm's own.
     free = {
         "/properties/global",
-        *(f"/definitions/{name}" for name in ("anyObject", "container", "envFrom", "volume", "volumeMount")),
+        *(
+            f"/definitions/{name}"
+            for name in ("anyObject", "wholeObject", "container", "envFrom", "volume", "volumeMount")
+        ),
         *(f"/properties/runtimes/properties/{kind}/properties/securityContext" for kind in ("cpu", "gpu", "multinode")),
         "/definitions/extraRuntimeDefaults/properties/securityContext",
         "/definitions/engineRuntimeDefaults/properties/securityContext",
