@@ -24,7 +24,7 @@ from kserve_vllm.policy.enforcement import Enforcement, Kind
 from kserve_vllm.protocols import errors as wire
 from kserve_vllm.protocols import moderation as moderated
 from kserve_vllm.protocols.http import bounds, compression
-from kserve_vllm.protocols.http.body import BodyBudget, TimedBody
+from kserve_vllm.protocols.http.body import BodyBudget, LoopShare, TimedBody
 from kserve_vllm.protocols.http.disconnect import ClientGone
 from kserve_vllm.protocols.http.endpoints import Endpoints, Target, choose, normalize, of_http
 from kserve_vllm.protocols.http.page import Asset
@@ -89,6 +89,7 @@ class RequestMiddleware:
         self._endpoints = Endpoints()
         self.bodies = BodyBudget(_BODIES * max_body)
         """What requests hold of bodies."""
+        self.loop_share = LoopShare()
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
         self._fast: Mapping[str, FastPath] = {}
@@ -335,7 +336,11 @@ class _Arrival:
             return
         # Tensors may follow the JSON.
         json_length = wire.whole_number(self._headers.get(b"inference-header-content-length", b""), len(body))
-        await bounds.check_values(body if self._to_vllm or json_length is None else memoryview(body)[:json_length])
+        hold_s = await bounds.check_values(
+            body if self._to_vllm or json_length is None else memoryview(body)[:json_length]
+        )
+        if wait_s := self._middleware.loop_share.wait_s(self._context, hold_s):
+            await self.wait(asyncio.sleep(wait_s))
         if self._to_vllm:
             await bounds.check_unicode(body)
             await check_items(self._endpoint, body)
