@@ -544,6 +544,49 @@ def test_many_connections_share_a_turn(server: Running, monkeypatch: pytest.Monk
     assert not [pair for pair in itertools.pairwise(turns) if "other" not in pair], "two were read in one pass"
 
 
+def test_who_has_shown_no_key_gets_a_share_and_leaves_the_rest(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that are refused for want of a key cost their client little; they may cost the others only so much."""
+    monkeypatch.setattr(http2, "_STRANGERS_S", 0.01)
+    monkeypatch.setattr(http2, "_STRANGERS_SHARE", 0.5)
+    connections = http2.Connections()
+
+    class Reader:
+        """Reads for 4 ms whenever it may."""
+
+        def __init__(self) -> None:
+            self.read = 0
+
+        def read_on(self) -> None:
+            self.read += 1
+            connections.count(self, 0.004)  # type: ignore[arg-type]
+            connections.read_later(self)  # type: ignore[arg-type]
+
+    async def run() -> tuple[Reader, Reader, float]:
+        stranger, known = Reader(), Reader()
+        connections.enter(stranger)  # type: ignore[arg-type]
+        connections.enter(known)  # type: ignore[arg-type]
+        connections.know(known)  # type: ignore[arg-type]
+        began = server.loop.time()
+        stranger.read_on()
+        await asyncio.sleep(0.1)
+        alone = stranger.read
+        known.read_on()
+        await asyncio.sleep(0.05)
+        assert known.read > 100, "it waits for nobody"
+        assert stranger.read <= alone + 1, "those that have shown a key come first"
+        connections.exit(known)  # type: ignore[arg-type]
+        before = stranger.read
+        await asyncio.sleep(0.1)
+        assert stranger.read > before, "and the others go on behind them"
+        connections.exit(stranger)  # type: ignore[arg-type]
+        return stranger, known, server.loop.time() - began
+
+    stranger, _, passed_s = server.do(run())
+    assert 3 <= stranger.read <= (0.1 + 0.5 * passed_s) / 0.004 + 2
+
+
 class _Nowhere:
     """A transport that keeps nothing."""
 

@@ -66,6 +66,9 @@ _FIRST_READ, _LEAST_READ, _MOST_READ = 128, 64, 4 << 10
 _QUICK_S, _SLOW_S = 0.001, 0.004
 # What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds.
 _TURN_S = 0.005
+# What of the loop's time connections get together that have shown no key: so much at once, and this share after that.
+# A refused call costs its client a tenth of what it costs us.
+_STRANGERS_S, _STRANGERS_SHARE = 0.1, 0.2
 _PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
 # streams of the connection.
@@ -291,33 +294,60 @@ class Connections(set["Connection"]):
         self._due: list[Connection] = []
         self._strangers: dict[Connection, None] = {}
         self._complained_at = -_COMPLAIN_EVERY_S
-        self._unread: deque[Connection] = deque()
+        # That wait to be read on: those that have shown a key, and those that have not.
+        self._unread: tuple[deque[Connection], deque[Connection]] = (deque(), deque())
         self._turn: asyncio.Handle | None = None
         self._turn_ends = 0.0
+        self._strangers_left_s, self._strangers_at = _STRANGERS_S, 0.0
+        self._refill: asyncio.TimerHandle | None = None
 
-    def may_read(self, now: float) -> bool:
+    def may_read(self, connection: Connection, now: float) -> bool:
         """Whether this pass of the event loop has time for what one more connection sent."""
+        if connection in self._strangers and not self._may_strangers(now):
+            return False
         if self._turn is None:
             self._turn_ends = now + _TURN_S
             self._turn = asyncio.get_running_loop().call_soon(self._read)
-        return not self._unread and now <= self._turn_ends
+        return not self._unread[0] and now <= self._turn_ends
+
+    def count(self, connection: Connection, read_s: float) -> None:
+        """Count the time that a connection took of the loop."""
+        if connection in self._strangers:
+            self._strangers_left_s -= read_s
 
     def read_later(self, connection: Connection) -> None:
         """Let this one read on in a later pass, when those before it have."""
-        self._unread.append(connection)
+        self._unread[connection in self._strangers].append(connection)
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._read)
+
+    def _may_strangers(self, now: float) -> bool:
+        grown = self._strangers_left_s + (now - self._strangers_at) * _STRANGERS_SHARE
+        self._strangers_left_s, self._strangers_at = min(_STRANGERS_S, grown), now
+        return self._strangers_left_s > 0
 
     def _read(self) -> None:
         self._turn = None
-        if not self._unread:
+        known, strangers = self._unread
+        if not (known or strangers):
             return
         loop = asyncio.get_running_loop()
-        self._turn = loop.call_soon(self._read)
-        self._turn_ends = loop.time() + _TURN_S
+        now = loop.time()
+        self._turn, self._turn_ends = loop.call_soon(self._read), now + _TURN_S
         # One at the least, or nothing would ever be read.
-        while self._unread:
-            self._unread.popleft().read_on()
-            if loop.time() > self._turn_ends:
-                return
+        while now <= self._turn_ends and (known or (strangers and self._may_strangers(now))):
+            (known or strangers).popleft().read_on()
+            now = loop.time()
+        if not known and not self._may_strangers(now):
+            self._turn.cancel()
+            self._turn = None
+            if self._refill is None:
+                self._refill = loop.call_later(_TURN_S, self._refilled)
+
+    def _refilled(self) -> None:
+        self._refill = None
+        if self._turn is None:
+            self._read()
 
     def enter(self, connection: Connection) -> None:
         """A client has connected. Over `MAX_CONNECTIONS` one has to go that has shown no key, the oldest first."""
@@ -343,8 +373,9 @@ class Connections(set["Connection"]):
         """A client is gone."""
         self.discard(connection)
         self._strangers.pop(connection, None)
-        if connection in self._unread:
-            self._unread.remove(connection)
+        for waiting in self._unread:
+            if connection in waiting:
+                waiting.remove(connection)
 
     def write_soon(self, connection: Connection) -> None:
         """Let this one write what it holds when the pass is over."""
@@ -445,7 +476,7 @@ class Connection(asyncio.Protocol):
             self._unread += data
             return
         self._unread = data
-        if self._connections.may_read(self._loop.time()):
+        if self._connections.may_read(self, self._loop.time()):
             self.read_on()
         else:
             self._read_later()
@@ -463,11 +494,12 @@ class Connection(asyncio.Protocol):
                 return
             at += self._read_size
             began, now = now, self._loop.time()
+            self._connections.count(self, now - began)
             if now - began > _SLOW_S:
                 self._read_size = max(self._read_size // 2, _LEAST_READ)
             elif now - began < _QUICK_S:
                 self._read_size = min(self._read_size * 2, _MOST_READ)
-            if at < len(data) and not self._connections.may_read(now):
+            if at < len(data) and not self._connections.may_read(self, now):
                 self._unread = data[at:]
                 self._read_later()
                 return
