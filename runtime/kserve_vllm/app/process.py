@@ -142,6 +142,7 @@ class _Process:
             split=bool(server.admin_port),
             body_timeout_s=server.body_timeout,
             page=page.load() if server.ui else None,
+            max_json=server.max_json_mib << 20,
         )
         self._servicer = Servicer(self._lifecycle, self._enforcement, self._requests)
         shared = channel is not None

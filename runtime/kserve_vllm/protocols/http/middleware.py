@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -63,6 +64,7 @@ class RequestMiddleware:
         split: whether metrics and control calls are answered on a port of their own; see `admin`.
         body_timeout_s: seconds that a client may take to send a body; 0: no limit.
         page: the files of the page for people, by path; answered where metrics are.
+        max_json: largest JSON of a request in bytes; None: as `max_body`.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class RequestMiddleware:
         split: bool = False,
         body_timeout_s: float = 0.0,
         page: Mapping[str, Asset] | None = None,
+        max_json: int | None = None,
     ) -> None:
         self._lifecycle = lifecycle
         self._enforcement = enforcement
         self._split = split
         self._max_body = max_body
+        self._max_json = max_body if max_json is None else min(max_json, max_body)
         self._body_timeout_s = body_timeout_s
         self._metrics = metrics
         self._version = version
@@ -263,6 +267,17 @@ class RequestMiddleware:
             return False
         return True
 
+    def check_json(self, size: int) -> None:
+        """Refuse JSON that would hold the event loop for too long.
+
+        Raises:
+            BodyTooLarge: it has too many bytes.
+        """
+        if size > self._max_json:
+            raise BodyTooLarge(
+                f"the JSON of this request is larger than {self._max_json >> 20} MiB (--max-json-mib)", field="body"
+            )
+
     async def read_body(
         self, headers: dict[bytes, bytes], receive: Receive, context: RequestContext, hold: Callable[[int], None]
     ) -> bytes | None:
@@ -331,14 +346,18 @@ class _Arrival:
         receive = compression.inflated(self._scope, self._receive)
         if receive is not self._receive:
             self._receive, self._headers = receive, dict(self._scope["headers"])
+        form = wire.is_form(self._headers.get(b"content-type", b""))
+        if self._to_vllm and not form:
+            # Before it is read, where its length is known.
+            self._middleware.check_json(wire.whole_number(self._headers.get(b"content-length", b""), sys.maxsize) or 0)
         self._body = body = await self._middleware.read_body(self._headers, receive, self._context, self._hold)
-        if body is None or wire.is_form(self._headers.get(b"content-type", b"")):
+        if body is None or form:
             return
         # Tensors may follow the JSON.
         json_length = wire.whole_number(self._headers.get(b"inference-header-content-length", b""), len(body))
-        hold_s = await bounds.check_values(
-            body if self._to_vllm or json_length is None else memoryview(body)[:json_length]
-        )
+        json_part = body if self._to_vllm or json_length is None else memoryview(body)[:json_length]
+        self._middleware.check_json(len(json_part))
+        hold_s = await bounds.check_values(json_part)
         if wait_s := self._middleware.loop_share.wait_s(self._context, hold_s):
             await self.wait(asyncio.sleep(wait_s))
         if self._to_vllm:
