@@ -16,9 +16,12 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 from kserve_vllm.core.errors import InvalidRequest
 
@@ -73,7 +76,10 @@ async def check_unicode(body: bytes) -> None:
     raise InvalidRequest(f"{field}: half of a surrogate pair is no character", field=field)
 
 
-async def _aside(size: int, look: Callable[[Any], bool], body: Any) -> bool:
+T = TypeVar("T")
+
+
+async def _aside(size: int, look: Callable[[T], bool], body: T) -> bool:
     """Look at a small body here, and at a large one in a thread."""
     return look(body) if size <= _AT_ONCE else await asyncio.to_thread(look, body)
 
@@ -108,7 +114,7 @@ def _over(body: bytes) -> str | None:
     return None
 
 
-def _counts(data: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int, int]:
+def _counts(data: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
     """Numbers of quotes, commas, and opening brackets and braces, which differ in one bit."""
     return (
         int(np.count_nonzero(data == _QUOTE)),
@@ -117,7 +123,7 @@ def _counts(data: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int, int]:
     )
 
 
-def _sentence(counts: Sequence[int] | np.ndarray[Any, Any]) -> str | None:
+def _sentence(counts: Sequence[int] | npt.NDArray[np.int64]) -> str | None:
     quotes, commas, opened = counts
     for count, most, what in (
         (quotes // 2, MAX_STRINGS, "strings"),
@@ -144,7 +150,7 @@ def _has_half_pair(body: bytes) -> bool:
     return False
 
 
-def _field_with_half(tree: Any) -> str | None:
+def _field_with_half(tree: object) -> str | None:
     for name, value in tree.items() if isinstance(tree, dict) else [("body", tree)]:
         if any(_HALF.search(json.dumps(part, ensure_ascii=False)) for part in (name, value)):
             return _HALF.sub("\ufffd", str(name))
