@@ -146,7 +146,7 @@ class Composition:
             or self._settings.response_cache != "off"
         )
 
-    def queue_stats(self) -> dict[str, Any]:
+    def queue_stats(self) -> dict[str, object]:
         """What runs and what waits in front of the engine."""
         if self.admission is None:
             return {"slots": 0, "in_use": 0, "waiting": 0}

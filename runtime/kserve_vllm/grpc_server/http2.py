@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -772,5 +772,14 @@ def _farewell(_: Frame) -> tuple[list[Frame], list[Event]]:
     return [], [ConnectionTerminated()]
 
 
-def _number(event: Any) -> int:
-    return int(event.stream_id)
+class _OfAStream(Protocol):
+    """An event of h2 that is about one stream."""
+
+    @property
+    def stream_id(self) -> int | None:
+        """Its number."""
+
+
+def _number(event: _OfAStream) -> int:
+    assert event.stream_id is not None
+    return event.stream_id

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING
 
 from kserve_vllm.core.errors import BodyTimeout, RateLimited, Unavailable
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.protocols.http.bounds import LEAST_HOLD_S
 from kserve_vllm.protocols.http.disconnect import resume
 
-Message = MutableMapping[str, Any]
+if TYPE_CHECKING:
+    from starlette.types import Message
 
 SHARE = 0.05
 """Of the event loop, for one caller's bodies of very many values."""
@@ -143,13 +144,12 @@ class TimedBody:
         self._complete = not message.get("more_body")
         return message
 
-    async def _late_part(self, receiving: Generator[Any, Any, Message], waits_for: Any) -> Message:
+    async def _late_part(self, receiving: Generator[object, object, Message], waits_for: object) -> Message:
         if self._until is None:
             self._until = asyncio.get_running_loop().time() + self._limit_s
         try:
             async with asyncio.timeout_at(self._until):
-                message: Message = await resume(receiving, waits_for)
-                return message
+                return await resume(receiving, waits_for)
         except TimeoutError:
             sentence = f"the body did not come within {self._limit_s:g} s (--body-timeout)"
             self._refusal = self._context.refusal = BodyTimeout(sentence, field="body", close=True)

@@ -16,9 +16,12 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 from kserve_vllm.core.errors import InvalidRequest
 
@@ -32,7 +35,7 @@ MAX_VALUES = 1_000_000
 LEAST_HOLD_S = 0.02
 """Bodies that hold the event loop for less are not counted: most prompts of a hundred thousand tokens."""
 
-_Counts = np.ndarray[Any, np.dtype[np.int64]]
+Body = TypeVar("Body")
 Found = TypeVar("Found")
 # No body of less bytes can hold more than is taken.
 _SMALL = 2 * MAX_CONTAINERS
@@ -86,12 +89,12 @@ async def check_unicode(body: bytes) -> None:
     raise InvalidRequest(f"{field}: half of a surrogate pair is no character", field=field)
 
 
-async def _aside(size: int, look: Callable[[Any], Found], body: Any) -> Found:
+async def _aside(size: int, look: Callable[[Body], Found], body: Body) -> Found:
     """Look at a small body here, and at a large one in a thread."""
     return look(body) if size <= _AT_ONCE else await asyncio.to_thread(look, body)
 
 
-def _count_roughly(body: bytes | memoryview) -> _Counts:
+def _count_roughly(body: bytes | memoryview) -> npt.NDArray[np.int64]:
     """The bytes that begin or part values, inside of texts too; up to where a body could be over a bound."""
     data = np.frombuffer(body, dtype=np.uint8)
     counts = np.zeros(3, dtype=np.int64)
@@ -102,7 +105,7 @@ def _count_roughly(body: bytes | memoryview) -> _Counts:
     return counts
 
 
-def _count(body: bytes) -> _Counts:
+def _count(body: bytes) -> npt.NDArray[np.int64]:
     """The same without what stands in texts."""
     counts = np.zeros(3, dtype=np.int64)
     begin, inside = 0, 0
@@ -121,7 +124,7 @@ def _count(body: bytes) -> _Counts:
     return counts
 
 
-def _counts(data: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int, int]:
+def _counts(data: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
     """Numbers of quotes, commas, and opening brackets and braces, which differ in one bit."""
     return (
         int(np.count_nonzero(data == _QUOTE)),
@@ -130,13 +133,13 @@ def _counts(data: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int, int]:
     )
 
 
-def _hold_s(counts: _Counts) -> float:
+def _hold_s(counts: npt.NDArray[np.int64]) -> float:
     """Seconds of the event loop that so many values cost, at about the rates seen of vLLM's models on a slow core."""
     quotes, commas, opened = (int(count) for count in counts)
     return quotes // 2 * 1e-6 + commas * 0.12e-6 + opened * 18e-6
 
 
-def _sentence(counts: _Counts) -> str | None:
+def _sentence(counts: npt.NDArray[np.int64]) -> str | None:
     quotes, commas, opened = counts
     for count, most, what in (
         (quotes // 2, MAX_STRINGS, "strings"),
@@ -163,7 +166,7 @@ def _has_half_pair(body: bytes) -> bool:
     return False
 
 
-def _field_with_half(tree: Any) -> str | None:
+def _field_with_half(tree: object) -> str | None:
     for name, value in tree.items() if isinstance(tree, dict) else [("body", tree)]:
         if any(_HALF.search(json.dumps(part, ensure_ascii=False)) for part in (name, value)):
             return _HALF.sub("\ufffd", str(name))

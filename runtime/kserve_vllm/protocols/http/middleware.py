@@ -12,8 +12,8 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import orjson
 
@@ -32,13 +32,12 @@ from kserve_vllm.protocols.http.page import Asset
 from kserve_vllm.protocols.openai.fast_path import FastPath
 from kserve_vllm.telemetry.requests import RequestRecorder
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
@@ -176,6 +175,7 @@ class RequestMiddleware:
                 if target.method == "POST" and (fast := self._fast.get(target.endpoint)):
                     await fast(scope, receive, guard.send, guard.body_send)
                 else:
+                    assert target.app is not None  # else `check` has raised
                     await target.app(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
@@ -237,6 +237,7 @@ class RequestMiddleware:
                     moderate=_refuse_streamed,
                 ):
                     target.check()
+                    assert target.app is not None
                     await target.app(choose(scope, target), receive, send)
                 context.status = 101
         except RequestError as error:
@@ -373,7 +374,7 @@ class _Arrival:
         self._middleware.bodies.give(self._context, self._held)
         self._held = 0
 
-    async def wait(self, work: Awaitable[Any]) -> Any:
+    async def wait(self, work: Awaitable[T]) -> T:
         """Wait for `work`, which is cancelled when the client goes away.
 
         Raises:
@@ -415,7 +416,7 @@ class _Patient:
         """ASGI's receive: what came while waiting, then what comes."""
         return self._messages.pop(0) if self._messages else await self._receive()
 
-    async def wait(self, work: Awaitable[Any]) -> Any:
+    async def wait(self, work: Awaitable[T]) -> T:
         """Wait for `work`, which is cancelled when the client goes away.
 
         Raises:
