@@ -20,7 +20,7 @@ from http import HTTPStatus
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict, TypeVar
 
 import orjson
 import psutil
@@ -59,6 +59,7 @@ from kserve_vllm.engine.patches.plain_outputs import observe_gaps_of, process_pl
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from pydantic import BaseModel
+    from starlette.middleware import Middleware
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -339,6 +340,14 @@ def spared_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def is_for_browsers(middleware: Middleware) -> bool:
+    """Whether this part of vLLM's app decides about pages of other origins."""
+    from fastapi.middleware.cors import CORSMiddleware
+
+    cls: object = middleware.cls
+    return cls is CORSMiddleware
+
+
 class Prepared(NamedTuple):
     """What vLLM's client is handed for one prompt.
 
@@ -353,6 +362,13 @@ class Prepared(NamedTuple):
     params: SamplingParams
     priority: int
     lora: LoRARequest | None
+
+
+class ModelList(TypedDict):
+    """OpenAI's list of models; what a card has beside its `id` is vLLM's matter."""
+
+    object: str
+    data: list[dict[str, Any]]
 
 
 class _PooledRow(TypedDict, total=False):
@@ -447,10 +463,8 @@ class VLLMEngine:
     def take_browser_rules(self) -> tuple[list[str], list[str], list[str], bool]:
         """Who may ask from pages of other origins: origins, methods, headers, and whether with credentials. vLLM's app
         no longer looks at that: the edge does, for all routes."""
-        from fastapi.middleware.cors import CORSMiddleware
-
         middleware = self.app.user_middleware
-        middleware[:] = [each for each in middleware if each.cls is not CORSMiddleware]
+        middleware[:] = [each for each in middleware if not is_for_browsers(each)]
         self.app.middleware_stack = None
         args = self._args
         return args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials
@@ -702,10 +716,10 @@ class VLLMEngine:
         """Number of adapters in each state."""
         return self.adapters.by_state()
 
-    async def openai_models(self) -> dict[str, object]:
+    async def openai_models(self) -> ModelList:
         """OpenAI's list of models as vLLM makes it."""
         models = await self.app.state.openai_serving_models.show_available_models()
-        body: dict[str, object] = models.model_dump()
+        body: ModelList = models.model_dump()
         return body
 
     @property

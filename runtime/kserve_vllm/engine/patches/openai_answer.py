@@ -6,6 +6,7 @@ what FastAPI and its middleware do around those.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,9 @@ class Question:
             found = next((handlers[cls] for cls in type(error).__mro__ if cls in handlers), None)
             if found is None:
                 raise
-            response = await found(raw, error)
-            return Answer(response.status_code, response.body)
+            made = found(raw, error)
+            response = await made if inspect.isawaitable(made) else made
+            return Answer(response.status_code, bytes(response.body))
         refused = getattr(made, "error", None)
         return Answer(200 if refused is None else refused.code, made.model_dump_json().encode())
 

@@ -28,7 +28,7 @@ from kserve_vllm.core.types import TextJob
 from kserve_vllm.engine.hooks.request_repair import with_null_usage
 from kserve_vllm.engine.hooks.submission import ASKED, Lookup, SubmissionHooks
 from kserve_vllm.engine.patches.plain_outputs import send_to
-from kserve_vllm.engine.vllm import VLLMEngine
+from kserve_vllm.engine.vllm import VLLMEngine, is_for_browsers
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -712,8 +712,6 @@ async def headers(engine: VLLMEngine, content_type: str) -> list[tuple[bytes, by
 
     Its middleware for browsers may add a header to those too, as its version and flags have it: so it is asked.
     """
-    from fastapi.middleware.cors import CORSMiddleware
-
     found: list[tuple[bytes, bytes]] = []
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -728,7 +726,7 @@ async def headers(engine: VLLMEngine, content_type: str) -> list[tuple[bytes, by
 
     app: ASGIApp = answer
     for each in reversed(engine.app.user_middleware):
-        if each.cls is CORSMiddleware:
+        if is_for_browsers(each):
             app = each.cls(app, *each.args, **each.kwargs)
     await app({"type": "http", "method": "POST", "path": "/", "headers": []}, nothing, note)
     return found
