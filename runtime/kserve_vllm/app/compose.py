@@ -150,7 +150,7 @@ class Composition:
         """What runs and what waits in front of the engine."""
         if self.admission is None:
             return {"slots": 0, "in_use": 0, "waiting": 0}
-        return self.admission.stats()
+        return dict(self.admission.stats())
 
     def start(self) -> None:
         """Begin to watch the key file."""
