@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -18,6 +18,7 @@ from kserve_vllm.core.errors import anthropic_error
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
 _ERROR = 'data: {"error"'
 _NULLS = ("stop_reason", "stop_sequence")
@@ -30,12 +31,12 @@ def mend_messages(app: FastAPI) -> None:
         return
     whole, stream = handler.messages_full_converter, handler.message_stream_converter
 
-    def answered(*args: Any, **kwargs: Any) -> Any:
+    def answered(*args: object, **kwargs: object) -> AnthropicMessagesResponse:
         made = whole(*args, **kwargs)
         return _answer_class()(**{name: getattr(made, name) for name in type(made).model_fields})
 
     async def streamed(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        errors: list[dict[str, Any]] = []
+        errors: list[dict[str, object]] = []
         async for event in stream(_until_error(chunks, errors)):
             yield event
         if errors:
@@ -45,19 +46,19 @@ def mend_messages(app: FastAPI) -> None:
 
 
 @functools.cache
-def _answer_class() -> Any:
+def _answer_class() -> type[AnthropicMessagesResponse]:
     """vLLM's class of an answer, written with its fields that are null and that clients read."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
     class Answer(AnthropicMessagesResponse):  # type: ignore[misc]
-        def model_dump(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            tree: dict[str, Any] = super().model_dump(*args, **kwargs)
+        def model_dump(self, *args: object, **kwargs: object) -> dict[str, object]:
+            tree: dict[str, object] = super().model_dump(*args, **kwargs)
             return {**dict.fromkeys(_NULLS), **tree}
 
     return Answer
 
 
-async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, Any]]) -> AsyncGenerator[str, None]:
+async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, object]]) -> AsyncGenerator[str, None]:
     """The chunks of a chat up to an error, which goes into `errors`."""
     async for chunk in chunks:
         if chunk.startswith(_ERROR):

@@ -11,12 +11,35 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from openai.types.responses import ResponseIncompleteEvent
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 _INCOMPLETE = "incomplete"
+
+
+class _Item(Protocol):
+    """An item of an answer: a message, a call of a function, a chain of thought."""
+
+    status: str | None
+
+
+class _Response(Protocol):
+    """An answer, as far as it has come."""
+
+    status: str
+
+
+class _Event(Protocol):
+    """An event of a stream. It has those of the parts that go with its type."""
+
+    type: str
+    sequence_number: int
+    response: _Response
+    item: _Item
 
 
 def mend_responses(app: FastAPI) -> None:
@@ -27,15 +50,15 @@ def mend_responses(app: FastAPI) -> None:
     _count_alike()
     full, stream = handler.responses_full_generator, handler.responses_stream_generator
 
-    async def whole(*args: Any, **kwargs: Any) -> Any:
+    async def whole(*args: object, **kwargs: object) -> object:
         response = await full(*args, **kwargs)
         if getattr(response, "status", None) == _INCOMPLETE and response.output:
             _cut(response.output[-1])
         return response
 
-    async def streamed(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def streamed(*args: object, **kwargs: object) -> AsyncGenerator[_Event | ResponseIncompleteEvent, None]:
         # Whether the answer was cut off is known with the last event alone; the end of an item waits for the next one.
-        held: Any = None
+        held: _Event | None = None
         async for event in stream(*args, **kwargs):
             kind = event.type
             if kind == "response.completed" and event.response.status == _INCOMPLETE:
@@ -54,7 +77,7 @@ def mend_responses(app: FastAPI) -> None:
 
     replay = handler.responses_background_stream_generator
 
-    async def replayed(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def replayed(*args: object, **kwargs: object) -> AsyncGenerator[_Event, None]:
         # vLLM's waits for `response.completed`, which does not come then.
         async for event in replay(*args, **kwargs):
             yield event
@@ -65,12 +88,12 @@ def mend_responses(app: FastAPI) -> None:
     handler.responses_background_stream_generator = replayed
 
 
-def _cut(item: Any) -> None:
+def _cut(item: _Item) -> None:
     if getattr(item, "status", None) is not None:
         item.status = _INCOMPLETE
 
 
-def _incomplete(event: Any) -> Any:
+def _incomplete(event: _Event) -> ResponseIncompleteEvent:
     """The last event of a stream that was cut off."""
     from openai.types.responses import ResponseIncompleteEvent
     from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
@@ -86,7 +109,7 @@ def _count_alike() -> None:
 
     build = ResponsesRequest.build_tok_params
 
-    def build_tok_params(self: Any, model_config: Any) -> Any:
+    def build_tok_params(self: ResponsesRequest, model_config: object) -> object:
         return replace(build(self, model_config), add_special_tokens=False)
 
     ResponsesRequest.build_tok_params = build_tok_params  # type: ignore[method-assign]
