@@ -58,6 +58,8 @@ _WORK = frozenset(
     /v2/models/{model_name}/generate_stream
     /v2/models/{model_name}/versions/{model_version}/generate_stream""".split()
 )
+# Paths of OpenAI's that nothing here serves, and that would be taken for the name of a response.
+_NOT_NAMES = frozenset({"/v1/responses/compact", "/v1/responses/input_tokens"})
 _WORK_BY_WEBSOCKET = frozenset({"/v1/realtime"})
 # What changes the server's state, or shows of it what is the operator's: for administrators.
 _CONTROL = frozenset(
@@ -226,7 +228,7 @@ class Endpoints:
                 if served:
                     template = template or _template(route)
                     allow.update(served)
-        if template is None or method == "WEBSOCKET":
+        if template is None or method == "WEBSOCKET" or path in _NOT_NAMES:
             return Target()
         if "GET" in allow:
             allow.add("HEAD")
