@@ -258,7 +258,7 @@ def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch)
         return SimpleNamespace(type="output_text", text="a", logprobs=None)
 
     def response(status: str) -> Any:
-        item = SimpleNamespace(type="message", phase=None, status=status, content=[part()])
+        item = SimpleNamespace(type="message", status=status, content=[part()])
         return SimpleNamespace(object="response", status=status, output=[item], text=None, top_logprobs=None)
 
     async def full(request: Any) -> Any:
@@ -286,7 +286,6 @@ def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch)
         assert (made.error, made.store, made.prompt_cache_key, made.safety_identifier) == (None, True, "k", None)
         assert made.top_logprobs == 0
         assert made.text.format.type == "text"
-        assert not hasattr(made.output[0], "phase")
         assert made.output[0].content[0].logprobs == []
     assert created.response.completed_at is None
     assert whole.completed_at > 0

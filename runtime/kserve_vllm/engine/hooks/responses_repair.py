@@ -97,11 +97,9 @@ def _complete(response: Any, request: Any) -> None:
 
 
 def _complete_item(item: Any) -> None:
-    """Of an item or a part of one: no null where only a list or a word may stand."""
+    """Of an item or a part of one: no null where only a list may stand."""
     if getattr(item, "type", None) == "output_text" and getattr(item, "logprobs", item) is None:
         item.logprobs = []
-    if getattr(item, "type", None) == "message" and getattr(item, "phase", item) is None:
-        del item.phase
     for part in getattr(item, "content", None) or ():
         _complete_item(part)
 
