@@ -290,9 +290,9 @@ def test_an_adapter_that_goes_while_its_prompt_is_rendered_is_not_answered_by_th
 
     engine = VLLMEngine(argparse.Namespace(scheduling_policy="fcfs"))
     engine._app = SimpleNamespace(state=SimpleNamespace(openai_serving_completion=Handler()))  # type: ignore[assignment]
-    asyncio.run(engine._prepare(TextJob("base", "r", prompt="1 +")))
+    asyncio.run(engine.prepare(TextJob("base", "r", prompt="1 +")))
     with pytest.raises(Exception, match="`a` does not exist"):
-        asyncio.run(engine._prepare(TextJob("a", "r", prompt="1 +")))
+        asyncio.run(engine.prepare(TextJob("a", "r", prompt="1 +")))
 
 
 def test_a_file_needs_lora(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.hooks.submission import SubmissionHooks, unclassified
 from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, _caught
 from kserve_vllm.engine.vllm import VLLMEngine
+from kserve_vllm.policy.enforcement import may_see
+from kserve_vllm.policy.tenants import Caller
 from kserve_vllm.protocols.moderation import _APART, _TOKENS, ModeratedEngine
 from tests.support import ROOT
 
@@ -88,13 +91,26 @@ def test_a_method_that_a_newer_vllm_adds_is_no_way_past_the_policies() -> None:
 def test_the_moderated_engine_has_what_is_moderated_and_nothing_else() -> None:
     public = {name for name in dir(ModeratedEngine) if not name.startswith("_")}
     assert public == set(
-        "generate embed classify score find generates embeds classifies prioritizes shows_logprobs "
+        "generate embed classify score find names generates embeds classifies prioritizes shows_logprobs "
         "special_tokens".split()
     )
     assert public <= set(dir(VLLMEngine))
     engine = SimpleNamespace(client="raw", app="raw", dream=lambda prompt: prompt)
     for name in ("client", "app", "dream", "_prepare", "intake"):
         assert not hasattr(ModeratedEngine(engine, NOTHING), name)
+
+
+def test_the_moderated_engine_can_be_asked_what_a_caller_may_see() -> None:
+    """Of V2's `lora_name`, for a caller whose key names models."""
+    engine: Any = SimpleNamespace(names=["base", "alias"])
+    moderated = ModeratedEngine(engine, NOTHING)
+    context = RequestContext("r", "v2", "e", caller=Caller("t", models=(("base", "own-*"),)))
+    token = current.set(context)
+    try:
+        seen = [name for name in ("alias", "own-adapter", "other") if may_see(moderated, name)]
+    finally:
+        current.reset(token)
+    assert seen == ["alias", "own-adapter"]
 
 
 def test_the_moderated_engine_has_all_that_protocols_ask_an_engine_for() -> None:

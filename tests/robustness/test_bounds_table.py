@@ -24,6 +24,10 @@ TABLE = dict(
     [
         ("gRPC: open connections of its own port", [http2.MAX_CONNECTIONS]),
         ("gRPC: calls at once on one connection", [http2._MAX_STREAMS]),
+        (
+            "gRPC: the event loop's time for connections that have shown no key, together",
+            [http2._STRANGERS_SHARE * 100],
+        ),
         ("gRPC: calls that need no key, on one connection", [http2.MAX_KEYLESS_STREAMS]),
         ("gRPC: calls that need no key, on all connections", [grpc_calls.MAX_KEYLESS_CALLS]),
         ("gRPC: metadata of a call", [http2.MAX_HEADERS >> 10]),

@@ -200,7 +200,7 @@ def test_a_wrong_method_is_told_the_right_ones(endpoints: Endpoints) -> None:
         ("GET", CHAT, ("POST",)),
         ("PUT", "/v1/models", ("GET", "HEAD")),
         ("POST", "/v1/models", ("GET", "HEAD")),
-        ("POST", "/v1/responses/resp_1", ("GET", "HEAD")),
+        ("POST", "/v1/responses/compact", ("GET", "HEAD")),
         ("DELETE", "/v2/models/org/demo/infer", ("POST",)),
         ("GET", "/v1/models/demo:predict", ("POST",)),
         ("DELETE", "/v2", ("GET", "HEAD")),
@@ -216,13 +216,6 @@ def test_a_wrong_method_is_told_the_right_ones(endpoints: Endpoints) -> None:
 def test_an_unknown_path_is_not_found(endpoints: Endpoints, path: str) -> None:
     for method in ("GET", "POST", "PUT", "WEBSOCKET"):
         assert asked(endpoints, method, path).refusal is NotFound
-
-
-@pytest.mark.parametrize(
-    "path", ["/v1/responses/compact", "/v1/responses/input_tokens", "/openai/v1/responses/compact"]
-)
-def test_what_openai_has_and_this_has_not_is_not_found(endpoints: Endpoints, path: str) -> None:
-    assert asked(endpoints, "POST", path).refusal is NotFound
 
 
 def test_a_head_is_answered_where_a_get_is(apps: tuple[FastAPI, FastAPI], endpoints: Endpoints) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import struct
 import time
@@ -511,6 +512,79 @@ def test_others_have_their_turn_while_a_flood_is_read(server: Running, monkeypat
     server.do(flood())
     assert turns.count("read") >= 3
     assert turns.index("other") == 1
+
+
+def test_many_connections_share_a_turn(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them sends little enough to be read in one go; all together hold up the others no longer than one."""
+    monkeypatch.setattr(http2, "_TURN_S", 0.0)
+    turns: list[str] = []
+
+    async def flood() -> None:
+        opened = [server.services.connect() for _ in range(6)]
+        for number, connection in enumerate(opened):
+            connection.connection_made(_Nowhere())
+            read = connection._read
+            name = str(number)
+            monkeypatch.setattr(
+                connection, "_read", lambda data, name=name, read=read: (turns.append(name), read(data))[1]
+            )
+        for connection in opened:
+            connection.data_received(PREFACE + frame(SETTINGS, 0, 0) + frame(PING, 0, 0, bytes(8)) * 10)
+        for _ in range(60):
+            turns.append("other")
+            await asyncio.sleep(0)
+        for connection in opened:
+            connection.connection_lost(None)
+
+    server.do(flood())
+    read = [turn for turn in turns if turn != "other"]
+    assert all(read.count(str(number)) > 1 for number in range(6))
+    # One after the other, and nobody twice before all were read once.
+    assert sorted(read[1:7]) == [str(number) for number in range(6)]
+    assert not [pair for pair in itertools.pairwise(turns) if "other" not in pair], "two were read in one pass"
+
+
+def test_who_has_shown_no_key_gets_a_share_and_leaves_the_rest(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that are refused for want of a key cost their client little; they may cost the others only so much."""
+    monkeypatch.setattr(http2, "_STRANGERS_S", 0.01)
+    monkeypatch.setattr(http2, "_STRANGERS_SHARE", 0.5)
+    connections = http2.Connections()
+
+    class Reader:
+        """Reads for 4 ms whenever it may."""
+
+        def __init__(self) -> None:
+            self.read = 0
+
+        def read_on(self) -> None:
+            self.read += 1
+            connections.count(self, 0.004)  # type: ignore[arg-type]
+            connections.read_later(self)  # type: ignore[arg-type]
+
+    async def run() -> tuple[Reader, Reader, float]:
+        stranger, known = Reader(), Reader()
+        connections.enter(stranger)  # type: ignore[arg-type]
+        connections.enter(known)  # type: ignore[arg-type]
+        connections.know(known)  # type: ignore[arg-type]
+        began = server.loop.time()
+        stranger.read_on()
+        await asyncio.sleep(0.1)
+        alone = stranger.read
+        known.read_on()
+        await asyncio.sleep(0.05)
+        assert known.read > 100, "it waits for nobody"
+        assert stranger.read <= alone + 1, "those that have shown a key come first"
+        connections.exit(known)  # type: ignore[arg-type]
+        before = stranger.read
+        await asyncio.sleep(0.1)
+        assert stranger.read > before, "and the others go on behind them"
+        connections.exit(stranger)  # type: ignore[arg-type]
+        return stranger, known, server.loop.time() - began
+
+    stranger, _, passed_s = server.do(run())
+    assert 3 <= stranger.read <= (0.1 + 0.5 * passed_s) / 0.004 + 2
 
 
 class _Nowhere:

@@ -13,7 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from kserve_vllm.core.errors import RateLimited
+from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.protocols.http import bounds
+from kserve_vllm.protocols.http.body import SHARE, LoopShare
 from kserve_vllm.telemetry.watchdog import HOLD_S, watch_loop
 from tests.robustness.wire import ask, read_answer, statuses
 from tests.support import Server
@@ -214,6 +217,42 @@ def test_values_are_counted_where_they_are_values() -> None:
         text = b'["' + part * (3_000_000 // len(part)) + b'"]'
         assert found(text) == "taken", part
         assert "strings" in found(text[:-1] + b',"a"' * many + b"]"), part
+
+
+def test_what_a_body_will_hold_the_loop_for_is_told_by_its_values() -> None:
+    def told(body: bytes) -> float:
+        return asyncio.run(bounds.check_values(body))
+
+    tokens = b'{"prompt":[1' + b",1" * 900_000 + b"]}"
+    messages = b"[" + b",".join([b'{"role":"user","content":"a"}'] * 9_000) + b"]"
+    assert 0.05 < told(tokens) < 0.2
+    assert 0.1 < told(messages) < 0.3
+    assert told(b'["' + b"a, " * 1_000_000 + b'"]') < 0.001, "what stands in a text costs nothing"
+    assert told(b'{"prompt":[1' + b",1" * 100_000 + b"]}") == 0, "a long prompt is no load"
+
+
+def test_a_caller_of_heavy_bodies_waits_and_nobody_else_does() -> None:
+    async def run() -> None:
+        share = LoopShare()
+        one, other = (RequestContext("r", "openai", "/", key_id=key) for key in ("one", "other"))
+        assert [share.wait_s(one, 0.001) for _ in range(1000)] == [0] * 1000, "what is light is not counted"
+        assert share.wait_s(one, 0.1) == 0
+        assert share.wait_s(one, 0.1) == pytest.approx(0.1 / SHARE, abs=0.1)
+        assert share.wait_s(one, 0.001) == 0, "nor held up"
+        assert share.wait_s(other, 0.1) == 0
+        for wait_s in range(4, 11, 2):
+            assert share.wait_s(one, 0.1) == pytest.approx(wait_s, abs=0.5)
+        with pytest.raises(RateLimited, match="very many values") as refused:
+            share.wait_s(one, 0.1)
+        assert 0 < (refused.value.retry_after_s or 0) <= 3
+        # Who waited for long enough goes on, and is forgotten.
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        loop.time = lambda: now + 60  # type: ignore[method-assign]
+        assert share.wait_s(one, 0.1) == 0
+        assert list(share._free_at) == ["one"]
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 6, 7, 11, 12, 13])

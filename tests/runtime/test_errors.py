@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -551,6 +551,47 @@ def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Enforcement]:
     middleware = RequestMiddleware(lifecycle, enforcement, 1 << 20, lambda accept: (b"", ""), dict, recorder(lifecycle))
     middleware.attach(routed, routed)
     return httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://edge"), enforcement
+
+
+def test_json_over_its_limit_is_refused_before_it_is_decoded_and_tensors_beside_it_are_not() -> None:
+    reached: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(300):
+            yield b" " * 1024
+
+    async def run() -> None:
+        lifecycle = Lifecycle()
+        lifecycle.to(State.READY)
+        middleware = RequestMiddleware(
+            lifecycle,
+            Enforcement(lifecycle),
+            1 << 20,
+            lambda accept: (b"", ""),
+            dict,
+            recorder(lifecycle),
+            max_json=200 << 10,
+        )
+        middleware.attach(Routed(app, "/v2/models/{model_name}/infer"), Routed(app, CHAT))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://edge") as client:
+            for path in (CHAT, INFER):
+                for content in (b" " * 300_000, pieces()):
+                    answer = await client.post(path, content=content)
+                    assert answer.status_code == 413
+                    assert "--max-json-mib" in answer.text
+            assert (await client.post(CHAT, content=b" " * 100_000)).status_code == 200
+            head = {"inference-header-content-length": "2"}
+            assert (await client.post(INFER, content=b"{}" + bytes(900_000), headers=head)).status_code == 200
+            form = {"content-type": "multipart/form-data; boundary=x"}
+            assert (await client.post(CHAT, content=b" " * 300_000, headers=form)).status_code == 200
+
+    asyncio.run(run())
+    assert reached == [CHAT, INFER, CHAT]
 
 
 async def _raises(scope: Any, receive: Any, send: Any) -> None:

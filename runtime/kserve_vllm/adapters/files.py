@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 import yaml
@@ -102,7 +102,7 @@ def parse(content: bytes, path: object, taken: Sequence[str] = ()) -> dict[str, 
     return found
 
 
-def _parse_row(row: Any, where: str) -> Declaration:
+def _parse_row(row: object, where: str) -> Declaration:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: must be a mapping with name and source")
     if unknown := sorted(str(key) for key in row.keys() - _FIELDS):
@@ -143,7 +143,11 @@ def is_local(source: str) -> bool:
     return source.startswith("/")
 
 
-def signature(folder: str) -> tuple[Any, ...]:
+Signature = tuple[tuple[str, int, int, int, int], ...]
+"""Name, device, inode, size in bytes and time of change in nanoseconds, of each file."""
+
+
+def signature(folder: str) -> Signature:
     """What changes when the files of an adapter's folder do: inode, size and time of each, symlinks followed."""
     found = []
     for name in (_CONFIG, *_WEIGHTS):

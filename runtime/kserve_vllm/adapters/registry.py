@@ -21,8 +21,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from kserve_vllm.adapters.files import (
     FLAG,
@@ -30,6 +31,7 @@ from kserve_vllm.adapters.files import (
     BaseModel,
     Broken,
     Declaration,
+    Signature,
     check,
     fetch,
     is_local,
@@ -114,9 +116,9 @@ class Adapter:
     attempt: asyncio.Task[None] | None = None
     attempts: int = 0
     retry_at: float | None = None
-    tried: Any = None
+    tried: Signature | None = None
     """Signature of a local source when it was last tried."""
-    pending: Any = None
+    pending: Signature | None = None
     """A newer signature, until it holds for two looks in a row."""
 
     def enter(self, state: State, error: str | None = None) -> None:
@@ -532,13 +534,13 @@ class AdapterRegistry:
             if adapter.removed and not adapter.retired and (adapter.attempt is None or adapter.attempt.done()):
                 self._all.pop(adapter.declared.name)
 
-    def _moved(self, adapter: Adapter, seen: Any) -> bool:
+    def _moved(self, adapter: Adapter, seen: Signature | None) -> bool:
         """Whether a folder has changed since it was tried, and no longer changes."""
         if seen is None:
             return False
-        settled: bool = seen == adapter.pending
+        settled = seen == adapter.pending
         adapter.pending = seen
-        return settled and bool(seen != adapter.tried)
+        return settled and seen != adapter.tried
 
     async def _free(self, adapter: Adapter, now: float) -> None:
         """Drop versions whose last request is done."""
@@ -552,7 +554,7 @@ class AdapterRegistry:
                 await asyncio.to_thread(shutil.rmtree, version.folder, True)
 
 
-def _signatures(sources: Sequence[str]) -> dict[str, Any]:
+def _signatures(sources: Sequence[str]) -> dict[str, Signature]:
     return {source: signature(source) for source in sources if is_local(source)}
 
 
@@ -561,22 +563,17 @@ async def _in_thread(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    def settle(end: Callable[[], None]) -> None:
+        if not future.done():
+            end()
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = work()
-        except BaseException as caught:
-            error = caught
+            end = partial(future.set_result, work())
+        except BaseException as error:
+            end = partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+            loop.call_soon_threadsafe(settle, end)
 
     threading.Thread(target=run, name="adapter", daemon=True).start()
     return await future

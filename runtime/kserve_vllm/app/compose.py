@@ -146,11 +146,11 @@ class Composition:
             or self._settings.response_cache != "off"
         )
 
-    def queue_stats(self) -> dict[str, Any]:
+    def queue_stats(self) -> dict[str, object]:
         """What runs and what waits in front of the engine."""
         if self.admission is None:
             return {"slots": 0, "in_use": 0, "waiting": 0}
-        return self.admission.stats()
+        return dict(self.admission.stats())
 
     def start(self) -> None:
         """Begin to watch the key file."""

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kserve_vllm.app.compose import Composition
 from kserve_vllm.config.settings import Settings
@@ -33,6 +33,7 @@ from kserve_vllm.protocols.http.cors import Browsers
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.protocols.oip.statistics import Statistics
+from kserve_vllm.protocols.text_engine import TextEngine
 from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer, HTTPServer
 from kserve_vllm.telemetry import logs
@@ -142,6 +143,7 @@ class _Process:
             split=bool(server.admin_port),
             body_timeout_s=server.body_timeout,
             page=page.load() if server.ui else None,
+            max_json=server.max_json_mib << 20,
         )
         self._servicer = Servicer(self._lifecycle, self._enforcement, self._requests)
         shared = channel is not None
@@ -325,7 +327,7 @@ class _Process:
         server = self._settings.server
         shortcuts = self._shortcuts
         engine.shorten(shortcuts)
-        worker: Any = engine
+        worker: TextEngine = engine
         if policies.moderation is not None:
             policies.moderation.media = engine.media
             worker = ModeratedEngine(engine, policies.moderation)

@@ -91,7 +91,7 @@ class _Child:
     heard_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def say(self, word: str, value: Any = None) -> None:
+    def say(self, word: str, value: object = None) -> None:
         """Tell it something; nothing happens if it has ended."""
         with self.lock:
             try:
@@ -218,7 +218,7 @@ class _Supervisor:
     def _leave_word(self, sentence: str) -> None:
         termination.write(self._settings.lifecycle.termination_message_path, sentence)
 
-    def _hand_over(self, index: int, addresses: dict[str, Any], pids: list[int]) -> None:
+    def _hand_over(self, index: int, addresses: dict[str, object], pids: list[int]) -> None:
         self._children[index].say("engine", (addresses, pids))
 
     # What the front ends say and do

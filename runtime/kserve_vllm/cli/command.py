@@ -240,7 +240,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     given = vars(namespace)
     file = given.pop("config", None) or environ.get(tree.ENV_PREFIX + "CONFIG")
 
-    flags: dict[str, dict[str, Any]] = {group: {} for group in tree.GROUPS}
+    flags: dict[str, dict[str, object]] = {group: {} for group in tree.GROUPS}
     for dest, value in given.items():
         group, name = dest.split(".")
         flags[group][name] = value
@@ -389,7 +389,7 @@ def _default_names(model: ModelSettings, path: str) -> list[str]:
 def _engine_flags(
     leftover: Sequence[str],
     environ: Mapping[str, str],
-    file_part: Mapping[str, Any],
+    file_part: Mapping[str, object],
     file: str | None,
     model: ModelSettings,
     policy: PolicySettings,
@@ -440,7 +440,7 @@ def _adapter_flags(layers: Sequence[Sequence[EngineFlag]]) -> list[EngineFlag]:
     lora = given.get("enable-lora")
     if lora is not None and lora.tokens[0].startswith("--no-"):
         raise ConfigError(f"--adapters-file is given, and {lora.tokens[0]} (from {lora.source}) switches adapters off")
-    wanted: dict[str, Any] = {"enable-lora": True}
+    wanted: dict[str, object] = {"enable-lora": True}
     if "max-loras" not in given:
         # vLLM's 1 would run one adapter at a time and read the next one from disk in between.
         wanted |= {"max-loras": "4", "max-cpu-loras": "32"}
@@ -470,7 +470,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _from_value(name: str, value: Any, source: str) -> EngineFlag:
+def _from_value(name: str, value: object, source: str) -> EngineFlag:
     canonical_name, key = canonical(name)
     flag = f"--{flag_name(key)}" if key == canonical_name else f"--{key}"
     text = value.strip().lower() if isinstance(value, str) else value
@@ -523,7 +523,7 @@ def render_config(settings: Settings) -> str:
         first, *values = flag.tokens
         _, equals, inline = first.partition("=")
         values = [inline, *values] if equals else values
-        shown: Any = not first.startswith("--no-") if not values else values[0] if len(values) == 1 else values
+        shown: object = not first.startswith("--no-") if not values else values[0] if len(values) == 1 else values
         if _SECRET_FLAG.search(flag.key):
             shown = "**********"
         lines.append(f"  {flag.key}: {json.dumps(shown)}  # {flag.source}")

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -78,7 +77,7 @@ def _new(args: argparse.Namespace) -> None:
     text = _text(args.file) if args.file is not None and args.file.exists() else ""
     taken = {key.id for key in tenants.parse(text, str(args.file)).keys}
     key = tenants.new_key()
-    entry: dict[str, Any] = {
+    entry: dict[str, object] = {
         "id": args.id or _free_id(f"{args.tenant}-{now:%Y-%m-%d}", taken),
         "tenant": args.tenant,
         "sha256": tenants.digest(key),
@@ -116,7 +115,7 @@ def _when(text: str, now: datetime) -> datetime:
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
 
 
-def add_entry(text: str, entry: dict[str, Any]) -> str:
+def add_entry(text: str, entry: dict[str, object]) -> str:
     """A key file with one more key. Comments survive where `keys` is the last part of a YAML file in block style."""
     line = f"  - {json.dumps(entry)}\n"
     if not text.strip():

@@ -14,13 +14,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from kserve_vllm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic.config import JsonDict
 
 ENV_PREFIX = "KSERVE_VLLM_"
 _LINK_SUFFIX = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")
@@ -32,7 +35,7 @@ class _Group(BaseModel):
 
 
 def _setting(default: Any, help_text: str, aliases: Sequence[str] = (), **limits: Any) -> Any:
-    extra: dict[str, Any] = {"aliases": list(aliases)}
+    extra: JsonDict = {"aliases": list(aliases)}
     if isinstance(default, list):
         return Field(default_factory=lambda: list(default), description=help_text, json_schema_extra=extra, **limits)
     return Field(default=default, description=help_text, json_schema_extra=extra, **limits)
@@ -95,7 +98,7 @@ SHORTCUTS: Mapping[str, str] = {
 """What `--fast-path` may name."""
 
 
-def _shortcuts(given: Any) -> Any:
+def _shortcuts(given: object) -> object:
     """`--fast-path` as a list of names; `true` and `false` are its older spelling."""
     if isinstance(given, bool):
         return ["all" if given else "none"]
@@ -140,6 +143,13 @@ class ServerSettings(_Group):
         "which the log and kserve_vllm_grpc_fallback then say.",
     )
     max_body_mib: int = _setting(64, "Largest request body in MiB; a larger one is answered 413.", ge=1, le=2047)
+    max_json_mib: int = _setting(
+        20,
+        "Largest JSON of an HTTP request in MiB, images in it included; more is answered 413. Each MiB holds up "
+        "all else for about 10 ms while it is decoded. Binary tensors and uploads are bounded by --max-body-mib alone.",
+        ge=1,
+        le=2047,
+    )
     body_timeout: Seconds = _setting(
         60.0,
         "How long a client may take to send a request's body, or one message over gRPC, in seconds; then 408 or "
@@ -491,7 +501,7 @@ def canonical(flag: str) -> tuple[str, str]:
     return name, name + dot + rest
 
 
-def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], dict[str, str], list[str]]:
+def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, object]], dict[str, str], list[str]]:
     """Split `KSERVE_VLLM_*` variables into declared settings and engine flags.
 
     Variables that Kubernetes injects for Services whose name begins with `kserve-vllm` are passed over.
@@ -500,7 +510,7 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, An
         group to {field: text}; engine flag name to text; the variables that were passed over.
     """
     known = {ENV_PREFIX + name.upper(): (group, name, info) for group, name, info in fields()}
-    declared: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    declared: dict[str, dict[str, object]] = {group: {} for group in GROUPS}
     engine: dict[str, str] = {}
     passed_over: list[str] = []
     for variable, text in sorted(environ.items()):
@@ -524,13 +534,13 @@ _STANDARD = (
 _OTLP_DEFAULT = "http://localhost:4317"
 
 
-def standard_variables(environ: Mapping[str, str]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+def standard_variables(environ: Mapping[str, str]) -> list[tuple[str, dict[str, dict[str, object]]]]:
     """Layers for `merge`, weakest of all, of variables that KServe or OpenTelemetry name and not we.
 
     KServe 0.21's model server falls back to `KSERVE_TLS_CERT_FILE` and `KSERVE_TLS_KEY_FILE`; its controller makes
     `OTEL_*` of `spec.tracing`. An empty OpenTelemetry variable counts as unset, as its specification has it.
     """
-    layers = []
+    layers: list[tuple[str, dict[str, dict[str, object]]]] = []
     for group, name, variables in _STANDARD:
         variable = next((each for each in variables if environ.get(each, "").strip()), None)
         if variable is not None and not (group == "telemetry" and traces_are_off(environ)):
@@ -553,7 +563,7 @@ def traces_are_off(environ: Mapping[str, str]) -> bool:
     )
 
 
-def read_file(path: str | None) -> dict[str, dict[str, Any]]:
+def read_file(path: str | None) -> dict[str, dict[str, object]]:
     """Read the YAML file: a mapping of group to settings.
 
     Raises:
@@ -576,7 +586,7 @@ def read_file(path: str | None) -> dict[str, dict[str, Any]]:
     return {group: {str(k): v for k, v in (part or {}).items()} for group, part in tree.items()}
 
 
-def merge(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> tuple[dict[str, _Group], dict[str, str]]:
+def merge(layers: Sequence[tuple[str, Mapping[str, Mapping[str, object]]]]) -> tuple[dict[str, _Group], dict[str, str]]:
     """Merge layers of raw values, strongest first, into validated groups.
 
     Args:
@@ -589,7 +599,7 @@ def merge(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> tupl
     groups: dict[str, _Group] = {}
     sources: dict[str, str] = {}
     for group, cls in GROUPS.items():
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for source, tree in layers:
             for name, raw in tree.get(group, {}).items():
                 key = name.replace("-", "_")

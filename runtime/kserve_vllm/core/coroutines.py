@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Generator
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @types.coroutine
-def resume(begun: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
+def resume(begun: Generator[object, object, T], waits_for: object) -> Generator[object, object, T]:
     """Go on, in a task, with an awaitable that was begun with `next` and waits for a future; what it returns."""
     while True:
         try:
@@ -18,4 +20,5 @@ def resume(begun: Generator[Any, Any, Any], waits_for: Any) -> Generator[Any, An
         try:
             waits_for = begun.send(given) if thrown is None else begun.throw(thrown)
         except StopIteration as done:
-            return done.value
+            result: T = done.value
+            return result

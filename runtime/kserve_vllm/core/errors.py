@@ -26,7 +26,6 @@ Each class carries its HTTP status, its gRPC status name and its OpenAI error ty
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 OPENAI_ALIAS = "/openai"
 MODEL_NOT_FOUND = "model_not_found"
@@ -226,7 +225,7 @@ def openai_code(status: int, param: str | None, message: str) -> str | None:
     return {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(status)
 
 
-def anthropic_error(status: int, message: str) -> dict[str, Any]:
+def anthropic_error(status: int, message: str) -> dict[str, object]:
     """An error in Anthropic's envelope."""
     kind = _ANTHROPIC_TYPES.get(status) or ("invalid_request_error" if 400 <= status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": message}}

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kserve_vllm.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +82,7 @@ class RequestContext:
     trace_id: str | None = None
     sampled: bool = False
     trace_headers: Mapping[str, str] | None = None
-    span: Any = None
+    span: Span | None = None
     status: int | str | None = None
     outcome: str | None = None
     duration_s: float = 0.0

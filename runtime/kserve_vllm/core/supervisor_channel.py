@@ -8,9 +8,12 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
+
+if TYPE_CHECKING:
+    import ctypes
 
 
 class SupervisorChannel:
@@ -28,7 +31,14 @@ class SupervisorChannel:
         counters: for vLLM's `--max-num-queued-reqs`: numbers that all front ends share; None where it is not given.
     """
 
-    def __init__(self, index: int, count: int, line: Connection, started_at: float, counters: Any = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        count: int,
+        line: Connection,
+        started_at: float,
+        counters: ctypes.Array[ctypes.c_longlong] | None = None,
+    ) -> None:
         self.index = index
         self.count = count
         self.started_at = started_at
@@ -40,11 +50,11 @@ class SupervisorChannel:
         """Hear what the supervisor says from now on, and end with it. To be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._handlers: dict[str, Callable[..., None]] = {"stop": lambda _: on_stop(), "gone": on_gone}
-        self._addresses: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._addresses: asyncio.Future[dict[str, object]] = self._loop.create_future()
         self._all_loaded = asyncio.Event()
         threading.Thread(target=self._hear, name="supervisor-channel", daemon=True).start()
 
-    async def addresses(self) -> dict[str, Any]:
+    async def addresses(self) -> dict[str, object]:
         """Where vLLM's client meets the engine; comes once the engine's process is started."""
         return await self._addresses
 
@@ -65,7 +75,7 @@ class SupervisorChannel:
         """Say which setting can't be used."""
         self._say("refused", sentence)
 
-    def _say(self, word: str, value: Any = None) -> None:
+    def _say(self, word: str, value: object = None) -> None:
         # A supervisor that has gone is seen by who listens.
         with contextlib.suppress(OSError):
             self._line.send((word, value))

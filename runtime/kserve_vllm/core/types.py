@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 
 class Priority(IntEnum):
@@ -48,8 +47,8 @@ class TextJob:
     model: str
     request_id: str
     prompt: str | Sequence[int] | None = None
-    messages: Sequence[Mapping[str, Any]] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, object]] | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
     stream: bool = False
     trace_headers: Mapping[str, str] | None = None
 
@@ -75,7 +74,7 @@ class Piece:
     token_ids: Sequence[int]
     finish_reason: str | None
     cumulative_logprob: float | None
-    logprobs: list[dict[str, dict[str, Any]]] | None
+    logprobs: list[dict[str, dict[str, object]]] | None
     prompt_tokens: int
     last: bool
     stop_reason: int | str | None = None

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FrameType
 
 from kserve_vllm.core.errors import RequestError
 from kserve_vllm.core.request_context import current
+from kserve_vllm.engine.engine_request import EngineRequest
 
 # What Python raises for data of another shape, type or size than was expected.
 _OF_WRONG_DATA = (
@@ -116,11 +117,11 @@ def is_template_error(error: BaseException) -> bool:
     return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
 
 
-def unsendable(request: Any, encode: Callable[[Any], Any]) -> str | None:
+def unsendable(request: EngineRequest, encode: Callable[[object], object]) -> str | None:
     """The field of a request to the engine that can't be encoded for its process, or None if there is none.
 
     Args:
-        request: vLLM's `EngineCoreRequest`.
+        request: to the engine.
         encode: encodes any value as it is sent.
     """
     for part in (request.sampling_params, request.pooling_params, request):
@@ -138,7 +139,7 @@ UNSENDABLE = (UnicodeError, OverflowError, TypeError, RecursionError)
 """What encoding raises for a value that can't be sent."""
 
 
-def _frames(error: BaseException) -> Iterator[Any]:
+def _frames(error: BaseException) -> Iterator[FrameType]:
     trace = error.__traceback__
     while trace is not None:
         yield trace.tb_frame
@@ -148,7 +149,7 @@ def _frames(error: BaseException) -> Iterator[Any]:
 def _field(error: BaseException) -> str | None:
     """The top-level field of the request that was being read, where the trace shows it."""
     frames = list(_frames(error))
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for frame in frames:
         data, request = frame.f_locals.get("data"), frame.f_locals.get("request")
         if isinstance(data, dict):

@@ -87,9 +87,10 @@ class EngineProcess(multiprocessing.context.ForkServerProcess):
         super().start()
 
     @staticmethod
-    def _Popen(process: Any) -> Any:
-        way = popen_spawn_posix if needs_a_fresh_process(process._environment) else popen_forkserver
-        return way.Popen(process)
+    def _Popen(process: EngineProcess) -> popen_spawn_posix.Popen | popen_forkserver.Popen:  # type: ignore[override]
+        if needs_a_fresh_process(process._environment):
+            return popen_spawn_posix.Popen(process)
+        return popen_forkserver.Popen(process)
 
     def run(self) -> None:
         """Look like a fresh process, then do what a fresh one would."""

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from kserve_vllm.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 MAX_INPUT_ITEMS = 1_000
 """Items of `input` of the Responses API: each takes a tenth of a millisecond to validate."""
@@ -67,7 +70,7 @@ async def check_items(endpoint: str, body: bytes) -> None:
         await _check_slices(endpoint, field, items)
 
 
-async def _check_slices(endpoint: str, field: str, items: list[Any]) -> None:
+async def _check_slices(endpoint: str, field: str, items: list[object]) -> None:
     from pydantic import ValidationError
 
     model = _model(endpoint)
@@ -86,15 +89,18 @@ async def _check_slices(endpoint: str, field: str, items: list[Any]) -> None:
         await asyncio.sleep(0)
 
 
-def _model(endpoint: str) -> Any:
+def _model(endpoint: str) -> type[BaseModel]:
+    model: type[BaseModel]
     if endpoint.startswith("/v1/responses"):
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-        return ResponsesRequest
-    if endpoint.startswith("/v1/messages"):
+        model = ResponsesRequest
+    elif endpoint.startswith("/v1/messages"):
         from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
-        return AnthropicMessagesRequest
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        model = AnthropicMessagesRequest
+    else:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    return ChatCompletionRequest
+        model = ChatCompletionRequest
+    return model

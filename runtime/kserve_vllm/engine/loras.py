@@ -11,12 +11,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kserve_vllm.adapters.files import Broken, read_shapes
 from kserve_vllm.adapters.registry import AdapterRegistry, Version
 
 if TYPE_CHECKING:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
@@ -42,14 +44,15 @@ class LoRAs:
     """
 
     def __init__(self, client: AsyncLLM, shared: bool = False) -> None:
-        self._client: Any = client
+        self._client = client
         self._shared = shared
-        self._models: Any = None
+        self._models: OpenAIServingModels
+        """vLLM's registry of models; only after `attach`."""
         self._names: dict[str, str] = {}
         """Name in the engine to the adapter's name."""
-        self._asked: dict[int, tuple[Any, str]] = {}
+        self._asked: dict[int, tuple[LoRARequest, str]] = {}
         """Identity of a published `LoRARequest` to itself and the name that its requests asked for."""
-        self._requests: dict[int, list[Any]] = {}
+        self._requests: dict[int, list[LoRARequest]] = {}
         """A version's number to its `LoRARequest`s, one per name that clients may ask for."""
         self._freed: set[tuple[int, str]] = set()
         """Number and folder of versions that are gone."""
@@ -60,18 +63,19 @@ class LoRAs:
             request_id, name and self.plain(name), *args, **kwargs
         )
 
-    def attach(self, models: Any) -> None:
+    def attach(self, models: OpenAIServingModels) -> None:
         """Set vLLM's registry of models, once it is there."""
         self._models = models
         theirs = models.model_name
         models.model_name = lambda lora=None: theirs(None) if lora is None else self._asked_name(lora)
         models.show_available_models = self._show
 
-    def _asked_name(self, lora: Any) -> str:
+    def _asked_name(self, lora: LoRARequest) -> str:
         known = self._asked.get(id(lora))
         return self.plain(lora.lora_name) if known is None else known[1]
 
-    async def _show(self) -> Any:
+    async def _show(self) -> object:
+        """vLLM's list of models, with the adapters that are served here."""
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
         found = await self._models.registry.show_available_models()
@@ -171,7 +175,7 @@ class LoRAs:
 
     # For the accounting
 
-    def admit(self, lora: Any) -> Any:
+    def admit(self, lora: LoRARequest) -> LoRARequest:
         if (lora.lora_int_id, lora.lora_path) not in self._freed:
             return lora
         current = self._models.lora_requests.get(self.plain(lora.lora_name))

@@ -10,7 +10,8 @@ import contextlib
 import multiprocessing.connection
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -19,9 +20,22 @@ from kserve_vllm.engine.vllm import configure, spared_interrupts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine.utils import CoreEngineProcManager, EngineZmqListeners
 
 _STOP_S = 5.0
 _LOOK_EVERY_S = 0.25
+
+
+class _Coordinator(Protocol):
+    """vLLM's process that tells front ends how busy the engines are, where there are several engines."""
+
+    proc: BaseProcess
+
+    def get_stats_publish_address(self) -> str:
+        """Where it does so."""
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End it; after `timeout` seconds by force."""
 
 
 class EngineProcesses:
@@ -35,15 +49,15 @@ class EngineProcesses:
     def __init__(self, args: argparse.Namespace, count: int) -> None:
         self._args = args
         self._count = count
-        self._manager: Any = None
-        self._coordinator: Any = None
-        self._listeners: Any = None
+        self._manager: CoreEngineProcManager | None = None
+        self._coordinator: _Coordinator | None = None
+        self._listeners: EngineZmqListeners | None = None
         self._processes: list[psutil.Process] = []
         self._stopping = threading.Event()
         self.started = False
         """Whether the model is loaded."""
 
-    def start(self, hand_over: Callable[[int, dict[str, Any], list[int]], None]) -> None:
+    def start(self, hand_over: Callable[[int, dict[str, object], list[int]], None]) -> None:
         """Start the processes and wait until the model is loaded.
 
         Args:
@@ -64,9 +78,9 @@ class EngineProcesses:
         executor = Executor.get_class(config)
         with spared_interrupts(), launch_core_engines(config, executor, log_stats, listeners.addresses) as launch:
             self._manager, self._coordinator = launch.engine_manager, launch.coordinator
-            pids = [process.pid for process in self._own()]
+            pids = [process.pid for process in self._own() if process.pid is not None]
             for index, (inputs, outputs) in enumerate(zip(listeners.inputs, listeners.outputs, strict=True)):
-                addresses = {
+                addresses: dict[str, object] = {
                     "input_address": inputs.address,
                     "output_address": outputs.address,
                     "input_listener": inputs.socket,
@@ -111,8 +125,8 @@ class EngineProcesses:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def _own(self) -> list[Any]:
-        found = [] if self._manager is None else list(self._manager.processes)
+    def _own(self) -> list[BaseProcess]:
+        found: list[BaseProcess] = [] if self._manager is None else list(self._manager.processes)
         return found if self._coordinator is None else [*found, self._coordinator.proc]
 
 

@@ -19,7 +19,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from http import HTTPStatus
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict, TypeVar
 
 import orjson
 import psutil
@@ -49,7 +50,7 @@ from kserve_vllm.engine.hooks.answer_shape import leave_out_nulls
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
-from kserve_vllm.engine.hooks.submission import Cache, SequencePolicy, SubmissionHooks
+from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
 from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
@@ -58,11 +59,21 @@ from kserve_vllm.engine.patches.plain_outputs import observe_gaps_of, process_pl
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from pydantic import BaseModel
+    from starlette.middleware import Middleware
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.logprobs import Logprob
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
+L = TypeVar("L", bound=Lookup)
+M = TypeVar("M", bound="BaseModel")
 
 # Flags of `vllm serve` that belong to its own server, or would do nothing or half of what they say here.
 _REFUSED: Mapping[str, str] = {
@@ -112,16 +123,17 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
-def _cli_args() -> Any:
+def _cli_args() -> ModuleType:
     """vLLM's module of the flags of `vllm serve`, which has moved with 0.33."""
     try:
         from vllm.entrypoints.common import cli_args
     except ImportError:
         from vllm.entrypoints.launchers import cli_args
-    return cli_args
+    found: ModuleType = cli_args
+    return found
 
 
-def _parser() -> Any:
+def _parser() -> FlexibleArgumentParser:
     prepare_environment()
     make_arg_parser = _cli_args().make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -329,7 +341,46 @@ def spared_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-async def _sign_of_life(client: Any, with_workers: bool) -> None:
+def is_for_browsers(middleware: Middleware) -> bool:
+    """Whether this part of vLLM's app decides about pages of other origins."""
+    from fastapi.middleware.cors import CORSMiddleware
+
+    cls: object = middleware.cls
+    return cls is CORSMiddleware
+
+
+class Prepared(NamedTuple):
+    """What vLLM's client is handed for one prompt.
+
+    Attributes:
+        engine_input: the rendered prompt.
+        params: with `max_tokens` resolved.
+        priority: vLLM's; the smaller the sooner.
+        lora: the adapter, None for the base model.
+    """
+
+    engine_input: object
+    params: SamplingParams
+    priority: int
+    lora: LoRARequest | None
+
+
+class ModelList(TypedDict):
+    """OpenAI's list of models; what a card has beside its `id` is vLLM's matter."""
+
+    object: str
+    data: list[dict[str, Any]]
+
+
+class _PooledRow(TypedDict, total=False):
+    """What vLLM answers to one text; of the three what was asked for."""
+
+    embedding: list[float]
+    score: float
+    probs: list[float]
+
+
+async def _sign_of_life(client: AsyncLLM, with_workers: bool) -> None:
     """Return once the engine's step loop has answered, and its workers with it."""
     if with_workers:
         await client.collective_rpc("check_health")
@@ -362,7 +413,7 @@ class VLLMEngine:
         """The accounting of what the engine works on; only after `start`."""
         self.mender: Mender
         """Mends what clients send to vLLM's routes; only after `start`."""
-        self.intake: SubmissionHooks | None = None
+        self.intake: SubmissionHooks[Lookup] | None = None
         """Before the engine, where policies stand before it."""
         self.served = True
         """False while the base model is unloaded through the repository API."""
@@ -414,10 +465,8 @@ class VLLMEngine:
     def take_browser_rules(self) -> tuple[list[str], list[str], list[str], bool]:
         """Who may ask from pages of other origins: origins, methods, headers, and whether with credentials. vLLM's app
         no longer looks at that: the edge does, for all routes."""
-        from fastapi.middleware.cors import CORSMiddleware
-
-        middleware: list[Any] = self.app.user_middleware
-        middleware[:] = [each for each in middleware if each.cls is not CORSMiddleware]
+        middleware = self.app.user_middleware
+        middleware[:] = [each for each in middleware if not is_for_browsers(each)]
         self.app.middleware_stack = None
         args = self._args
         return args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials
@@ -438,7 +487,7 @@ class VLLMEngine:
         if shortcuts.takes("gaps") and not observe_gaps_of(self.client):
             shortcuts.does_not_apply("gaps")
 
-    def stand_before(self, sequences: SequencePolicy, cache: Cache | None = None) -> None:
+    def stand_before(self, sequences: SequencePolicy[L], cache: Cache[L] | None = None) -> None:
         """Let `sequences` decide about every sequence from now on, and `cache` answer those that it knows."""
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
@@ -463,7 +512,7 @@ class VLLMEngine:
         """Whether vLLM makes the text of chat answers from token ids again, as it does for gpt-oss (Harmony)."""
         return bool(self.client.model_config.hf_config.model_type == "gpt_oss")
 
-    def _start_client(self, addresses: dict[str, Any] | None) -> AsyncLLM:
+    def _start_client(self, addresses: dict[str, object] | None) -> AsyncLLM:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -518,7 +567,7 @@ class VLLMEngine:
         every 300 s: a message makes their queue spin for a second, on each one's processor.
         """
         loop = asyncio.get_running_loop()
-        probe: asyncio.Task[Any] | None = None
+        probe: asyncio.Task[None] | None = None
         next_probe = loop.time() + interval_s
         workers_due = loop.time() + _IDLE_WORKERS_EVERY_S
         deadline = 0.0
@@ -669,10 +718,10 @@ class VLLMEngine:
         """Number of adapters in each state."""
         return self.adapters.by_state()
 
-    async def openai_models(self) -> dict[str, Any]:
+    async def openai_models(self) -> ModelList:
         """OpenAI's list of models as vLLM makes it."""
         models = await self.app.state.openai_serving_models.show_available_models()
-        body: dict[str, Any] = models.model_dump()
+        body: ModelList = models.model_dump()
         return body
 
     @property
@@ -705,7 +754,7 @@ class VLLMEngine:
         """
         started = False
         try:
-            engine_input, params, priority, lora = await self._prepare(job)
+            engine_input, params, priority, lora = await self.prepare(job)
             stream = self.client.generate(
                 engine_input,
                 params,
@@ -733,9 +782,9 @@ class VLLMEngine:
                             choice.stop_reason,
                         )
         except Exception as error:
-            raise self._translate(error, job.request_id, started) from error
+            raise self.translate(error, job.request_id, started) from error
 
-    async def _prepare(self, job: TextJob) -> tuple[Any, Any, int, Any]:
+    async def prepare(self, job: TextJob) -> Prepared:
         """Validate options and render the prompt with vLLM's own OpenAI request types."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -758,7 +807,7 @@ class VLLMEngine:
         if given.get("top_p") == 0 and not isinstance(given["top_p"], bool):
             given["top_p"] = LEAST_TOP_P
         common = {**given, "model": job.model, "stream": job.stream, "request_id": job.request_id}
-        request: Any
+        request: ChatCompletionRequest | CompletionRequest
         if job.messages is not None:
             logprobs = common.pop("logprobs", None)
             if logprobs is not None:
@@ -784,10 +833,10 @@ class VLLMEngine:
         )
         params = request.to_sampling_params(max_tokens, handler.default_sampling_params)
         # Raises where the adapter went while its prompt was rendered: without one the base model would answer.
-        return engine_input, params, request.priority, handler._maybe_get_adapters(request)
+        return Prepared(engine_input, params, request.priority, handler._maybe_get_adapters(request))
 
     async def embed(
-        self, model: str, texts: Sequence[str] | Sequence[Sequence[int]], options: Mapping[str, Any], request_id: str
+        self, model: str, texts: Sequence[str] | Sequence[Sequence[int]], options: Mapping[str, object], request_id: str
     ) -> list[list[float]]:
         """One embedding per text, shape [texts][dimensions].
 
@@ -796,12 +845,17 @@ class VLLMEngine:
         """
         from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
 
-        body = {"model": model, "input": list(texts), "encoding_format": "float"}
-        reply = await self._pool("serving_embedding", EmbeddingCompletionRequest, body, options, request_id)
-        return [row["embedding"] for row in reply["data"]]
+        body: dict[str, object] = {"model": model, "input": list(texts), "encoding_format": "float"}
+        rows = await self._pool("serving_embedding", EmbeddingCompletionRequest, body, options, request_id)
+        return [row["embedding"] for row in rows]
 
     async def score(
-        self, model: str, queries: Sequence[str], documents: Sequence[str], options: Mapping[str, Any], request_id: str
+        self,
+        model: str,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        options: Mapping[str, object],
+        request_id: str,
     ) -> list[float]:
         """One score per pair of a query and a document; a single query is paired with every document.
 
@@ -811,12 +865,12 @@ class VLLMEngine:
         from vllm.entrypoints.pooling.scoring.protocol import ScoreQueriesDocumentsRequest
 
         first = list(queries) if len(queries) != 1 else queries[0]
-        body = {"model": model, "queries": first, "documents": list(documents)}
-        reply = await self._pool("serving_scores", ScoreQueriesDocumentsRequest, body, options, request_id)
-        return [row["score"] for row in reply["data"]]
+        body: dict[str, object] = {"model": model, "queries": first, "documents": list(documents)}
+        rows = await self._pool("serving_scores", ScoreQueriesDocumentsRequest, body, options, request_id)
+        return [row["score"] for row in rows]
 
     async def classify(
-        self, model: str, texts: Sequence[str], options: Mapping[str, Any], request_id: str
+        self, model: str, texts: Sequence[str], options: Mapping[str, object], request_id: str
     ) -> list[list[float]]:
         """Class probabilities per text, shape [texts][classes].
 
@@ -825,13 +879,18 @@ class VLLMEngine:
         """
         from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
 
-        body = {"model": model, "input": list(texts)}
-        reply = await self._pool("serving_classification", ClassificationCompletionRequest, body, options, request_id)
-        return [row["probs"] for row in reply["data"]]
+        body: dict[str, object] = {"model": model, "input": list(texts)}
+        rows = await self._pool("serving_classification", ClassificationCompletionRequest, body, options, request_id)
+        return [row["probs"] for row in rows]
 
     async def _pool(
-        self, handler_name: str, request_type: Any, body: dict[str, Any], options: Mapping[str, Any], request_id: str
-    ) -> Any:
+        self,
+        handler_name: str,
+        request_type: type[BaseModel],
+        body: dict[str, object],
+        options: Mapping[str, object],
+        request_id: str,
+    ) -> list[_PooledRow]:
         handler = getattr(self.app.state, handler_name, None)
         if handler is None:
             raise InvalidRequest(f"this model has no such task; it has {', '.join(self._tasks)}", field="inputs")
@@ -841,10 +900,11 @@ class VLLMEngine:
             request = _validated(request_type, {**options, **body})
             response = await handler(request)
         except Exception as error:
-            raise self._translate(error, request_id, started=False) from error
-        return orjson.loads(response.body)
+            raise self.translate(error, request_id, started=False) from error
+        rows: list[_PooledRow] = orjson.loads(response.body)["data"]
+        return rows
 
-    def _translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
+    def translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
         """What an exception of vLLM's becomes for a client."""
         from pydantic import ValidationError
         from vllm.exceptions import (
@@ -884,7 +944,7 @@ class VLLMEngine:
         return InternalError(request_id)
 
 
-def _validated(model: Any, tree: dict[str, Any]) -> Any:
+def _validated(model: type[M], tree: dict[str, object]) -> M:
     """vLLM's model of a request.
 
     Raises:
@@ -899,7 +959,7 @@ def _validated(model: Any, tree: dict[str, Any]) -> Any:
         raise InvalidRequest(sentence, field=field) from None
 
 
-def _reject_unknown_options(options: Mapping[str, Any], known: set[str] | frozenset[str] = SAMPLING_OPTIONS) -> None:
+def _reject_unknown_options(options: Mapping[str, object], known: set[str] | frozenset[str] = SAMPLING_OPTIONS) -> None:
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -907,7 +967,7 @@ def _reject_unknown_options(options: Mapping[str, Any], known: set[str] | frozen
             raise InvalidRequest(f"unknown parameter {name!r}{hint}", field=name)
 
 
-def _raise_error_response(result: Any) -> None:
+def _raise_error_response(result: object) -> None:
     """Raise what vLLM returns as an ErrorResponse value."""
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -925,7 +985,7 @@ def _raise_error_response(result: Any) -> None:
 _LEAST_LOGPROB = -9999.0
 
 
-def _plain_logprobs(logprobs: Any) -> list[dict[str, dict[str, Any]]]:
+def _plain_logprobs(logprobs: Sequence[Mapping[int, Logprob]]) -> list[dict[str, dict[str, object]]]:
     """vLLM's logprobs as JSON-ready values, in the shape of Triton's vLLM backend."""
     return [
         {

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import yaml
 
@@ -78,7 +78,7 @@ def parse(content: bytes, path: object) -> list[Prompt]:
     return list(dict.fromkeys(_parse_row(row, f"{FLAG} {path}, entry {i + 1}") for i, row in enumerate(rows)))
 
 
-def _parse_row(row: Any, where: str) -> Prompt:
+def _parse_row(row: object, where: str) -> Prompt:
     if isinstance(row, str) and row.strip():
         return Prompt(None, (("system", row), ("user", _USER_TURN)))
     if not isinstance(row, dict):
@@ -103,7 +103,7 @@ def _parse_row(row: Any, where: str) -> Prompt:
     return Prompt(model, tuple(messages))
 
 
-def _parse_messages(rows: Any, where: str) -> list[tuple[str, str]]:
+def _parse_messages(rows: object, where: str) -> list[tuple[str, str]]:
     if not isinstance(rows, list):
         raise ConfigError(f"{where}: messages must be a list of {{role, content}}")
     found = []

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import grpc
@@ -36,6 +36,10 @@ from kserve_vllm.grpc_server.receive_buffer import WINDOW_BITS, Budget, ReceiveB
 from kserve_vllm.protocols.oip.grpc_enforcement import ADMITTED, Metadata, Screened
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+if TYPE_CHECKING:
+    # Of methods with whichever messages.
+    Handlers: TypeAlias = grpc.GenericRpcHandler[Any, Any]
 
 _TIMEOUT = re.compile(rb"^([0-9]{1,8})([HMSmun])$")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -78,7 +82,7 @@ class Services:
     max_message: int
     message_timeout_s: float = 60.0
     screen: Callable[[str, Metadata], Screened] = lambda path, metadata: ADMITTED
-    handlers: list[grpc.GenericRpcHandler[Any, Any]] = field(default_factory=list)
+    handlers: list[Handlers] = field(default_factory=list)
     connections: Connections = field(default_factory=Connections)
     shared: list[Connections] = field(default_factory=list)
     open_calls: set[Call] = field(default_factory=set)
@@ -139,23 +143,23 @@ class Services:
         for connection in list(self.connections):
             connection.abort()
 
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
+    def add_generic_rpc_handlers(self, handlers: Iterable[Handlers]) -> None:
         """As `grpc.aio.Server` has it."""
         self.handlers.extend(handlers)
 
-    def add_registered_method_handlers(self, name: str, handlers: Any) -> None:
+    def add_registered_method_handlers(self, name: str, handlers: object) -> None:
         """As `grpc.aio.Server` has it. Generated code calls both; one is enough."""
 
     def find(self, method: str, metadata: Metadata) -> Any:
         """The handler of a path, `/service/method`, or None."""
-        details = _Details(method, metadata)
+        details = _Details(method, tuple(metadata))
         return next((found for each in self.handlers if (found := each.service(details)) is not None), None)
 
 
 @dataclass
 class _Details(grpc.HandlerCallDetails):
     method: str
-    invocation_metadata: Any
+    invocation_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 class _Ended(Exception):
@@ -184,7 +188,7 @@ class Call:
         self._begun = False
         self._pending: deque[bytes | memoryview] = deque()
         self._room: asyncio.Future[None] | None = None
-        self._outbox: SendBuffer | None = None
+        self._outbox: SendBuffer[Any] | None = None
         self._trailers: Headers | None = None
         self._status: tuple[grpc.StatusCode, str, Metadata] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -204,19 +208,19 @@ class Call:
         """Send the headers of the answer now, with metadata among them."""
         self._begin(metadata)
 
-    async def write(self, message: Any) -> None:
+    async def write(self, message: object) -> None:
         """Send a message of a stream; waits while the client does not take what was sent before."""
         await self._wait_for_room()
         self.send(self._handler.response_serializer(message))
 
-    def outbox(self, take: Callable[[Any], list[bytes]]) -> SendBuffer:
+    def outbox(self, take: Callable[[T], list[bytes]]) -> SendBuffer[T]:
         """A queue for what is sent as soon as it can be.
 
         Args:
             take: the serialized messages of something that was put, asked for when they can be sent.
         """
-        self._outbox = SendBuffer(self, take)
-        return self._outbox
+        self._outbox = made = SendBuffer(self, take)
+        return made
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """End the call with an error."""
@@ -233,10 +237,10 @@ class Call:
         """The client has sent all."""
         self._inbox.feed_end()
 
-    def __aiter__(self) -> AsyncIterator[Any]:
+    def __aiter__(self) -> AsyncIterator[object]:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> object:
         try:
             message = await self._inbox.get()
         except Unreadable as error:
@@ -431,7 +435,7 @@ class Call:
 
     async def _handle(self) -> None:
         handler = self._handler
-        request: Any = self
+        request: object = self
         if not handler.request_streaming:
             try:
                 request = await anext(self)
@@ -477,7 +481,7 @@ class Call:
             self._stream.reset(ErrorCodes.CANCEL)
 
 
-class SendBuffer:
+class SendBuffer(Generic[T]):
     """Messages of a streamed call that are written from wherever they come up, while the client takes them.
 
     Args:
@@ -485,10 +489,10 @@ class SendBuffer:
         take: the serialized messages of something that was put, asked for when they can be sent.
     """
 
-    def __init__(self, call: Call, take: Callable[[Any], list[bytes]]) -> None:
+    def __init__(self, call: Call, take: Callable[[T], list[bytes]]) -> None:
         self._call = call
         self._take = take
-        self._items: deque[Any] = deque()
+        self._items: deque[T] = deque()
         self._draining = False
         self._empty: asyncio.Future[None] | None = None
 
@@ -497,7 +501,7 @@ class SendBuffer:
         """Whether anything waits to be sent."""
         return bool(self._items)
 
-    def put_nowait(self, item: Any) -> None:
+    def put_nowait(self, item: T) -> None:
         """Send what `item` holds, now or when the client takes it."""
         self._items.append(item)
         self.drain()

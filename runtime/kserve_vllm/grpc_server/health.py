@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _Answer = health_pb2.HealthCheckResponse
+if TYPE_CHECKING:
+    _Context: TypeAlias = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Tells whether services answer, to those who ask and to those who watch."""
 
     def __init__(self) -> None:
-        self._statuses: dict[str, Any] = {}
+        self._statuses: dict[str, health_pb2.HealthCheckResponse.ServingStatus] = {}
         self._watchers: set[asyncio.Event] = set()
 
     def set(self, names: Iterable[str], serving: bool) -> None:
@@ -30,14 +32,16 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         for changed in self._watchers:
             changed.set()
 
-    async def Check(self, request: Any, context: Any) -> Any:
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
         """The status of a service now."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
         return _Answer(status=status)
 
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: _Context
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status of a service now, and each time it is another one."""
         changed, last = asyncio.Event(), None
         self._watchers.add(changed)

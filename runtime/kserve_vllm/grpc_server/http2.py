@@ -13,8 +13,9 @@ import logging
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -60,10 +61,14 @@ MAX_KEYLESS_STREAMS = 100
 """Calls of one connection that are open at once and need no key: health, reflection."""
 _WRITE_BUFFER = 256 << 10
 _MOST_HELD = 32 << 10
-# Read in one go: as many as 270 new calls, at a third of a millisecond each.
-_READ = 4 << 10
-# What a connection may keep the event loop for until others have their turn, in seconds.
-_TURN_S = 0.02
+# Read in one go: as few bytes at first as 7 new calls have, at up to a millisecond each; more where it goes quickly.
+_FIRST_READ, _LEAST_READ, _MOST_READ = 128, 64, 4 << 10
+_QUICK_S, _SLOW_S = 0.001, 0.004
+# What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds.
+_TURN_S = 0.005
+# What of the loop's time connections get together that have shown no key: so much at once, and this share after that.
+# A refused call costs its client a tenth of what it costs us.
+_STRANGERS_S, _STRANGERS_SHARE = 0.1, 0.2
 _PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
 # streams of the connection.
@@ -289,6 +294,60 @@ class Connections(set["Connection"]):
         self._due: list[Connection] = []
         self._strangers: dict[Connection, None] = {}
         self._complained_at = -_COMPLAIN_EVERY_S
+        # That wait to be read on: those that have shown a key, and those that have not.
+        self._unread: tuple[deque[Connection], deque[Connection]] = (deque(), deque())
+        self._turn: asyncio.Handle | None = None
+        self._turn_ends = 0.0
+        self._strangers_left_s, self._strangers_at = _STRANGERS_S, 0.0
+        self._refill: asyncio.TimerHandle | None = None
+
+    def may_read(self, connection: Connection, now: float) -> bool:
+        """Whether this pass of the event loop has time for what one more connection sent."""
+        if connection in self._strangers and not self._may_strangers(now):
+            return False
+        if self._turn is None:
+            self._turn_ends = now + _TURN_S
+            self._turn = asyncio.get_running_loop().call_soon(self._read)
+        return not self._unread[0] and now <= self._turn_ends
+
+    def count(self, connection: Connection, read_s: float) -> None:
+        """Count the time that a connection took of the loop."""
+        if connection in self._strangers:
+            self._strangers_left_s -= read_s
+
+    def read_later(self, connection: Connection) -> None:
+        """Let this one read on in a later pass, when those before it have."""
+        self._unread[connection in self._strangers].append(connection)
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._read)
+
+    def _may_strangers(self, now: float) -> bool:
+        grown = self._strangers_left_s + (now - self._strangers_at) * _STRANGERS_SHARE
+        self._strangers_left_s, self._strangers_at = min(_STRANGERS_S, grown), now
+        return self._strangers_left_s > 0
+
+    def _read(self) -> None:
+        self._turn = None
+        known, strangers = self._unread
+        if not (known or strangers):
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._turn, self._turn_ends = loop.call_soon(self._read), now + _TURN_S
+        # One at the least, or nothing would ever be read.
+        while now <= self._turn_ends and (known or (strangers and self._may_strangers(now))):
+            (known or strangers).popleft().read_on()
+            now = loop.time()
+        if not known and not self._may_strangers(now):
+            self._turn.cancel()
+            self._turn = None
+            if self._refill is None:
+                self._refill = loop.call_later(_TURN_S, self._refilled)
+
+    def _refilled(self) -> None:
+        self._refill = None
+        if self._turn is None:
+            self._read()
 
     def enter(self, connection: Connection) -> None:
         """A client has connected. Over `MAX_CONNECTIONS` one has to go that has shown no key, the oldest first."""
@@ -314,6 +373,9 @@ class Connections(set["Connection"]):
         """A client is gone."""
         self.discard(connection)
         self._strangers.pop(connection, None)
+        for waiting in self._unread:
+            if connection in waiting:
+                waiting.remove(connection)
 
     def write_soon(self, connection: Connection) -> None:
         """Let this one write what it holds when the pass is over."""
@@ -363,7 +425,8 @@ class Connection(asyncio.Protocol):
         )
         self._unread = b""
         self._header_timer: asyncio.TimerHandle | None = None
-        self._reading: asyncio.Handle | None = None
+        self._read_size = _FIRST_READ
+        self._waits = False
         self.keyless = 0
         """Calls that are open and need no key."""
         self.state = _State(
@@ -409,34 +472,47 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: what the client sent."""
-        if self._reading is not None:
+        if self._unread:
             self._unread += data
-        elif len(data) <= _READ:
-            self._read(data)
+            return
+        self._unread = data
+        if self._connections.may_read(self, self._loop.time()):
+            self.read_on()
         else:
-            self._unread = data
-            self._read_on()
+            self._read_later()
 
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
         """Read what has come, in parts, for h2 reads all of one before we see what is in it.
 
-        A client that fills its parts with small frames does not hold up others: they have their turn in between, and
-        nothing more is read from it until then.
+        A client that fills its parts with small frames does not hold up others, nor do many that each send a few: all
+        of them share what a pass of the event loop has for it, and nothing more is read from who waits.
         """
-        self._reading = None
-        data, at = self._unread, 0
-        until = self._loop.time() + _TURN_S
-        while at < len(data) and not self.broken:
-            if at and self._loop.time() > until:
-                self._unread = data[at:]
-                self._reading = self._loop.call_soon(self._read_on)
-                self.transport.pause_reading()
+        data, at, now = self._unread, 0, self._loop.time()
+        while at < len(data):
+            self._read(data[at : at + self._read_size])
+            if self.broken:
                 return
-            self._read(data[at : at + _READ])
-            at += _READ
+            at += self._read_size
+            began, now = now, self._loop.time()
+            self._connections.count(self, now - began)
+            if now - began > _SLOW_S:
+                self._read_size = max(self._read_size // 2, _LEAST_READ)
+            elif now - began < _QUICK_S:
+                self._read_size = min(self._read_size * 2, _MOST_READ)
+            if at < len(data) and not self._connections.may_read(self, now):
+                self._unread = data[at:]
+                self._read_later()
+                return
         self._unread = b""
-        if self.writable and not self.broken:
-            self.transport.resume_reading()
+        if self._waits:
+            self._waits = False
+            if self.writable:
+                self.transport.resume_reading()
+
+    def _read_later(self) -> None:
+        self._waits = True
+        self.transport.pause_reading()
+        self._connections.read_later(self)
 
     def _read(self, data: bytes) -> None:
         try:
@@ -478,7 +554,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """asyncio's: the socket takes more again."""
         self.writable = True
-        if self._reading is None:
+        if not self._waits:
             self.transport.resume_reading()
         self._pump_all()
 
@@ -576,9 +652,6 @@ class Connection(asyncio.Protocol):
     def _break(self) -> None:
         self.broken = True
         self._unread = b""
-        if self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
         exchanges, self._exchanges = self._exchanges, {}
         for stream, exchange in exchanges.values():
             stream.open = False
@@ -699,5 +772,14 @@ def _farewell(_: Frame) -> tuple[list[Frame], list[Event]]:
     return [], [ConnectionTerminated()]
 
 
-def _number(event: Any) -> int:
-    return int(event.stream_id)
+class _OfAStream(Protocol):
+    """An event of h2 that is about one stream."""
+
+    @property
+    def stream_id(self) -> int | None:
+        """Its number."""
+
+
+def _number(event: _OfAStream) -> int:
+    assert event.stream_id is not None
+    return event.stream_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import cast
 
 import grpc
 from h2.config import H2Configuration
@@ -59,7 +59,7 @@ class _Wire(asyncio.Transport):
         self.closed = False
         self.paused = False
 
-    def write(self, data: Any) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.sent += data
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
@@ -192,15 +192,15 @@ class _Check:
         _require(not self._wire.closed, "the connection is closed")
 
 
-def _handlers() -> grpc.GenericRpcHandler[Any, Any]:
-    async def echo(request: bytes, context: Any) -> bytes:
+def _handlers() -> grpc.GenericRpcHandler[bytes, bytes]:
+    async def echo(request: bytes, context: object) -> bytes:
         return request
 
-    async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def stream(request: bytes, context: object) -> AsyncIterator[bytes]:
         for i in range(int(request)):
             yield b"%d" % i
 
-    async def wait(request: bytes, context: Any) -> bytes:
+    async def wait(request: bytes, context: object) -> bytes:
         await asyncio.sleep(_LIMIT_S)
         return b""
 

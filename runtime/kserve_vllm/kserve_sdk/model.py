@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 import kserve
 from kserve import ModelRepository
@@ -49,10 +48,10 @@ class VLLMModel(kserve.Model):  # type: ignore[misc]
 
     async def predict(
         self,
-        payload: InferRequest | Mapping[str, Any],
+        payload: InferRequest | Mapping[str, object],
         headers: Mapping[str, str] | None = None,
         response_headers: dict[str, str] | None = None,
-    ) -> InferResponse | dict[str, Any]:
+    ) -> InferResponse | dict[str, object]:
         """Answer a V2 request, or a V1 request given as a mapping.
 
         Raises:
@@ -64,11 +63,11 @@ class VLLMModel(kserve.Model):  # type: ignore[misc]
             return await self._text.infer(payload, request_id, trace_headers(given))
         return await self._instances.predict(self.name, payload, request_id, trace_headers(given))
 
-    def get_input_types(self) -> list[dict[str, Any]]:
+    def get_input_types(self) -> list[dict[str, object]]:
         """Input tensors, for the model's metadata."""
         return self._text.inputs()
 
-    def get_output_types(self) -> list[dict[str, Any]]:
+    def get_output_types(self) -> list[dict[str, object]]:
         """Output tensors, for the model's metadata."""
         return self._text.outputs()
 
@@ -171,7 +170,7 @@ class EngineDataPlane(DataPlane):  # type: ignore[misc]
         self._lifecycle = lifecycle
         self._version = version
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """Name, version and extensions of the server."""
         return {
             "name": "kserve-vllm",
@@ -205,14 +204,14 @@ class EngineDataPlane(DataPlane):  # type: ignore[misc]
             raise NotFound(f"no model named {model_name!r}", field="model_name")
         return await model.healthy()
 
-    async def model_metadata(self, model_name: str) -> dict[str, Any]:
+    async def model_metadata(self, model_name: str) -> dict[str, object]:
         """Platform, versions, inputs and outputs of a model.
 
         Raises:
             NotFound: no such model.
         """
         await self.model_ready(model_name)
-        body: dict[str, Any] = await super().model_metadata(model_name)
+        body: dict[str, object] = await super().model_metadata(model_name)
         return {**body, "versions": [v2.VERSION], "platform": v2.PLATFORM}
 
     async def get_model(self, name: str) -> VLLMModel:

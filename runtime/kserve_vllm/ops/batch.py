@@ -24,6 +24,9 @@ import httpx
 
 from kserve_vllm.core.errors import ConfigError
 
+Line = dict[str, Any]
+"""A request of a batch that was checked, or its answer, as it stands in a line of a file."""
+
 OK, SOME_FAILED, NO_SERVER = 0, 1, 3
 _AGAIN = (408, 429, 502, 503, 504)
 _PAUSE_MAX_S = 30.0
@@ -159,7 +162,7 @@ def check(source: Path) -> set[str]:
     return seen
 
 
-def _fault(line: Any, seen: set[str]) -> str | None:
+def _fault(line: object, seen: set[str]) -> str | None:
     if not isinstance(line, dict):
         return "no JSON object"
     custom_id, url = line.get("custom_id"), line.get("url")
@@ -301,7 +304,7 @@ class _Work:
         self._before = len(done)
         self._failed = sum(not good for good in done.values())
         self._began = self._heard_at = time.monotonic()
-        self._answers: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[Line | None] = asyncio.Queue()
 
     async def run(self, source: Path) -> int:
         """Answer all; an exit code."""
@@ -334,13 +337,13 @@ class _Work:
                 self._tell(last=True)
         return OK
 
-    async def _send(self, http: httpx.AsyncClient, lines: Iterator[Any]) -> None:
+    async def _send(self, http: httpx.AsyncClient, lines: Iterator[Line]) -> None:
         """Send one request after another."""
         for line in lines:
             if line["custom_id"] not in self._done:
                 self._answers.put_nowait(await self._ask(http, line))
 
-    async def _ask(self, http: httpx.AsyncClient, line: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, http: httpx.AsyncClient, line: Line) -> Line:
         request_id, pause = f"batch_req_{uuid.uuid4().hex}", 0.5
         while True:
             try:
@@ -386,7 +389,7 @@ class _Work:
             if None in answers:
                 return
 
-    def _keep(self, answers: list[dict[str, Any]]) -> None:
+    def _keep(self, answers: list[Line]) -> None:
         self._file.write(b"".join(json.dumps(each).encode() + b"\n" for each in answers))
         self._file.flush()
         os.fsync(self._file.fileno())

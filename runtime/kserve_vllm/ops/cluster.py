@@ -243,7 +243,7 @@ class Cluster:
         return status, text
 
 
-def _words(body: Any) -> str:
+def _words(body: object) -> str:
     if isinstance(body, bytes):
         body = body.decode(errors="replace")
     return str(body) if body else ""

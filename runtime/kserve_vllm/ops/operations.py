@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 # 128 and SIGPIPE.
 _NO_READER = 141
@@ -26,7 +25,7 @@ COMMANDS = {
 }
 
 
-def register(commands: argparse._SubParsersAction[Any]) -> None:
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Name the commands in the help of `kserve-vllm`."""
     for name, (text, _) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)

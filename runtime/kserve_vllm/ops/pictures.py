@@ -11,6 +11,8 @@ from kserve_vllm.ops.model.hardware import Prices
 from kserve_vllm.ops.planner import Option
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from kserve_vllm.ops.bench.result import SLO, Row
     from kserve_vllm.ops.simulate import Report
 
@@ -56,7 +58,7 @@ def draw_plan(path: Path, picks: Sequence[Option], prices: Prices) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=130, bbox_inches="tight")
     except (OSError, ValueError) as error:

@@ -86,7 +86,7 @@ class Scenario:
     step: steptime.StepTime
     replica: ReplicaSettings
     cold: ColdStart
-    scaler: Mapping[str, Any]
+    scaler: Mapping[str, object]
     initial: int
     routing: str
     drain_s: float
@@ -126,7 +126,7 @@ class Report:
     least_gpu_hours: float
     took_s: float
 
-    def machine(self) -> dict[str, Any]:
+    def machine(self) -> dict[str, object]:
         """For JSON."""
         own = self.scenario
         return {
@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
 # ---- reading
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -238,17 +238,17 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _change(word: str) -> tuple[list[str], Any]:
+def _change(word: str) -> tuple[list[str], object]:
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise ConfigError(f"{word!r}: write PATH=VALUE, such as scaler.target=32")
     return name.split("."), yaml.safe_load(value)
 
 
-def _changed(tree: dict[str, Any], changes: Sequence[tuple[Sequence[str], Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+def _changed(tree: dict[str, object], changes: Sequence[tuple[Sequence[str], object]]) -> dict[str, object]:
+    found: dict[str, object] = json.loads(json.dumps(tree, default=str))
     for path, value in changes:
-        at = found
+        at: Any = found
         for part in path[:-1]:
             at = at.setdefault(part, {})
             if not isinstance(at, dict):
@@ -260,7 +260,7 @@ def _changed(tree: dict[str, Any], changes: Sequence[tuple[Sequence[str], Any]])
 class _Part:
     """A part of a scenario that knows which of its fields were read."""
 
-    def __init__(self, content: Any, name: str) -> None:
+    def __init__(self, content: object, name: str) -> None:
         if content is None:
             content = {}
         if not isinstance(content, Mapping):
@@ -294,7 +294,7 @@ class _Part:
             )
 
 
-def scenario_of(tree: Mapping[str, Any], name: str, folder: Path = Path()) -> Scenario:
+def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) -> Scenario:
     """Read a scenario.
 
     Args:
@@ -554,7 +554,7 @@ def least_gpu_hours(scenario: Scenario) -> float:
 
 
 def _search(
-    args: argparse.Namespace, base: dict[str, Any], changes: Sequence[tuple[list[str], Any]], quiet: bool
+    args: argparse.Namespace, base: dict[str, object], changes: Sequence[tuple[list[str], object]], quiet: bool
 ) -> list[Report]:
     axes = []
     for word in args.search:

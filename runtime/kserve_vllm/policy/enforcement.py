@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.errors import EngineGone, Forbidden, InvalidRequest, RateLimited, Unavailable
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.core.types import Priority, Work
-from kserve_vllm.policy.priority_queue import PriorityQueue
+from kserve_vllm.policy.priority_queue import PriorityQueue, Slot
 from kserve_vllm.policy.quotas.limiter import Limits, Quota
 from kserve_vllm.policy.tenants import Caller, Tenants
 
@@ -159,7 +159,7 @@ class Enforcement:
         *,
         check: Callable[[], None] | None = None,
         body: Callable[[], Awaitable[None]] | None = None,
-        waiting: Callable[[Awaitable[Any]], Awaitable[Any]] | None = None,
+        waiting: Callable[[Awaitable[Slot]], Awaitable[Slot]] | None = None,
         moderate: Callable[[], Awaitable[None]] | None = None,
         owner: tuple[str, str | None] | None = None,
     ) -> AsyncIterator[Caller]:
@@ -261,7 +261,7 @@ class Enforcement:
         context: RequestContext,
         caller: Caller,
         wanted: str | None = None,
-        waiting: Callable[[Awaitable[Any]], Awaitable[Any]] | None = None,
+        waiting: Callable[[Awaitable[Slot]], Awaitable[Slot]] | None = None,
     ) -> None:
         """Pass the limits and the queue. Whatever is taken is given back when the request context closes.
 

@@ -20,7 +20,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TypedDict
 
 from kserve_vllm.core.errors import ConfigError, QueueTimeout, RateLimited, RequestError, Unavailable
 from kserve_vllm.core.types import Priority
@@ -52,6 +52,34 @@ def class_values(items: Iterable[str], setting: str) -> dict[Priority, float]:
             names = ", ".join(p.name.lower() for p in Priority)
             raise ConfigError(f"{setting}: {item!r} is not CLASS=NUMBER, with a class of {names}.") from None
     return found
+
+
+class ClassStats(TypedDict):
+    """What an operator is told of one class: numbers of requests, and seconds; None: not known yet."""
+
+    in_use: int
+    slots: int
+    waiting: int
+    queue_size: int
+    oldest_wait_s: float
+    estimated_wait_s: float | None
+
+
+class QueueStats(TypedDict):
+    """What an operator is told of the whole queue: numbers of requests, seconds, and totals since the start."""
+
+    slots: int
+    in_use: int
+    waiting: int
+    queue_size: int
+    timeout_s: float | None
+    mean_held_s: float | None
+    classes: dict[str, ClassStats]
+    granted: int
+    refused: int
+    evicted: int
+    timed_out: int
+    gone: int
 
 
 class Slot:
@@ -209,10 +237,10 @@ class PriorityQueue:
         own = len(self._lines[index])
         return self._held_s * max((ahead + 1) / self._slots, (own + 1) / self._caps[index])
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> QueueStats:
         """What an operator asks for: numbers of requests, seconds, and totals since the start."""
         now = self._clock()
-        classes = {}
+        classes: dict[str, ClassStats] = {}
         for priority in Priority:
             line = self._lines[priority]
             wait = self.estimated_wait_s(priority)

@@ -24,12 +24,12 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -150,6 +150,10 @@ ANYONE = Caller()
 """The caller where no keys are asked for."""
 
 
+_Known: TypeAlias = tuple[str, Caller, float | None]
+"""A key's digest, whose it is, and when it expires, in seconds of the wall clock; None: never."""
+
+
 def digest(key: str) -> str:
     """SHA-256 of a key, as 64 hexadecimal digits."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
@@ -166,7 +170,7 @@ def parse(text: str, source: str) -> KeyFile:
     Raises:
         ConfigError: it is not YAML or JSON, or not such a file. No value that stands in it is repeated.
     """
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         tree = json.loads(text) if text.lstrip().startswith("{") else yaml.load(text, Loader=loader)  # noqa: S506
     except (ValueError, yaml.YAMLError) as error:
@@ -200,8 +204,8 @@ class Tenants:
     def __init__(self, path: str | None = None, plain: Iterable[str] = ()) -> None:
         self._path = path
         self._plain = {each: (each, Caller(key_id="api-key"), None) for each in map(digest, plain)}
-        self._callers: dict[str, tuple[str, Caller, float | None]] = {}
-        self._named: tuple[Any, dict[str | None, tuple[Caller, float | None]]] | None = None
+        self._callers: dict[str, _Known] = {}
+        self._named: tuple[dict[str, _Known], dict[str | None, tuple[Caller, float | None]]] | None = None
         self._stamp: tuple[int, ...] | None = None
         self.failures = 0
         """How often a changed file could not be used."""
@@ -296,23 +300,16 @@ def _read(path: str) -> str:
         raise ConfigError(f"--keys-file {path} can't be read: {error}") from None
 
 
-def _callers(file: KeyFile) -> dict[str, tuple[str, Caller, float | None]]:
-    """Digest of each key to itself, whose it is, and when it expires, in seconds of the wall clock."""
-    tenants: dict[str, Mapping[str, Any]] = {}
-    found: dict[str, tuple[str, Caller, float | None]] = {}
+def _callers(file: KeyFile) -> dict[str, _Known]:
+    """By each key's digest."""
+    tenants: dict[str, Caller] = {}
+    found: dict[str, _Known] = {}
     for key in file.keys:
         if key.tenant not in tenants:
-            tenants[key.tenant] = _of_tenant(file, file.tenants.get(key.tenant, Tenant()))
-        shared = dict(tenants[key.tenant])
-        models = shared.pop("models")
-        caller = Caller(
-            tenant=key.tenant,
-            key_id=key.id,
-            admin=key.admin,
-            models=tuple(tuple(patterns) for patterns in (models, key.models) if patterns is not None),
-            key_limits=key.limits,
-            **shared,
-        )
+            tenants[key.tenant] = _of_tenant(file, key.tenant)
+        shared = tenants[key.tenant]
+        own = () if key.models is None else (tuple(key.models),)
+        caller = replace(shared, key_id=key.id, admin=key.admin, models=(*shared.models, *own), key_limits=key.limits)
         expires = key.expires
         if expires is not None and expires.tzinfo is None:
             expires = expires.replace(tzinfo=UTC)
@@ -320,13 +317,17 @@ def _callers(file: KeyFile) -> dict[str, tuple[str, Caller, float | None]]:
     return found
 
 
-def _of_tenant(file: KeyFile, tenant: Tenant) -> dict[str, Any]:
+def _of_tenant(file: KeyFile, name: str) -> Caller:
+    """What all keys of a tenant are allowed."""
+    tenant = file.tenants.get(name, Tenant())
     tier = file.tiers[tenant.tier] if tenant.tier is not None else Tier()
     priority = tenant.priority or tier.priority
     choose = tenant.may_choose_priority if tenant.may_choose_priority is not None else tier.may_choose_priority
-    return {
-        "priority": Priority[priority.upper()] if priority else None,
-        "may_choose_priority": bool(choose),
-        "models": tenant.models if tenant.models is not None else tier.models,
-        "tenant_limits": tenant.limits.over(tier.limits),
-    }
+    models = tenant.models if tenant.models is not None else tier.models
+    return Caller(
+        tenant=name,
+        priority=Priority[priority.upper()] if priority else None,
+        may_choose_priority=bool(choose),
+        models=() if models is None else (tuple(models),),
+        tenant_limits=tenant.limits.over(tier.limits),
+    )

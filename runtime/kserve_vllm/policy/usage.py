@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import orjson
 import structlog
@@ -224,7 +224,9 @@ class Usage:
     def __init__(
         self, sink: str, on_count: Callable[[Count, int], None] = _nobody, buffer_bytes: int = BUFFER_BYTES
     ) -> None:
-        self._to_log: Any = structlog.stdlib.get_logger("kserve_vllm.usage") if sink == "log" else None
+        self._to_log: structlog.stdlib.BoundLogger | None = (
+            structlog.stdlib.get_logger("kserve_vllm.usage") if sink == "log" else None
+        )
         self._sink = None if sink == "log" else _open_sink(sink)
         self._on_count = on_count
         self._most = buffer_bytes

@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import orjson
 
@@ -32,10 +31,10 @@ class Event:
         binary: whether they stood in headers.
     """
 
-    attributes: Mapping[str, Any]
+    attributes: Mapping[str, object]
     binary: bool
 
-    def answer(self, model: str, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    def answer(self, model: str, body: Mapping[str, object]) -> tuple[bytes, dict[str, str]]:
         """Body and headers of the answer, which is an event of the same mode."""
         from kserve.utils.utils import create_response_cloudevent
 
@@ -86,7 +85,7 @@ def _structured(body: bytes) -> tuple[bytes, Event]:
         raise InvalidRequest("data_base64 is not base64", field="data_base64") from None
 
 
-def _check(attributes: Mapping[str, Any]) -> None:
+def _check(attributes: Mapping[str, object]) -> None:
     for name in _REQUIRED:
         if not isinstance(attributes.get(name), str) or not attributes[name]:
             raise InvalidRequest(f"the event's attribute {name} is missing", field=name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import orjson
 
@@ -104,7 +103,7 @@ def error_body(path: str, error: RequestError, request_id: str | None = None) ->
         error: what to answer.
         request_id: shown to Anthropic's clients, whose envelope has a field for it.
     """
-    tree: dict[str, Any]
+    tree: dict[str, object]
     if is_kserve_path(path):
         tree = {"error": error.message}
     elif is_anthropic_path(path):

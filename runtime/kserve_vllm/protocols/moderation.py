@@ -36,12 +36,14 @@ import json
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from kserve_vllm.core.errors import InvalidRequest, Refused
 from kserve_vllm.core.request_context import current
-from kserve_vllm.core.types import ModelInfo, TextJob
+from kserve_vllm.core.types import ModelInfo, Piece, TextJob
+from kserve_vllm.protocols.text_engine import TextEngine
 
+T = TypeVar("T")
 Location = tuple[str | int, ...]
 """Keys and indices from the top of a body to a text. A field's own name is marked by a last element `key`."""
 
@@ -94,17 +96,17 @@ class Hooks(Protocol):
     media: frozenset[str]
     """What the model takes beside text: `image`, `audio`, `video`."""
 
-    def looks_at(self, where: Any, tenant: str) -> bool:
+    def looks_at(self, where: Literal["prompt", "answer"], tenant: str) -> bool:
         """Whether any hook looks at prompts, or answers, of a tenant."""
 
-    def reads(self, where: Any) -> bool:
+    def reads(self, where: Literal["prompt", "answer"]) -> bool:
         """Whether any hook looks at prompts, or answers, of anyone."""
 
     async def prompt(self, texts: list[str], tenant: str) -> list[str]:
         """The texts as the model may see them; the same list where nothing was changed."""
 
 
-def texts_of(path: str, body: Any, media: frozenset[str] = frozenset()) -> list[tuple[Location, str]]:
+def texts_of(path: str, body: object, media: frozenset[str] = frozenset()) -> list[tuple[Location, str]]:
     """All texts of a request body, in the order in which `replace_texts` takes them.
 
     Args:
@@ -132,15 +134,16 @@ def texts_of(path: str, body: Any, media: frozenset[str] = frozenset()) -> list[
     return found
 
 
-def replace_texts(path: str, body: Any, texts: Sequence[str], media: frozenset[str] = frozenset()) -> Any:
+def replace_texts(path: str, body: T, texts: Sequence[str], media: frozenset[str] = frozenset()) -> T:
     """The body with its texts replaced, in the order of `texts_of`; the body itself is left alone."""
     if path.rstrip("/") in _EXEMPT:
         return body
     rest = iter(texts)
-    return _rebuild(body, (), lambda location, text: next(rest), _media_in(body, media))
+    # A tree of the same form: texts become texts.
+    return cast(T, _rebuild(body, (), lambda location, text: next(rest), _media_in(body, media)))
 
 
-async def moderate_tree(path: str, body: Any, moderation: Hooks, tenant: str) -> Any:
+async def moderate_tree(path: str, body: T, moderation: Hooks, tenant: str) -> T:
     """A parsed body as the model may see it; the same object where nothing was changed.
 
     Raises:
@@ -186,7 +189,7 @@ async def moderate_job(job: TextJob, moderation: Hooks, tenant: str) -> TextJob:
         InvalidRequest: its prompt is given as token ids.
         Refused, Unavailable: as `Moderation.prompt`.
     """
-    body = dict(job.options)
+    body: dict[str, Any] = dict(job.options)
     if job.prompt is not None:
         body["prompt"] = job.prompt if isinstance(job.prompt, str) else list(job.prompt)
     if job.messages is not None:
@@ -202,9 +205,7 @@ async def moderate_job(job: TextJob, moderation: Hooks, tenant: str) -> TextJob:
     )
 
 
-async def moderate_texts(
-    texts: Sequence[str] | Sequence[Sequence[int]], moderation: Hooks, tenant: str
-) -> Sequence[str] | Sequence[Sequence[int]]:
+async def moderate_texts(texts: Sequence[str], moderation: Hooks, tenant: str) -> Sequence[str]:
     """Inputs of `embed`, `score` or `classify` as the model may see them; the same object where nothing was changed.
 
     Raises:
@@ -213,7 +214,7 @@ async def moderate_texts(
     """
     body = {"input": list(texts)}
     passed = await moderate_tree("", body, moderation, tenant)
-    return texts if passed is body else passed["input"]  # type: ignore[no-any-return]
+    return texts if passed is body else passed["input"]
 
 
 def check_content_type(content_type: str | None) -> None:
@@ -265,24 +266,24 @@ class ModeratedEngine:
         moderation: looks at the texts.
     """
 
-    def __init__(self, engine: Any, moderation: Hooks) -> None:
+    def __init__(self, engine: TextEngine, moderation: Hooks) -> None:
         self._engine = engine
         self._moderation = moderation
 
     @property
     def generates(self) -> bool:
         """Whether the model continues text."""
-        return bool(self._engine.generates)
+        return self._engine.generates
 
     @property
     def embeds(self) -> bool:
         """Whether the model gives embeddings."""
-        return bool(self._engine.embeds)
+        return self._engine.embeds
 
     @property
     def classifies(self) -> bool:
         """Whether the model gives class probabilities, or scores of text pairs."""
-        return bool(self._engine.classifies)
+        return self._engine.classifies
 
     @property
     def shows_logprobs(self) -> bool:
@@ -292,19 +293,23 @@ class ModeratedEngine:
     @property
     def prioritizes(self) -> bool:
         """Whether requests are scheduled by their priority."""
-        return bool(self._engine.prioritizes)
+        return self._engine.prioritizes
 
     @property
     def special_tokens(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens, which stand for no text."""
-        return frozenset(self._engine.special_tokens)
+        return self._engine.special_tokens
+
+    @property
+    def names(self) -> list[str]:
+        """Served names of the base model; as the engine's."""
+        return self._engine.names
 
     def find(self, name: str) -> ModelInfo | None:
         """What is served under a name; as the engine's."""
-        found: ModelInfo | None = self._engine.find(name)
-        return found
+        return self._engine.find(name)
 
-    async def generate(self, job: TextJob) -> AsyncGenerator[Any, None]:
+    async def generate(self, job: TextJob) -> AsyncGenerator[Piece, None]:
         """Continue one prompt; as the engine's."""
         tenant = _tenant()
         if self._moderation.looks_at("answer", tenant) and job.prompt is not None and not isinstance(job.prompt, str):
@@ -314,17 +319,28 @@ class ModeratedEngine:
             async for piece in pieces:
                 yield piece
 
-    async def embed(self, model: str, texts: Any, options: Mapping[str, Any], request_id: str) -> Any:
+    async def embed(
+        self, model: str, texts: Sequence[str], options: Mapping[str, object], request_id: str
+    ) -> list[list[float]]:
         """Embeddings of texts; as the engine's."""
         passed = await moderate_texts(texts, self._moderation, _tenant())
         return await self._engine.embed(model, passed, options, request_id)
 
-    async def classify(self, model: str, texts: Any, options: Mapping[str, Any], request_id: str) -> Any:
+    async def classify(
+        self, model: str, texts: Sequence[str], options: Mapping[str, object], request_id: str
+    ) -> list[list[float]]:
         """Class probabilities of texts; as the engine's."""
         passed = await moderate_texts(texts, self._moderation, _tenant())
         return await self._engine.classify(model, passed, options, request_id)
 
-    async def score(self, model: str, queries: Any, documents: Any, options: Mapping[str, Any], request_id: str) -> Any:
+    async def score(
+        self,
+        model: str,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        options: Mapping[str, object],
+        request_id: str,
+    ) -> list[float]:
         """Scores of pairs; as the engine's."""
         first = await moderate_texts(queries, self._moderation, _tenant())
         second = await moderate_texts(documents, self._moderation, _tenant())
@@ -337,8 +353,8 @@ def _tenant() -> str:
 
 
 def _rebuild(
-    tree: Any, at: Location, visit: Callable[[Location, str], str], apart: frozenset[Location] = frozenset()
-) -> Any:
+    tree: object, at: Location, visit: Callable[[Location, str], str], apart: frozenset[Location] = frozenset()
+) -> object:
     """The tree with `visit` called on each text that is not `apart`; branches without a change are the same objects."""
     if isinstance(tree, str):
         if not tree or tree in _WORDS or at in apart:
@@ -360,9 +376,9 @@ def _rebuild(
 
 
 def _rebuild_object(
-    tree: Mapping[str, Any], at: Location, visit: Callable[[Location, str], str], apart: frozenset[Location]
-) -> Any:
-    new: dict[str, Any] = {}
+    tree: Mapping[str, object], at: Location, visit: Callable[[Location, str], str], apart: frozenset[Location]
+) -> object:
+    new: dict[str, object] = {}
     same = True
     for key, value in tree.items():
         name = key
@@ -372,7 +388,7 @@ def _rebuild_object(
         elif key in _APART:
             new[key] = value
             continue
-        inner: Any = _decoded(value) if key == "arguments" and isinstance(value, str) else None
+        inner = _decoded(value) if key == "arguments" and isinstance(value, str) else None
         if inner is not None:
             changed = _rebuild(inner, (*at, key), visit)
             passed = value if changed is inner else json.dumps(changed, ensure_ascii=False)
@@ -383,7 +399,7 @@ def _rebuild_object(
     return tree if same else new
 
 
-def _decoded(text: str) -> Any:
+def _decoded(text: str) -> object:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
@@ -400,7 +416,7 @@ def _number(value: int | float) -> str:
         return ""
 
 
-def _media_in(body: Any, media: frozenset[str]) -> frozenset[Location]:
+def _media_in(body: object, media: frozenset[str]) -> frozenset[Location]:
     """Where in a body there are media that the model takes: in parts of messages, and nowhere else."""
     if not media or not isinstance(body, Mapping):
         return frozenset()
@@ -415,11 +431,11 @@ def _media_in(body: Any, media: frozenset[str]) -> frozenset[Location]:
     return frozenset(found)
 
 
-def _items(value: Any, at: Location) -> Iterator[tuple[Location, Any]]:
+def _items(value: object, at: Location) -> Iterator[tuple[Location, object]]:
     return (((*at, index), item) for index, item in enumerate(value if isinstance(value, list | tuple) else ()))
 
 
-def _media_of(part: Any, at: Location, media: frozenset[str]) -> Iterator[Location]:
+def _media_of(part: object, at: Location, media: frozenset[str]) -> Iterator[Location]:
     """Where a part holds a medium that the model takes."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     medium, places = _PARTS.get(kind, ("", ())) if isinstance(kind, str) else ("", ())
@@ -444,7 +460,7 @@ def _is_medium(text: str, medium: str, bare: bool) -> bool:
     return _BASE64.issuperset(text)
 
 
-def _check_size(body: Any) -> None:
+def _check_size(body: object) -> None:
     """Refuse a body of so many values that a walk over it would hold up all other requests."""
     trees, count = [body], 0
     while trees:
@@ -458,7 +474,7 @@ def _check_size(body: Any) -> None:
             trees.extend(tree.values() if isinstance(tree, Mapping) else tree)
 
 
-def _check_readable(body: Any) -> None:
+def _check_readable(body: object) -> None:
     if not isinstance(body, Mapping):
         return
     for field in _TOKENS:
@@ -476,13 +492,13 @@ def _check_readable(body: Any) -> None:
         )
 
 
-def _holds_numbers(value: Any, depth: int = 0) -> bool:
+def _holds_numbers(value: object, depth: int = 0) -> bool:
     if isinstance(value, list | tuple):
         return depth < 4 and any(isinstance(item, int | float) or _holds_numbers(item, depth + 1) for item in value)
     return False
 
 
-def _embeds(value: Any) -> bool:
+def _embeds(value: object) -> bool:
     """Whether a conversation, or several, holds a part of the type `prompt_embeds`."""
     if isinstance(value, Mapping):
         return value.get("type") == "prompt_embeds" or _embeds(value.get("content"))

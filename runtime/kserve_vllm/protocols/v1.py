@@ -8,12 +8,11 @@ object. Embedding and classification models take strings and answer with lists o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kserve_vllm.core.errors import InvalidRequest
 from kserve_vllm.core.types import Piece, TextJob
-from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.protocols.oip.text import collect_all
+from kserve_vllm.protocols.text_engine import TextEngine
 
 
 class V1Text:
@@ -24,13 +23,13 @@ class V1Text:
         max_batch: most instances in one request.
     """
 
-    def __init__(self, engine: VLLMEngine, max_batch: int) -> None:
+    def __init__(self, engine: TextEngine, max_batch: int) -> None:
         self._engine = engine
         self._max_batch = max_batch
 
     async def predict(
-        self, model: str, payload: Mapping[str, Any], request_id: str, trace: Mapping[str, str] | None
-    ) -> dict[str, Any]:
+        self, model: str, payload: Mapping[str, object], request_id: str, trace: Mapping[str, str] | None
+    ) -> dict[str, object]:
         """Answer a V1 request.
 
         Raises:
@@ -57,19 +56,20 @@ class V1Text:
         return {"predictions": [_answer(instance, pieces) for instance, pieces in zip(instances, results, strict=True)]}
 
     async def _pool(
-        self, model: str, instances: Sequence[Any], parameters: dict[str, Any], request_id: str
+        self, model: str, instances: Sequence[object], parameters: dict[str, object], request_id: str
     ) -> list[list[float]]:
-        if not all(isinstance(instance, str) for instance in instances):
+        texts = [instance for instance in instances if isinstance(instance, str)]
+        if len(texts) < len(instances):
             raise InvalidRequest("instances must be strings for this model", field="instances")
         if self._engine.embeds:
-            return await self._engine.embed(model, instances, parameters, request_id)
-        return await self._engine.classify(model, instances, parameters, request_id)
+            return await self._engine.embed(model, texts, parameters, request_id)
+        return await self._engine.classify(model, texts, parameters, request_id)
 
 
 def _job(
     model: str,
-    instance: Any,
-    parameters: Mapping[str, Any],
+    instance: object,
+    parameters: Mapping[str, object],
     request_id: str,
     trace: Mapping[str, str] | None,
     where: str,
@@ -90,11 +90,11 @@ def _job(
     return TextJob(model, request_id, prompt, messages, options | _renamed(own), trace_headers=trace)
 
 
-def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+def _renamed(options: Mapping[str, object]) -> dict[str, object]:
     return {"max_tokens" if k == "max_completion_tokens" else k: v for k, v in options.items()}
 
 
-def _answer(instance: Any, pieces: Sequence[Piece]) -> Any:
+def _answer(instance: object, pieces: Sequence[Piece]) -> object:
     answers = [
         piece.text
         if isinstance(instance, str)

@@ -434,7 +434,7 @@ class _UntilClose(RequestResponseCycle):
         await super().send(message)
 
 
-def abort_stalled(connections: Iterable[Any]) -> int:
+def abort_stalled(connections: Iterable[object]) -> int:
     """Close connections whose clients do not take what is sent; returns how many."""
     found = [each for each in connections if isinstance(each, HTTP1) and each.stalled()]
     for each in found:

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import grpc
@@ -25,6 +25,9 @@ from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 from kserve_vllm.grpc_server.http2 import Connection, Connections, Exchange, Headers, Stream, poll
 from kserve_vllm.servers import http1
 from kserve_vllm.servers.http1 import Refusal
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Scope
 
 log = logging.getLogger(__name__)
 _access = logging.getLogger("uvicorn.access")
@@ -51,8 +54,6 @@ _OF_A_CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection",
 _NO_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 _FAULT = b"Internal Server Error"
 
-Message = MutableMapping[str, Any]
-
 
 class HTTP2:
     """HTTP/2 of one port.
@@ -64,7 +65,7 @@ class HTTP2:
         access_log: whether to write a line for each request.
     """
 
-    def __init__(self, app: Any, open_connections: http1.Connections, most: int, access_log: bool = False) -> None:
+    def __init__(self, app: ASGIApp, open_connections: http1.Connections, most: int, access_log: bool = False) -> None:
         self.app = app
         self.open = open_connections
         self.most = most
@@ -273,7 +274,7 @@ class Request:
         connection = stream.connection
         assert isinstance(connection, _Connection)
         self._connection = connection
-        self._scope: dict[str, Any] = {}
+        self._scope: Scope = {}
         self._event = asyncio.Event()
         self._body = bytearray()
         self._owed = 0
@@ -311,7 +312,7 @@ class Request:
 
     # The head
 
-    def _read(self, headers: Headers) -> dict[str, Any]:
+    def _read(self, headers: Headers) -> Scope:
         """ASGI's scope.
 
         Raises:
@@ -443,7 +444,7 @@ class Request:
             await self._event.wait()
             self._event.clear()
 
-    async def send(self, message: Any) -> None:
+    async def send(self, message: Message) -> None:
         """ASGI's send. It waits while the client does not take what was sent before."""
         while self._pending_bytes > MAX_UNTAKEN and not self._gone:
             if self._room is None or self._room.done():
@@ -475,7 +476,7 @@ class Request:
 
     # Writing
 
-    def _begin(self, status: int, fields: Any) -> None:
+    def _begin(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
         """Send the head of the answer."""
         head: Headers = [(b":status", b"%d" % status)]
         for name, value in [*self._connection.first.server_state.default_headers, *fields]:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import uvicorn
@@ -24,6 +24,10 @@ from kserve_vllm.servers import http1
 from kserve_vllm.servers.certificates import Certificates
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from starlette.types import ASGIApp
+
+    Handler: TypeAlias = grpc.RpcMethodHandler[Message, Message]
     from kserve_vllm.grpc_server.calls import Services
     from kserve_vllm.servers.http2 import HTTP2
 
@@ -63,7 +67,7 @@ class HTTPServer:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         settings: ServerSettings,
         port: int,
         flag: str = "--http-port",
@@ -333,14 +337,18 @@ class _Screening(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(self, screen: Callable[[str, Metadata], Screened]) -> None:
         self._screen = screen
 
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
         """grpcio's: the handler of a call."""
         found = self._screen(handler_call_details.method, tuple(handler_call_details.invocation_metadata or ()))
         if found.refusal is None:
             return await continuation(handler_call_details)
         code, details, trailing = found.refusal
 
-        async def refuse(_: Any, context: Any) -> None:
+        async def refuse(_: object, context: grpc.aio.ServicerContext[Message, Message]) -> None:
             await context.abort(code, details, tuple(trailing))
 
         # Of this kind nothing is read until the handler asks for it.

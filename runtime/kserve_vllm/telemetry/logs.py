@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
@@ -23,7 +23,10 @@ import structlog
 from kserve_vllm.core.request_context import current
 from kserve_vllm.core.termination import describe
 
-Event = MutableMapping[str, Any]
+if TYPE_CHECKING:
+    from structlog.typing import Processor
+
+Event = MutableMapping[str, object]
 
 _PREFIX = "kserve-vllm-logging-"
 _FAILURES = ".failures"
@@ -144,7 +147,7 @@ class _Notes(logging.Handler):
         except (OSError, ValueError, TypeError):
             self.handleError(record)
 
-    def note(self, record: logging.LogRecord) -> list[Any] | None:
+    def note(self, record: logging.LogRecord) -> list[str | float] | None:
         """What is told of a record; None for nothing."""
         raise NotImplementedError
 
@@ -152,7 +155,7 @@ class _Notes(logging.Handler):
 class Milestones(_Notes):
     """Notes when vLLM's processes are through with a phase of their start."""
 
-    def note(self, record: logging.LogRecord) -> list[Any] | None:
+    def note(self, record: logging.LogRecord) -> list[str | float] | None:
         """The phase that the message ends, and when."""
         message = str(record.msg)
         phase = next((phase for beginning, phase in STAGES.items() if message.startswith(beginning)), None)
@@ -162,7 +165,7 @@ class Milestones(_Notes):
 class Failures(_Notes):
     """Notes errors of vLLM's processes that have an exception."""
 
-    def note(self, record: logging.LogRecord) -> list[Any] | None:
+    def note(self, record: logging.LogRecord) -> list[str | float] | None:
         """The message and its cause."""
         error = record.exc_info[1] if record.exc_info else None
         return None if error is None else [record.getMessage(), describe(error)]
@@ -216,7 +219,7 @@ def formatter(chosen: str = "json") -> logging.Formatter:
     """A formatter for lines of structlog's loggers and of every other."""
     # Here, because in vLLM's processes nothing else of ours runs.
     logging.captureWarnings(True)
-    before: list[Any] = [
+    before: list[Processor] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         _add_process,
@@ -224,7 +227,7 @@ def formatter(chosen: str = "json") -> logging.Formatter:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if chosen == "console":
-        last: list[Any] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+        last: list[Processor] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
     else:
         last = [structlog.processors.format_exc_info, _order, structlog.processors.JSONRenderer(serializer=_dumps)]
     return structlog.stdlib.ProcessorFormatter(
@@ -233,7 +236,7 @@ def formatter(chosen: str = "json") -> logging.Formatter:
     )
 
 
-def _add_request(logger: Any, name: str, event: Event) -> Event:
+def _add_request(logger: object, name: str, event: Event) -> Event:
     context = current.get()
     if context is not None:
         event.setdefault("request_id", context.request_id)
@@ -242,7 +245,7 @@ def _add_request(logger: Any, name: str, event: Event) -> Event:
     return event
 
 
-def _add_process(logger: Any, name: str, event: Event) -> Event:
+def _add_process(logger: object, name: str, event: Event) -> Event:
     """The name of vLLM's process, where it is not the front end."""
     record = event.get("_record")
     process = getattr(record, "vllm_process_name", None) or getattr(record, "processName", None)
@@ -251,11 +254,11 @@ def _add_process(logger: Any, name: str, event: Event) -> Event:
     return event
 
 
-def _order(logger: Any, name: str, event: Event) -> Event:
+def _order(logger: object, name: str, event: Event) -> Event:
     """Time, level, logger and event first: what a person looks for."""
     first = {key: event.pop(key) for key in ("timestamp", "level", "logger", "event") if key in event}
     return {**first, **event}
 
 
-def _dumps(event: Any, **_: Any) -> str:
+def _dumps(event: object, **_: object) -> str:
     return orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()

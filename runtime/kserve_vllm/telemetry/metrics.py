@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.core import GaugeMetricFamily
@@ -304,7 +303,11 @@ class Metrics:
         self._registry = registry
         self._tenant = Bounded(most_tenants)
         self._model = Bounded(most_models)
-        self._all: dict[str, Any] = {each.name: _make(each, registry) for each in DECLARED}
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for each in DECLARED:
+            self._declare(each)
         self._adapters: Callable[[], Mapping[str, int]] = dict
         self._serves: Callable[[str], bool] = lambda name: False
         self._drain: tuple[int, float] | None = None
@@ -313,30 +316,39 @@ class Metrics:
         self._show_state(lifecycle)
         lifecycle.on_change(self._show_state)
 
+    def _declare(self, each: Declared) -> None:
+        name, text, labels, registry = each.name, each.text, each.labels, self._registry
+        if each.kind == "counter":
+            self._counters[name] = Counter(name, text, labels, registry=registry)
+        elif each.kind == "histogram":
+            self._histograms[name] = Histogram(name, text, labels, buckets=each.buckets, registry=registry)
+        else:
+            self._gauges[name] = Gauge(name, text, labels, registry=registry, multiprocess_mode=each.merge)  # type: ignore[arg-type]
+
     def attach(
         self, vllm_version: str, serves: Callable[[str], bool], adapters: Callable[[], Mapping[str, int]]
     ) -> None:
         """Set what is known once the engine runs: its version, whether a name is served, and adapters by state."""
         self._serves, self._adapters = serves, adapters
-        self._get("kserve_vllm_build_info").labels(self._version, vllm_version, platform.python_version()).set(1)
+        self._gauges["kserve_vllm_build_info"].labels(self._version, vllm_version, platform.python_version()).set(1)
 
     def show_shortcuts(self, reasons: Mapping[str, str]) -> None:
         """Show which shortcuts are taken, and why the others are not. Once, when all is decided."""
         for name, reason in reasons.items():
-            self._get("kserve_vllm_shortcut_in_force").labels(name, reason).set(reason == "used")
+            self._gauges["kserve_vllm_shortcut_in_force"].labels(name, reason).set(reason == "used")
 
     def show_start(self, phases: Mapping[str, float]) -> None:
         """Show how long the phases of the start took, in seconds."""
         for phase, seconds in phases.items():
-            self._get("kserve_vllm_start_phase_seconds").labels(phase).set(seconds)
+            self._gauges["kserve_vllm_start_phase_seconds"].labels(phase).set(seconds)
 
     def show_redis(self, there: bool) -> None:
         """Show whether the Redis that replicas share answers."""
-        self._get("kserve_vllm_redis_up").set(1 if there else 0)
+        self._gauges["kserve_vllm_redis_up"].set(1 if there else 0)
 
     def show_grpc_fallback(self, fallen: bool) -> None:
         """Show whether grpcio's server answers since our own failed its test."""
-        self._get("kserve_vllm_grpc_fallback").set(int(fallen))
+        self._gauges["kserve_vllm_grpc_fallback"].set(int(fallen))
 
     def watch(self, refresh: Callable[[Metrics], None]) -> None:
         """Call `refresh` before metrics are rendered, to set what is looked up."""
@@ -345,19 +357,19 @@ class Metrics:
     def set_waiting(self, waiting: Mapping[str, int]) -> None:
         """Show how many requests wait in front of the engine, by class."""
         for name, count in waiting.items():
-            self._get("kserve_vllm_waiting_requests").labels(name).set(count)
+            self._gauges["kserve_vllm_waiting_requests"].labels(name).set(count)
 
     def show_key_file_failures(self, count: int) -> None:
         """Show how often a changed key file could not be used."""
-        self._get("kserve_vllm_key_file_failures").set(count)
+        self._gauges["kserve_vllm_key_file_failures"].set(count)
 
     def count_verdict(self, hook: str, where: str, verdict: str) -> None:
         """Count what a moderation hook did with a prompt or an answer."""
-        self._get("kserve_vllm_moderation_verdicts").labels(hook, where, verdict).inc()
+        self._counters["kserve_vllm_moderation_verdicts"].labels(hook, where, verdict).inc()
 
     def count_usage(self, result: str, count: int = 1) -> None:
         """Count usage records that were sent, dropped or failed."""
-        self._get("kserve_vllm_usage_records").labels(result).inc(count)
+        self._counters["kserve_vllm_usage_records"].labels(result).inc(count)
 
     def begin_drain(self, timeout_s: float) -> None:
         """Show from now on how far the drain is."""
@@ -367,11 +379,11 @@ class Metrics:
         """Count a request that is over. The trace id is the exemplar where the trace is recorded."""
         model, tenant = self.model_label(context.model), self._tenant(context.tenant)
         exemplar = {"trace_id": context.trace_id} if context.sampled and context.trace_id else None
-        self._get("kserve_vllm_requests").labels(context.protocol, context.endpoint, model, tenant, outcome).inc(
+        self._counters["kserve_vllm_requests"].labels(context.protocol, context.endpoint, model, tenant, outcome).inc(
             1, exemplar
         )
         if context.cache is not None:
-            self._get("kserve_vllm_response_cache_requests").labels(context.cache).inc()
+            self._counters["kserve_vllm_response_cache_requests"].labels(context.cache).inc()
         if not context.sequences:
             return
         used = model, "none" if context.adapter is None else model, tenant, context.protocol
@@ -380,7 +392,7 @@ class Metrics:
             ("kserve_vllm_cached_prompt_tokens", context.cached_tokens),
             ("kserve_vllm_output_tokens", context.output_tokens),
         ):
-            self._get(name).labels(*used).inc(tokens)
+            self._counters[name].labels(*used).inc(tokens)
         for name, value in (
             ("kserve_vllm_time_to_first_token_seconds", context.ttft_s),
             ("kserve_vllm_inter_token_latency_seconds", context.itl_s),
@@ -388,48 +400,48 @@ class Metrics:
             ("kserve_vllm_request_duration_seconds", duration_s),
         ):
             if value is not None:
-                self._get(name).labels(model, tenant).observe(value, exemplar)
+                self._histograms[name].labels(model, tenant).observe(value, exemplar)
 
     def reject(self, protocol: str, reason: str) -> None:
         """Count a request that was turned away."""
-        self._get("kserve_vllm_rejections").labels(protocol, reason).inc()
+        self._counters["kserve_vllm_rejections"].labels(protocol, reason).inc()
 
     def count_adapter(self, name: str, loaded: bool) -> None:
         """Count an attempt to load an adapter."""
         metric = "kserve_vllm_adapter_loads" if loaded else "kserve_vllm_adapter_failures"
-        self._get(metric).labels(self._model(name)).inc()
+        self._counters[metric].labels(self._model(name)).inc()
 
     def count_warmup(self, done: bool) -> None:
         """Count a prompt of the warm-up file."""
-        self._get("kserve_vllm_warmup_prompts").labels("ok" if done else "failed").inc()
+        self._counters["kserve_vllm_warmup_prompts"].labels("ok" if done else "failed").inc()
 
     def observe_lag(self, lag_s: float, held: bool) -> None:
         """Note how late the event loop was, and whether work of this process held it."""
-        self._get("kserve_vllm_event_loop_lag_seconds").observe(lag_s)
+        self._histograms["kserve_vllm_event_loop_lag_seconds"].observe(lag_s)
         if held:
-            self._get("kserve_vllm_event_loop_holds").inc()
+            self._counters["kserve_vllm_event_loop_holds"].inc()
 
     def count_tls_reload(self, usable: bool) -> None:
         """Count a change of the TLS files."""
-        self._get("kserve_vllm_tls_reloads").labels("ok" if usable else "failed").inc()
+        self._counters["kserve_vllm_tls_reloads"].labels("ok" if usable else "failed").inc()
 
     def show_batches(self, running: int, unfinished: int, in_flight: int) -> None:
         """Show how many batches there are, and how many of their requests are being answered."""
-        self._get("kserve_vllm_batches_running").set(running)
-        self._get("kserve_vllm_batches_unfinished").set(unfinished)
-        self._get("kserve_vllm_batch_lines_in_flight").set(in_flight)
+        self._gauges["kserve_vllm_batches_running"].set(running)
+        self._gauges["kserve_vllm_batches_unfinished"].set(unfinished)
+        self._gauges["kserve_vllm_batch_lines_in_flight"].set(in_flight)
 
     def count_batch_line(self, outcome: str, count: int = 1) -> None:
         """Count requests of batches that are over."""
-        self._get("kserve_vllm_batch_lines").labels(outcome).inc(count)
+        self._counters["kserve_vllm_batch_lines"].labels(outcome).inc(count)
 
     def show_connections(self, count: int) -> None:
         """Show how many connections the HTTP port has."""
-        self._get("kserve_vllm_http_connections").set(count)
+        self._gauges["kserve_vllm_http_connections"].set(count)
 
     def count_path(self, path: str) -> None:
         """Count a chat or completion request: `fast` or `vllm`."""
-        self._get("kserve_vllm_openai_requests").labels(path).inc()
+        self._counters["kserve_vllm_openai_requests"].labels(path).inc()
 
     def model_label(self, model: str | None) -> str:
         """A served name as it is, `other` for a name that is not served, `none` where no model was named."""
@@ -462,30 +474,19 @@ class Metrics:
         for refresh in self._watched:
             refresh(self)
         count = self._in_flight()
-        self._get("kserve_vllm_requests_in_flight").set(count)
-        self._get("kserve_vllm_lifecycle_state_seconds").set(self._lifecycle.seconds)
+        self._gauges["kserve_vllm_requests_in_flight"].set(count)
+        self._gauges["kserve_vllm_lifecycle_state_seconds"].set(self._lifecycle.seconds)
         adapters = self._adapters()
         for state in ("loaded", "loading", "failed", "unloaded"):
-            self._get("kserve_vllm_adapters").labels(state).set(adapters.get(state, 0))
+            self._gauges["kserve_vllm_adapters"].labels(state).set(adapters.get(state, 0))
         progress = remaining = 0.0
         if self._drain is not None and self._lifecycle.state is State.DRAINING:
             initial, timeout_s = self._drain
             progress = 1 - min(1.0, count / initial) if initial else 1.0
             remaining = max(0.0, timeout_s - self._lifecycle.seconds)
-        self._get("kserve_vllm_drain_progress_ratio").set(progress)
-        self._get("kserve_vllm_drain_remaining_seconds").set(remaining)
+        self._gauges["kserve_vllm_drain_progress_ratio"].set(progress)
+        self._gauges["kserve_vllm_drain_remaining_seconds"].set(remaining)
 
     def _show_state(self, lifecycle: Lifecycle) -> None:
         for state in State:
-            self._get("kserve_vllm_lifecycle_state").labels(state.value).set(state is lifecycle.state)
-
-    def _get(self, name: str) -> Any:
-        return self._all[name]
-
-
-def _make(each: Declared, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
-    if each.kind == "counter":
-        return Counter(each.name, each.text, each.labels, registry=registry)
-    if each.kind == "histogram":
-        return Histogram(each.name, each.text, each.labels, buckets=each.buckets, registry=registry)
-    return Gauge(each.name, each.text, each.labels, registry=registry, multiprocess_mode=each.merge)  # type: ignore[arg-type]
+            self._gauges["kserve_vllm_lifecycle_state"].labels(state.value).set(state is lifecycle.state)

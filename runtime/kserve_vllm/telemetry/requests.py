@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import structlog
 
@@ -76,7 +75,7 @@ class RequestRecorder:
         self._tracing = tracing
         self._lifecycle = lifecycle
         self._late: dict[RequestContext, float] = {}
-        self._log: Any = structlog.stdlib.get_logger("kserve_vllm.request")
+        self._log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("kserve_vllm.request")
 
     @contextmanager
     def open(
@@ -150,7 +149,7 @@ class RequestRecorder:
         level = logging.DEBUG if context.quiet and outcome in ("ok", "client_error") else logging.INFO
         if outcome == "server_error":
             level = logging.ERROR
-        fields: dict[str, Any] = {
+        fields: dict[str, object] = {
             "protocol": context.protocol,
             "endpoint": context.endpoint,
             "model": self._metrics.model_label(context.model),

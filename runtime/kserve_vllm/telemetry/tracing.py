@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kserve_vllm.config.settings import trace_exporters
 from kserve_vllm.core.errors import ConfigError
@@ -20,7 +20,9 @@ from kserve_vllm.core.request_context import RequestContext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Tracer
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import SpanContext, Tracer
+    from opentelemetry.util.types import AttributeValue
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ _OPERATIONS = {  # by endpoint; what is not named here generates text
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
 }
+
+
+_MODEL = ("gen_ai.request.model", "gen_ai.response.model")
 
 
 class Tracing:
@@ -181,8 +186,8 @@ def tracing_of(endpoint: str | None, ratio: float | None, version: str, environ:
     return OTLPTracing(endpoint, ratio, version, protocol, console)
 
 
-def _attributes(request_context: RequestContext, operation: str | None, outcome: str) -> dict[str, Any]:
-    attributes: dict[str, Any] = {
+def _attributes(request_context: RequestContext, operation: str | None, outcome: str) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
         "kserve_vllm.request_id": request_context.request_id,
         "kserve_vllm.protocol": request_context.protocol,
         "kserve_vllm.tenant": request_context.tenant,
@@ -204,8 +209,7 @@ def _attributes(request_context: RequestContext, operation: str | None, outcome:
     attributes |= {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "vllm",
-        "gen_ai.request.model": request_context.model,
-        "gen_ai.response.model": request_context.model,
+        **({} if (model := request_context.model) is None else dict.fromkeys(_MODEL, model)),
         "gen_ai.usage.input_tokens": request_context.prompt_tokens,
         "gen_ai.usage.output_tokens": request_context.output_tokens,
         "gen_ai.usage.cache_read.input_tokens": request_context.cached_tokens,
@@ -222,7 +226,7 @@ def _attributes(request_context: RequestContext, operation: str | None, outcome:
     return attributes
 
 
-def _header(context: Any) -> str:
+def _header(context: SpanContext) -> str:
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
 
@@ -230,7 +234,7 @@ def _nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
 
 
-def _exporter(endpoint: str, protocol: str) -> Any:
+def _exporter(endpoint: str, protocol: str) -> SpanExporter:
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.engine.engine_request import EngineRequest
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 _PHASES_SHOWN = 8  # sequences of one request whose phases become spans
 _SHOWN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "n": "n"}
@@ -21,8 +26,8 @@ _SHOWN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "to
 class LoRAs(Protocol):
     """What the accounting need of the adapters."""
 
-    def admit(self, lora: Any) -> Any:
-        """vLLM's `LoRARequest` under which a request is run: the given one, or its successor where that is gone."""
+    def admit(self, lora: LoRARequest) -> LoRARequest:
+        """The adapter under which a request is run: the given one, or its successor where that is gone."""
 
     def plain(self, key: str) -> str:
         """The name that clients know for an adapter's name in the engine."""
@@ -40,11 +45,11 @@ class TokenAccounting:
         loras: the adapters.
     """
 
-    def __init__(self, processor: Any, base_model: Callable[[], str], loras: LoRAs) -> None:
+    def __init__(self, processor: OutputProcessor, base_model: Callable[[], str], loras: LoRAs) -> None:
         self._processor = processor
         self._base_model = base_model
         self._loras = loras
-        self._open: dict[str, tuple[RequestContext, Any]] = {}
+        self._open: dict[str, tuple[RequestContext, RequestState]] = {}
         self._with_grammar: set[str] = set()
         self._with_bans: set[str] = set()
         self._add, processor.add_request = processor.add_request, self.add_request
@@ -53,7 +58,7 @@ class TokenAccounting:
         self._fail, processor.propagate_error = processor.propagate_error, self.propagate_error
         self._drop, processor._finish_request = processor._finish_request, self.drop
 
-    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    def add_request(self, request: EngineRequest, *args: object, **kwargs: object) -> None:
         """A sequence is taken up, in the task of the request that it belongs to."""
         if request.lora_request is not None:
             request.lora_request = self._loras.admit(request.lora_request)
@@ -64,7 +69,7 @@ class TokenAccounting:
             return
         self._open[request.request_id] = context, self._processor.request_states[request.request_id]
         params = request.sampling_params
-        if getattr(params, "structured_outputs", None) is not None:
+        if params is not None and getattr(params, "structured_outputs", None) is not None:
             self._with_grammar.add(request.request_id)
             if params.bad_words or params.allowed_token_ids or params.min_tokens or params.logit_bias:
                 self._with_bans.add(request.request_id)
@@ -98,7 +103,7 @@ class TokenAccounting:
                 stays.sequences += 1
                 stays.model, stays.base_model, stays.adapter = left.model, left.base_model, left.adapter
 
-    def finish(self, state: Any, finish_reason: Any, stats: Any) -> None:
+    def finish(self, state: RequestState, finish_reason: object, stats: object) -> None:
         """A sequence has its last token."""
         self._finish(state, finish_reason, stats)
         self._book_adapter(state)
@@ -131,7 +136,7 @@ class TokenAccounting:
             context.finish_reasons.append("stop")
             _book(context, state)
 
-    def _book_adapter(self, state: Any) -> None:
+    def _book_adapter(self, state: RequestState) -> None:
         if state.lora_name is not None:
             first = state.parent_req is None or state.request_index == 0
             self._loras.book(state.lora_name, int(first), state.prompt_len if first else 0, _output_tokens(state))
@@ -151,7 +156,7 @@ class TokenAccounting:
                 _book(context, state)
         return aborted
 
-    def drop(self, state: Any) -> None:
+    def drop(self, state: RequestState) -> None:
         """A sequence leaves vLLM's books. One that the engine has refused (from vLLM 0.33 on, as while it is paused)
         does so with an error in its queue and without figures."""
         self._drop(state)
@@ -168,13 +173,13 @@ class TokenAccounting:
         self._fail(error)
 
 
-def _output_tokens(state: Any) -> int:
+def _output_tokens(state: RequestState) -> int:
     if state.stats is not None:
         return int(state.stats.num_generation_tokens)
     return 0 if state.detokenizer is None else int(state.detokenizer.num_output_tokens())
 
 
-def _book(context: RequestContext, state: Any) -> None:
+def _book(context: RequestContext, state: RequestState) -> None:
     """Add one sequence's figures. Time stamps of the engine's clock are used only as differences."""
     if state.parent_req is None or state.request_index == 0:
         context.prompt_tokens += state.prompt_len

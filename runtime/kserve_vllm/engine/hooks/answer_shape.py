@@ -8,7 +8,10 @@ Written against vLLM 0.32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def leave_out_nulls() -> None:
@@ -24,7 +27,7 @@ def leave_out_nulls() -> None:
     _without(completion.CompletionResponse, "service_tier")
 
 
-def _without(model: Any, *names: str) -> None:
+def _without(model: type[BaseModel], *names: str) -> None:
     """Leave out fields of a class where they are null. Without names: only take up what changed in its parts."""
     for name in names:
         if name in model.model_fields:

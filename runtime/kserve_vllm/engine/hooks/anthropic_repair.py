@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -19,6 +19,7 @@ from kserve_vllm.core.errors import anthropic_error
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
 _ERROR = 'data: {"error"'
 _START = "event: message_start\ndata: "
@@ -41,12 +42,12 @@ def mend_messages(app: FastAPI) -> None:
         return
     whole, stream = handler.messages_full_converter, handler.message_stream_converter
 
-    def answered(*args: Any, **kwargs: Any) -> Any:
+    def answered(*args: object, **kwargs: object) -> AnthropicMessagesResponse:
         made = whole(*args, **kwargs)
         return _answer_class()(**{name: getattr(made, name) for name in type(made).model_fields})
 
     async def streamed(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        errors: list[dict[str, Any]] = []
+        errors: list[dict[str, object]] = []
         events = stream(_until_error(chunks, errors))
         async for event in events:
             yield _started(event)
@@ -60,23 +61,24 @@ def mend_messages(app: FastAPI) -> None:
 
 
 @functools.cache
-def _answer_class() -> Any:
+def _answer_class() -> type[AnthropicMessagesResponse]:
     """vLLM's class of an answer, written with its fields that are null and that clients read."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
     class Answer(AnthropicMessagesResponse):  # type: ignore[misc]
-        def model_dump(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            tree: dict[str, Any] = super().model_dump(*args, **kwargs)
+        def model_dump(self, *args: object, **kwargs: object) -> dict[str, object]:
+            tree: dict[str, object] = super().model_dump(*args, **kwargs)
             return _complete(tree)
 
     return Answer
 
 
-def _complete(message: dict[str, Any]) -> dict[str, Any]:
+def _complete(message: dict[str, object]) -> dict[str, object]:
     """An answer with null in the fields that are required and that vLLM left out."""
     if isinstance(usage := message.get("usage"), dict):
         message["usage"] = {**dict.fromkeys(_NULLS_OF_USAGE), **usage}
-    for block in message.get("content") or ():
+    content = message.get("content")
+    for block in content if isinstance(content, list) else ():
         if block.get("type") == "text":
             block.setdefault("citations", None)
     return {**dict.fromkeys(_NULLS), **message}
@@ -91,7 +93,7 @@ def _started(event: str) -> str:
     return f"{_START}{orjson.dumps(tree).decode()}\n\n"
 
 
-async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, Any]]) -> AsyncGenerator[str, None]:
+async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, object]]) -> AsyncGenerator[str, None]:
     """The chunks of a chat up to an error, which goes into `errors`."""
     async for chunk in chunks:
         if chunk.startswith(_ERROR):

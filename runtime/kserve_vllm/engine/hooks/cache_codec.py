@@ -22,10 +22,10 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import orjson
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-Record = list[Any]
+Part: TypeAlias = list[Any]
+Record: TypeAlias = list[Any]
+"""Lists, as JSON has them: what stands at which place is said above."""
 
 UNSTREAMED_INTERVAL = 16
 """Tokens per piece of a generation whose first client doesn't stream."""
@@ -57,8 +59,8 @@ _STORED_REASONS = (None, "stop", "length")
 def canonical(
     prompt: object,
     params: SamplingParams,
-    reasoning_ended: bool | None = None,
-    reasoning_parser_kwargs: Mapping[str, Any] | None = None,
+    reasoning_ended: object = None,
+    reasoning_parser_kwargs: object = None,
 ) -> bytes | None:
     """Everything in a call of vLLM's `generate` that the answer depends on, beside model and adapter.
 
@@ -81,7 +83,7 @@ def canonical(
     if params.flat_logprobs or params.extra_args or any(getattr(params, name) is not None for name in _NOT_CACHEABLE):
         return None
     salt = None
-    ids: Any = prompt
+    ids: object = prompt
     if isinstance(prompt, dict):
         if any(value is not None and name not in _PROMPT_FIELDS for name, value in prompt.items()):
             return None
@@ -319,7 +321,7 @@ async def replay(
 
 
 @functools.cache
-def _classes() -> Any:
+def _classes() -> SimpleNamespace:
     """vLLM's classes; an import statement in a function that runs per token would cost more than the rest of it."""
     from vllm.logprobs import Logprob
     from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask, WeightVersionSpan
@@ -339,12 +341,12 @@ class _Whole:
     def __init__(self, index: int) -> None:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
-        self._logprobs: list[Any] | None = None
-        self._last: list[Any] = [index, "", [], None, None, None, None, None]
+        self._logprobs: list[dict[int, Logprob]] | None = None
+        self._last: Part = [index, "", [], None, None, None, None, None]
         self._live: CompletionOutput | None = None
         self._masks: list[list[int]] | None = None
 
-    def add(self, part: list[Any], live: CompletionOutput | None) -> None:
+    def add(self, part: Part, live: CompletionOutput | None) -> None:
         """Append what is new."""
         self._texts.append(part[1])
         self._token_ids += part[2]
@@ -368,7 +370,7 @@ class _Whole:
 
 
 def _completion(
-    part: list[Any],
+    part: Part,
     token_ids: list[int],
     logprobs: list[dict[int, Logprob]] | None,
     live: CompletionOutput | None,
@@ -393,7 +395,7 @@ def _completion(
     return made
 
 
-def _positions(stored: list[Any] | None) -> list[dict[int, Logprob]] | None:
+def _positions(stored: Sequence[Any] | None) -> list[dict[int, Logprob]] | None:
     """vLLM's logprobs per position."""
     if stored is None:
         return None

@@ -9,19 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.coroutines import resume
 from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_path, openai_code
 from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.engine.engine_request import EngineRequest
 from kserve_vllm.engine.faults import UNSENDABLE, sentence_of_client_fault, unsendable
 from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +46,11 @@ def guard_engine(client: AsyncLLM) -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
 
-    processor: Any = client.input_processor
-    core: Any = client.engine_core
+    processor, core = client.input_processor, client.engine_core
     validate, send = processor._validate_params, core.add_request_async
     no_prompt_logprobs = client.vllm_config.lora_config is not None and current_platform.is_cpu()
 
-    def validate_params(params: Any, supported_tasks: Any) -> Any:
+    def validate_params(params: object, supported_tasks: tuple[str, ...]) -> object:
         if no_prompt_logprobs and getattr(params, "prompt_logprobs", None) is not None:
             raise VLLMValidationError(
                 "prompt_logprobs (and echo with logprobs) can't be had on a CPU together with adapters",
@@ -53,7 +58,7 @@ def guard_engine(client: AsyncLLM) -> None:
             )
         return validate(params, supported_tasks)
 
-    async def add_request(request: Any) -> None:
+    async def add_request(request: EngineRequest) -> None:
         field = banning(request.sampling_params) if request.sampling_params is not None else None
         if field is not None:
             client.output_processor.abort_requests([request.request_id], internal=True)
@@ -71,7 +76,7 @@ def guard_engine(client: AsyncLLM) -> None:
     take_up_whole(client)
 
 
-def take_up_whole(client: Any) -> None:
+def take_up_whole(client: AsyncLLM) -> None:
     """Never leave a request half taken up: who is cancelled in the middle of that has no name yet to abort it by, and
     the engine would generate for nobody.
 
@@ -83,21 +88,21 @@ def take_up_whole(client: Any) -> None:
     add = client.add_request
     aborting: set[asyncio.Task[None]] = set()
 
-    def give_back(task: asyncio.Task[Any]) -> None:
+    def give_back(task: asyncio.Task[RequestOutputCollector]) -> None:
         if task.cancelled() or task.exception() is not None:
             return
         abort = asyncio.get_running_loop().create_task(client.abort(task.result().request_id, internal=True))
         aborting.add(abort)
         abort.add_done_callback(aborting.discard)
 
-    async def add_whole(*args: Any, **kwargs: Any) -> Any:
+    async def add_whole(*args: object, **kwargs: object) -> RequestOutputCollector:
         begun = add(*args, **kwargs).__await__()
         try:
             # Mostly it does not wait for anything, and needs no task.
             waits_for = next(begun)
         except StopIteration as done:
             return done.value
-        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(resume(begun, waits_for))
+        task: asyncio.Task[RequestOutputCollector] = asyncio.get_running_loop().create_task(resume(begun, waits_for))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -107,11 +112,11 @@ def take_up_whole(client: Any) -> None:
     client.add_request = add_whole
 
 
-def banning(params: Any) -> str | None:
+def banning(params: SamplingParams) -> str | None:
     """The field that bans every token which `allowed_token_ids` allows, so that the choice would be any; or None.
 
     Args:
-        params: vLLM's `SamplingParams`, after its input processor has added token ids to it.
+        params: after vLLM's input processor has added token ids to it.
     """
     allowed = params.allowed_token_ids
     if not allowed:
@@ -131,12 +136,18 @@ def merge_adapter_gauge() -> None:
 
     gauge = PrometheusStatLogger._gauge_cls
 
-    def made(*args: Any, **kwargs: Any) -> Any:
+    def made(*args: object, **kwargs: object) -> object:
         if kwargs.get("name") == "vllm:lora_requests_info":
             kwargs["multiprocess_mode"] = "mostrecent"
         return gauge(*args, **kwargs)
 
     PrometheusStatLogger._gauge_cls = staticmethod(made)  # type: ignore[assignment]
+
+
+class _AsksForModel(Protocol):
+    """A request as vLLM's handlers have it."""
+
+    model: str | None
 
 
 class Permits(Protocol):
@@ -160,8 +171,10 @@ def check_models(permits: Permits, plain: Callable[[str], str]) -> None:
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
-    def limited(original: Any) -> Any:
-        async def check_model(self: Any, request: Any) -> Any:
+    def limited(
+        original: Callable[[BaseServing | PoolingBaseServing, _AsksForModel], Awaitable[ErrorResponse | None]],
+    ) -> Callable[[BaseServing | PoolingBaseServing, _AsksForModel], Awaitable[ErrorResponse | None]]:
+        async def check_model(self: BaseServing | PoolingBaseServing, request: _AsksForModel) -> ErrorResponse | None:
             found = await original(self, request)
             context = current.get()
             if context is None:
@@ -190,10 +203,10 @@ def check_before_stream(app: FastAPI, client: AsyncLLM, tasks: tuple[str, ...]) 
     responses = getattr(app.state, "openai_serving_responses", None)
     if responses is None:
         return
-    processor: Any = client.input_processor
+    processor = client.input_processor
     generate = responses._generate_with_builtin_tools
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: object, **kwargs: object) -> object:
         processor._validate_params(kwargs["sampling_params"], tasks)
         return generate(*args, **kwargs)
 
@@ -223,7 +236,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
     original = error_response.create_error_response
     shape = _with_words_for_codes()
 
-    def shaped(message: Any, *args: Any, **kwargs: Any) -> Any:
+    def shaped(message: str | Exception, *args: object, **kwargs: object) -> ErrorResponse:
         reply = original(message, *args, **kwargs)
         if isinstance(message, VLLMValidationError):
             # Its text repeats the field and the value as Python writes them.
@@ -236,7 +249,8 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
     # With a connector, a sequence may also fail since its cache did not arrive.
     grammar_alone = client.vllm_config.kv_transfer_config is None
 
-    def explain(error: Exception) -> Any:
+    def explain(error: Exception) -> VLLMClientError | Exception:
+        """What a client is told of that is its own fault; else the error as it is."""
         late = isinstance(error, RuntimeError) and "response already started" in str(error)
         if (late or isinstance(error, EngineGenerateError)) and isinstance(error.__cause__, Exception):
             return explain(error.__cause__)
@@ -259,7 +273,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
                 return VLLMValidationError(fault[0], parameter=fault[1])
         return error
 
-    def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_error_response(message: str | Exception, *args: object, **kwargs: object) -> ErrorResponse:
         if isinstance(message, EngineDeadError):
             return shaped(
                 "The engine died; the request was not completed.",
@@ -288,7 +302,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if vars(module).get("create_error_response") is original:
             vars(module)["create_error_response"] = create_error_response
 
-    def to_anthropic(reply: Any) -> Response:
+    def to_anthropic(reply: ErrorResponse) -> Response:
         return JSONResponse(anthropic_error(reply.error.code, reply.error.message), reply.error.code)
 
     anthropic.translate_error_response = to_anthropic
@@ -309,7 +323,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def _with_words_for_codes() -> Callable[[Any], Any]:
+def _with_words_for_codes() -> Callable[[ErrorResponse], ErrorResponse]:
     """Makes vLLM's error replies be written with a word, or null, for `error.code`, which is the status in vLLM's.
 
     OpenAI's clients have it as a text. vLLM's own code goes on reading the status from the reply.
@@ -319,14 +333,14 @@ def _with_words_for_codes() -> Callable[[Any], Any]:
 
     class Info(ErrorInfo):  # type: ignore[misc]
         @model_serializer(mode="wrap")
-        def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-            tree: dict[str, Any] = write(self)
+        def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+            tree: dict[str, object] = write(self)
             return {**tree, "code": openai_code(self.code, self.param, self.message)}
 
     class Reply(ErrorResponse):  # type: ignore[misc]
         error: Info
 
-    def shape(reply: Any) -> Any:
+    def shape(reply: ErrorResponse) -> ErrorResponse:
         info = reply.error
         return Reply(error=Info(message=info.message, type=info.type, param=info.param, code=info.code))
 

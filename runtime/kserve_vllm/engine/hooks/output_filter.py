@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.errors import InvalidRequest, RequestError
 from kserve_vllm.core.request_context import RequestContext
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import SamplingParams
 
 _REFUSED = "content_filter"
 
@@ -24,7 +28,7 @@ class Filter(Protocol):
         """What may be sent at the end."""
 
 
-def check_parameters(params: Any) -> None:
+def check_parameters(params: SamplingParams) -> None:
     """Refuse what would show an answer in another form than its filtered text.
 
     Raises:
@@ -35,15 +39,18 @@ def check_parameters(params: Any) -> None:
 
 
 async def filtered(
-    stream: AsyncGenerator[Any, None], context: RequestContext, new_filter: Callable[[], Filter], cumulative: bool
-) -> AsyncGenerator[Any, None]:
+    stream: AsyncGenerator[RequestOutput, None],
+    context: RequestContext,
+    new_filter: Callable[[], Filter],
+    cumulative: bool,
+) -> AsyncGenerator[RequestOutput, None]:
     """vLLM's outputs with their texts as the filter lets them pass.
 
     An answer that is refused at its beginning is an error. One that is refused later ends with what may be shown and
     the finish reason `content_filter`, as do all answers to the same request.
 
     Args:
-        stream: of `RequestOutput`.
+        stream: of one request.
         request context: of the request; a refusal at the beginning is left on it.
         new_filter: makes the filter of one answer (of `n`).
         cumulative: whether each output repeats the text so far, and not only what is new.
@@ -80,7 +87,7 @@ async def filtered(
             yield output
 
 
-def _cut_off(output: Any, refused: Any, text: str, open_answers: set[int]) -> Any:
+def _cut_off(output: RequestOutput, refused: CompletionOutput, text: str, open_answers: set[int]) -> RequestOutput:
     """The last output: the refused answer's text, and the end of every answer that has not ended."""
     choices = []
     for index in sorted(open_answers | {refused.index}):

@@ -13,12 +13,13 @@ import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from kserve_vllm.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from pydantic import BaseModel
 
 LEAST_TOP_P = 1e-6
 """Stands for a `top_p` of 0, which means the likeliest token alone, and which vLLM refuses."""
@@ -52,6 +53,10 @@ class Route:
     not_null: frozenset[str]
 
 
+_Mend: TypeAlias = Callable[[str, dict[str, object], Route], None]
+"""Mends one field of a body in place: its name, the body, and what the route takes."""
+
+
 class Mender:
     """Mends the bodies of requests.
 
@@ -70,7 +75,7 @@ class Mender:
         """Whether bodies for this path are mended."""
         return path in self._routes
 
-    def mend(self, path: str, tree: dict[str, Any]) -> bool:
+    def mend(self, path: str, tree: dict[str, object]) -> bool:
         """Mend a parsed body in place. Returns whether anything was changed.
 
         Raises:
@@ -99,7 +104,7 @@ class Mender:
             changed = True
         return changed
 
-    def _mend_message(self, message: dict[str, Any]) -> bool:
+    def _mend_message(self, message: dict[str, object]) -> bool:
         """A message as an SDK writes back what it was answered has null in every field that was not set."""
         changed = False
         if message.get("role") == "developer" and not self._knows_developer:
@@ -112,7 +117,7 @@ class Mender:
             changed |= bool(nulls)
         return changed
 
-    def _mend_unknown(self, route: Route, tree: dict[str, Any]) -> bool:
+    def _mend_unknown(self, route: Route, tree: dict[str, object]) -> bool:
         changed = False
         for name in [name for name in tree if name not in route.fields]:
             mend = _UNKNOWN.get(name)
@@ -127,7 +132,7 @@ class Mender:
             changed = True
         return changed
 
-    def _translate(self, name: str, tree: dict[str, Any]) -> None:
+    def _translate(self, name: str, tree: dict[str, object]) -> None:
         """Write a field of the former guided decoding where vLLM reads it now."""
         value = tree.pop(name)
         if value is None:
@@ -151,7 +156,7 @@ class Mender:
         tree["structured_outputs"] = {**wanted, key: value}
 
 
-def _check_guided(name: str, key: str, value: Any) -> None:
+def _check_guided(name: str, key: str, value: object) -> None:
     """Refuse at once what vLLM would refuse after a stream has begun, and without the field's name.
 
     Raises:
@@ -166,10 +171,10 @@ def _check_guided(name: str, key: str, value: Any) -> None:
             raise InvalidRequest(f"{name} is not valid JSON", field=name) from None
 
 
-def _drop_if(*harmless: Any, why: str) -> Callable[[str, dict[str, Any], Route], None]:
+def _drop_if(*harmless: object, why: str) -> _Mend:
     """Drops a field with a value that asks for nothing, and refuses it with any other."""
 
-    def mend(name: str, tree: dict[str, Any], route: Route) -> None:
+    def mend(name: str, tree: dict[str, object], route: Route) -> None:
         value = tree.pop(name)
         if value is not None and value not in harmless:
             raise InvalidRequest(f"{name}: {why}", field=name)
@@ -177,26 +182,26 @@ def _drop_if(*harmless: Any, why: str) -> Callable[[str, dict[str, Any], Route],
     return mend
 
 
-def _best_of(name: str, tree: dict[str, Any], route: Route) -> None:
+def _best_of(name: str, tree: dict[str, object], route: Route) -> None:
     value = tree.pop(name)
     if value not in (None, 1, tree.get("n") or 1):
         raise InvalidRequest(f"{name}: as many answers are made as n says, and none is left out", field=name)
 
 
-def _max_completion_tokens(name: str, tree: dict[str, Any], route: Route) -> None:
+def _max_completion_tokens(name: str, tree: dict[str, object], route: Route) -> None:
     target = next((each for each in ("max_tokens", "max_output_tokens") if each in route.fields), None)
     value = tree.pop(name)
     if target is not None and tree.get(target) is None and value is not None:
         tree[target] = value
 
 
-def _modalities(name: str, tree: dict[str, Any], route: Route) -> None:
+def _modalities(name: str, tree: dict[str, object], route: Route) -> None:
     value = tree.pop(name)
     if value is not None and value != ["text"]:
         raise InvalidRequest(f"{name}: answers are text alone", field=name)
 
 
-_UNKNOWN: Mapping[str, Callable[[str, dict[str, Any], Route], None]] = {
+_UNKNOWN: Mapping[str, _Mend] = {
     "best_of": _best_of,
     "max_completion_tokens": _max_completion_tokens,
     "modalities": _modalities,
@@ -226,18 +231,21 @@ def mender_of(app: FastAPI, backend: str, template: str | None) -> Mender:
         backend: of structured outputs.
         template: the text of the chat templates; None where messages are rendered without one.
     """
+    from pydantic import BaseModel
+
     routes: dict[str, Route] = {}
     for route in app.routes:
         body = getattr(route, "body_field", None)
         if body is None or "POST" not in (getattr(route, "methods", None) or ()):
             continue
-        models = [model for model in _models(body.field_info.annotation) if hasattr(model, "model_fields")]
+        found = _models(body.field_info.annotation)
+        models = [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
         if models:
             routes[getattr(route, "path", "")] = _route(models)
     return Mender(routes, backend, template is None or "developer" in template)
 
 
-def _models(annotation: Any) -> list[Any]:
+def _models(annotation: object) -> list[object]:
     """The members of a union, or the one type that it is."""
     if get_origin(annotation) is Annotated:
         return _models(get_args(annotation)[0])
@@ -246,7 +254,7 @@ def _models(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _route(models: list[Any]) -> Route:
+def _route(models: list[type[BaseModel]]) -> Route:
     fields: set[str] = set()
     not_null: set[str] = set()
     for model in models:
@@ -262,14 +270,15 @@ def _route(models: list[Any]) -> Route:
     return Route(frozenset(fields), frozenset(not_null))
 
 
-def _answer_of(model: Any) -> Any:
+def _answer_of(model: type[BaseModel]) -> type[BaseModel] | None:
     """The model of an answer that repeats fields of its request, which then have to fit it."""
     if model.__name__ != "ResponsesRequest":
         return None
     from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 
-    return ResponsesResponse
+    answer: type[BaseModel] = ResponsesResponse
+    return answer
 
 
-def _takes_null(annotation: Any) -> bool:
+def _takes_null(annotation: object) -> bool:
     return annotation is Any or any(member in (None, type(None), Any) for member in _models(annotation))

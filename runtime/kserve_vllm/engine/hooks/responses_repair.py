@@ -13,10 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from openai.types.responses import ResponseIncompleteEvent, ResponseTextConfig
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 
 _INCOMPLETE = "incomplete"
 _ECHOED = ("safety_identifier", "prompt_cache_key")
@@ -27,6 +29,28 @@ _OF_ITEMS = frozenset(f"response.{of}.{end}" for of in ("output_item", "content_
 """Events that hold an item or a part of one."""
 
 
+class _Item(Protocol):
+    """An item of an answer: a message, a call of a function, a chain of thought; or a part of one."""
+
+    status: str | None
+    logprobs: object
+
+
+class _Response(Protocol):
+    """An answer, as far as it has come."""
+
+    status: str
+
+
+class _Event(Protocol):
+    """An event of a stream. It has those of the parts that go with its type."""
+
+    type: str
+    sequence_number: int
+    response: _Response
+    item: _Item
+
+
 def mend_responses(app: FastAPI) -> None:
     """Mend the handler of vLLM's app, where the model has one. Before the first request."""
     handler = getattr(app.state, "openai_serving_responses", None)
@@ -35,16 +59,18 @@ def mend_responses(app: FastAPI) -> None:
     _count_alike()
     full, stream = handler.responses_full_generator, handler.responses_stream_generator
 
-    async def whole(request: Any, *args: Any, **kwargs: Any) -> Any:
+    async def whole(request: ResponsesRequest, *args: object, **kwargs: object) -> object:
         response = await full(request, *args, **kwargs)
         _complete(response, request)
         if getattr(response, "status", None) == _INCOMPLETE and response.output:
             _cut(response.output[-1])
         return response
 
-    async def streamed(request: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def streamed(
+        request: ResponsesRequest, *args: object, **kwargs: object
+    ) -> AsyncGenerator[_Event | ResponseIncompleteEvent, None]:
         # Whether the answer was cut off is known with the last event alone; the end of an item waits for the next one.
-        held: Any = None
+        held: _Event | None = None
         async for event in stream(request, *args, **kwargs):
             kind = event.type
             if kind in _WHOLE:
@@ -67,7 +93,7 @@ def mend_responses(app: FastAPI) -> None:
 
     replay = handler.responses_background_stream_generator
 
-    async def replayed(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def replayed(*args: object, **kwargs: object) -> AsyncGenerator[_Event, None]:
         # vLLM's waits for `response.completed`, which does not come then.
         async for event in replay(*args, **kwargs):
             yield event
@@ -78,7 +104,7 @@ def mend_responses(app: FastAPI) -> None:
     handler.responses_background_stream_generator = replayed
 
 
-def _complete(response: Any, request: Any) -> None:
+def _complete(response: ResponsesResponse, request: ResponsesRequest) -> None:
     """Write the required fields into an answer of vLLM's, which keeps fields that its class does not know."""
     if getattr(response, "object", None) != "response":
         return  # an error
@@ -96,7 +122,7 @@ def _complete(response: Any, request: Any) -> None:
         _complete_item(item)
 
 
-def _complete_item(item: Any) -> None:
+def _complete_item(item: _Item) -> None:
     """Of an item or a part of one: no null where only a list may stand."""
     if getattr(item, "type", None) == "output_text" and getattr(item, "logprobs", item) is None:
         item.logprobs = []
@@ -104,22 +130,21 @@ def _complete_item(item: Any) -> None:
         _complete_item(part)
 
 
-def _cut(item: Any) -> None:
+def _cut(item: _Item) -> None:
     if getattr(item, "status", None) is not None:
         item.status = _INCOMPLETE
 
 
-def _text() -> Any:
+def _text() -> ResponseTextConfig:
     from openai.types.responses import ResponseTextConfig
     from openai.types.shared import ResponseFormatText
 
     return ResponseTextConfig(format=ResponseFormatText(type="text"))
 
 
-def _incomplete(event: Any) -> Any:
+def _incomplete(event: _Event) -> ResponseIncompleteEvent:
     """The last event of a stream that was cut off."""
     from openai.types.responses import ResponseIncompleteEvent
-    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 
     class Incomplete(ResponseIncompleteEvent):
         response: ResponsesResponse  # type: ignore[assignment]
@@ -132,7 +157,7 @@ def _count_alike() -> None:
 
     build = ResponsesRequest.build_tok_params
 
-    def build_tok_params(self: Any, model_config: Any) -> Any:
+    def build_tok_params(self: ResponsesRequest, model_config: object) -> object:
         return replace(build(self, model_config), add_special_tokens=False)
 
     ResponsesRequest.build_tok_params = build_tok_params  # type: ignore[method-assign]

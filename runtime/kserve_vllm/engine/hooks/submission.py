@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncGenerator, Callable, Sized
-from typing import Any, NoReturn, Protocol, cast
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar, cast
 
 from kserve_vllm.core.errors import RequestError
 from kserve_vllm.core.fingerprint import fingerprint
@@ -24,6 +24,12 @@ from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.core.types import Priority, Work
 from kserve_vllm.engine.hooks import cache_codec as records
 from kserve_vllm.engine.hooks.output_filter import Filter, check_parameters, filtered
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +57,37 @@ OPERATED = frozenset(
 """What changes the engine's state; who may, is decided where it is asked for."""
 
 
-def unclassified(client: Any) -> list[str]:
+def unclassified(client: AsyncLLM) -> list[str]:
     """Public methods and properties of vLLM's client that are in none of the lists."""
     known = TAKEN_UP | ASKED | OPERATED
     return [name for name in dir(type(client)) if not name.startswith("_") and name not in known]
 
 
-class SequencePolicy(Protocol):
+class Outcome(Protocol):
+    """What a cache did for a request."""
+
+    @property
+    def header(self) -> str:
+        """The value of `x-cache`: one of `_OUTCOMES`."""
+
+
+class Lookup(Protocol):
+    """One request's side of a cache."""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What became of it; set before the first piece is given."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether the engine's figures go to this request."""
+
+
+L_co = TypeVar("L_co", bound=Lookup, covariant=True)
+L_contra = TypeVar("L_contra", bound=Lookup, contravariant=True)
+
+
+class SequencePolicy(Protocol[L_co]):
     """What decides about a sequence."""
 
     async def take_up(self, context: RequestContext, work: Work) -> None:
@@ -72,23 +102,23 @@ class SequencePolicy(Protocol):
     def answer_filter(self, context: RequestContext) -> Filter | None:
         """A filter for one answer to this request, or None where nobody looks at its answers."""
 
-    def asking(self, context: RequestContext, request_id: str) -> Any:
+    def asking(self, context: RequestContext, request_id: str) -> L_co | None:
         """This request's side of the cache, or None where its client wants none of it."""
 
 
-class Cache(Protocol):
+class Cache(Protocol[L_contra]):
     """Answers that were given before."""
 
     def key(self, request: bytes, *, model: str, adapter: str | None, tenant: str) -> str:
         """Under which an answer is kept."""
 
     def answer(
-        self, key: str, start: Callable[[], AsyncGenerator[Any, None]], asking: Any
-    ) -> AsyncGenerator[Any, None]:
+        self, key: str, start: Callable[[], AsyncGenerator[records.Record, None]], asking: L_contra
+    ) -> AsyncGenerator[records.Record, None]:
         """The pieces of an answer."""
 
 
-class SubmissionHooks:
+class SubmissionHooks(Generic[L_co]):
     """Stands in front of one vLLM client.
 
     Args:
@@ -103,10 +133,10 @@ class SubmissionHooks:
 
     def __init__(
         self,
-        client: Any,
-        sequences: SequencePolicy,
+        client: AsyncLLM,
+        sequences: SequencePolicy[L_co],
         prioritized: bool,
-        cache: Cache | None = None,
+        cache: Cache[L_co] | None = None,
         model: str = "",
         base_model: Callable[[], str] = str,
         plain: Callable[[str], str] = str,
@@ -125,8 +155,8 @@ class SubmissionHooks:
                 setattr(client, name, functools.partial(_refuse, name))
 
     async def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
-    ) -> AsyncGenerator[Any, None]:
+        self, prompt: object, sampling_params: SamplingParams, request_id: str, **options: object
+    ) -> AsyncGenerator[RequestOutput, None]:
         """vLLM's `generate`, once the policies let the sequence pass."""
         context = current.get()
         looked_at = context is not None and self._sequences.answer_filter(context) is not None
@@ -151,7 +181,7 @@ class SubmissionHooks:
         context = current.get()
         return context is not None and (self._cache is not None or self._sequences.answer_filter(context) is not None)
 
-    async def admit(self, prompt: Any, sampling_params: Any, options: dict[str, Any]) -> None:
+    async def admit(self, prompt: object, sampling_params: SamplingParams, options: dict[str, object]) -> None:
         """What `generate` asks at its beginning, for who goes on to vLLM alone. A priority is set in `options`.
 
         Raises:
@@ -162,8 +192,14 @@ class SubmissionHooks:
             await self._pass(context, options, _most_tokens(prompt, sampling_params))
 
     def _cached(
-        self, cache: Cache, context: RequestContext, prompt: Any, params: Any, request_id: str, options: dict[str, Any]
-    ) -> AsyncGenerator[Any, None] | None:
+        self,
+        cache: Cache[L_co],
+        context: RequestContext,
+        prompt: object,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, object],
+    ) -> AsyncGenerator[RequestOutput, None] | None:
         """The answer out of the cache, or by way of it; None where it passes by."""
         request = records.canonical(
             prompt, params, options.get("reasoning_ended"), options.get("reasoning_parser_kwargs")
@@ -172,7 +208,7 @@ class SubmissionHooks:
         if request is None or asking is None:
             _note(context, "bypass")
             return None
-        lora = options.get("lora_request")
+        lora = _adapter(options)
         key = cache.key(
             request,
             model=self._model,
@@ -180,30 +216,31 @@ class SubmissionHooks:
             tenant=context.tenant,
         )
 
-        def start() -> AsyncGenerator[Any, None]:
+        def start() -> AsyncGenerator[records.Record, None]:
             return records.records(self._generate(prompt, records.flight_params(params), request_id, **options))
 
         return self._replay(cache.answer(key, start, asking), asking, context, prompt, params, request_id, lora)
 
     async def _replay(
         self,
-        pieces: AsyncGenerator[Any, None],
-        asking: Any,
+        pieces: AsyncGenerator[records.Record, None],
+        asking: Lookup,
         context: RequestContext,
-        prompt: Any,
-        params: Any,
+        prompt: object,
+        params: SamplingParams,
         request_id: str,
-        lora: Any,
-    ) -> AsyncGenerator[Any, None]:
+        lora: LoRARequest | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         figures = records.Figures()
         text = prompt.get("prompt") if isinstance(prompt, dict) else None
-        ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt
+        # What `canonical` took is one of the two.
+        ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else cast("Sequence[int]", prompt)
         told = False
         outputs = records.replay(pieces, params.output_kind, request_id, ids, text, lora, figures)
         try:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    if not told:
+                    if not told and asking.outcome is not None:
                         told = True
                         _note(context, asking.outcome.header)
                     yield output
@@ -218,8 +255,13 @@ class SubmissionHooks:
                 context.finish_reasons += figures.finish_reasons
 
     async def encode(
-        self, prompt: Any, pooling_params: Any, request_id: str, lora_request: Any = None, **options: Any
-    ) -> AsyncGenerator[Any, None]:
+        self,
+        prompt: object,
+        pooling_params: object,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+        **options: object,
+    ) -> AsyncGenerator[object, None]:
         """vLLM's `encode`, once the policies let the text pass."""
         context = current.get()
         options["lora_request"] = lora_request
@@ -230,8 +272,10 @@ class SubmissionHooks:
             async for output in stream:
                 yield output
 
-    async def _pass(self, context: RequestContext, options: dict[str, Any], tokens: int, shown: Any = None) -> None:
-        lora = options.get("lora_request")
+    async def _pass(
+        self, context: RequestContext, options: dict[str, object], tokens: int, shown: SamplingParams | None = None
+    ) -> None:
+        lora = _adapter(options)
         adapter = self._plain(lora.lora_name) if lora is not None else None
         try:
             if shown is not None:
@@ -245,15 +289,20 @@ class SubmissionHooks:
             options["priority"] = context.priority if context.priority is not None else int(Priority.NORMAL)
 
 
-def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+def _refuse(name: str, *_: object, **__: object) -> NoReturn:
     raise NotImplementedError(f"{name} is a way to the engine that the policies do not know")
 
 
-def _most_tokens(prompt: Any, params: Any) -> int:
+def _most_tokens(prompt: object, params: SamplingParams) -> int:
     return _length(prompt) + (params.max_tokens or 0) * (params.n or 1)
 
 
-def _length(prompt: Any) -> int:
+def _adapter(options: Mapping[str, object]) -> LoRARequest | None:
+    """The adapter, of the arguments of a call of vLLM's client; None for the base model."""
+    return cast("LoRARequest | None", options.get("lora_request"))
+
+
+def _length(prompt: object) -> int:
     """Tokens of a rendered prompt; 0 where it is not tokenized, as audio that streams in."""
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else getattr(prompt, "prompt_token_ids", None)
     return len(ids) if isinstance(ids, Sized) else 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _MAX_CHARS = 300
 _EXPECTED: Mapping[str, str] = {
@@ -44,7 +47,7 @@ class _Fault:
     field: str | None
 
 
-def sentence_of_validation(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
+def sentence_of_validation(errors: Sequence[ErrorDetails | str], body: object) -> tuple[str, str | None]:
     """One sentence about the likeliest mistake, and the field at fault.
 
     pydantic tells of every branch of a union. What the client meant is taken to be the branch with the fewest errors,
@@ -56,7 +59,7 @@ def sentence_of_validation(errors: Sequence[Any], body: Any) -> tuple[str, str |
     """
     if errors and isinstance(errors[0], str):
         return _short(errors[0]), None
-    faults = [_fault(error, body) for error in errors]
+    faults = [_fault(error, body) for error in errors if not isinstance(error, str)]
     if not faults:
         return "the request has the wrong form", None
     top = faults[0].path[:1]
@@ -74,7 +77,7 @@ def sentence_of_validation(errors: Sequence[Any], body: Any) -> tuple[str, str |
     return _short(chosen.sentence), chosen.field or (name if chosen.path else None)
 
 
-def _fault(error: Mapping[str, Any], body: Any) -> _Fault:
+def _fault(error: ErrorDetails, body: object) -> _Fault:
     path, branch = _placed(error.get("loc") or (), body, missing=error.get("type") == "missing")
     # A place that is not in the body: pydantic read the value in another form than it was written.
     lost = not path and bool(branch)
@@ -114,14 +117,14 @@ def _fault(error: Mapping[str, Any], body: Any) -> _Fault:
     return _Fault(path, branch, None, f"{name} has the wrong form", None)
 
 
-def _placed(loc: Sequence[Any], body: Any, missing: bool) -> tuple[tuple[str | int, ...], tuple[str, ...]]:
+def _placed(loc: Sequence[int | str], body: object, missing: bool) -> tuple[tuple[str | int, ...], tuple[str, ...]]:
     """The keys and indices of a place in `body`, and the other words of the place: names of pydantic's types."""
     words = list(loc)
     if words and words[0] == "body":
         words = words[1:]
     path: list[str | int] = []
     branch: list[str] = []
-    at = body
+    at: object = body
     for position, word in enumerate(words):
         last = position == len(words) - 1
         if isinstance(at, dict) and (word in at or (missing and last)):

@@ -10,11 +10,14 @@ Written against vLLM 0.32.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SHORT = 1024
 """Characters that are rendered or tokenized in place at most."""
@@ -32,35 +35,36 @@ def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> 
     """
     from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 
-    renderer: Any = client.renderer
+    renderer = client.renderer
     place = _Place(asyncio.get_running_loop())
-    tokenize_elsewhere = renderer._tokenize_prompt_async
+    tokenize_elsewhere: Callable[[Mapping[str, str], object], Awaitable[object]] = renderer._tokenize_prompt_async
 
-    def tokenize(prompt: Any, params: Any) -> Awaitable[Any]:
+    def tokenize(prompt: Mapping[str, str], params: object) -> Awaitable[object]:
         if place.has_room(len(prompt["prompt"])):
             return place.done(renderer._tokenize_prompt, prompt, params)
-        return tokenize_elsewhere(prompt, params)  # type: ignore[no-any-return]
+        return tokenize_elsewhere(prompt, params)
 
     renderer._tokenize_prompt_async = tokenize
     if foreign_templates or type(renderer) is not HfRenderer:
         return
-    render_elsewhere = renderer._apply_chat_template_async
+    render_elsewhere: Callable[..., Awaitable[object]] = renderer._apply_chat_template_async
 
-    def render(config: Any, tokenizer: Any, conversation: Any, **options: Any) -> Awaitable[Any]:
+    def render(config: object, tokenizer: object, conversation: object, **options: object) -> Awaitable[object]:
         of_client = [value for name, value in options.items() if name != "chat_template"]
         if place.has_room(characters(conversation) + characters(of_client)):
             return place.done(safe_apply_chat_template, config, tokenizer, conversation, **options)
-        return render_elsewhere(config, tokenizer, conversation, **options)  # type: ignore[no-any-return]
+        return render_elsewhere(config, tokenizer, conversation, **options)
 
     renderer._apply_chat_template_async = render
 
 
-def characters(value: Any) -> int:
+def characters(value: object) -> int:
     """How much a template may have to write of this; beyond `SHORT`, just some number beyond it.
 
     A number may be a count of something: it is more than `SHORT`. No recursion: a client decides how deep this goes.
     """
-    size, left = 0, [value]
+    size = 0
+    left: list[object] = [value]
     while left and size <= SHORT:
         each = left.pop()
         if isinstance(each, str):
@@ -95,9 +99,9 @@ class _Place:
     def _rest(self) -> None:
         self._left = _AT_ONCE
 
-    def done(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    def done(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Do it; a future, as vLLM's own way gives one."""
-        future = self._loop.create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
         try:
             future.set_result(work(*args, **kwargs))
         except Exception as error:

@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kserve_vllm.engine.engine_request import EngineRequest
 
 if TYPE_CHECKING:
+    from tokenizers.decoders import Decoder
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +49,14 @@ def make_texts_at_the_end(client: AsyncLLM) -> bool:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
-    processor: Any = client.output_processor
+    processor = client.output_processor
     backend = getattr(processor.tokenizer, "_tokenizer", None)
     if type(backend) is not tokenizers.Tokenizer or not is_local(backend.decoder):
         return False
     late = late_detokenizer()
     add = processor.add_request
 
-    def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+    def add_request(request: EngineRequest, *args: object, **kwargs: object) -> None:
         add(request, *args, **kwargs)
         params = request.sampling_params
         if params is None or params.output_kind != RequestOutputKind.FINAL_ONLY or request.resumable:
@@ -73,7 +77,7 @@ def make_texts_at_the_end(client: AsyncLLM) -> bool:
     return True
 
 
-def is_local(decoder: Any) -> bool:
+def is_local(decoder: Decoder | None) -> bool:
     """Whether a decoder of the tokenizers library is one of those whose texts can be put together."""
     if decoder is None:
         return False
@@ -93,12 +97,12 @@ def is_local(decoder: Any) -> bool:
     return _is_whole(found)
 
 
-def _is_whole(part: dict[str, Any]) -> bool:
+def _is_whole(part: Mapping[str, object]) -> bool:
     return part["type"] in ("ByteLevel", "Metaspace")
 
 
 @cache
-def late_detokenizer() -> type[Any]:
+def late_detokenizer() -> type[FastIncrementalDetokenizer]:
     """A class of vLLM's detokenizers that makes text at the end. A function, since vLLM takes seconds to import."""
     import tokenizers.decoders
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer

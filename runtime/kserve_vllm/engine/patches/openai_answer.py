@@ -6,12 +6,16 @@ what FastAPI and its middleware do around those.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from kserve_vllm.engine.patches.openai_stream import Kind, app_is_bare, validated
+from kserve_vllm.engine.patches.openai_stream import Handler, Kind, OpenAIRequest, app_is_bare, validated
 from kserve_vllm.engine.vllm import VLLMEngine
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Question:
 
     __slots__ = ("_app", "_handler", "_kind", "_request", "_scope")
 
-    def __init__(self, handler: Any, kind: Kind, request: Any, app: Any, scope: MutableMapping[str, Any]) -> None:
+    def __init__(self, handler: Handler, kind: Kind, request: OpenAIRequest, app: FastAPI, scope: Scope) -> None:
         self._handler = handler
         self._kind = kind
         self._request = request
@@ -58,8 +62,9 @@ class Question:
             found = next((handlers[cls] for cls in type(error).__mro__ if cls in handlers), None)
             if found is None:
                 raise
-            response = await found(raw, error)
-            return Answer(response.status_code, response.body)
+            made = found(raw, error)
+            response = await made if inspect.isawaitable(made) else made
+            return Answer(response.status_code, bytes(response.body))
         refused = getattr(made, "error", None)
         return Answer(200 if refused is None else refused.code, made.model_dump_json().encode())
 
@@ -72,11 +77,11 @@ class AnswerHandler:
     """
 
     def __init__(self, engine: VLLMEngine) -> None:
-        self._app: Any = engine.app
-        self._handlers: dict[Kind, Any] = {}
+        self._app = engine.app
+        self._handlers: dict[Kind, Handler] = {}
         if app_is_bare(engine):
             state = engine.app.state
-            found: dict[Kind, Any] = {
+            found: dict[Kind, Handler | None] = {
                 "chat": getattr(state, "openai_serving_chat", None),
                 "completion": getattr(state, "openai_serving_completion", None),
             }
@@ -86,7 +91,7 @@ class AnswerHandler:
         """Whether answers of this kind can be given here at all."""
         return kind in self._handlers
 
-    def take(self, kind: Kind, body: dict[str, Any], scope: MutableMapping[str, Any]) -> Question | None:
+    def take(self, kind: Kind, body: dict[str, object], scope: Scope) -> Question | None:
         """Validate a request.
 
         Args:

@@ -15,10 +15,10 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import orjson
 
@@ -26,16 +26,30 @@ from kserve_vllm.core.errors import RequestError
 from kserve_vllm.core.request_context import current
 from kserve_vllm.core.types import TextJob
 from kserve_vllm.engine.hooks.request_repair import with_null_usage
-from kserve_vllm.engine.hooks.submission import ASKED, SubmissionHooks
+from kserve_vllm.engine.hooks.submission import ASKED, Lookup, SubmissionHooks
 from kserve_vllm.engine.patches.plain_outputs import send_to
-from kserve_vllm.engine.vllm import VLLMEngine
+from kserve_vllm.engine.vllm import VLLMEngine, is_for_browsers
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from vllm.entrypoints.generate.base.protocol import DeltaMessage
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestState
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Kind = Literal["chat", "completion"]
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of `AsyncLLM.generate`."""
+Handler: TypeAlias = "OpenAIServingChat | OpenAIServingCompletion"
+OpenAIRequest: TypeAlias = "ChatCompletionRequest | CompletionRequest"
+Call: TypeAlias = "tuple[tuple[object, SamplingParams, str], dict[str, object]]"
+"""Arguments of `AsyncLLM.generate`: prompt, parameters and request id, and those by name."""
 
 # Stand for what differs from request to request while vLLM's models write a frame once.
 _ID, _MODEL, _ROLE, _TEXT, _FINISH, _STOP = _WORDS = tuple(f"kserve-vllm-mark-{i}" for i in range(6))
@@ -125,12 +139,12 @@ class TextStream:
         "text",
     )
 
-    def __init__(self, hub: Hub, client: Any, call: Call, intake: SubmissionHooks | None = None) -> None:
+    def __init__(self, hub: Hub, client: AsyncLLM, call: Call, intake: SubmissionHooks[Lookup] | None = None) -> None:
         self._intake = intake
         self._hub = hub
         self._client = client
         self._call = call
-        self._state: Any = None
+        self._state: RequestState  # only where `take` is called
         self._internal_id: str | None = None
         self._pump: asyncio.Task[None] | None = None
         self._take_text: Callable[[bool, bool], str] | None = None
@@ -147,7 +161,7 @@ class TextStream:
 
     # The engine's side
 
-    def put(self, output: Any) -> None:
+    def put(self, output: RequestOutput | Exception) -> None:
         """An output of vLLM's for this request, or an exception."""
         if isinstance(output, Exception):
             self.error = self.error or output
@@ -167,11 +181,11 @@ class TextStream:
     def take(
         self,
         new_token_ids: list[int],
-        pooling_output: Any,
-        finish_reason: Any,
+        pooling_output: object,
+        finish_reason: object,
         stop_reason: int | str | None,
-        *_: Any,
-        **__: Any,
+        *_: object,
+        **__: object,
     ) -> None:
         """In the place of `RequestState.make_request_output`: the same, without making two objects of it."""
         assert self._take_text is not None
@@ -256,7 +270,7 @@ class TextStream:
             # Came before the queue was replaced.
             self.put(queue.output)
 
-    async def _run(self, outputs: Any) -> None:
+    async def _run(self, outputs: AsyncIterator[RequestOutput]) -> None:
         try:
             async for output in outputs:
                 self.put(output)
@@ -284,7 +298,9 @@ class OpenAIStream(TextStream):
 
     __slots__ = ("_context", "_prepared", "frames", "include_usage", "skips_empty")
 
-    def __init__(self, hub: Hub, client: Any, prepared: _Prepared, intake: SubmissionHooks | None = None) -> None:
+    def __init__(
+        self, hub: Hub, client: AsyncLLM, prepared: _Prepared, intake: SubmissionHooks[Lookup] | None = None
+    ) -> None:
         super().__init__(hub, client, prepared.call, intake)
         self._prepared = prepared
         self._context = current.get()
@@ -343,7 +359,7 @@ class _Prepared:
     """A request as vLLM's handler would have handed it to its generator of frames."""
 
     kind: Kind
-    handler: Any
+    handler: Handler
     request_id: str
     model: str
     created: int
@@ -363,22 +379,23 @@ class _Catcher:
     call and the end of its handler, no request gets another one's prompt.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: AsyncLLM) -> None:
         self._client = client
 
-    def generate(self, *args: Any, **kwargs: Any) -> _Catcher:
+    def generate(self, prompt: object, sampling_params: SamplingParams, request_id: str, **options: object) -> _Catcher:
         """Keep the call, in place of `AsyncLLM.generate`."""
         calls = _caught.get()
         if calls is None:
             raise RuntimeError("the engine was called outside of a request")
-        calls.append((args, kwargs))
+        calls.append(((prompt, sampling_params, request_id), options))
         return self
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name not in _READ_WHILE_PREPARING:
             # vLLM answers the request then.
             raise AttributeError(f"{name} is not known to be asked for by a handler that prepares a request")
-        return getattr(self._client, name)
+        found: object = getattr(self._client, name)
+        return found
 
 
 class StreamHandler:
@@ -390,11 +407,10 @@ class StreamHandler:
 
     def __init__(self, engine: VLLMEngine) -> None:
         self.hub = Hub()
-        self.client: Any = engine.client
+        self.client = engine.client
         self._engine = engine
-        self._app: Any = engine.app
         self._templates: dict[tuple[Kind, bool, bool], Frames] = {}
-        self._handlers: dict[Kind, Any] = {}
+        self._handlers: dict[Kind, Handler] = {}
         if _app_is_plain(engine):
             state = engine.app.state
             names: dict[Kind, str] = {"chat": "openai_serving_chat", "completion": "openai_serving_completion"}
@@ -407,7 +423,7 @@ class StreamHandler:
         """Whether streams of this kind can be answered here at all."""
         return kind in self._handlers
 
-    async def begin(self, kind: Kind, body: dict[str, Any], scope: MutableMapping[str, Any]) -> OpenAIStream | None:
+    async def begin(self, kind: Kind, body: dict[str, object], scope: Scope) -> OpenAIStream | None:
         """Validate and render a request, and hand it to the engine.
 
         Args:
@@ -448,7 +464,7 @@ class StreamHandler:
             RequestError: as `VLLMEngine.generate` before its first piece.
         """
         try:
-            engine_input, params, priority, lora = await self._engine._prepare(job)
+            engine_input, params, priority, lora = await self._engine.prepare(job)
         except Exception as error:
             raise self.translate(error, job.request_id, started=False) from error
         options = {"lora_request": lora, "priority": priority, "trace_headers": job.trace_headers}
@@ -460,24 +476,36 @@ class StreamHandler:
 
     def translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
         """What an exception of vLLM's becomes for a client."""
-        return self._engine._translate(error, request_id, started)
+        return self._engine.translate(error, request_id, started)
 
-    def _without_last_step(self, kind: Kind, handler: Any) -> Any:
+    def _without_last_step(self, kind: Kind, handler: Handler) -> Handler:
         """A copy of vLLM's handler that returns what it would have streamed from."""
         twin = copy.copy(handler)
         twin.engine_client = _Catcher(self.client)
 
-        def prepared(request: Any, request_id: str, model: str, created: int, media: Any = None) -> _Prepared | None:
+        def prepared(
+            request: OpenAIRequest, request_id: str, model: str, created: int, media: Mapping[str, int] | None = None
+        ) -> _Prepared | None:
             calls = _caught.get()
             if calls is None or len(calls) != 1:
                 return None
             shape = self._shape(kind, handler, request, request_id, model, created)
             return _Prepared(kind, handler, request_id, model, created, calls[0], shape, media=media)
 
-        def chat(request: Any, _: Any, request_id: str, model: str, *__: Any, **kwargs: Any) -> Any:
-            return prepared(request, request_id, model, int(time.time()), kwargs.get("mm_token_counts"))
+        def chat(
+            request: ChatCompletionRequest,
+            _: object,
+            request_id: str,
+            model: str,
+            *__: object,
+            mm_token_counts: Mapping[str, int] | None = None,
+            **___: object,
+        ) -> _Prepared | None:
+            return prepared(request, request_id, model, int(time.time()), mm_token_counts)
 
-        def completion(request: Any, _: Any, __: Any, request_id: str, created: int, model: str, **kwargs: Any) -> Any:
+        def completion(
+            request: CompletionRequest, _: object, __: object, request_id: str, created: int, model: str, **___: object
+        ) -> _Prepared | None:
             return prepared(request, request_id, model, created)
 
         if kind == "chat":
@@ -487,7 +515,7 @@ class StreamHandler:
         return twin
 
     def _shape(
-        self, kind: Kind, handler: Any, request: Any, request_id: str, model: str, created: int
+        self, kind: Kind, handler: Handler, request: OpenAIRequest, request_id: str, model: str, created: int
     ) -> tuple[Frames, bool, bool]:
         from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 
@@ -572,7 +600,7 @@ def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
         return _event(handler.create_streaming_error_response(raised))
 
 
-def _write_frames(kind: Kind, handler: Any, include_usage: bool, continuous: bool) -> Frames:
+def _write_frames(kind: Kind, handler: Handler, include_usage: bool, continuous: bool) -> Frames:
     """Frames with marks in them, written once by vLLM's own models, so that fields and their order are vLLM's."""
     write = _chat_frames if kind == "chat" else _completion_frames
     frames = write(handler, include_usage, continuous)
@@ -593,7 +621,7 @@ def _has_transfer_params(kind: Kind) -> bool:
     return "kv_transfer_params" in model.model_fields
 
 
-def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, ...]:
+def _chat_frames(handler: OpenAIServingChat, include_usage: bool, continuous: bool) -> tuple[bytes, ...]:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
     from vllm.entrypoints.openai.chat_completion.protocol import (
         ChatCompletionResponseStreamChoice,
@@ -601,7 +629,7 @@ def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[b
     )
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
-    def frame(delta: DeltaMessage, choice: Mapping[str, Any], chunk: Mapping[str, Any], tokens: int) -> bytes:
+    def frame(delta: DeltaMessage, choice: Mapping[str, object], chunk: Mapping[str, object], tokens: int) -> bytes:
         made = ChatCompletionStreamResponse(
             id=_ID,
             object="chat.completion.chunk",
@@ -624,7 +652,7 @@ def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[b
     going = {"finish_reason": None, "token_ids": None}
     end = {"finish_reason": _FINISH, "stop_reason": _STOP, "token_ids": None}
     opening = {"prompt_token_ids": None, "prompt_text": None}
-    transfer: dict[str, Any] = {}
+    transfer: dict[str, object] = {}
     if _has_transfer_params("chat"):
         transfer, end["weight_versions"] = {"kv_transfer_params": None}, None
     return (
@@ -635,7 +663,7 @@ def _chat_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[b
     )
 
 
-def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> tuple[bytes, ...]:
+def _completion_frames(handler: OpenAIServingCompletion, include_usage: bool, continuous: bool) -> tuple[bytes, ...]:
     from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice, CompletionStreamResponse
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
@@ -667,7 +695,7 @@ def _completion_frames(handler: Any, include_usage: bool, continuous: bool) -> t
     return b"", frame(None, None), last, last
 
 
-def validated(kind: Kind, body: dict[str, Any]) -> Any:
+def validated(kind: Kind, body: dict[str, object]) -> OpenAIRequest | None:
     """vLLM's model of a parsed body, or None where vLLM refuses it."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -684,24 +712,21 @@ async def headers(engine: VLLMEngine, content_type: str) -> list[tuple[bytes, by
 
     Its middleware for browsers may add a header to those too, as its version and flags have it: so it is asked.
     """
-    from fastapi.middleware.cors import CORSMiddleware
-
     found: list[tuple[bytes, bytes]] = []
 
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", content_type.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def nothing() -> dict[str, Any]:
+    async def nothing() -> Message:
         return {"type": "http.disconnect"}
 
-    async def note(message: MutableMapping[str, Any]) -> None:
+    async def note(message: Message) -> None:
         found.extend(message["headers"])
 
-    app: Any = answer
-    vllm: Any = engine.app
-    for each in reversed(vllm.user_middleware):
-        if each.cls is CORSMiddleware:
+    app: ASGIApp = answer
+    for each in reversed(engine.app.user_middleware):
+        if is_for_browsers(each):
             app = each.cls(app, *each.args, **each.kwargs)
     await app({"type": "http", "method": "POST", "path": "/", "headers": []}, nothing, note)
     return found
@@ -731,7 +756,7 @@ def _app_is_plain(engine: VLLMEngine) -> bool:
     )
 
 
-def _handler_is_plain(kind: str, handler: Any) -> bool:
+def _handler_is_plain(kind: str, handler: Handler) -> bool:
     """Whether a handler is vLLM's own, and no parser of it rewrites text where a request brings no tools."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion

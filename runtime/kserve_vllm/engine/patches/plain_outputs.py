@@ -14,12 +14,17 @@ import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kserve_vllm.engine.patches.late_text import late_detokenizer
 
 if TYPE_CHECKING:
+    from prometheus_client import Histogram
+    from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import IterationStats
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +48,13 @@ def process_plain_outputs_apart(client: AsyncLLM) -> bool:
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
     from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
-    processor: Any = client.output_processor
+    processor = client.output_processor
     unknown = _FIELDS.symmetric_difference(EngineCoreOutput.__struct_fields__) - {"error"}
     if unknown or type(processor) is not OutputProcessor:
         log.warning("vLLM processes all outputs: its own differ from those known here (%s)", ", ".join(sorted(unknown)))
         return False
 
-    def has_plain_outputs(state: Any) -> bool:
+    def has_plain_outputs(state: RequestState) -> bool:
         """Whether outputs with no more than a token are a matter of text alone: decided once for each request."""
         return (
             type(state.detokenizer) in (FastIncrementalDetokenizer, late_detokenizer())
@@ -80,17 +85,17 @@ def observe_gaps_of(client: AsyncLLM) -> bool:
 Sink = Callable[[str, int], None]
 
 
-def send_to(state: Any, sink: Sink) -> None:
+def send_to(state: RequestState, sink: Sink) -> None:
     """Have the texts of a request's plain outputs handed over instead of kept.
 
     Args:
-        state: vLLM's `RequestState`, of a request whose outputs are new text only (`RequestOutputKind.DELTA`).
+        state: of a request whose outputs are new text only (`RequestOutputKind.DELTA`).
         sink: called with new text and the number of tokens behind it.
     """
     state.sink = sink
 
 
-def sink_of(state: Any) -> Sink | None:
+def sink_of(state: RequestState) -> Sink | None:
     """Who gets the texts of a request's plain outputs."""
     found: Sink | None = vars(state).get("sink")
     return found
@@ -105,19 +110,24 @@ class PlainOutputs:
         result: vLLM's class of what the method returns.
     """
 
-    def __init__(self, processor: Any, allowed: Callable[[Any], bool], result: Callable[..., Any]) -> None:
-        self._states: dict[str, Any] = processor.request_states
+    def __init__(
+        self,
+        processor: OutputProcessor,
+        allowed: Callable[[RequestState], bool],
+        result: type[OutputProcessorOutput],
+    ) -> None:
+        self._states: dict[str, RequestState] = processor.request_states
         self._allowed = allowed
         self._result = result
         self._process = processor.process_outputs
 
     def process(
         self,
-        outputs: Iterable[Any],
+        outputs: Iterable[EngineCoreOutput],
         timestamp: float | None = None,
-        iteration_stats: Any = None,
+        iteration_stats: IterationStats | None = None,
         weight_version: str | None = None,
-    ) -> Any:
+    ) -> OutputProcessorOutput:
         """As vLLM's: text is made of new tokens and handed over, and statistics are kept.
 
         Args:
@@ -126,7 +136,7 @@ class PlainOutputs:
             iteration_stats: filled in; None where none are kept.
             weight_version: which weights the tokens are of.
         """
-        others: list[Any] = []
+        others: list[EngineCoreOutput] = []
         tokens = 0
         states = self._states
         gaps = [] if iteration_stats is None else iteration_stats.inter_token_latencies_iter
@@ -159,13 +169,13 @@ class PlainOutputs:
                 detokenizer.token_ids.append(token)
                 text += detokenizer.decode_next(token)
             sink(text, len(new))
-        if tokens:
+        if tokens and iteration_stats is not None:
             iteration_stats.num_generation_tokens += tokens
         if others:
             return self._process(others, timestamp, iteration_stats, weight_version=weight_version)
         return self._result(request_outputs=[], reqs_to_abort=[])
 
-    def _is_plain(self, state: Any) -> bool:
+    def _is_plain(self, state: RequestState) -> bool:
         known: bool | None = vars(state).get("plain")
         if known is None:
             known = state.plain = self._allowed(state)
@@ -173,7 +183,7 @@ class PlainOutputs:
         return known
 
 
-def _has_only_tokens(output: Any) -> bool:
+def _has_only_tokens(output: EngineCoreOutput) -> bool:
     """Whether an output says no more than what the next tokens are."""
     return (
         output.finish_reason is None
@@ -191,11 +201,8 @@ def _has_only_tokens(output: Any) -> bool:
     )
 
 
-def observe_equal_gaps_together(logger: Any) -> bool:
+def observe_equal_gaps_together(logger: PrometheusStatLogger) -> bool:
     """Let vLLM's Prometheus logger write a step's gaps between tokens once for each length that they have.
-
-    Args:
-        logger: a `PrometheusStatLogger`.
 
     Returns:
         False where prometheus-client's histograms are not as known.
@@ -207,7 +214,10 @@ def observe_equal_gaps_together(logger: Any) -> bool:
     record = logger.record
 
     def record_with_gaps(
-        scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        scheduler_stats: object,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: object = None,
+        engine_idx: int = 0,
     ) -> None:
         if iteration_stats is None:
             record(scheduler_stats, None, mm_cache_stats, engine_idx)
@@ -225,7 +235,7 @@ def observe_equal_gaps_together(logger: Any) -> bool:
     return True
 
 
-def observe_all(histogram: Any, values: Sequence[float]) -> None:
+def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
     """Observe all values in a histogram of prometheus-client, equal ones at once."""
     for value, times in Counter(values).items():
         histogram._sum.inc(value * times)
@@ -234,5 +244,5 @@ def observe_all(histogram: Any, values: Sequence[float]) -> None:
             histogram._buckets[bucket].inc(times)
 
 
-def _is_known(histogram: Any) -> bool:
+def _is_known(histogram: Histogram) -> bool:
     return all(hasattr(histogram, name) for name in ("_sum", "_upper_bounds", "_buckets"))

@@ -92,7 +92,7 @@ class Target:
     timeout_s: float = 120.0
     temperature: float = 0.0
     full_length: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
     ca: str | None = None
 
 
@@ -173,10 +173,10 @@ class OverHTTP:
             raise Unreachable(f"{self._target.url}/v1/models names no model; say it with --model") from None
         raise Unreachable(f"{self._target.url}/v1/models: {_refusal(answer.status_code, answer.content)}")
 
-    def body(self, prompt: Prompt) -> dict[str, Any]:
+    def body(self, prompt: Prompt) -> dict[str, object]:
         """The JSON of a request."""
         own = self._target
-        sampling: dict[str, Any] = {"max_tokens": prompt.output, "temperature": own.temperature}
+        sampling: dict[str, object] = {"max_tokens": prompt.output, "temperature": own.temperature}
         if own.full_length:
             sampling["ignore_eos"] = True
         if own.protocol.startswith(("chat", "completions")):
@@ -405,7 +405,7 @@ def _refusal(status: int, raw: bytes) -> str:
         return f"HTTP {status}: {raw[:200].decode(errors='replace')}"
 
 
-def _error_text(tree: Any) -> str:
+def _error_text(tree: object) -> str:
     error = tree.get("error", tree) if isinstance(tree, dict) else tree
     return str(error.get("message", error) if isinstance(error, dict) else error)
 

@@ -264,7 +264,7 @@ def _points(args: argparse.Namespace) -> list[Point]:
 
 async def _bench(
     args: argparse.Namespace, target: clients.Target, points: Sequence[Point], slo: result.SLO, rows: list[result.Row]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Ask, warm up, play each point; `rows` grows as they end."""
     if not target.model:
         client = clients.connect(target)
@@ -286,7 +286,7 @@ async def _bench(
             "time_s": args.time,
             "timeout_s": args.timeout,
         }
-        content: dict[str, Any] = {}
+        content: dict[str, object] = {}
         sent = 0
         for number, point in enumerate(points):
             progress.begin(number, len(points), point)

@@ -8,15 +8,15 @@ requests), and where a load was run several times, whole runs first. The interva
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.bench.result import load_name
+from kserve_vllm.ops.model.measured import Row
 
 DRAWS = 1000
 FEWEST = 20
@@ -73,8 +73,8 @@ _TIMES = tuple(
 
 
 def compare(
-    old: Sequence[Mapping[str, Any]],
-    new: Sequence[Mapping[str, Any]],
+    old: Sequence[Row],
+    new: Sequence[Row],
     confidence: float = 0.95,
     tolerance: float = 0.05,
     seed: int = 1,
@@ -115,8 +115,8 @@ def compare(
     return found
 
 
-def _by_load(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def _by_load(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
     for row in rows:
         if not row.get("ttfts") and not row.get("e2els"):
             raise ConfigError(
@@ -126,7 +126,7 @@ def _by_load(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     return found
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], column: str) -> list[Values]:
+def _columns(rows: Sequence[Row], column: str) -> list[Values]:
     """The values of each run, in the order of sending; runs without one are left out."""
     found = []
     for row in rows:
@@ -141,7 +141,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], column: str) -> list[Values]:
     return found
 
 
-def _per_second(row: Mapping[str, Any]) -> Values:
+def _per_second(row: Row) -> Values:
     """Output tokens a second in each second but the last, as if a request's tokens came evenly."""
     starts, lengths = row.get("start_times"), row.get("output_lens")
     firsts, ends = (next(iter(_columns([row], column)), None) for column in ("ttfts", "e2els"))
@@ -200,7 +200,7 @@ def _difference(
     return Difference(load, figure, old, new, low, high, better_is_less, verdict)
 
 
-def _failures(load: str, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Difference:
+def _failures(load: str, old: Sequence[Row], new: Sequence[Row]) -> Difference:
     """Shares of requests that failed, by Fisher's exact test."""
     from kserve_vllm.ops.rollout.statistics import fisher_greater
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from kserve_vllm.core.errors import ConfigError
 
@@ -34,7 +34,7 @@ class Prompt:
 
     text: str
     output: int
-    messages: Sequence[Any] | None = None
+    messages: Sequence[object] | None = None
 
 
 class Prompts(Protocol):
@@ -43,7 +43,7 @@ class Prompts(Protocol):
     def __getitem__(self, index: int) -> Prompt:
         """The prompt with a number."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What it is, for the result."""
 
 
@@ -100,7 +100,7 @@ class Shape:
             return mean
         return max(1, round(dice.lognormvariate(math.log(mean) - self.spread**2 / 2, self.spread)))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What it is, for the result."""
         return {
             "prompt": self.prompt,
@@ -140,12 +140,12 @@ class FromFile:
         """The prompt with a number."""
         return self._found[index % len(self._found)]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What it is, for the result."""
         return {"file": self._name, "prompts": len(self._found)}
 
 
-def _read_line(row: Any, output: int, number: int) -> Prompt:
+def _read_line(row: object, output: int, number: int) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is no object")
     most = row.get("max_tokens", row.get("output_tokens", output))

@@ -128,8 +128,8 @@ def kept(found: Row, slo: SLO) -> bool:
 
 
 def result(
-    url: str, model: str, protocol: str, workload: Mapping[str, Any], slo: SLO, rows: Sequence[Row]
-) -> dict[str, Any]:
+    url: str, model: str, protocol: str, workload: Mapping[str, object], slo: SLO, rows: Sequence[Row]
+) -> dict[str, object]:
     """The whole result; the key is not in it."""
     return {
         "schema": SCHEMA,
@@ -143,7 +143,7 @@ def result(
     }
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
+def save(path: Path, content: Mapping[str, object]) -> None:
     """Write a result, whole or not at all. Raises ConfigError."""
     part = path.with_name(path.name + ".part")
     try:
@@ -153,7 +153,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         raise ConfigError(f"--save {path}: {error}") from None
 
 
-def load_name(found: Mapping[str, Any]) -> str:
+def load_name(found: Mapping[str, object]) -> str:
     """A row's load, the same for the same load of two results."""
     rate = found.get("request_rate")
     if rate not in (None, "inf") and math.isfinite(float(str(rate))):

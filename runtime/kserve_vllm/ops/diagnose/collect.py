@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
 from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
 from kserve_vllm.ops.diagnose.snapshot import Snapshot, hide_in_text, without_secrets
@@ -140,7 +139,7 @@ def collect_url(url: str, api_key: str = "", timeout_s: float = 5.0) -> Snapshot
 
 def _answer(status: int, text: str) -> Json:
     try:
-        body: Any = json.loads(text)
+        body: object = json.loads(text)
     except ValueError:
         body = text[:2000]
     return {"status": status, "body": body}
@@ -268,7 +267,7 @@ def _ask_pod(seen: Snapshot, cluster: Cluster, pod: Json) -> None:
         seen.answers[name] = answers
 
 
-def _read_logs(seen: Snapshot, cluster: Cluster, pod: str, container: Mapping[str, Any]) -> None:
+def _read_logs(seen: Snapshot, cluster: Cluster, pod: str, container: Json) -> None:
     state = container.get("state") or {}
     if "waiting" in state and not container.get("lastState") and not container.get("restartCount"):
         return

@@ -10,7 +10,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -145,7 +144,7 @@ def _manifest(path: Path, name: str) -> Json:
 def as_json(taken: Snapshot, findings: Sequence[Finding]) -> str:
     """The diagnosis for programs."""
     facts = Facts(taken)
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "name": taken.name,
         "namespace": taken.namespace,
         "takenAt": taken.taken_at,

@@ -318,7 +318,7 @@ class Facts:
         return next((s for s in self.said if s.kind == kind and re.search(pattern, f"{s.reason} {s.text}")), None)
 
 
-def dig(obj: Any, *keys: str) -> Any:
+def dig(obj: object, *keys: str) -> Any:
     """A value deep in a dictionary; None where the way ends."""
     for key in keys:
         if not isinstance(obj, dict):
@@ -332,7 +332,7 @@ def condition(obj: Json, kind: str) -> Json:
     return next((c for c in dig(obj, "status", "conditions") or [] if c["type"] == kind), {})
 
 
-def seconds(text: Any) -> float | None:
+def seconds(text: object) -> float | None:
     """A duration as Go and the Gateway API write it (`600s`, `1m30s`, `1h`); None where it is none."""
     if not isinstance(text, str) or not re.fullmatch(r"(\d+(\.\d+)?(h|ms|m|s))+", text):
         return None

@@ -8,7 +8,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -95,7 +94,7 @@ def hide_in_text(text: str) -> str:
     return _TOKEN.sub(_HIDDEN, text)
 
 
-def _hide(node: Any) -> None:
+def _hide(node: object) -> None:
     if isinstance(node, dict):
         name = node.get("name")
         if isinstance(name, str) and isinstance(node.get("value"), str) and _SECRET_NAME.search(name):
@@ -116,8 +115,8 @@ def _hide(node: Any) -> None:
                 _hide(item)
 
 
-def _hidden_words(words: list[Any]) -> list[Any]:
-    out: list[Any] = []
+def _hidden_words(words: list[object]) -> list[object]:
+    out: list[object] = []
     for word in words:
         flag, equals, _ = str(word).partition("=")
         if equals and _SECRET_FLAG.match(flag):

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from kserve_vllm.core.errors import ConfigError
 
+Config = Mapping[str, Any]
+"""A config.json. Which fields it has, and of which type, differs by family; whoever reads one converts it."""
 Kind = Literal["full", "sliding", "chunked", "mla", "state"]
 
 # Bytes of one number. torch's names; the float8 formats have 8 bits, nvfp4 and mxfp4 four.
@@ -193,7 +195,7 @@ _APPROXIMATE = {
 }
 
 
-def parse(config: Mapping[str, Any], name: str = "") -> Architecture:
+def parse(config: Config, name: str = "") -> Architecture:
     """Read a config.json.
 
     Raises:
@@ -326,11 +328,11 @@ def from_parameters(text: str) -> Architecture:
     )
 
 
-def _first(config: Mapping[str, Any], *names: str, fallback: Any = None) -> Any:
+def _first(config: Config, *names: str, fallback: Any = None) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), fallback)
 
 
-def _language_part(config: Mapping[str, Any]) -> dict[str, Any]:
+def _language_part(config: Config) -> Config:
     """The part that generates text; multimodal configs hold it inside another."""
     for name in ("text_config", "llm_config", "language_config", "thinker_config"):
         part = config.get(name)
@@ -339,14 +341,14 @@ def _language_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def _generates(config: Mapping[str, Any]) -> bool:
+def _generates(config: Config) -> bool:
     names = [str(name) for name in config.get("architectures") or ()]
     return not names or not all(
         re.search(r"^(Bert|Roberta|XLMRoberta|ModernBert|NomicBert|DistilBert)", n) for n in names
     )
 
 
-def _quantization(config: Mapping[str, Any]) -> Quantization:
+def _quantization(config: Config) -> Quantization:
     """`quantization_config`, as AWQ, GPTQ, compressed-tensors, ModelOpt, bitsandbytes and FP8 checkpoints write it."""
     method = str(config.get("quant_method") or config.get("quant_algo") or "").lower()
     if not config or not method:
@@ -381,7 +383,7 @@ def _quantization(config: Mapping[str, Any]) -> Quantization:
     return QUANTIZATIONS.get(method, Quantization(method, float(config.get("bits") or 8)))
 
 
-def _layer_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
+def _layer_kinds(config: Config, depth: int) -> list[str]:
     """One of full, sliding, chunked, state, none for each layer."""
     names = {
         "full_attention": "full",
@@ -429,7 +431,7 @@ def _layer_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
 
 
 def _layer(
-    config: Mapping[str, Any], kind: str, index: int, kv_heads: int, head_dim: int, base: Architecture
+    config: Config, kind: str, index: int, kv_heads: int, head_dim: int, base: Architecture
 ) -> LayerCache | None:
     if kind in ("mlp", "moe"):
         return None
@@ -453,7 +455,7 @@ def _layer(
     return LayerCache("full", kv_heads, width)
 
 
-def _state(config: Mapping[str, Any], base: Architecture) -> tuple[tuple[int, float | None], ...]:
+def _state(config: Config, base: Architecture) -> tuple[tuple[int, float | None], ...]:
     """Numbers that a recurrent layer keeps per sequence: its convolution's last inputs, and its state."""
     ssm_dtype = _first(config, "mamba_ssm_dtype", "mamba_ssm_cache_dtype")
     if ssm_dtype is None and str(config.get("model_type")).startswith("nemotron_h"):
@@ -480,9 +482,7 @@ def _state(config: Mapping[str, Any], base: Architecture) -> tuple[tuple[int, fl
     return (inner * (kernel - 1), None), (inner * size, wide)
 
 
-def _count(
-    config: Mapping[str, Any], outer: Mapping[str, Any], kinds: Sequence[str], kv_heads: int, base: Architecture
-) -> Parameters:
+def _count(config: Config, outer: Config, kinds: Sequence[str], kv_heads: int, base: Architecture) -> Parameters:
     """Count parameters from the shapes. Within a few percent for families that this was not written for."""
     tied = bool(_first(config, "tie_word_embeddings", fallback=outer.get("tie_word_embeddings", False)))
     if base.family.startswith(("gemma", "qwen3_5")) and "tie_word_embeddings" not in {**outer, **config}:
@@ -538,7 +538,7 @@ def _count(
     return Parameters(table * (1 if tied else 2), table, linear, experts, other)
 
 
-def _mixer(config: Mapping[str, Any], base: Architecture) -> int:
+def _mixer(config: Config, base: Architecture) -> int:
     """Parameters of a recurrent layer's projections."""
     if config.get("linear_num_value_heads"):
         keys = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
@@ -554,7 +554,7 @@ def _mixer(config: Mapping[str, Any], base: Architecture) -> int:
     return base.hidden * (inner + conv) + inner * base.hidden
 
 
-def _attention(config: Mapping[str, Any], kv_heads: int, base: Architecture, kind: str) -> int:
+def _attention(config: Config, kv_heads: int, base: Architecture, kind: str) -> int:
     if (rank := config.get("kv_lora_rank")) and config.get("qk_rope_head_dim"):
         rope, nope = int(config["qk_rope_head_dim"]), int(config.get("qk_nope_head_dim") or 128)
         value = int(config.get("v_head_dim") or 128)

@@ -23,6 +23,9 @@ from kserve_vllm.ops.model.hardware import GPU
 from kserve_vllm.ops.model.memory import EngineSettings, whole_experts
 from kserve_vllm.ops.model.steptime import StepTime, operate
 
+Row = Mapping[str, Any]
+"""A load of a benchmark's file, as `read_benchmark` let it pass; its other fields are those of whichever program."""
+
 # AIConfigurator interpolates kernels that were measured, and sums them. Its authors give no band for one figure;
 # against the published figures in tests/ops/published.yaml it is as far off as this.
 AICONFIGURATOR_BAND = 0.30
@@ -117,7 +120,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def read_benchmark(path: Path, name: str = "--calibrate", timed: bool = True) -> list[Mapping[str, Any]]:
+def read_benchmark(path: Path, name: str = "--calibrate", timed: bool = True) -> list[Row]:
     """Rows of a benchmark: a result of `kserve-vllm bench --save`, whose form `ops.bench.result` describes; or one
     object per load, as `vllm bench serve --save-result` writes it; or a list of such.
 
@@ -172,7 +175,7 @@ class Load:
     running: float
 
 
-def load_of(row: Mapping[str, Any]) -> Load:
+def load_of(row: Row) -> Load:
     """A row that `read_benchmark` let pass."""
     number = float(row["completed"])
     gap = float(row.get("median_tpot_ms") or row["mean_tpot_ms"]) / 1000
@@ -210,7 +213,7 @@ def fitted_steps(path: Path) -> StepTime:
         left.append([1.0, 1.0, max(1.0, fewest.prompt - fewest.cached)])
         right.append(fewest.first_token_s)
     scale = 1 / np.asarray(right)
-    best: tuple[float, Any] = (math.inf, None)
+    best: tuple[float, dict[int, float]] = (math.inf, {})
     # Three unknowns, so every choice of those that are not 0 can be tried (non-negative least squares).
     for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (3, 2, 1)):
         matrix = np.asarray(left)[:, chosen] * scale[:, None]

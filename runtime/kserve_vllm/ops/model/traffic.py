@@ -121,11 +121,11 @@ def _seconds(value: Any) -> float:
         return datetime.fromisoformat(text).timestamp()
 
 
-def _class(value: Any) -> int:
+def _class(value: object) -> int:
     if value in (None, ""):
         return 1
     names = {"interactive": 0, "high": 0, "standard": 1, "normal": 1, "default": 1, "batch": 2, "low": 2}
-    return names.get(str(value).lower(), 1) if not str(value).lstrip("-").isdigit() else int(value)
+    return names.get(str(value).lower(), 1) if not str(value).lstrip("-").isdigit() else int(str(value))
 
 
 def describe(requests: Sequence[Request], window_s: float = 60.0, source: str = "trace") -> Traffic:

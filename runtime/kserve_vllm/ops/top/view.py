@@ -110,7 +110,7 @@ class View:
     pods: tuple[int, int] = (1, 0)
     error: str = ""
 
-    def machine(self) -> dict[str, Any]:
+    def machine(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 

@@ -42,16 +42,17 @@ entry point that fails answers 503, since the text may well be fine.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import inspect
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import httpx
 import regex
@@ -61,11 +62,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kserve_vllm.core.errors import ConfigError, Refused, RequestError, Unavailable
 from kserve_vllm.policy.moderation.patterns import PatternError, Patterns, Reading, Rule
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 Where = Literal["prompt", "answer"]
 OnError = Literal["allow", "refuse"]
 Verdict = str | RequestError
+Check = Callable[[str, Where, str], object]
+"""An operator's own function: text, where it stands and tenant to a `Refusal`, a text, None, or an awaitable of such.
+What it really returns is looked at."""
 """The text that passes, or why none does."""
 
 _LARGE = 20_000
@@ -120,7 +128,7 @@ class _HookSpec(_Model):
 
     @field_validator("on", mode="before")
     @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
+    def _one_or_more(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -383,7 +391,7 @@ class _EndpointHook(_WindowHook):
     async def _ask(self, texts: list[str]) -> list[bool]:
         if self._client is None:
             self._client = httpx.AsyncClient(timeout=self._timeout_s)
-        body: dict[str, Any] = {"input": texts}
+        body: dict[str, object] = {"input": texts}
         if self._endpoint.model is not None:
             body["model"] = self._endpoint.model
         response = await self._client.post(self._endpoint.url, json=body, headers=self._headers())
@@ -443,7 +451,7 @@ class _EntryPointHook(_WindowHook):
         try:
             async with enforcement:
                 if self._is_async:
-                    found = await self._call(text, where, tenant)
+                    found = await cast("Awaitable[object]", self._call(text, where, tenant))
                 else:
                     found = await asyncio.wrap_future(self._threads.submit(self._call, text, where, tenant))
         except (Refusal, Refused):
@@ -468,14 +476,13 @@ class _Threads:
 
     def __init__(self, name: str, most: int) -> None:
         self._name, self._most = name, most
-        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
-        self._work = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
-    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Future[object]:
         """The result to come."""
-        future: Future[Any] = Future()
-        self._work.put((future, call, arguments))
+        future: Future[object] = Future()
+        self._work.put((future, functools.partial(call, *args, **kwargs)))
         if len(self._threads) < self._most:
             self._threads.append(threading.Thread(target=self._serve, name=self._name, daemon=True))
             self._threads[-1].start()
@@ -488,11 +495,11 @@ class _Threads:
 
     def _serve(self) -> None:
         while (item := self._work.get()) is not None:
-            future, call, arguments = item
+            future, call = item
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                result = call(*arguments)
+                result = call()
                 if inspect.iscoroutine(result):
                     result = asyncio.run(result)  # a plain function that hands on a coroutine
                 future.set_result(result)
@@ -502,26 +509,26 @@ class _Threads:
                 future.set_exception(error)
 
 
-def _load(entry_point: str, name: str) -> Callable[..., Any]:
+def _load(entry_point: str, name: str) -> Check:
     module, _, path = entry_point.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        found: object = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
     except Exception as error:
         raise ConfigError(f"hook {name!r}: {entry_point} can't be loaded: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"hook {name!r}: {entry_point} can't be called")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-async def _some_at_once(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def _some_at_once(work: Sequence[Coroutine[object, None, T]]) -> list[T]:
     """Results in order, a few at a time; the first exception ends the others."""
     if len(work) == 1:
         return [await work[0]]
     enforcement = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(each: Coroutine[Any, Any, T]) -> T:
+    async def one(each: Coroutine[object, None, T]) -> T:
         async with enforcement:
             return await each
 
@@ -676,11 +683,11 @@ def _read(path: str | Path) -> _FileSpec:
         raise ConfigError("; ".join(_explain(tree, each) for each in error.errors())) from error
 
 
-def _explain(tree: Any, error: Any) -> str:
+def _explain(tree: Mapping[str, Sequence[object]], error: ErrorDetails) -> str:
     """One line for one of pydantic's errors, with the hook's name where it has one."""
     place = list(error["loc"])
     name = None
-    if len(place) > 1 and place[0] == "hooks":
+    if len(place) > 1 and place[0] == "hooks" and isinstance(place[1], int):
         hook = tree["hooks"][place[1]]
         name = hook.get("name") if isinstance(hook, dict) else None
         head = f"hook {name!r}" if isinstance(name, str) else f"hook {place[1] + 1}"

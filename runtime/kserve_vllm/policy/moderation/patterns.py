@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import regex
 
@@ -92,7 +91,7 @@ class Rule:
         """The pattern as a branch of a larger one, or None where it can't be."""
         self.probe_part: str | None = None if alone else f"{scoped}{_spell_anchors(core)})"
 
-    def replace(self, match: Any) -> str:
+    def replace(self, match: regex.Match[str]) -> str:
         """What takes the place of a match."""
         if self._literal:
             return self._replacement
@@ -256,7 +255,7 @@ class Reading:
             any(self._search(enforcement, text, pos) is not None for enforcement in gates) or gates is not self._gates
         )
 
-    def _replace(self, text: str, pos: int, limit: int, nexts: dict[Rule, Any], out: list[str]) -> int:
+    def _replace(self, text: str, pos: int, limit: int, nexts: dict[Rule, regex.Match[str]], out: list[str]) -> int:
         """Replace matches that begin before `limit`; the position behind the last one."""
         while nexts:
             rule = min(nexts, key=lambda each: nexts[each].start())
@@ -280,7 +279,7 @@ class Reading:
                     del nexts[each]
         return pos
 
-    def _look(self, text: str, pos: int, rules: Iterable[Rule]) -> dict[Rule, Any]:
+    def _look(self, text: str, pos: int, rules: Iterable[Rule]) -> dict[Rule, regex.Match[str]]:
         """The next match of each rule that has one."""
         found = {}
         for rule in rules:
@@ -291,7 +290,9 @@ class Reading:
                 found[rule] = match
         return found
 
-    def _search(self, pattern: Any, text: str, pos: int, partial: bool = False) -> Any:
+    def _search(
+        self, pattern: regex.Pattern[str], text: str, pos: int, partial: bool = False
+    ) -> regex.Match[str] | None:
         left = self._deadline - time.thread_time()
         try:
             if left <= 0:
@@ -305,7 +306,7 @@ class Reading:
             self._deadline = time.thread_time() + self._patterns.budget(self._size)
             return None
 
-    def _drop(self, pattern: Any) -> None:
+    def _drop(self, pattern: regex.Pattern[str]) -> None:
         """Go on without what took too long: one pattern, or the patterns of a combined one that do so by themselves."""
         alone = [rule for rule in self._rules if pattern in (rule.full, rule.probe)]
         if alone:

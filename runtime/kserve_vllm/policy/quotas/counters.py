@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import structlog
 
@@ -303,7 +303,7 @@ class RedisCounters:
         """See `Counters`."""
         self._start()
         keys = [f"{self._prefix}:{ask.kind}:{ask.subject}" for ask in asks]
-        arguments: list[Any] = [self._width, self.buckets, self._lease_us, lease, int(_PLACE_WAIT_S * 1e6)]
+        arguments: list[str | int] = [self._width, self.buckets, self._lease_us, lease, int(_PLACE_WAIT_S * 1e6)]
         for ask in asks:
             arguments += (ask.kind, ask.limit, ask.amount)
         places = [key for key, ask in zip(keys, asks, strict=True) if ask.kind == "concurrent"]
@@ -392,7 +392,7 @@ class RedisCounters:
                 await asyncio.sleep(_RETRY_S)
 
     async def _send(self, entries: list[tuple[str, str, str, int]]) -> None:
-        arguments: list[Any] = [self._width, self.buckets, self._lease_us]
+        arguments: list[str | int] = [self._width, self.buckets, self._lease_us]
         for _, what, name, amount in entries:
             arguments += (what, name, amount)
         keys = [key for key, *_ in entries]

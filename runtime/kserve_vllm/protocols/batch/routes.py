@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -181,7 +180,7 @@ async def _form(request: Request) -> FormData:
         raise InvalidRequest(f"the form can't be read: {error.detail}", field="file") from None
 
 
-def _page(request: Request, found: list[dict[str, Any]], what: str) -> Response:
+def _page(request: Request, found: list[dict[str, object]], what: str) -> Response:
     """A page of a list, by OpenAI's `after`, `limit` and `order`."""
     asked = request.query_params
     most = _PAGE[what]
@@ -203,7 +202,7 @@ def _page(request: Request, found: list[dict[str, Any]], what: str) -> Response:
     return _json({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more})
 
 
-def _window_s(window: Any) -> int:
+def _window_s(window: object) -> int:
     match = _WINDOW.fullmatch(window) if isinstance(window, str) else None
     seconds = int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]] if match else 0
     if not 0 < seconds <= _WINDOW_MAX_S:
@@ -214,7 +213,7 @@ def _window_s(window: Any) -> int:
     return seconds
 
 
-def _keep_s(anchor: Any, seconds: Any, field: str) -> int | None:
+def _keep_s(anchor: object, seconds: object, field: str) -> int | None:
     if anchor is None and seconds is None:
         return None
     text = str(seconds)
@@ -225,7 +224,7 @@ def _keep_s(anchor: Any, seconds: Any, field: str) -> int | None:
     return int(text)
 
 
-def _is_metadata(tree: Any) -> bool:
+def _is_metadata(tree: object) -> bool:
     if tree is None:
         return True
     return (
@@ -235,5 +234,5 @@ def _is_metadata(tree: Any) -> bool:
     )
 
 
-def _json(tree: Any) -> Response:
+def _json(tree: object) -> Response:
     return Response(orjson.dumps(tree), media_type="application/json")

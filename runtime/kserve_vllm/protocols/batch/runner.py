@@ -16,12 +16,15 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kserve_vllm.protocols.batch.store import Store, Taken
+from kserve_vllm.protocols.batch.store import Store, Taken, Tree
 from kserve_vllm.protocols.http.middleware import OWNER
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +42,6 @@ _TRIES = 3  # of what fails by a fault of ours
 _POLL_S = 0.01
 _CALM_S = 2.0
 """How long nobody else may have asked before more lines than one are begun."""
-
-ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-Message = MutableMapping[str, Any]
 
 
 class Shown(Protocol):
@@ -191,7 +191,7 @@ class Runner:
         """A line is over."""
         self._lines -= 1
 
-    async def ask(self, taken: Taken, line: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, taken: Taken, line: Tree) -> Tree:
         """Answer one line: as it stands in the results."""
         request_id = f"batch_req_{uuid.uuid4().hex}"
         body = json.dumps(line["body"]).encode()
@@ -250,7 +250,7 @@ class Runner:
             "_retry_after": headers.get(b"retry-after"),
         }
 
-    def count(self, answer: dict[str, Any]) -> None:
+    def count(self, answer: Tree) -> None:
         """A line has its answer on the disk."""
         self._shown.count_batch_line("completed" if answer["response"]["status_code"] == 200 else "failed")
 
@@ -273,7 +273,7 @@ class _Work:
         self._source = source
         self._ended = asyncio.Event()
         self._end: tuple[str, str, str] | None = None
-        self._answers: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[Tree | None] = asyncio.Queue()
 
     async def run(self) -> None:
         """Answer what has no answer yet, and end the batch; or stop where the process does."""
@@ -348,7 +348,7 @@ class _Work:
                 await asyncio.sleep(_SAVE_EVERY_S)
         self._ended.set()
 
-    async def _answer(self, line: dict[str, Any]) -> None:
+    async def _answer(self, line: Tree) -> None:
         """Answer one line, however often it is turned away for now."""
         runner, pause, tries, held = self._runner, 1.0, 0, True
         try:
@@ -400,7 +400,7 @@ async def _first(timeout_s: float, *events: asyncio.Event) -> None:
         task.cancel()
 
 
-async def _lines(source: Path) -> AsyncIterator[dict[str, Any]]:
+async def _lines(source: Path) -> AsyncIterator[Tree]:
     """The requests of a batch that was checked, read a piece at a time."""
     file = await asyncio.to_thread(source.open, "rb")
     try:
@@ -412,7 +412,7 @@ async def _lines(source: Path) -> AsyncIterator[dict[str, Any]]:
         file.close()
 
 
-def check_lines(source: Path, endpoint: str, most: int) -> tuple[int, str | None, list[dict[str, Any]]]:
+def check_lines(source: Path, endpoint: str, most: int) -> tuple[int, str | None, list[dict[str, object]]]:
     """How many requests a file holds, the first one's model, and what is wrong with it, with numbers of lines from 1.
 
     Args:
@@ -420,7 +420,7 @@ def check_lines(source: Path, endpoint: str, most: int) -> tuple[int, str | None
         endpoint: that all are for.
         most: requests.
     """
-    errors: list[dict[str, Any]] = []
+    errors: list[dict[str, object]] = []
     seen: set[str] = set()
     model: str | None = None
 
@@ -453,7 +453,7 @@ def check_lines(source: Path, endpoint: str, most: int) -> tuple[int, str | None
     return len(seen), model, errors
 
 
-def _fault(line: Any, endpoint: str, seen: set[str]) -> tuple[str, str, str | None] | None:
+def _fault(line: object, endpoint: str, seen: set[str]) -> tuple[str, str, str | None] | None:
     """Code, sentence and field of what is wrong with a line, or None."""
     if not isinstance(line, dict):
         return "invalid_json_line", "this line is no JSON object", None

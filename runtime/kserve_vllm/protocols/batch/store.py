@@ -40,6 +40,9 @@ KEEP_S = 30 * 86_400
 _HIDDEN = "_"
 """Fields that begin with it are not shown to clients."""
 
+Tree = dict[str, Any]
+"""What stands in a JSON file of this folder, or in a line of one: written or checked by us, so its fields are known."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -73,7 +76,7 @@ class Counts:
     failed: int = 0
     usage: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("input", "cached", "output", "reasoning"), 0))
 
-    def add(self, answer: Mapping[str, Any]) -> None:
+    def add(self, answer: Tree) -> None:
         """Count an answer as it stands in a results file."""
         response = answer.get("response") or {}
         if response.get("status_code") != 200:
@@ -96,7 +99,7 @@ class Counts:
                 if isinstance(details := used.get(key), dict) and isinstance(details.get(inner), int):
                     self.usage[name] += details[inner]
 
-    def shown(self) -> dict[str, Any]:
+    def shown(self) -> dict[str, object]:
         """The fields of a batch that come of it."""
         used = self.usage
         return {
@@ -137,7 +140,7 @@ class Store:
 
     def add_file(
         self, tenant: str, filename: str, purpose: str, content: IO[bytes], keep_s: int | None = None
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Keep a file.
 
         Raises:
@@ -155,7 +158,9 @@ class Store:
             os.fsync(kept.fileno())
         return self._describe(tenant, file_id, filename, purpose, keep_s)
 
-    def _describe(self, tenant: str, file_id: str, filename: str, purpose: str, keep_s: int | None) -> dict[str, Any]:
+    def _describe(
+        self, tenant: str, file_id: str, filename: str, purpose: str, keep_s: int | None
+    ) -> dict[str, object]:
         now = self._clock()
         tree = {
             "id": file_id,
@@ -171,7 +176,7 @@ class Store:
         _write(self._files(tenant) / f"{file_id}.json", tree)
         return _shown(tree)
 
-    def file(self, tenant: str, file_id: str) -> dict[str, Any]:
+    def file(self, tenant: str, file_id: str) -> dict[str, object]:
         """What is known of a file.
 
         Raises:
@@ -201,7 +206,7 @@ class Store:
         for suffix in (".json", ".data"):
             (self._files(tenant) / f"{file_id}{suffix}").unlink(missing_ok=True)
 
-    def list_files(self, tenant: str) -> list[dict[str, Any]]:
+    def list_files(self, tenant: str) -> list[dict[str, object]]:
         """All files of a tenant, the newest first."""
         now = self._clock()
         found = [tree for tree in map(_read, self._files(tenant).glob("file-*.json")) if tree is not None]
@@ -209,7 +214,7 @@ class Store:
 
     # Batches
 
-    def add_batch(self, owner: Owner, wanted: Mapping[str, Any], window_s: int, keep_s: int | None) -> dict[str, Any]:
+    def add_batch(self, owner: Owner, wanted: Tree, window_s: int, keep_s: int | None) -> dict[str, object]:
         """Keep a batch, for whoever takes it up first.
 
         Args:
@@ -255,7 +260,7 @@ class Store:
         _write(self.root / "active" / batch_id, {"tenant": owner.tenant})
         return _batch_shown(tree)
 
-    def batch(self, tenant: str, batch_id: str) -> dict[str, Any]:
+    def batch(self, tenant: str, batch_id: str) -> dict[str, object]:
         """A batch, as its client sees it now.
 
         Raises:
@@ -267,7 +272,7 @@ class Store:
             raise NotFound(f"there is no batch {batch_id[:64]!r}", field="id")
         return _batch_shown(_with_cancel(folder, tree))
 
-    def list_batches(self, tenant: str) -> list[dict[str, Any]]:
+    def list_batches(self, tenant: str) -> list[dict[str, object]]:
         """All batches of a tenant, the newest first."""
         found = []
         for path in self._batches(tenant).glob("batch_*/batch.json"):
@@ -276,7 +281,7 @@ class Store:
                 found.append(_with_cancel(path.parent, tree))
         return [_batch_shown(tree) for tree in _newest_first(found)]
 
-    def cancel(self, tenant: str, batch_id: str) -> dict[str, Any]:
+    def cancel(self, tenant: str, batch_id: str) -> dict[str, object]:
         """Have a batch cancelled by whoever works on it.
 
         Raises:
@@ -386,7 +391,7 @@ class Taken:
         lock: open file that holds the lock.
     """
 
-    def __init__(self, store: Store, tenant: str, folder: Path, tree: dict[str, Any], lock: int) -> None:
+    def __init__(self, store: Store, tenant: str, folder: Path, tree: Tree, lock: int) -> None:
         self.store, self.tenant, self.folder, self.tree = store, tenant, folder, tree
         self._lock = lock
         self._output: IO[bytes] | None = None
@@ -416,7 +421,7 @@ class Taken:
         """Whether its client wants it ended."""
         return (self.folder / "cancel").exists()
 
-    def set(self, **fields: Any) -> None:
+    def set(self, **fields: object) -> None:
         """Change what is known of it."""
         self.tree = {**self.tree, **fields, **self.counts.shown()}
         _write(self.folder / "batch.json", self.tree)
@@ -434,7 +439,7 @@ class Taken:
         self._errors = (self.folder / "errors.jsonl").open("ab")
         _sync_folder(self.folder)
 
-    def append(self, answers: list[dict[str, Any]]) -> None:
+    def append(self, answers: list[Tree]) -> None:
         """Keep answers; when this returns they are on the disk."""
         assert self._output is not None
         assert self._errors is not None
@@ -448,7 +453,7 @@ class Taken:
             self.done.add(answer["custom_id"])
             self.counts.add(answer)
 
-    def finish(self, status: str, at: str, **fields: Any) -> None:
+    def finish(self, status: str, at: str, **fields: object) -> None:
         """Make files of the results, and end the batch."""
         store, keep_s = self.store, self.tree["_keep_s"]
         self.set(status="finalizing", finalizing_at=int(store.now()), _end=[status, at])
@@ -457,7 +462,7 @@ class Taken:
         errors = store.move_results(self, "errors", self.tree["_errors"], keep_s)
         self.end(status, at, output_file_id=output, error_file_id=errors, **fields)
 
-    def end(self, status: str, at: str, **fields: Any) -> None:
+    def end(self, status: str, at: str, **fields: object) -> None:
         """End the batch; `at` names the field that says when."""
         self.set(status=status, **{at: int(self.store.now())}, **fields)
         for name in ("input.jsonl", "output.jsonl", "errors.jsonl"):
@@ -478,7 +483,7 @@ class Taken:
                     file.close()
 
 
-def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def whole_lines(path: Path) -> Iterator[Tree]:
     """The answers in a results file; what was written last is cut off where it is not whole."""
     if not path.exists():
         return
@@ -497,7 +502,7 @@ def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         os.fsync(file.fileno())
 
 
-def _with_cancel(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
+def _with_cancel(folder: Path, tree: Tree) -> Tree:
     """A batch whose client has cancelled it, and whose worker has not seen that yet."""
     if tree["status"] in OVER or tree["status"] == "finalizing":
         return tree
@@ -505,18 +510,18 @@ def _with_cancel(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
     return tree if mark is None else {**tree, "status": "cancelling", "cancelling_at": mark["at"]}
 
 
-def _batch_shown(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _batch_shown(tree: Mapping[str, object]) -> dict[str, object]:
     """All of OpenAI's fields, as its SDK has them."""
     times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
     empty = dict.fromkeys(("errors", "model", "output_file_id", "error_file_id", *(f"{each}_at" for each in times)))
     return {**empty, **_shown(tree)}
 
 
-def _shown(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(tree: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in tree.items() if not name.startswith(_HIDDEN)}
 
 
-def _newest_first(trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _newest_first(trees: list[Tree]) -> list[Tree]:
     return sorted(trees, key=lambda tree: (tree["_order"], tree["id"]), reverse=True)
 
 
@@ -526,7 +531,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Tree | None:
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -534,7 +539,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def _write(path: Path, tree: Mapping[str, Any]) -> None:
+def _write(path: Path, tree: Mapping[str, object]) -> None:
     """Replace a file as a whole: a reader sees the old or the new one, also after a crash."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with beside.open("xb") as file:

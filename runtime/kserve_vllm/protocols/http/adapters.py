@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import orjson
 from fastapi import APIRouter, Response
@@ -81,7 +80,7 @@ class AdapterRoutes:
         router.add_api_route("/{name:model}", self.unload, methods=["DELETE"], responses=one | errors)
         return router
 
-    def _row(self, adapter: Adapter) -> dict[str, Any]:
+    def _row(self, adapter: Adapter) -> dict[str, object]:
         version = adapter.version
         # With several front ends nobody knows what the others run.
         in_use = {} if self._adapters.shared else {"in_use": self._adapters.in_flight(adapter) > 0}
@@ -100,5 +99,5 @@ class AdapterRoutes:
         }
 
 
-def _json(tree: Any) -> Response:
+def _json(tree: object) -> Response:
     return Response(orjson.dumps(tree), media_type="application/json")

@@ -6,14 +6,22 @@ A body that never ends would hold a place among the requests in flight for ever,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
-from typing import Any
+import math
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING
 
-from kserve_vllm.core.errors import BodyTimeout, Unavailable
+from kserve_vllm.core.errors import BodyTimeout, RateLimited, Unavailable
 from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.protocols.http.bounds import LEAST_HOLD_S
 from kserve_vllm.protocols.http.disconnect import resume
 
-Message = MutableMapping[str, Any]
+if TYPE_CHECKING:
+    from starlette.types import Message
+
+SHARE = 0.05
+"""Of the event loop, for one caller's bodies of very many values."""
+MOST_WAIT_S = 10.0
+"""Seconds that such a body waits for its turn."""
 
 
 class BodyBudget:
@@ -56,6 +64,39 @@ class BodyBudget:
             self._held[context.key_id] = left
         else:
             self._held.pop(context.key_id, None)
+
+
+class LoopShare:
+    """What bodies of many values may take of the event loop: a small share of it for each caller.
+
+    Decoding and validating such a body is one call that holds the loop for up to `watchdog.HOLD_S`, during which no
+    other client gets a token. A caller who sends one after the other waits in between, and only he does.
+    """
+
+    def __init__(self) -> None:
+        self._free_at: dict[str | None, float] = {}
+
+    def wait_s(self, context: RequestContext, hold_s: float) -> float:
+        """Take a turn, and say in how many seconds it comes; 0 for what holds the loop for little.
+
+        Raises:
+            RateLimited: it would be in over `MOST_WAIT_S`.
+        """
+        if hold_s < LEAST_HOLD_S:
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        free_at = {caller: at for caller, at in self._free_at.items() if at > now}
+        wait_s = max(0.0, free_at.get(context.key_id, now) - now)
+        if wait_s > MOST_WAIT_S:
+            raise RateLimited(
+                "too many bodies of very many values at once; send fewer values, or fewer such requests a minute",
+                field="body",
+                retry_after_s=math.ceil(wait_s - MOST_WAIT_S),
+                reason="bodies",
+            )
+        free_at[context.key_id] = now + wait_s + hold_s / SHARE
+        self._free_at = free_at
+        return wait_s
 
 
 class TimedBody:
@@ -103,13 +144,12 @@ class TimedBody:
         self._complete = not message.get("more_body")
         return message
 
-    async def _late_part(self, receiving: Generator[Any, Any, Message], waits_for: Any) -> Message:
+    async def _late_part(self, receiving: Generator[object, object, Message], waits_for: object) -> Message:
         if self._until is None:
             self._until = asyncio.get_running_loop().time() + self._limit_s
         try:
             async with asyncio.timeout_at(self._until):
-                message: Message = await resume(receiving, waits_for)
-                return message
+                return await resume(receiving, waits_for)
         except TimeoutError:
             sentence = f"the body did not come within {self._limit_s:g} s (--body-timeout)"
             self._refusal = self._context.refusal = BodyTimeout(sentence, field="body", close=True)

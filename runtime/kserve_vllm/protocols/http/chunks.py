@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import Send
 
 try:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -31,7 +34,7 @@ class Chunks:
 
     __slots__ = ("_cycle",)
 
-    def __init__(self, cycle: Any) -> None:
+    def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
 
     @property
@@ -51,7 +54,7 @@ class Chunks:
         return partial(self._cycle.transport.write, b"%x\r\n%b\r\n" % (len(body), body))
 
 
-def chunks_of(send: Any) -> Chunks | None:
+def chunks_of(send: Send) -> Chunks | None:
     """What writes chunks past this ASGI `send`, or None where it is not uvicorn's own."""
     cycle = getattr(send, "__self__", None)
     if RequestResponseCycle is None or type(cycle) is not RequestResponseCycle:

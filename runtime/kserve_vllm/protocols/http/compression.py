@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import gzip
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from kserve_vllm.core.errors import InvalidRequest, UnsupportedCoding
 from kserve_vllm.core.request_context import current
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
 Header = tuple[bytes, bytes]
 
 CODINGS = ("gzip", "deflate")

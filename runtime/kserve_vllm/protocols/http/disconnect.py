@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, TypeVar
 
 from kserve_vllm.core.coroutines import resume as resume
+
+if TYPE_CHECKING:
+    from starlette.types import Receive
 
 T = TypeVar("T")
 
@@ -16,7 +19,7 @@ class ClientGone(Exception):
     """The client closed the connection before the answer was ready."""
 
 
-async def until_disconnect(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], work: Awaitable[T]) -> T:
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """Await `work`, in the running task; it is cancelled when the client goes away, so that the engine aborts.
 
     Args:

@@ -9,10 +9,10 @@ route that a newer vLLM adds is closed until someone says what it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.routing import Match
 
@@ -21,6 +21,11 @@ from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.policy.enforcement import Kind
 from kserve_vllm.protocols import errors as wire
 from kserve_vllm.telemetry.requests import RequestRecorder
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 OTHER = "other"
 
@@ -58,8 +63,6 @@ _WORK = frozenset(
     /v2/models/{model_name}/generate_stream
     /v2/models/{model_name}/versions/{model_version}/generate_stream""".split()
 )
-# Paths of OpenAI's that nothing here serves, and that would be taken for the name of a response.
-_NOT_NAMES = frozenset({"/v1/responses/compact", "/v1/responses/input_tokens"})
 _WORK_BY_WEBSOCKET = frozenset({"/v1/realtime"})
 # What changes the server's state, or shows of it what is the operator's: for administrators.
 _CONTROL = frozenset(
@@ -115,8 +118,8 @@ class Target:
 
     endpoint: str = OTHER
     kind: Kind | None = None
-    app: Any = None
-    route: Any = None
+    app: ASGIApp | None = None
+    route: BaseRoute | None = None
     method: str = "GET"
     model: str | None = None
     refusal: type[RequestError] | None = NotFound
@@ -137,7 +140,7 @@ class Target:
             raise self.refusal("no such path")
 
 
-def normalize(scope: MutableMapping[str, Any]) -> str:
+def normalize(scope: Scope) -> str:
     """Write a request's path into its scope in the one form that everything behind compares: without the alias
     `/openai`, and without a slash at the end.
 
@@ -174,12 +177,13 @@ class Endpoints:
         apps: FastAPI or Starlette apps, or what wraps one and has it as `app`; the first that takes a request wins.
     """
 
-    def __init__(self, *apps: Any) -> None:
-        self._routes: list[tuple[Any, Any]] = []
+    def __init__(self, *apps: ASGIApp) -> None:
+        self._routes: list[tuple[ASGIApp, BaseRoute]] = []
         self._found: dict[tuple[str, str], Target] = {}
         self._plain: set[str] = set()
         for app in apps:
-            inner = getattr(app, "app", app)
+            # Starlette, and FastAPI is one; what else it may be has no routes.
+            inner: Any = getattr(app, "app", app)
             routes = getattr(inner, "routes", None)
             if routes is None:
                 continue
@@ -228,14 +232,14 @@ class Endpoints:
                 if served:
                     template = template or _template(route)
                     allow.update(served)
-        if template is None or method == "WEBSOCKET" or path in _NOT_NAMES:
+        if template is None or method == "WEBSOCKET":
             return Target()
         if "GET" in allow:
             allow.add("HEAD")
         return Target(template, method=method, refusal=MethodNotAllowed, allow=tuple(sorted(allow)))
 
 
-def choose(scope: MutableMapping[str, Any], target: Target) -> MutableMapping[str, Any]:
+def choose(scope: Scope, target: Target) -> Scope:
     """The scope with which the target's app has to be called."""
     return (
         {**scope, "method": target.method, _CHOSEN: target.route}
@@ -244,32 +248,32 @@ def choose(scope: MutableMapping[str, Any], target: Target) -> MutableMapping[st
     )
 
 
-def _bind(app: Any, route: Any) -> None:
+def _bind(app: Starlette, route: BaseRoute) -> None:
     """Let a route answer nothing but what was decided for it."""
     handle = route.handle
     if getattr(handle, "bound", False):
         return
 
-    async def handle_if_chosen(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    async def handle_if_chosen(scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get(_CHOSEN) is route:
             await handle(scope, receive, send)
         else:
             await app.router.not_found(scope, receive, send)
 
     handle_if_chosen.bound = True  # type: ignore[attr-defined]
-    route.handle = handle_if_chosen
+    route.handle = handle_if_chosen  # type: ignore[method-assign]
 
 
-def _template(route: Any) -> str:
+def _template(route: BaseRoute) -> str:
     return str(getattr(route, "path_format", None) or getattr(route, "path", ""))
 
 
-def _scope(method: str, path: str) -> dict[str, Any]:
-    scope: dict[str, Any] = {"path": path, "root_path": "", "headers": [], "path_params": {}, "query_string": b""}
+def _scope(method: str, path: str) -> Scope:
+    scope: dict[str, object] = {"path": path, "root_path": "", "headers": [], "path_params": {}, "query_string": b""}
     return scope | ({"type": "websocket"} if method == "WEBSOCKET" else {"type": "http", "method": method})
 
 
-def templates(routes: Iterable[Any]) -> list[tuple[str, str]]:
+def templates(routes: Iterable[BaseRoute]) -> list[tuple[str, str]]:
     """Every method and template of some routes, for who checks that each is classified."""
     found = []
     for route in routes:
@@ -290,7 +294,7 @@ def protocol_of(path: str) -> str:
 def of_http(
     requests: RequestRecorder,
     target: Target,
-    scope: MutableMapping[str, Any],
+    scope: Scope,
     headers: Mapping[bytes, bytes],
     request_id: str,
 ) -> AbstractContextManager[RequestContext]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import orjson
 
@@ -24,20 +25,19 @@ from kserve_vllm.policy.enforcement import Enforcement, Kind
 from kserve_vllm.protocols import errors as wire
 from kserve_vllm.protocols import moderation as moderated
 from kserve_vllm.protocols.http import bounds, compression
-from kserve_vllm.protocols.http.body import BodyBudget, TimedBody
+from kserve_vllm.protocols.http.body import BodyBudget, LoopShare, TimedBody
 from kserve_vllm.protocols.http.disconnect import ClientGone
 from kserve_vllm.protocols.http.endpoints import Endpoints, Target, choose, normalize, of_http
 from kserve_vllm.protocols.http.page import Asset
 from kserve_vllm.protocols.openai.fast_path import FastPath
 from kserve_vllm.telemetry.requests import RequestRecorder
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
@@ -63,6 +63,7 @@ class RequestMiddleware:
         split: whether metrics and control calls are answered on a port of their own; see `admin`.
         body_timeout_s: seconds that a client may take to send a body; 0: no limit.
         page: the files of the page for people, by path; answered where metrics are.
+        max_json: largest JSON of a request in bytes; None: as `max_body`.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class RequestMiddleware:
         split: bool = False,
         body_timeout_s: float = 0.0,
         page: Mapping[str, Asset] | None = None,
+        max_json: int | None = None,
     ) -> None:
         self._lifecycle = lifecycle
         self._enforcement = enforcement
         self._split = split
         self._max_body = max_body
+        self._max_json = max_body if max_json is None else min(max_json, max_body)
         self._body_timeout_s = body_timeout_s
         self._metrics = metrics
         self._version = version
@@ -89,6 +92,7 @@ class RequestMiddleware:
         self._endpoints = Endpoints()
         self.bodies = BodyBudget(_BODIES * max_body)
         """What requests hold of bodies."""
+        self.loop_share = LoopShare()
         self._ours: ASGIApp | None = None
         self._vllm: ASGIApp | None = None
         self._fast: Mapping[str, FastPath] = {}
@@ -171,6 +175,7 @@ class RequestMiddleware:
                 if target.method == "POST" and (fast := self._fast.get(target.endpoint)):
                     await fast(scope, receive, guard.send, guard.body_send)
                 else:
+                    assert target.app is not None  # else `check` has raised
                     await target.app(scope, receive, guard.send)
         except RequestError as error:
             guard.error = error
@@ -232,6 +237,7 @@ class RequestMiddleware:
                     moderate=_refuse_streamed,
                 ):
                     target.check()
+                    assert target.app is not None
                     await target.app(choose(scope, target), receive, send)
                 context.status = 101
         except RequestError as error:
@@ -261,6 +267,17 @@ class RequestMiddleware:
         else:
             return False
         return True
+
+    def check_json(self, size: int) -> None:
+        """Refuse JSON that would hold the event loop for too long.
+
+        Raises:
+            BodyTooLarge: it has too many bytes.
+        """
+        if size > self._max_json:
+            raise BodyTooLarge(
+                f"the JSON of this request is larger than {self._max_json >> 20} MiB (--max-json-mib)", field="body"
+            )
 
     async def read_body(
         self, headers: dict[bytes, bytes], receive: Receive, context: RequestContext, hold: Callable[[int], None]
@@ -330,12 +347,20 @@ class _Arrival:
         receive = compression.inflated(self._scope, self._receive)
         if receive is not self._receive:
             self._receive, self._headers = receive, dict(self._scope["headers"])
+        form = wire.is_form(self._headers.get(b"content-type", b""))
+        if self._to_vllm and not form:
+            # Before it is read, where its length is known.
+            self._middleware.check_json(wire.whole_number(self._headers.get(b"content-length", b""), sys.maxsize) or 0)
         self._body = body = await self._middleware.read_body(self._headers, receive, self._context, self._hold)
-        if body is None or wire.is_form(self._headers.get(b"content-type", b"")):
+        if body is None or form:
             return
         # Tensors may follow the JSON.
         json_length = wire.whole_number(self._headers.get(b"inference-header-content-length", b""), len(body))
-        await bounds.check_values(body if self._to_vllm or json_length is None else memoryview(body)[:json_length])
+        json_part = body if self._to_vllm or json_length is None else memoryview(body)[:json_length]
+        self._middleware.check_json(len(json_part))
+        hold_s = await bounds.check_values(json_part)
+        if wait_s := self._middleware.loop_share.wait_s(self._context, hold_s):
+            await self.wait(asyncio.sleep(wait_s))
         if self._to_vllm:
             await bounds.check_unicode(body)
             await check_items(self._endpoint, body)
@@ -349,7 +374,7 @@ class _Arrival:
         self._middleware.bodies.give(self._context, self._held)
         self._held = 0
 
-    async def wait(self, work: Awaitable[Any]) -> Any:
+    async def wait(self, work: Awaitable[T]) -> T:
         """Wait for `work`, which is cancelled when the client goes away.
 
         Raises:
@@ -391,7 +416,7 @@ class _Patient:
         """ASGI's receive: what came while waiting, then what comes."""
         return self._messages.pop(0) if self._messages else await self._receive()
 
-    async def wait(self, work: Awaitable[Any]) -> Any:
+    async def wait(self, work: Awaitable[T]) -> T:
         """Wait for `work`, which is cancelled when the client goes away.
 
         Raises:

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 DESCRIPTION = (
     "One engine, three protocols: OpenAI's API (vLLM's own, also under the prefix /openai), the Open Inference "
     "Protocol V2 with its generate extension, and KServe's V1."
 )
 
-_SCALAR: dict[str, Any] = {"type": ["string", "number", "boolean"]}
-_PARAMETERS: dict[str, Any] = {
+_SCALAR: dict[str, object] = {"type": ["string", "number", "boolean"]}
+_PARAMETERS: dict[str, object] = {
     "type": "object",
     "description": "Sampling parameters under OpenAI's names: max_tokens, temperature, top_p, stop, seed, n, ...",
     "additionalProperties": True,
 }
-_DATATYPE: dict[str, Any] = {
+_DATATYPE: dict[str, object] = {
     "type": "string",
     "enum": [
         *("BOOL", "BYTES", "FP16", "FP32", "FP64"),
         *(f"{sign}INT{n}" for sign in ("", "U") for n in (8, 16, 32, 64)),
     ],
 }
-_SHAPE: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 8}
-_TEXT: dict[str, Any] = {"type": "string"}
-_FLAG: dict[str, Any] = {"type": "boolean"}
-_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
-_MAYBE_TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_SHAPE: dict[str, object] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 8}
+_TEXT: dict[str, object] = {"type": "string"}
+_FLAG: dict[str, object] = {"type": "boolean"}
+_COUNT: dict[str, object] = {"type": "integer", "minimum": 0}
+_MAYBE_TEXT: dict[str, object] = {"type": ["string", "null"]}
 
 
-def _object(required: list[str] | None = None, extra: bool = False, **properties: Any) -> dict[str, Any]:
+def _object(required: list[str] | None = None, extra: bool = False, **properties: object) -> dict[str, object]:
     return {
         "type": "object",
         "properties": properties,
@@ -39,7 +38,7 @@ def _object(required: list[str] | None = None, extra: bool = False, **properties
     }
 
 
-def _list(items: dict[str, Any]) -> dict[str, Any]:
+def _list(items: Mapping[str, object]) -> dict[str, object]:
     return {"type": "array", "items": items}
 
 
@@ -59,7 +58,7 @@ _OUTPUT_TENSOR = _object(
     parameters={"type": "object"},
 )
 
-SCHEMAS: Mapping[str, dict[str, Any]] = {
+SCHEMAS: Mapping[str, dict[str, object]] = {
     "Error": _object(["error"], error=_TEXT),
     "OpenAIError": _object(
         ["error"],
@@ -237,16 +236,18 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _answer(schema: dict[str, Any] | str, media_type: str = "application/json") -> dict[int | str, dict[str, Any]]:
-    content = {media_type: {"schema": _ref(schema) if isinstance(schema, str) else schema}}
+def _answer(
+    schema: Mapping[str, object] | str, media_type: str = "application/json", more: Mapping[str, object] | None = None
+) -> dict[int | str, dict[str, object]]:
+    content = {media_type: {"schema": _ref(schema) if isinstance(schema, str) else schema}, **(more or {})}
     return {200: {"description": "Answered", "content": content}}
 
 
-def _error(description: str, schema: str = "Error") -> dict[str, Any]:
+def _error(description: str, schema: str = "Error") -> dict[str, object]:
     return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, object]] = {
     400: _error("The request can't be used; the sentence names the field"),
     403: _error("Not allowed"),
     404: _error("No such model or version"),
@@ -257,14 +258,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     429: _error("Over a limit, or no room in the queue; `Retry-After` says when to try again"),
     503: _error("Loading, draining, unloaded, or the engine is gone"),
 }
-OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+OPENAI_ERRORS: dict[int | str, dict[str, object]] = {
     400: _error("The adapter is broken; the sentence says what is wrong with it", "OpenAIError"),
     403: _error("Not allowed", "OpenAIError"),
     404: _error("No adapter of that name is declared", "OpenAIError"),
     503: _error("Not now, or the adapter's source can't be reached", "OpenAIError"),
 }
 HEALTH = {"/health/live": "server_live", "/health/ready": "server_ready"}
-HEALTH_ANSWERS: dict[int | str, dict[str, Any]] = {
+HEALTH_ANSWERS: dict[int | str, dict[str, object]] = {
     **_answer("Health"),
     503: {"description": "No", "content": {"application/json": {"schema": _ref("Health")}}},
 }
@@ -276,12 +277,10 @@ MODEL_CONFIG = _answer("ModelConfig")
 STATISTICS = _answer("ModelStatistics")
 REPOSITORY_INDEX = _answer(_list(_ref("ModelState")))
 CONTROL = _answer("Control")
-INFER = _answer("InferResponse")
-INFER[200]["content"]["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+INFER = _answer("InferResponse", more={"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}})
 GENERATE = _answer("GenerateResponse")
 GENERATE_STREAM = _answer({"type": "string"}, "text/event-stream")
-PREDICT = _answer("PredictResponse")
-PREDICT[200]["content"]["application/cloudevents+json"] = {"schema": {"type": "object"}}
+PREDICT = _answer("PredictResponse", more={"application/cloudevents+json": {"schema": {"type": "object"}}})
 ADAPTER = _answer("Adapter")
 ADAPTERS = _answer(_object(["object", "data"], object=_TEXT, data=_list(_ref("Adapter"))))
 ADAPTER_STATS = _answer(
@@ -297,11 +296,11 @@ V1_MODEL = _answer("Model")
 QUEUE_STATS = _answer("QueueStats")
 FILE, BATCH, KEPT_LIST, DELETED = (_answer(name) for name in ("File", "Batch", "KeptList", "Deleted"))
 CONTENT = _answer({"type": "string", "format": "binary"}, "application/octet-stream")
-KEPT_ERRORS: dict[int | str, dict[str, Any]] = {
+KEPT_ERRORS: dict[int | str, dict[str, object]] = {
     400: _error("The request can't be used; the sentence names the field", "OpenAIError"),
     404: _error("The caller's tenant has none of that id, or files and batches are switched off", "OpenAIError"),
 }
-UPLOAD: dict[str, Any] = {
+UPLOAD: dict[str, object] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -318,17 +317,22 @@ UPLOAD: dict[str, Any] = {
 }
 
 
-def body(schema: str, required: bool = True) -> dict[str, Any]:
+def body(schema: str, required: bool = True) -> dict[str, object]:
     """The `requestBody` of an operation whose handler parses the body itself."""
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": _ref(schema)}}}}
 
 
-def merge(own: dict[str, Any], vllm: dict[str, Any]) -> dict[str, Any]:
+def merge(own: dict[str, object], vllm: dict[str, object]) -> dict[str, object]:
     """One document of both apps. Where both have a path, ours is the one that answers."""
     document = dict(own)
-    document["paths"] = {**vllm.get("paths", {}), **own["paths"]}
-    theirs = vllm.get("components", {})
-    ours = own.get("components", {})
-    document["components"] = {**theirs, **ours}
-    document["components"]["schemas"] = {**theirs.get("schemas", {}), **ours.get("schemas", {}), **SCHEMAS}
+    document["paths"] = {**_part(vllm, "paths"), **_part(own, "paths")}
+    theirs, ours = _part(vllm, "components"), _part(own, "components")
+    schemas = {**_part(theirs, "schemas"), **_part(ours, "schemas"), **SCHEMAS}
+    document["components"] = {**theirs, **ours, "schemas": schemas}
     return document
+
+
+def _part(document: Mapping[str, object], name: str) -> Mapping[str, object]:
+    found = document.get(name, {})
+    assert isinstance(found, dict)
+    return found

@@ -34,17 +34,17 @@ _ANTHROPIC = "anthropic-version"
 class Plane(Protocol):
     """What the routes need of KServe's data plane."""
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """The server's name, version and extensions."""
 
-    async def model_metadata(self, model_name: str) -> dict[str, Any]:
+    async def model_metadata(self, model_name: str) -> dict[str, object]:
         """A model's platform, versions, inputs and outputs."""
 
     async def model_ready(self, model_name: str, disable_predictor_health_check: bool = False) -> bool:
         """Whether a model answers requests; raises where there is none of that name."""
 
     async def infer(
-        self, model_name: str, request: Any, headers: dict[str, str] | None = None
+        self, model_name: str, request: InferRequest | Mapping[str, object], headers: dict[str, str] | None = None
     ) -> tuple[Any, dict[str, str]]:
         """Run KServe's preprocess, predict and postprocess."""
 
@@ -101,7 +101,7 @@ class Routes:
         engine: VLLMEngine,
         text: V2Text,
         enforcement: Enforcement,
-        queue: Callable[[], dict[str, Any]],
+        queue: Callable[[], dict[str, object]],
         statistics: Statistics,
     ) -> None:
         self._plane = plane
@@ -249,7 +249,7 @@ class Routes:
         self._repository.check_known(model_name)
         await self._require(model_name)
         cards = (await self._engine.openai_models())["data"]
-        card: dict[str, Any] = next((card for card in cards if card["id"] == model_name), {})
+        card: dict[str, object] = next((card for card in cards if card["id"] == model_name), {})
         if _ANTHROPIC in request.headers and card:
             return _json(_anthropic_card(card))
         return _json({**card, "name": model_name, "ready": True})
@@ -292,10 +292,10 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str, batches: APIRout
         each.middleware_stack = None
     own_openapi = app.openapi
 
-    def merged() -> dict[str, Any]:
+    def merged() -> dict[str, object]:
         if not getattr(app.state, "document", None):
             app.state.document = schemas.merge(own_openapi(), engine.app.openapi())
-        document: dict[str, Any] = app.state.document
+        document: dict[str, object] = app.state.document
         return document
 
     app.openapi = merged  # type: ignore[method-assign]
@@ -416,7 +416,7 @@ async def _events(
             yield _event({"error": error.message})
 
 
-def _event(tree: Any) -> bytes:
+def _event(tree: object) -> bytes:
     return b"data: " + orjson.dumps(tree) + b"\n\n"
 
 
@@ -425,7 +425,7 @@ def _logged(headers: Mapping[str, str]) -> dict[str, str]:
     return {"ce-id": headers["ce-id"]} if "ce-id" in headers else {}
 
 
-def _anthropic_card(card: Mapping[str, Any]) -> dict[str, Any]:
+def _anthropic_card(card: Mapping[str, object]) -> dict[str, object]:
     """A model as Anthropic's clients know one, from OpenAI's card of it.
 
     Since when a model is there is not known: it counts from the epoch, as Anthropic's description has it for that.
@@ -445,7 +445,7 @@ def _anthropic_card(card: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json(tree: Any, headers: Mapping[str, str] | None = None) -> Response:
+def _json(tree: object, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(tree), media_type="application/json", headers=dict(headers or {}))
 
 

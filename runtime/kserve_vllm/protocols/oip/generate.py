@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from kserve.protocol.infer_type import InferInput, InferRequest, InferResponse
 
@@ -20,7 +19,7 @@ from kserve_vllm.core.errors import InvalidRequest
 _RESERVED = {"id", "parameters", "model_name", "model_version"}
 
 
-def to_request(tree: Mapping[str, Any], model: str, version: str | None, stream: bool) -> tuple[InferRequest, bool]:
+def to_request(tree: Mapping[str, object], model: str, version: str | None, stream: bool) -> tuple[InferRequest, bool]:
     """The request as an `InferRequest`, and whether `details` are asked for.
 
     Args:
@@ -66,9 +65,9 @@ def to_request(tree: Mapping[str, Any], model: str, version: str | None, stream:
     return InferRequest(model, inputs, request_id=request_id, parameters=parameters, model_version=version), details
 
 
-def from_response(response: InferResponse, details: bool) -> dict[str, Any]:
+def from_response(response: InferResponse, details: bool) -> dict[str, object]:
     """The response as plain JSON: one-element tensors as values, others as lists."""
-    tree: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
+    tree: dict[str, object] = {"model_name": response.model_name, "model_version": response.model_version}
     if response.id:
         tree["id"] = response.id
     for tensor in response.outputs:
@@ -76,5 +75,5 @@ def from_response(response: InferResponse, details: bool) -> dict[str, Any]:
         tree[tensor.name] = values[0] if len(values) == 1 else values
     if details:
         found = tree.pop("details")
-        tree["details"] = json.loads(found) if isinstance(found, str) else [json.loads(each) for each in found]
+        tree["details"] = [json.loads(each) for each in found] if isinstance(found, list) else json.loads(str(found))
     return tree

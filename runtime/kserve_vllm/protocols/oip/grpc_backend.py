@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kserve.protocol.infer_type import InferResponse
 
@@ -14,6 +14,9 @@ from kserve_vllm.protocols.oip import tensors
 from kserve_vllm.protocols.oip.grpc_stream import Pieces
 from kserve_vllm.protocols.oip.statistics import Statistics, configuration
 from kserve_vllm.protocols.oip.text import VERSION, V2Text
+
+if TYPE_CHECKING:
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb2
 
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 _FINAL = "triton_final_response"
@@ -44,11 +47,11 @@ class Backend:
         self._repository = repository
         self._text = text
 
-    def server_metadata(self) -> dict[str, Any]:
+    def server_metadata(self) -> dict[str, object]:
         """Name, version and extensions of the server."""
         return self._plane.metadata()
 
-    async def model_metadata(self, name: str, version: str) -> dict[str, Any]:
+    async def model_metadata(self, name: str, version: str) -> dict[str, object]:
         """Fields of `ModelMetadataResponse`.
 
         Raises:
@@ -58,7 +61,7 @@ class Backend:
         self._repository.check_known(name)
         return await self._plane.model_metadata(name)
 
-    async def model_config(self, name: str, version: str) -> dict[str, Any]:
+    async def model_config(self, name: str, version: str) -> dict[str, object]:
         """Fields of `ModelConfig`.
 
         Raises:
@@ -66,7 +69,7 @@ class Backend:
         """
         return configuration(await self.model_metadata(name, version), self._text.generates)
 
-    def model_statistics(self, name: str, version: str) -> dict[str, Any]:
+    def model_statistics(self, name: str, version: str) -> dict[str, object]:
         """Fields of `ModelStatisticsResponse`; of all models that the caller may use where `name` is empty.
 
         Raises:
@@ -88,7 +91,9 @@ class Backend:
             return False
         return await self._plane.model_ready(name)
 
-    async def infer(self, request: Any, metadata: dict[str, str], message: Any) -> Any:
+    async def infer(
+        self, request: pb2.ModelInferRequest, metadata: dict[str, str], message: pb2.ModelInferResponse
+    ) -> pb2.ModelInferResponse:
         """Answer a `ModelInferRequest`; the answer is written into `message`.
 
         Raises:
@@ -99,7 +104,9 @@ class Backend:
         response, _ = await self._plane.infer(request.model_name, parsed, metadata)
         return tensors.to_grpc(response, message, raw=bool(request.raw_input_contents))
 
-    async def stream(self, request: Any, metadata: dict[str, str], new: Callable[[], Any]) -> AsyncIterator[Any]:
+    async def stream(
+        self, request: pb2.ModelInferRequest, metadata: dict[str, str], new: Callable[[], pb2.ModelInferResponse]
+    ) -> AsyncIterator[pb2.ModelInferResponse]:
         """Answer a request of `ModelStreamInfer` with `ModelInferResponse` messages, the last one marked as final.
 
         Raises:
@@ -121,7 +128,9 @@ class Backend:
         if wants_empty:
             yield _empty_final(request, new())
 
-    async def pieces(self, request: Any, metadata: dict[str, str], new: Callable[[], Any]) -> Pieces | None:
+    async def pieces(
+        self, request: pb2.ModelInferRequest, metadata: dict[str, str], new: Callable[[], pb2.ModelInferResponse]
+    ) -> Pieces | None:
         """The answer to a request of `ModelStreamInfer` that asks for text alone; None where `stream` has to answer.
 
         Raises:
@@ -168,14 +177,14 @@ class Backend:
         """State of every model that the caller may use."""
         return self._repository.index()
 
-    async def _require(self, request: Any) -> None:
+    async def _require(self, request: pb2.ModelInferRequest) -> None:
         check_version(request.model_name, request.model_version)
         if not await self._plane.model_ready(request.model_name):
             error: RequestError = Unavailable(f"model {request.model_name!r} is not loaded", retry_after_s=5)
             raise error
 
 
-def _empty_final(request: Any, message: Any) -> Any:
+def _empty_final(request: pb2.ModelInferRequest, message: pb2.ModelInferResponse) -> pb2.ModelInferResponse:
     """The message without outputs that ends a stream for clients that ask for one."""
     message.model_name, message.id, message.model_version = request.model_name, request.id, "1"
     message.parameters[_FINAL].bool_param = True

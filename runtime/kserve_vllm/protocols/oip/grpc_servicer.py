@@ -48,7 +48,13 @@ _WORK = {"ModelInfer", "ModelStreamInfer"}
 _OPEN = {"ServerLive", "ServerReady"}
 _Field = descriptor_pb2.FieldDescriptorProto
 if TYPE_CHECKING:
-    _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+    from google.protobuf.message import Message
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb2
+
+    from kserve_vllm.protocols.oip.grpc_backend import Backend
+
+    _Item: TypeAlias = Message | Pieces
+    _Context: TypeAlias = grpc.aio.ServicerContext[Message, Message]
 
 
 def _descriptor() -> descriptor_pb2.FileDescriptorProto:
@@ -179,7 +185,7 @@ def _add_statistics(file: descriptor_pb2.FileDescriptorProto) -> None:
 class _Outbox(Protocol):
     """Sends what is put in as soon as the client takes it."""
 
-    def put_nowait(self, item: Any) -> None:
+    def put_nowait(self, item: _Item) -> None:
         """Put something in."""
 
     async def join(self) -> None:
@@ -190,7 +196,7 @@ class _Outbox(Protocol):
 class _WritesAtOnce(Protocol):
     """The context of our own server, which can write a message in no task of its own."""
 
-    def outbox(self, take: Callable[[Any], list[bytes]]) -> _Outbox:
+    def outbox(self, take: Callable[[_Item], list[bytes]]) -> _Outbox:
         """A queue that sends the messages which `take` makes of what is put in."""
 
 
@@ -202,17 +208,17 @@ class _Turns:
     """
 
     def __init__(self) -> None:
-        self.send: Callable[[Any], None]
+        self.send: Callable[[_Item], None]
         self._open = 0
         self._waiting = 0
         self._room: asyncio.Future[None] | None = None
 
-    def put(self, item: Any) -> None:
+    def put(self, item: _Item) -> None:
         """Send a message, or `Pieces` that have some."""
         self._waiting += 1
         self.send(item)
 
-    def take(self, item: Any) -> list[bytes]:
+    def take(self, item: _Item) -> list[bytes]:
         """Serialized messages of what was put, now that they can be sent."""
         self._waiting -= 1
         if self._room is not None:
@@ -236,7 +242,7 @@ class _Turns:
             self._room.set_result(None)
 
 
-def _serialized(message: Any) -> bytes:
+def _serialized(message: Message | bytes) -> bytes:
     """A message's bytes; what was put together as bytes already stays so."""
     return message if isinstance(message, bytes) else message.SerializeToString()  # type: ignore[no-any-return]
 
@@ -254,14 +260,15 @@ class Messages:
             m.name: m for m in next(s for s in self._file.service if s.name == "GRPCInferenceService").method
         }
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> type[Message]:
         if name.startswith("_"):
             raise AttributeError(name)
-        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"inference.{name}"))
+        return self.of(f"inference.{name}")
 
-    def of(self, type_name: str) -> Any:
+    def of(self, type_name: str) -> type[Message]:
         """The class of a descriptor's type name, `.inference.ModelInferRequest`."""
-        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(type_name.lstrip(".")))
+        found: type[Message] = message_factory.GetMessageClass(self.pool.FindMessageTypeByName(type_name.lstrip(".")))
+        return found
 
 
 class Servicer:
@@ -278,13 +285,13 @@ class Servicer:
         self._lifecycle = lifecycle
         self._enforcement = enforcement
         self._requests = requests
-        self._backend: Any = None
+        self._backend: Backend
 
-    def attach(self, backend: Any) -> None:
-        """Set the object that answers inference, a `protocol.grpc_backend.Backend`, once the engine runs."""
+    def attach(self, backend: Backend) -> None:
+        """Set the object that answers inference, once the engine runs."""
         self._backend = backend
 
-    def handler(self) -> Any:
+    def handler(self) -> grpc.GenericRpcHandler[Message, Message]:
         """The generic handler to add to a `grpc.aio` server."""
         handlers = {}
         for name, method in self.messages.methods.items():
@@ -323,7 +330,7 @@ class Servicer:
             return Screened(refusal=(code, details, (*trailing, *more)))
         return Screened(owner=caller.tenant if caller.tenant != "none" else caller.key_id)
 
-    def _unary(self, name: str) -> Callable[[Any, _Context], Awaitable[Any]]:
+    def _unary(self, name: str) -> Callable[[Message, _Context], Awaitable[Message]]:
         answer = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -342,7 +349,7 @@ class Servicer:
             "ModelStatistics": self._model_statistics,
         }.get(name)
 
-        async def call(request: Any, context: _Context) -> Any:
+        async def call(request: Message, context: _Context) -> Message:
             request_id, metadata = _metadata(context)
             model = getattr(request, "model_name", None) or None
             with self._requests.open(
@@ -372,48 +379,50 @@ class Servicer:
 
         return call
 
-    async def _server_live(self, request: Any, context: _Context) -> Any:
+    async def _server_live(self, request: Message, context: _Context) -> Message:
         return self.messages.ServerLiveResponse(live=self._lifecycle.live)
 
-    async def _server_ready(self, request: Any, context: _Context) -> Any:
+    async def _server_ready(self, request: Message, context: _Context) -> Message:
         return self.messages.ServerReadyResponse(ready=self._lifecycle.ready)
 
-    async def _model_ready(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _model_ready(self, request: Message, metadata: Mapping[str, str]) -> Message:
         ready = await self._backend.model_ready(request.name, request.version)
         return self.messages.ModelReadyResponse(ready=ready)
 
-    async def _server_metadata(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _server_metadata(self, request: Message, metadata: Mapping[str, str]) -> Message:
         return self.messages.ServerMetadataResponse(**self._backend.server_metadata())
 
-    async def _model_metadata(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _model_metadata(self, request: Message, metadata: Mapping[str, str]) -> Message:
         return self.messages.ModelMetadataResponse(**await self._backend.model_metadata(request.name, request.version))
 
-    async def _model_config(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _model_config(self, request: Message, metadata: Mapping[str, str]) -> Message:
         tree = await self._backend.model_config(request.name, request.version)
         return ParseDict({"config": tree}, self.messages.ModelConfigResponse(), ignore_unknown_fields=True)
 
-    async def _model_statistics(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _model_statistics(self, request: Message, metadata: Mapping[str, str]) -> Message:
         tree = self._backend.model_statistics(request.name, request.version)
         return ParseDict(tree, self.messages.ModelStatisticsResponse(), ignore_unknown_fields=True)
 
-    async def _model_infer(self, request: Any, metadata: dict[str, str]) -> Any:
+    async def _model_infer(self, request: pb2.ModelInferRequest, metadata: dict[str, str]) -> pb2.ModelInferResponse:
         return await self._backend.infer(request, metadata, self.messages.ModelInferResponse())
 
-    async def _load(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _load(self, request: Message, metadata: Mapping[str, str]) -> Message:
         name = request.triton_model_name or request.model_name
         await self._backend.load(name)
         return self.messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
-    async def _unload(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _unload(self, request: Message, metadata: Mapping[str, str]) -> Message:
         name = request.triton_model_name or request.model_name
         await self._backend.unload(name)
         return self.messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
-    async def _index(self, request: Any, metadata: Mapping[str, str]) -> Any:
+    async def _index(self, request: Message, metadata: Mapping[str, str]) -> Message:
         rows = [row for row in self._backend.index() if not request.ready or row["state"] == "READY"]
         return self.messages.RepositoryIndexResponse(models=rows)
 
-    async def _model_stream_infer(self, requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+    async def _model_stream_infer(
+        self, requests: AsyncIterator[pb2.ModelInferRequest], context: _Context
+    ) -> AsyncIterator[bytes]:
         """Answer the requests of one stream side by side; responses carry their request's id."""
         request_id, metadata = _metadata(context)
         # The call is only the frame of requests with request contexts of their own; it has one where it is refused as
@@ -435,7 +444,7 @@ class Servicer:
             await self._read_stream(requests, turns, request_id, metadata)
             await outbox.join()
             return
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        queue: asyncio.Queue[_Item | None] = asyncio.Queue()
         turns.send = queue.put_nowait
         reader = asyncio.create_task(self._read_stream(requests, turns, request_id, metadata))
         reader.add_done_callback(lambda _: queue.put_nowait(None))
@@ -449,7 +458,11 @@ class Servicer:
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _read_stream(
-        self, requests: AsyncIterator[Any], turns: _Turns, request_id: str, metadata: Mapping[str, str]
+        self,
+        requests: AsyncIterator[pb2.ModelInferRequest],
+        turns: _Turns,
+        request_id: str,
+        metadata: Mapping[str, str],
     ) -> None:
         count = 0
         async with asyncio.TaskGroup() as group:
@@ -460,7 +473,9 @@ class Servicer:
                 task = group.create_task(self._answer_one(request, turns.put, headers))
                 task.add_done_callback(turns.end)
 
-    async def _answer_one(self, request: Any, put: Callable[[Any], None], metadata: dict[str, str]) -> None:
+    async def _answer_one(
+        self, request: pb2.ModelInferRequest, put: Callable[[_Item], None], metadata: dict[str, str]
+    ) -> None:
         model = getattr(request, "model_name", None) or None
         with self._requests.open(
             "grpc", "ModelStreamInfer", metadata["x-request-id"], metadata, model
@@ -468,7 +483,11 @@ class Servicer:
             await self._answer_request(request_context, request, put, metadata)
 
     async def _answer_request(
-        self, request_context: RequestContext, request: Any, put: Callable[[Any], None], metadata: dict[str, str]
+        self,
+        request_context: RequestContext,
+        request: pb2.ModelInferRequest,
+        put: Callable[[_Item], None],
+        metadata: dict[str, str],
     ) -> None:
         new = self.messages.ModelStreamInferResponse
         try:
@@ -497,10 +516,10 @@ class Servicer:
             put(answer)
 
 
-def _decoder(message: Any) -> Callable[[bytes], Any]:
+def _decoder(message: type[Message]) -> Callable[[bytes], Message | DecodeError | InvalidRequest]:
     """Parses a message. What can't be parsed is handed on as the error, since grpc itself would answer INTERNAL."""
 
-    def decode(data: bytes) -> Any:
+    def decode(data: bytes) -> Message | DecodeError | InvalidRequest:
         try:
             check_size(data)
             return message.FromString(data)
@@ -510,7 +529,7 @@ def _decoder(message: Any) -> Callable[[bytes], Any]:
     return decode
 
 
-def _check_decoded(request: Any) -> None:
+def _check_decoded(request: Message | DecodeError | InvalidRequest) -> None:
     if isinstance(request, InvalidRequest):
         raise request
     if isinstance(request, DecodeError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from kserve_vllm.core.errors import RequestError
 from kserve_vllm.engine.patches.openai_stream import TextStream
@@ -40,7 +39,7 @@ class Pieces:
         self._translate = translate
         self._queued = False
 
-    async def run(self, put: Callable[[Any], None]) -> None:
+    async def run(self, put: Callable[[Pieces], None]) -> None:
         """Put this object whenever there is something to take, until the engine is done.
 
         Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from kserve_vllm.core.request_context import RequestContext
 
@@ -23,7 +23,7 @@ DATA_TYPES: Mapping[str, str] = {
 SPANS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
 
 
-def configuration(metadata: Mapping[str, Any], generates: bool) -> dict[str, Any]:
+def configuration(metadata: Mapping[str, Any], generates: bool) -> dict[str, object]:
     """A model's configuration, as Triton gives that of a model of its vLLM backend.
 
     Args:
@@ -31,7 +31,7 @@ def configuration(metadata: Mapping[str, Any], generates: bool) -> dict[str, Any
         generates: whether it continues text, so that one request may have many responses.
     """
 
-    def tensors(found: Sequence[Mapping[str, Any]], optional: bool) -> list[dict[str, Any]]:
+    def tensors(found: Sequence[Mapping[str, str]], optional: bool) -> list[dict[str, object]]:
         return [
             {
                 "name": each["name"],
@@ -55,6 +55,14 @@ def configuration(metadata: Mapping[str, Any], generates: bool) -> dict[str, Any
     }
 
 
+class _Row(TypedDict):
+    last_inference: int
+    inference_count: int
+    execution_count: int
+    inference_stats: dict[str, dict[str, int]]
+    batch_stats: list[object]
+
+
 class Statistics:
     """Counts what each model has answered since the start, over all protocols. Of this process alone.
 
@@ -64,7 +72,7 @@ class Statistics:
 
     def __init__(self, known: Callable[[str], bool]) -> None:
         self._known = known
-        self._models: dict[str, dict[str, Any]] = {}
+        self._models: dict[str, _Row] = {}
 
     def count(self, context: RequestContext) -> None:
         """Count a request that is over. Questions are none."""
@@ -90,13 +98,13 @@ class Statistics:
         if context.cache in ("hit", "miss"):
             _add(spans[f"cache_{context.cache}"], context.duration_s if context.cache == "hit" else 0.0)
 
-    def of(self, names: Sequence[str]) -> dict[str, Any]:
+    def of(self, names: Sequence[str]) -> dict[str, object]:
         """The statistics of models: counts, times in nanoseconds, the last inference in milliseconds since 1970."""
         rows = [{"name": name, "version": VERSION, **self._models.get(name, _nothing())} for name in names]
         return {"model_stats": rows}
 
 
-def _nothing() -> dict[str, Any]:
+def _nothing() -> _Row:
     spans = {name: {"count": 0, "ns": 0} for name in SPANS}
     return {
         "last_inference": 0,

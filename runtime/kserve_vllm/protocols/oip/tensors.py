@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -19,7 +19,13 @@ from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, In
 from kserve_vllm.core.errors import BodyTooLarge, InvalidRequest
 from kserve_vllm.protocols import errors as wire
 
-DTYPES: Mapping[str, np.dtype[Any]] = {
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb2
+
+    Array: TypeAlias = npt.NDArray[np.generic]
+
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype("?"),
     "UINT8": np.dtype("<u1"),
     "UINT16": np.dtype("<u2"),
@@ -152,7 +158,7 @@ def _raw_request(body: bytes, model_name: str, model_version: str | None) -> Inf
     )
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
+def parse_json_object(body: bytes) -> dict[str, object]:
     """Parse JSON that must be an object.
 
     All of it is parsed in one go, during which nobody else is served; so it is looked at before how much that will be.
@@ -180,7 +186,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     return tree
 
 
-def from_grpc(request: Any) -> InferRequest:
+def from_grpc(request: pb2.ModelInferRequest) -> InferRequest:
     """A `ModelInferRequest` message as KServe's `InferRequest`.
 
     Raises:
@@ -227,7 +233,7 @@ def from_grpc(request: Any) -> InferRequest:
     )
 
 
-def grpc_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def grpc_parameters(parameters: Mapping[str, pb2.InferParameter]) -> dict[str, object]:
     """A map of `InferParameter` messages as plain values.
 
     Raises:
@@ -243,7 +249,7 @@ def grpc_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def decode(tensor: InferInput) -> np.ndarray[Any, np.dtype[Any]]:
+def decode(tensor: InferInput) -> Array:
     """The data of an input as an array of its shape; BYTES become `bytes` objects.
 
     Raises:
@@ -308,7 +314,7 @@ def _check_count(count: int, datatype: str, name: str) -> None:
         )
 
 
-def _decode_raw(raw: bytes, datatype: str, name: str, count: int) -> np.ndarray[Any, np.dtype[Any]]:
+def _decode_raw(raw: bytes, datatype: str, name: str, count: int) -> Array:
     """Elements in the binary extension's form: `count` of them, or some other number where that does not hold."""
     if datatype != "BYTES":
         dtype = DTYPES[datatype]
@@ -337,7 +343,7 @@ def _decode_raw(raw: bytes, datatype: str, name: str, count: int) -> np.ndarray[
     return _objects_array(items)
 
 
-def _flatten(data: Any, shape: Sequence[int], name: str) -> list[Any]:
+def _flatten(data: object, shape: Sequence[int], name: str) -> list[object]:
     """Row-major elements of JSON data, which may be flat or nested in the tensor's shape."""
     if not isinstance(data, list):
         raise InvalidRequest(f"input {name!r}: data must be a list", field=name)
@@ -351,7 +357,7 @@ def _flatten(data: Any, shape: Sequence[int], name: str) -> list[Any]:
     return level
 
 
-def _decode_list(items: list[Any], datatype: str, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+def _decode_list(items: list[object], datatype: str, name: str) -> Array:
     if datatype == "BYTES":
         if not all(isinstance(item, (str, bytes)) for item in items):
             raise InvalidRequest(f"input {name!r}: BYTES data must be strings", field=name)
@@ -375,20 +381,23 @@ def _decode_list(items: list[Any], datatype: str, name: str) -> np.ndarray[Any, 
     return array
 
 
-def _objects_array(items: Sequence[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+def _objects_array(items: Sequence[object]) -> Array:
     array = np.empty(len(items), dtype=object)
     array[:] = items
     return array
 
 
-def _shape(shape: Any, where: str) -> tuple[int, ...]:
-    valid = isinstance(shape, (list, tuple)) and len(shape) <= _MAX_RANK
-    if not valid or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in shape):
+def _shape(shape: object, where: str) -> tuple[int, ...]:
+    if (
+        not isinstance(shape, (list, tuple))
+        or len(shape) > _MAX_RANK
+        or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in shape)
+    ):
         raise InvalidRequest(f"{where}.shape must be a list of at most {_MAX_RANK} sizes", field="shape")
     return tuple(shape)
 
 
-def _objects(tree: Mapping[str, Any], key: str, required: bool) -> Iterable[dict[str, Any]]:
+def _objects(tree: Mapping[str, object], key: str, required: bool) -> Iterable[dict[str, object]]:
     items = tree.get(key)
     if items is None and not required:
         return []
@@ -399,14 +408,14 @@ def _objects(tree: Mapping[str, Any], key: str, required: bool) -> Iterable[dict
     return items
 
 
-def _string(item: Mapping[str, Any], key: str, where: str) -> str:
+def _string(item: Mapping[str, object], key: str, where: str) -> str:
     value = item.get(key)
     if not isinstance(value, str):
         raise InvalidRequest(f"{where}.{key} must be a string", field=key)
     return value
 
 
-def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _parameters(item: Mapping[str, object], where: str) -> dict[str, object]:
     value = item.get("parameters")
     if value is None:
         return {}
@@ -417,7 +426,7 @@ def _parameters(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     return value
 
 
-def _short(item: Any) -> str:
+def _short(item: object) -> str:
     try:
         text = repr(item)
     except RecursionError:
@@ -428,7 +437,7 @@ def _short(item: Any) -> str:
 # Responses
 
 
-def output(name: str, datatype: str, values: Sequence[Any] | np.ndarray[Any, Any], shape: Sequence[int]) -> InferOutput:
+def output(name: str, datatype: str, values: Sequence[object] | Array, shape: Sequence[int]) -> InferOutput:
     """An output tensor from row-major values; text is encoded as UTF-8."""
     if datatype == "BYTES":
         array = _objects_array([v.encode("utf-8", "replace") if isinstance(v, str) else v for v in values])
@@ -469,7 +478,7 @@ def encode_rest(response: InferResponse, request: InferRequest) -> tuple[bytes, 
     chosen = {o.name: o.binary_data for o in request.request_outputs or []}
     items, raws = [], []
     for tensor in response.outputs:
-        item: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        item: dict[str, object] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         parameters = dict(tensor.parameters or {})
         choice = chosen.get(tensor.name)
         if by_default if choice is None else choice:
@@ -482,7 +491,7 @@ def encode_rest(response: InferResponse, request: InferRequest) -> tuple[bytes, 
         if parameters:
             item["parameters"] = parameters
         items.append(item)
-    tree: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version or "1"}
+    tree: dict[str, object] = {"model_name": response.model_name, "model_version": response.model_version or "1"}
     if response.id:
         tree["id"] = response.id
     if response.parameters:
@@ -492,7 +501,7 @@ def encode_rest(response: InferResponse, request: InferRequest) -> tuple[bytes, 
     return (b"".join([head, *raws]), len(head)) if raws else (head, None)
 
 
-def to_grpc(response: InferResponse, message: Any, raw: bool) -> Any:
+def to_grpc(response: InferResponse, message: pb2.ModelInferResponse, raw: bool) -> pb2.ModelInferResponse:
     """Fill a `ModelInferResponse` message; raw contents where `raw` or the datatype has no typed field."""
     message.model_name = response.model_name
     message.model_version = response.model_version or "1"
@@ -508,7 +517,7 @@ def to_grpc(response: InferResponse, message: Any, raw: bool) -> Any:
     return message
 
 
-def set_grpc_parameters(target: Any, values: Mapping[str, Any]) -> None:
+def set_grpc_parameters(target: MutableMapping[str, pb2.InferParameter], values: Mapping[str, object]) -> None:
     """Write plain values into a map of `InferParameter` messages."""
     for name, value in values.items():
         if isinstance(value, bool):

@@ -21,16 +21,15 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
 
 from kserve_vllm.core.errors import DeadlinePassed, InvalidRequest
 from kserve_vllm.core.types import Piece, TextJob
-from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.policy.enforcement import may_see
 from kserve_vllm.protocols.oip import tensors
+from kserve_vllm.protocols.text_engine import TextEngine
 
 PLATFORM = "vllm"
 VERSION = "1"
@@ -107,7 +106,7 @@ class TextRequest:
     as_ids: bool
     ids_dtype: str
     chat: bool
-    options: dict[str, Any]
+    options: dict[str, object]
     wanted: Wanted
     adapter: str | None = None
     timeout_s: float | None = None
@@ -134,7 +133,7 @@ class V2Text:
         max_batch: most prompts in one request.
     """
 
-    def __init__(self, engine: VLLMEngine, max_batch: int) -> None:
+    def __init__(self, engine: TextEngine, max_batch: int) -> None:
         self._engine = engine
         self._max_batch = max_batch
 
@@ -261,7 +260,7 @@ class V2Text:
             raise InvalidRequest("apply_chat_template takes text_input, not input_ids", field="apply_chat_template")
         return TextRequest(prompts, shape, as_ids, dtype, chat, options, wanted, adapter, timeout_s)
 
-    def _adapter(self, name: Any) -> str | None:
+    def _adapter(self, name: object) -> str | None:
         """The adapter of that name, for the caller of the running request.
 
         Raises:
@@ -327,7 +326,7 @@ class V2Text:
             return await self._pooled(request, by_name, options, request_id)
 
     async def _pooled(
-        self, request: InferRequest, by_name: Mapping[str, InferInput], options: dict[str, Any], request_id: str
+        self, request: InferRequest, by_name: Mapping[str, InferInput], options: dict[str, object], request_id: str
     ) -> list[InferOutput]:
         if set(by_name) == {"query", "documents"}:
             queries = self._texts(by_name["query"])
@@ -384,7 +383,7 @@ class V2Text:
             outputs.append(tensors.output("details", "BYTES", found, shape))
         return outputs
 
-    def inputs(self) -> list[dict[str, Any]]:
+    def inputs(self) -> list[dict[str, object]]:
         """Input tensors for the model's metadata."""
         text = [_meta("text_input", "BYTES", [-1])]
         if self._engine.embeds or self._engine.classifies:
@@ -397,7 +396,7 @@ class V2Text:
             *(_meta(name, "BOOL", [1]) for name in _TRITON_FLAGS),
         ]
 
-    def outputs(self) -> list[dict[str, Any]]:
+    def outputs(self) -> list[dict[str, object]]:
         """Output tensors for the model's metadata."""
         if self._engine.embeds:
             return [_meta("embedding", "FP32", [-1, -1]), _meta("scores", "FP32", [-1])]
@@ -415,7 +414,7 @@ class V2Text:
         ]
 
 
-def _details(piece: Piece, special: frozenset[int], streamed: bool) -> dict[str, Any]:
+def _details(piece: Piece, special: frozenset[int], streamed: bool) -> dict[str, object]:
     """What the Open Inference Protocol's generate calls `details`: why the answer ended, and its tokens.
 
     Of a stream, each event has its last token as `token`; a piece may have more than one, which stand in `logprobs`.
@@ -428,7 +427,7 @@ def _details(piece: Piece, special: frozenset[int], streamed: bool) -> dict[str,
     reason = piece.finish_reason
     if reason == "stop":
         reason = "eos_token" if piece.stop_reason is None else "stop_sequence"
-    details: dict[str, Any] = {"finish_reason": reason, "logprobs": tokens}
+    details: dict[str, object] = {"finish_reason": reason, "logprobs": tokens}
     if streamed:
         details["token"] = tokens[-1] if tokens else None
     return details
@@ -474,7 +473,7 @@ async def _until(pieces: AsyncGenerator[Piece, None], timeout_s: float | None) -
         yield piece
 
 
-def _timeout_s(value: Any) -> float | None:
+def _timeout_s(value: object) -> float | None:
     """Triton's `timeout`, in microseconds; 0 is none.
 
     Raises:
@@ -489,13 +488,13 @@ def _timeout_s(value: Any) -> float | None:
     return value / 1e6 or None
 
 
-async def collect(engine: VLLMEngine, job: TextJob) -> list[Piece]:
+async def collect(engine: TextEngine, job: TextJob) -> list[Piece]:
     """Run an unstreamed job; one piece per continuation, in order of index."""
     pieces = [piece async for piece in engine.generate(job)]
     return sorted(pieces, key=lambda piece: piece.index)
 
 
-async def collect_all(engine: VLLMEngine, jobs: Sequence[TextJob]) -> list[list[Piece]]:
+async def collect_all(engine: TextEngine, jobs: Sequence[TextJob]) -> list[list[Piece]]:
     """Run unstreamed jobs side by side. The first error cancels the others and is raised.
 
     Raises:
@@ -520,7 +519,7 @@ def _by_name(request: InferRequest) -> dict[str, InferInput]:
     return by_name
 
 
-def _sampling_tensor(tensor: InferInput) -> dict[str, Any]:
+def _sampling_tensor(tensor: InferInput) -> dict[str, object]:
     texts = tensors.decode_texts(tensor)
     if len(texts) != 1:
         raise InvalidRequest("sampling_parameters must hold one JSON object", field="sampling_parameters")
@@ -533,7 +532,7 @@ def _sampling_tensor(tensor: InferInput) -> dict[str, Any]:
     return values
 
 
-def _flag_of(by_name: Mapping[str, InferInput], options: dict[str, Any], name: str) -> bool | None:
+def _flag_of(by_name: Mapping[str, InferInput], options: dict[str, object], name: str) -> bool | None:
     """A BOOL `[1]` tensor or a parameter of that name; None where neither is given."""
     from_options = options.pop(name, None)
     if name in by_name:
@@ -545,7 +544,7 @@ def _flag_of(by_name: Mapping[str, InferInput], options: dict[str, Any], name: s
     return None if from_options is None else _flag(from_options, name)
 
 
-def _flag(value: Any, name: str) -> bool:
+def _flag(value: object, name: str) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -553,9 +552,9 @@ def _flag(value: Any, name: str) -> bool:
     raise InvalidRequest(f"{name} must be true or false", field=name)
 
 
-def _typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _typed_options(options: Mapping[str, object]) -> dict[str, object]:
     """Options whose values the wire could carry only as text, parsed. OpenAI's newer name of max_tokens is taken."""
-    typed: dict[str, Any] = {}
+    typed: dict[str, object] = {}
     for name, value in options.items():
         key = "max_tokens" if name == "max_completion_tokens" else name
         if key in _JSON_OPTIONS and isinstance(value, str) and value[:1] in ("[", "{"):
@@ -568,5 +567,5 @@ def _typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
-def _meta(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+def _meta(name: str, datatype: str, shape: list[int]) -> dict[str, object]:
     return {"name": name, "datatype": datatype, "shape": shape}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -24,14 +24,12 @@ from kserve_vllm.protocols import errors as wire
 from kserve_vllm.protocols.http.chunks import chunks_of
 from kserve_vllm.protocols.http.disconnect import resume, until_disconnect
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 log = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
 Headers = list[tuple[bytes, bytes]]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATHS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 
@@ -73,7 +71,7 @@ class FastPath:
         streams: StreamHandler | None,
         answers: AnswerHandler | None,
         vllm: ASGIApp,
-        mend: Callable[[str, dict[str, Any]], bool],
+        mend: Callable[[str, dict[str, object]], bool],
         stream_headers: Headers,
         answer_headers: Headers,
         count: Callable[[str], None],
@@ -167,7 +165,7 @@ async def fast_paths(
     }
 
 
-def _parsed(body: bytes) -> dict[str, Any] | None:
+def _parsed(body: bytes) -> dict[str, object] | None:
     """A body that is a JSON object."""
     try:
         tree = orjson.loads(body)
@@ -176,7 +174,7 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def streamable(kind: Kind, tree: dict[str, Any]) -> bool:
+def streamable(kind: Kind, tree: dict[str, object]) -> bool:
     """Whether a stream can be written here; else vLLM's own handler has to."""
     if not _ALLOWED[kind].issuperset(tree):
         return False
@@ -195,14 +193,14 @@ def streamable(kind: Kind, tree: dict[str, Any]) -> bool:
     return isinstance(messages, list) and all(map(_plain_message, messages))
 
 
-def _plain_prompt(prompt: Any) -> bool:
+def _plain_prompt(prompt: object) -> bool:
     """Whether a prompt is one text, or the token ids of one."""
     if isinstance(prompt, list):
         return bool(prompt) and all(type(token) is int for token in prompt)
     return isinstance(prompt, str)
 
 
-def _plain_message(message: Any) -> bool:
+def _plain_message(message: object) -> bool:
     """Whether a message is text alone."""
     if not isinstance(message, dict) or not _MESSAGE_FIELDS.issuperset(message):
         return False
@@ -337,7 +335,7 @@ class _Response:
         if write := self._make():
             write()
 
-    async def _go_on(self, sending: Generator[Any, Any, Any], waits_for: Any) -> None:
+    async def _go_on(self, sending: Generator[object, object, None], waits_for: object) -> None:
         """Finish a message that could not be sent at once; then send what came meanwhile."""
         await resume(sending, waits_for)
         self._blocked = False

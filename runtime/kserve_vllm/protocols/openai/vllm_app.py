@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from kserve_vllm.engine.hooks.request_repair import Mender, with_null_usage
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 
 _STREAMS = ("/v1/chat/completions", "/v1/completions")
 
@@ -65,7 +62,7 @@ class MendedApp:
 
         await self.app(scope, replay, send)
 
-    def _wants_usage(self, tree: dict[str, Any]) -> bool:
+    def _wants_usage(self, tree: dict[str, object]) -> bool:
         options = tree.get("stream_options")
         return self._always_usage or (isinstance(options, dict) and bool(options.get("include_usage")))
 
@@ -86,7 +83,7 @@ def _has_json(scope: Scope) -> bool:
     return scope["method"] == "POST" and b"json" in kind.lower()
 
 
-def _object(body: bytes) -> dict[str, Any] | None:
+def _object(body: bytes) -> dict[str, object] | None:
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError:
