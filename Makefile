@@ -15,6 +15,7 @@ help:
 	@echo "make e2e-kind [ARGS='-k standard']                   the same on a cluster in Docker, which it makes"
 	@echo "make fuzz MINUTES=10                                 try made-up input against all parsers"
 	@echo "make test-unit                                       the tests that need no engine"
+	@echo "make compat [ARGS='--only litellm,grpc-js']          others' suites and clients against the server; ARGS=--list, --help"
 	@echo "make docs                                            the documentation as a site, in build/site"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
 	@echo "make check                                           lint, format, types"
@@ -63,6 +64,10 @@ e2e-kind: setup-dev
 .PHONY: fuzz
 fuzz: setup-dev
 	$(BIN)/python -m tests.robustness.fuzz --minutes $(or $(MINUTES),10)
+
+.PHONY: compat
+compat: setup-dev
+	$(BIN)/python -m tests.compat $(ARGS)
 
 .PHONY: docs
 docs: python

@@ -351,3 +351,45 @@ def test_json_under_a_schema_ends(server: Server) -> None:
         choice = post(server, CHAT, {**body, "temperature": 1.5, "seed": seed}).json()["choices"][0]
         text = choice["message"]["content"]
         assert not any(blank in text for blank in " \n\t"), text
+
+
+def test_answers_have_the_fields_that_their_descriptions_require(server: Server) -> None:
+    chat = post(server, CHAT, BASE[CHAT]).json()
+    assert not {"annotations", "function_call"} & set(chat["choices"][0]["message"])
+    assert not {"service_tier"} & set(chat)
+    completion = post(server, COMPLETIONS, BASE[COMPLETIONS]).json()
+    for usage in (chat["usage"], completion["usage"]):
+        assert set(usage) == {"prompt_tokens", "total_tokens", "completion_tokens"}
+    asked = {**BASE[RESPONSES], "store": False, "safety_identifier": "me", "prompt_cache_key": "mine"}
+    whole = post(server, RESPONSES, asked).json()
+    stream = post(server, RESPONSES, {**asked, "stream": True}).text
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    for response in [whole, *(event["response"] for event in events if "response" in event)]:
+        assert {"error", "completed_at"} <= set(response)
+        assert response["text"] == {"format": {"type": "text"}} or response["text"]["format"] == {"type": "text"}
+        assert (response["store"], response["safety_identifier"], response["prompt_cache_key"]) == (False, "me", "mine")
+        assert response["top_logprobs"] == 0
+        for item in response["output"]:
+            assert all(part["logprobs"] == [] for part in item["content"])
+    assert len([event for event in events if "response" in event]) == 3
+
+
+def test_anthropics_answers_have_the_fields_that_their_description_requires(server: Server) -> None:
+    whole = post(server, ANTHROPIC, BASE[ANTHROPIC]).json()
+    stream = post(server, ANTHROPIC, {**BASE[ANTHROPIC], "stream": True}).text
+    (started,) = (json.loads(line[6:]) for line in stream.splitlines() if '"message_start"' in line and "data" in line)
+    for message in (whole, started["message"]):
+        assert {"stop_reason", "stop_sequence", "stop_details", "container"} <= set(message)
+        assert {"cache_creation", "server_tool_use", "service_tier", "inference_geo"} <= set(message["usage"])
+    assert whole["content"][0]["citations"] is None
+
+
+def test_anthropics_sdk_lists_models_as_its_own(server: Server) -> None:
+    import anthropic
+
+    with anthropic.Anthropic(base_url=server.url, api_key="none", _strict_response_validation=True) as client:
+        names = [model.id for model in client.models.list()]
+        assert "demo" in names
+        assert client.models.retrieve("demo").max_tokens
+        with pytest.raises(anthropic.NotFoundError):
+            client.models.retrieve("nobody")

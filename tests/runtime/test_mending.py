@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from kserve_vllm.core.errors import InvalidRequest, NotFound, Unavailable
 from kserve_vllm.engine.faults import ClientFaults, is_client_fault
+from kserve_vllm.engine.hooks import anthropic_repair, responses_repair
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.request_repair import Mender, Route, mender_of, with_null_usage
 
@@ -235,3 +236,57 @@ def test_an_error_within_anthropics_stream_is_an_event_of_its_own() -> None:
     assert last.startswith("event: error\ndata: ")
     error = json.loads(last.partition("data: ")[2])
     assert error == {"type": "error", "error": {"type": "api_error", "message": "no text"}}
+
+
+@pytest.mark.parametrize("kind", ["whole", "begun"])
+def test_an_answer_of_anthropics_gets_what_is_required_of_it(kind: str) -> None:
+    message = {"id": "a", "content": [{"type": "text", "text": "a"}], "usage": {"input_tokens": 1, "output_tokens": 2}}
+    if kind == "whole":
+        made = anthropic_repair._complete(copy.deepcopy(message))
+    else:
+        event = "event: message_start\ndata: " + json.dumps({"type": "message_start", "message": message}) + "\n\n"
+        made = json.loads(anthropic_repair._started(event).partition("data: ")[2])["message"]
+    assert made["usage"].items() >= {"input_tokens": 1, "cache_read_input_tokens": None, "service_tier": None}.items()
+    assert made["content"] == [{"type": "text", "text": "a", "citations": None}]
+    assert made.items() >= {"id": "a", "stop_details": None, "stop_sequence": None, "container": None}.items()
+
+
+def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses_repair, "_count_alike", lambda: None)  # changes a class of vLLM's for good
+
+    def part() -> Any:
+        return SimpleNamespace(type="output_text", text="a", logprobs=None)
+
+    def response(status: str) -> Any:
+        item = SimpleNamespace(type="message", status=status, content=[part()])
+        return SimpleNamespace(object="response", status=status, output=[item], text=None, top_logprobs=None)
+
+    async def full(request: Any) -> Any:
+        return response(request.status)
+
+    async def stream(request: Any) -> AsyncGenerator[Any, None]:
+        yield SimpleNamespace(type="response.created", response=response("in_progress"))
+        yield SimpleNamespace(type="response.content_part.done", part=part())
+        yield SimpleNamespace(type="response.completed", response=response("completed"))
+
+    handler = SimpleNamespace(
+        responses_full_generator=full,
+        responses_stream_generator=stream,
+        responses_background_stream_generator=None,
+    )
+    responses_repair.mend_responses(SimpleNamespace(state=SimpleNamespace(openai_serving_responses=handler)))  # type: ignore[arg-type]
+    asked = SimpleNamespace(status="completed", store=True, prompt_cache_key="k")
+
+    async def read() -> tuple[Any, list[Any]]:
+        events = handler.responses_stream_generator(asked)  # type: ignore[call-arg]
+        return await handler.responses_full_generator(asked), [event async for event in events]  # type: ignore[misc]
+
+    whole, (created, part_done, completed) = asyncio.run(read())
+    for made in (whole, created.response, completed.response):
+        assert (made.error, made.store, made.prompt_cache_key, made.safety_identifier) == (None, True, "k", None)
+        assert made.top_logprobs == 0
+        assert made.text.format.type == "text"
+        assert made.output[0].content[0].logprobs == []
+    assert created.response.completed_at is None
+    assert whole.completed_at > 0
+    assert part_done.part.logprobs == []

@@ -46,6 +46,7 @@ from kserve_vllm.engine.cpu_affinity import leave_processors_of
 from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
 from kserve_vllm.engine.hooks import guards
 from kserve_vllm.engine.hooks.accounting import TokenAccounting
+from kserve_vllm.engine.hooks.answer_shape import leave_out_nulls
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
@@ -444,6 +445,7 @@ class VLLMEngine:
         guards.answer_errors(self._app, client)
         await init_app_state(client, self._app.state, self._args, self._tasks)  # type: ignore[arg-type]
         guards.check_before_stream(self._app, client, self._tasks)
+        leave_out_nulls()
         mend_responses(self._app)
         mend_messages(self._app)
         backend = client.vllm_config.structured_outputs_config.backend

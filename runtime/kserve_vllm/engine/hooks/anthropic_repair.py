@@ -1,7 +1,8 @@
 """Anthropic's Messages as its clients know them, from vLLM's handler.
 
 An error in the middle of a stream is an event with Anthropic's type and the error's own sentence, where vLLM tells what
-its own model of a chunk found wrong with it. A whole answer has `stop_sequence`, also where it is null.
+its own model of a chunk found wrong with it. An answer, whole or begun in a stream, has the fields that Anthropic's
+description requires of it, also where they are null.
 
 Written against vLLM 0.32.
 """
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
 _ERROR = 'data: {"error"'
-_NULLS = ("stop_reason", "stop_sequence")
+_START = "event: message_start\ndata: "
+_NULLS = ("stop_reason", "stop_sequence", "stop_details", "container")
+_NULLS_OF_USAGE = (
+    "cache_creation",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "inference_geo",
+    "output_tokens_details",
+    "server_tool_use",
+    "service_tier",
+)
 
 
 def mend_messages(app: FastAPI) -> None:
@@ -37,7 +48,11 @@ def mend_messages(app: FastAPI) -> None:
 
     async def streamed(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
         errors: list[dict[str, object]] = []
-        async for event in stream(_until_error(chunks, errors)):
+        events = stream(_until_error(chunks, errors))
+        async for event in events:
+            yield _started(event)
+            break
+        async for event in events:
             yield event
         if errors:
             yield f"event: error\ndata: {orjson.dumps(errors[0]).decode()}\n\n"
@@ -53,9 +68,29 @@ def _answer_class() -> type[AnthropicMessagesResponse]:
     class Answer(AnthropicMessagesResponse):  # type: ignore[misc]
         def model_dump(self, *args: object, **kwargs: object) -> dict[str, object]:
             tree: dict[str, object] = super().model_dump(*args, **kwargs)
-            return {**dict.fromkeys(_NULLS), **tree}
+            return _complete(tree)
 
     return Answer
+
+
+def _complete(message: dict[str, object]) -> dict[str, object]:
+    """An answer with null in the fields that are required and that vLLM left out."""
+    if isinstance(usage := message.get("usage"), dict):
+        message["usage"] = {**dict.fromkeys(_NULLS_OF_USAGE), **usage}
+    content = message.get("content")
+    for block in content if isinstance(content, list) else ():
+        if block.get("type") == "text":
+            block.setdefault("citations", None)
+    return {**dict.fromkeys(_NULLS), **message}
+
+
+def _started(event: str) -> str:
+    """The first event of a stream, with a complete answer; unchanged where it is another event."""
+    if not event.startswith(_START):
+        return event
+    tree = orjson.loads(event.removeprefix(_START))
+    tree["message"] = _complete(tree["message"])
+    return f"{_START}{orjson.dumps(tree).decode()}\n\n"
 
 
 async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, object]]) -> AsyncGenerator[str, None]:

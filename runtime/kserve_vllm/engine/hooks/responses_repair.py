@@ -2,29 +2,38 @@
 
 An answer that was cut off is `incomplete` in its status, in its last item, and in the last event of a stream, where
 vLLM says `completed`. A conversation has as many tokens as over the other routes: the chat template has written the
-special ones, and none is put before them.
+special ones, and none is put before them. Every answer has the fields that OpenAI's description and Open Responses'
+require of it, and null where they let it be null alone.
 
 Written against vLLM 0.32.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from openai.types.responses import ResponseIncompleteEvent
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from openai.types.responses import ResponseIncompleteEvent, ResponseTextConfig
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 
 _INCOMPLETE = "incomplete"
+_ECHOED = ("safety_identifier", "prompt_cache_key")
+"""Fields of a request that its answer repeats, and that vLLM's does not have."""
+_WHOLE = frozenset({"response.created", "response.in_progress", "response.completed"})
+"""Events that hold the answer."""
+_OF_ITEMS = frozenset(f"response.{of}.{end}" for of in ("output_item", "content_part") for end in ("added", "done"))
+"""Events that hold an item or a part of one."""
 
 
 class _Item(Protocol):
-    """An item of an answer: a message, a call of a function, a chain of thought."""
+    """An item of an answer: a message, a call of a function, a chain of thought; or a part of one."""
 
     status: str | None
+    logprobs: object
 
 
 class _Response(Protocol):
@@ -50,17 +59,24 @@ def mend_responses(app: FastAPI) -> None:
     _count_alike()
     full, stream = handler.responses_full_generator, handler.responses_stream_generator
 
-    async def whole(*args: object, **kwargs: object) -> object:
-        response = await full(*args, **kwargs)
+    async def whole(request: ResponsesRequest, *args: object, **kwargs: object) -> object:
+        response = await full(request, *args, **kwargs)
+        _complete(response, request)
         if getattr(response, "status", None) == _INCOMPLETE and response.output:
             _cut(response.output[-1])
         return response
 
-    async def streamed(*args: object, **kwargs: object) -> AsyncGenerator[_Event | ResponseIncompleteEvent, None]:
+    async def streamed(
+        request: ResponsesRequest, *args: object, **kwargs: object
+    ) -> AsyncGenerator[_Event | ResponseIncompleteEvent, None]:
         # Whether the answer was cut off is known with the last event alone; the end of an item waits for the next one.
         held: _Event | None = None
-        async for event in stream(*args, **kwargs):
+        async for event in stream(request, *args, **kwargs):
             kind = event.type
+            if kind in _WHOLE:
+                _complete(event.response, request)
+            elif kind in _OF_ITEMS:
+                _complete_item(getattr(event, "item", None) or event.part)
             if kind == "response.completed" and event.response.status == _INCOMPLETE:
                 if held is not None:
                     _cut(held.item)
@@ -88,15 +104,47 @@ def mend_responses(app: FastAPI) -> None:
     handler.responses_background_stream_generator = replayed
 
 
+def _complete(response: ResponsesResponse, request: ResponsesRequest) -> None:
+    """Write the required fields into an answer of vLLM's, which keeps fields that its class does not know."""
+    if getattr(response, "object", None) != "response":
+        return  # an error
+    response.error = getattr(response, "error", None)
+    response.completed_at = int(time.time()) if response.status == "completed" else None
+    response.store = bool(request.store)
+    for name in _ECHOED:
+        setattr(response, name, getattr(request, name, None))
+    if response.text is None:
+        response.text = _text()
+    for name, nothing in (("top_logprobs", 0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
+        if getattr(response, name, nothing) is None:
+            setattr(response, name, nothing)
+    for item in response.output:
+        _complete_item(item)
+
+
+def _complete_item(item: _Item) -> None:
+    """Of an item or a part of one: no null where only a list may stand."""
+    if getattr(item, "type", None) == "output_text" and getattr(item, "logprobs", item) is None:
+        item.logprobs = []
+    for part in getattr(item, "content", None) or ():
+        _complete_item(part)
+
+
 def _cut(item: _Item) -> None:
     if getattr(item, "status", None) is not None:
         item.status = _INCOMPLETE
 
 
+def _text() -> ResponseTextConfig:
+    from openai.types.responses import ResponseTextConfig
+    from openai.types.shared import ResponseFormatText
+
+    return ResponseTextConfig(format=ResponseFormatText(type="text"))
+
+
 def _incomplete(event: _Event) -> ResponseIncompleteEvent:
     """The last event of a stream that was cut off."""
     from openai.types.responses import ResponseIncompleteEvent
-    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 
     class Incomplete(ResponseIncompleteEvent):
         response: ResponsesResponse  # type: ignore[assignment]

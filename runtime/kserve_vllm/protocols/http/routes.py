@@ -27,6 +27,8 @@ from kserve_vllm.protocols.oip.statistics import Statistics, configuration
 from kserve_vllm.protocols.oip.text import VERSION, V2Text
 
 _HEADER_LENGTH = "inference-header-content-length"
+_ANTHROPIC = "anthropic-version"
+"""The header by which Anthropic's clients tell themselves."""
 
 
 class Plane(Protocol):
@@ -229,20 +231,27 @@ class Routes:
 
     # V1
 
-    async def v1_and_openai_models(self) -> Response:
-        """All models that the caller may use, for OpenAI's clients (`data`) and V1's (`models`) in one body."""
+    async def v1_and_openai_models(self, request: Request) -> Response:
+        """All models that the caller may use, for OpenAI's clients (`data`) and V1's (`models`) in one body; for
+        Anthropic's, which tell themselves by a header, as theirs."""
         engine = self._engine
         body = await engine.openai_models()
         cards = [card for card in body["data"] if may_see(engine, card["id"])]
+        if _ANTHROPIC in request.headers:
+            shown = [_anthropic_card(card) for card in cards]
+            ids = [card["id"] for card in shown] or [None]
+            return _json({"data": shown, "has_more": False, "first_id": ids[0], "last_id": ids[-1]})
         names = [model.name for model in engine.models() if model.loaded and may_see(engine, model.name)]
         return _json({**body, "data": cards, "models": names})
 
-    async def v1_and_openai_model(self, model_name: str) -> Response:
-        """One model, for OpenAI's clients (`id`) and V1's (`name`, `ready`) in one body."""
+    async def v1_and_openai_model(self, request: Request, model_name: str) -> Response:
+        """One model, for OpenAI's clients (`id`) and V1's (`name`, `ready`) in one body; for Anthropic's as theirs."""
         self._repository.check_known(model_name)
         await self._require(model_name)
         cards = (await self._engine.openai_models())["data"]
         card: dict[str, object] = next((card for card in cards if card["id"] == model_name), {})
+        if _ANTHROPIC in request.headers and card:
+            return _json(_anthropic_card(card))
         return _json({**card, "name": model_name, "ready": True})
 
     async def v1_predict(self, request: Request, model_name: str) -> Response:
@@ -416,6 +425,26 @@ def _logged(headers: Mapping[str, str]) -> dict[str, str]:
     return {"ce-id": headers["ce-id"]} if "ce-id" in headers else {}
 
 
+def _anthropic_card(card: Mapping[str, object]) -> dict[str, object]:
+    """A model as Anthropic's clients know one, from OpenAI's card of it.
+
+    Since when a model is there is not known: it counts from the epoch, as Anthropic's description has it for that.
+    """
+    return {
+        "type": "model",
+        "id": card["id"],
+        "display_name": card["id"],
+        "created_at": "1970-01-01T00:00:00Z",
+        "lifecycle": "active",
+        "max_input_tokens": card.get("max_model_len"),
+        "max_tokens": card.get("max_model_len"),
+        "capabilities": None,
+        "deprecated_at": None,
+        "line": None,
+        "retires_at": None,
+    }
+
+
 def _json(tree: object, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(tree), media_type="application/json", headers=dict(headers or {}))
 
@@ -429,7 +458,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     path = request.scope.get(wire.WRITTEN_PATH, request.url.path)
     if path.startswith("/v1/models") and request.method == "GET":
         # V1, OpenAI and Anthropic ask here for a model; the SDKs of the last two tell themselves by their headers.
-        if "anthropic-version" in request.headers:
+        if _ANTHROPIC in request.headers:
             path = "/v1/messages"
         elif "x-stainless-lang" in request.headers:
             path = wire.OPENAI_ALIAS + path

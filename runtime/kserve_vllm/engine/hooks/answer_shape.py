@@ -1,0 +1,39 @@
+"""Answers in the shape of the protocols' descriptions, where vLLM writes null for what may only be left out.
+
+Fields of chats and of the usage that OpenAI's description does not let be null are left out where vLLM has nothing for
+them. Clients that check answers against the description refuse such an answer whole.
+
+Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+def leave_out_nulls() -> None:
+    """Have vLLM's classes of whole answers leave these fields out. Before the first request."""
+    from vllm.entrypoints.openai.chat_completion import protocol as chat
+    from vllm.entrypoints.openai.completion import protocol as completion
+
+    usage = chat.ChatCompletionResponse.model_fields["usage"].annotation
+    _without(usage, "prompt_tokens_details", "completion_tokens_details")
+    _without(chat.ChatMessage, "annotations", "function_call")
+    _without(chat.ChatCompletionResponseChoice)
+    _without(chat.ChatCompletionResponse, "service_tier")
+    _without(completion.CompletionResponse, "service_tier")
+
+
+def _without(model: type[BaseModel], *names: str) -> None:
+    """Leave out fields of a class where they are null. Without names: only take up what changed in its parts."""
+    for name in names:
+        if name in model.model_fields:
+            model.model_fields[name].exclude_if = _is_none
+    model.model_rebuild(force=True)
+
+
+def _is_none(value: object) -> bool:
+    return value is None
