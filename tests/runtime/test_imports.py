@@ -62,6 +62,7 @@ KNOW_VLLM = {
         "preloaded",
         "processes",
         "vllm",
+        "hooks/answer_shape",
         "hooks/anthropic_repair",
         "hooks/cache_codec",
         "hooks/guards",

@@ -10,6 +10,7 @@ from typing import Any
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from tests.compat.base import Case, Folder, Suite, Target, one_line
@@ -49,7 +50,10 @@ def problems_of(operation: Any, target: Target) -> list[str]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ask()
+        try:
+            ask()
+        except Unsatisfiable:
+            problems.append("no request can be made from the description")
     return problems
 
 

@@ -145,9 +145,10 @@ def _text() -> ResponseTextConfig:
 def _incomplete(event: _Event) -> ResponseIncompleteEvent:
     """The last event of a stream that was cut off."""
     from openai.types.responses import ResponseIncompleteEvent
+    from vllm.entrypoints.openai.responses import protocol
 
     class Incomplete(ResponseIncompleteEvent):
-        response: ResponsesResponse  # type: ignore[assignment]
+        response: protocol.ResponsesResponse  # type: ignore[assignment]
 
     return Incomplete(type="response.incomplete", sequence_number=event.sequence_number, response=event.response)
 
