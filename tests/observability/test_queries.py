@@ -74,11 +74,18 @@ def variables() -> dict[str, tuple[str, str]]:
 
 
 def triggers() -> dict[str, str]:
-    """KEDA's queries in the manifests, wherever they stand, for any namespace and pod."""
+    """KEDA's queries in the manifests of this runtime, wherever they stand, for any namespace and pod.
+
+    Those of other engines ask for a metric of theirs, which is one that the chart knows of them.
+    """
+    engines = (ROOT / "charts/kserve-vllm/files/engines").glob("*.yaml")
+    theirs = {name for path in engines for name in re.findall(r"^ +queue: (\S+)$", path.read_text(), flags=re.M)}
+    assert theirs
     found = {}
     for path in sorted((ROOT / "inferenceservices").rglob("*.yaml")):
         for number, query in enumerate(re.findall(r"^\s*query: (.+)$", path.read_text(), flags=re.M)):
-            found[f"{path.stem} {number}"] = anywhere(yaml.safe_load(query))
+            if not any(f"({name}{{" in query for name in theirs):
+                found[f"{path.stem} {number}"] = anywhere(yaml.safe_load(query))
     return found
 
 
