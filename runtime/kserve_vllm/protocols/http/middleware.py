@@ -269,12 +269,12 @@ class RequestMiddleware:
         return True
 
     def check_json(self, size: int) -> None:
-        """Refuse JSON that would hold the event loop for too long.
+        """Refuse JSON that would hold the event loop for too long. What no body may have is refused as a body.
 
         Raises:
             BodyTooLarge: it has too many bytes.
         """
-        if size > self._max_json:
+        if self._max_json < size <= self._max_body:
             raise BodyTooLarge(
                 f"the JSON of this request is larger than {self._max_json >> 20} MiB (--max-json-mib)", field="body"
             )
