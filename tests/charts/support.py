@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -120,9 +121,13 @@ def render(values: Mapping[str, Any], *arguments: str) -> list[Document]:
     return load_all(render_text(values, *arguments))
 
 
-@functools.cache
 def render_ci(path: Path) -> tuple[Document, ...]:
-    """The objects that the chart renders from one ci file, rendered once."""
+    """The objects that the chart renders from one ci file, rendered once; the caller's own, to change as it likes."""
+    return copy.deepcopy(_rendered_ci(path))
+
+
+@functools.cache
+def _rendered_ci(path: Path) -> tuple[Document, ...]:
     return tuple(render(load(path) or {}))
 
 
