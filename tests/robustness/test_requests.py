@@ -16,7 +16,7 @@ import pytest
 from kserve_vllm.core.errors import RateLimited
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.protocols.http import bounds
-from kserve_vllm.protocols.http.body import SHARE, LoopShare
+from kserve_vllm.protocols.http.body import MOST_WAIT_S, SHARE, LoopShare
 from kserve_vllm.telemetry.watchdog import HOLD_S, watch_loop
 from tests.robustness.wire import ask, read_answer, statuses
 from tests.support import Server
@@ -231,6 +231,17 @@ def test_what_a_body_will_hold_the_loop_for_is_told_by_its_values() -> None:
     assert told(b'{"prompt":[1' + b",1" * 100_000 + b"]}") == 0, "a long prompt is no load"
 
 
+def test_a_text_is_turned_into_tokens_up_to_a_bound(server: Server) -> None:
+    most = bounds.MAX_TOKENIZED
+    for size, texts, status in ((most // 4, False, 200), (1000, True, 200), (most // 4, True, 413), (most, False, 413)):
+        body = {"model": "demo", "prompt": "a" * size, "return_token_strs": True}
+        if not texts:
+            del body["return_token_strs"]
+        answer = httpx.post(server.url + "/tokenize", json=body, timeout=60)
+        assert answer.status_code == status
+    assert "in parts" in answer.json()["error"]["message"]
+
+
 def test_a_caller_of_heavy_bodies_waits_and_nobody_else_does() -> None:
     async def run() -> None:
         share = LoopShare()
@@ -240,11 +251,10 @@ def test_a_caller_of_heavy_bodies_waits_and_nobody_else_does() -> None:
         assert share.wait_s(one, 0.1) == pytest.approx(0.1 / SHARE, abs=0.1)
         assert share.wait_s(one, 0.001) == 0, "nor held up"
         assert share.wait_s(other, 0.1) == 0
-        for wait_s in range(4, 11, 2):
-            assert share.wait_s(one, 0.1) == pytest.approx(wait_s, abs=0.5)
+        assert share.wait_s(one, 0.1) == pytest.approx(0.2 / SHARE, abs=0.5)
         with pytest.raises(RateLimited, match="very many values") as refused:
             share.wait_s(one, 0.1)
-        assert 0 < (refused.value.retry_after_s or 0) <= 3
+        assert 0 < (refused.value.retry_after_s or 0) <= 0.3 / SHARE - MOST_WAIT_S + 1
         # Who waited for long enough goes on, and is forgotten.
         loop = asyncio.get_running_loop()
         now = loop.time()

@@ -61,14 +61,13 @@ MAX_KEYLESS_STREAMS = 100
 """Calls of one connection that are open at once and need no key: health, reflection."""
 _WRITE_BUFFER = 256 << 10
 _MOST_HELD = 32 << 10
-# Read in one go: as few bytes at first as 7 new calls have, at up to a millisecond each; more where it goes quickly.
-_FIRST_READ, _LEAST_READ, _MOST_READ = 128, 64, 4 << 10
-_QUICK_S, _SLOW_S = 0.001, 0.004
+# Read in one go: as few bytes as 7 new calls have, at up to a millisecond each, or the rest of one frame of data.
+_READ = 128
 # What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds.
-_TURN_S = 0.005
+_TURN_S = 0.003
 # What of the loop's time connections get together that have shown no key: so much at once, and this share after that.
 # A refused call costs its client a tenth of what it costs us.
-_STRANGERS_S, _STRANGERS_SHARE = 0.1, 0.2
+_STRANGERS_S, _STRANGERS_SHARE = 0.05, 0.05
 _PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
 # streams of the connection.
@@ -87,6 +86,7 @@ _FAREWELL_S = 1.0
 _ABORT_S = 5.0
 _LOOK_EVERY_S = 0.05
 _DATA, _GOAWAY = b"\0", b"\7"
+_FRAME_HEADER = 9  # bytes (RFC 9113, 4.1)
 _WINDOW_UPDATE = b"\0\0\4\x08\0\0\0\0\0"
 
 
@@ -425,7 +425,6 @@ class Connection(asyncio.Protocol):
         )
         self._unread = b""
         self._header_timer: asyncio.TimerHandle | None = None
-        self._read_size = _FIRST_READ
         self._waits = False
         self.keyless = 0
         """Calls that are open and need no key."""
@@ -487,18 +486,16 @@ class Connection(asyncio.Protocol):
         A client that fills its parts with small frames does not hold up others, nor do many that each send a few: all
         of them share what a pass of the event loop has for it, and nothing more is read from who waits.
         """
-        data, at, now = self._unread, 0, self._loop.time()
+        data, at, began = self._unread, 0, self._loop.time()
         while at < len(data):
-            self._read(data[at : at + self._read_size])
+            size = self._read_size()
+            self._read(data[at : at + size])
             if self.broken:
                 return
-            at += self._read_size
-            began, now = now, self._loop.time()
+            at += size
+            now = self._loop.time()
             self._connections.count(self, now - began)
-            if now - began > _SLOW_S:
-                self._read_size = max(self._read_size // 2, _LEAST_READ)
-            elif now - began < _QUICK_S:
-                self._read_size = min(self._read_size * 2, _MOST_READ)
+            began = now
             if at < len(data) and not self._connections.may_read(self, now):
                 self._unread = data[at:]
                 self._read_later()
@@ -508,6 +505,12 @@ class Connection(asyncio.Protocol):
             self._waits = False
             if self.writable:
                 self.transport.resume_reading()
+
+    def _read_size(self) -> int:
+        begun = self.state.incoming_buffer._data
+        if len(begun) < _FRAME_HEADER or begun[3] != _DATA[0]:
+            return _READ
+        return max(_READ, _FRAME_HEADER + int.from_bytes(begun[:3], "big") - len(begun))
 
     def _read_later(self) -> None:
         self._waits = True

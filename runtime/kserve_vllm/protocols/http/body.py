@@ -18,7 +18,7 @@ from kserve_vllm.protocols.http.disconnect import resume
 if TYPE_CHECKING:
     from starlette.types import Message
 
-SHARE = 0.05
+SHARE = 0.02
 """Of the event loop, for one caller's bodies of very many values."""
 MOST_WAIT_S = 10.0
 """Seconds that such a body waits for its turn."""

@@ -23,7 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-from kserve_vllm.core.errors import InvalidRequest
+from kserve_vllm.core.errors import BodyTooLarge, InvalidRequest
 
 MAX_STRINGS = 50_000
 """Strings of one body, names of fields included."""
@@ -32,11 +32,14 @@ MAX_CONTAINERS = 10_000
 MAX_VALUES = 1_000_000
 """Values of one body."""
 
+MAX_TOKENIZED = 1 << 20
+"""Bytes of a body that is answered with its tokens; a quarter of that where they are told as texts, too."""
 LEAST_HOLD_S = 0.02
 """Bodies that hold the event loop for less are not counted: most prompts of a hundred thousand tokens."""
 
 Body = TypeVar("Body")
 Found = TypeVar("Found")
+_TOKENIZED = frozenset({"/tokenize"})
 # No body of less bytes can hold more than is taken.
 _SMALL = 2 * MAX_CONTAINERS
 _AT_ONCE = 1 << 18
@@ -50,6 +53,20 @@ _HALF_BYTES = re.compile(rb"\xed[\xa0-\xbf]")
 # The end of a piece that the next one may go on with: a first half, an escape, a character of several bytes.
 _UNFINISHED = re.compile(rb"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?\\[^\\]{0,5}\Z|\\u[dD][89abAB][0-9a-fA-F]{2}\Z|\xed\Z")
 _HALF = re.compile("[\ud800-\udfff]")
+
+
+def check_tokenized(endpoint: str, body: bytes) -> None:
+    """Refuse a text that would be answered with too many tokens: no context bounds how long that answer gets.
+
+    Raises:
+        BodyTooLarge: it has too many bytes.
+    """
+    if endpoint not in _TOKENIZED:
+        return
+    most = MAX_TOKENIZED // 4 if b"return_token_strs" in body else MAX_TOKENIZED
+    if len(body) > most:
+        sentence = f"at most {most >> 10} KiB are turned into tokens at once; ask for the text in parts"
+        raise BodyTooLarge(sentence, field="prompt")
 
 
 async def check_values(body: bytes | memoryview) -> float:

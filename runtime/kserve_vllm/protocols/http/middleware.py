@@ -358,6 +358,7 @@ class _Arrival:
         json_length = wire.whole_number(self._headers.get(b"inference-header-content-length", b""), len(body))
         json_part = body if self._to_vllm or json_length is None else memoryview(body)[:json_length]
         self._middleware.check_json(len(json_part))
+        bounds.check_tokenized(self._endpoint, body)
         hold_s = await bounds.check_values(json_part)
         if wait_s := self._middleware.loop_share.wait_s(self._context, hold_s):
             await self.wait(asyncio.sleep(wait_s))
