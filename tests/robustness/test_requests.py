@@ -240,6 +240,14 @@ def test_a_text_is_turned_into_tokens_up_to_a_bound(server: Server) -> None:
         answer = httpx.post(server.url + "/tokenize", json=body, timeout=60)
         assert answer.status_code == status
     assert "in parts" in answer.json()["error"]["message"]
+    disguised = json.dumps({"model": "demo", "prompt": "a" * (most // 4), "return_token_strs": True})
+    answer = httpx.post(
+        server.url + "/tokenize",
+        content=disguised.replace("token_strs", "token\\u005fstrs"),
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert answer.status_code == 413
 
 
 def test_a_caller_of_heavy_bodies_waits_and_nobody_else_does() -> None:
