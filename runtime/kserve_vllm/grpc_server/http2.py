@@ -66,7 +66,7 @@ _READ = 128
 # What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds.
 _TURN_S = 0.003
 # What of the loop's time connections get together that have shown no key: so much at once, and this share after that.
-# A refused call costs its client a tenth of what it costs us.
+# A refused call costs half a millisecond, its log line included.
 _STRANGERS_S, _STRANGERS_SHARE = 0.05, 0.05
 _PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
