@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -162,6 +163,46 @@ def test_errors_of_vllms_processes_are_known_to_the_one_that_started_them(
     found = logs.failures()
     assert found[0] == ("EngineCore failed to start.", "MemoryError: number 0")
     assert 100 < len(found) < 3000, "the file grows without a bound"
+    assert logs.cause() == "MemoryError: number 0"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (4, "was ended by SIGILL (an instruction that this processor"),
+        (9, "was ended by SIGKILL (killed from outside"),
+        (7, "was ended by SIGBUS (memory behind"),
+        (17, "was ended by SIGCHLD"),
+        (99, "was ended by signal 99"),
+    ],
+)
+def test_the_signal_that_ended_a_worker_says_more_than_who_waited_for_it(
+    number: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: a worker died of SIGILL, and all that was left was the executor's "RuntimeError: cancelled"."""
+    monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", str(tmp_path / "logging.json"))
+    logger = logging.Logger("vllm.v1")
+    logger.addHandler(logs.Failures(str(tmp_path / "logging.json.failures")))
+    for error in ("before", "cancelled"):
+        try:
+            raise RuntimeError(error)
+        except RuntimeError:
+            logger.exception("EngineCore encountered a fatal error.")
+        # As vLLM's executor says it: v1/executor/multiproc_executor.py
+        logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down executor.", "VllmWorker-0", 1)
+        logger.error(
+            "Worker proc %s died unexpectedly (exit code: %s), shutting down executor.", "VllmWorker-0", -number
+        )
+    for cause in (logs.cause(), logs.cause(last=True)):
+        assert cause is not None
+        assert f"vLLM's process VllmWorker-0 {words}" in cause
+
+
+def test_the_words_for_a_worker_that_died_are_vllms() -> None:
+    spec = importlib.util.find_spec("vllm.v1.executor.multiproc_executor")
+    assert spec is not None
+    assert spec.origin is not None
+    assert '"Worker proc %s died unexpectedly (exit code: %s), "' in Path(spec.origin).read_text()
 
 
 def test_the_file_of_errors_is_removed_with_the_logging_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

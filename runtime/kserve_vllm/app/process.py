@@ -253,8 +253,7 @@ class _Process:
             raise
         except Exception as error:
             log.exception("loading failed", exc_info=error)
-            found = logs.failures()
-            await self._end_failed_start(found[0][1] if found else termination.describe(error))
+            await self._end_failed_start(logs.cause() or termination.describe(error))
         finally:
             stopping.cancel()
             failing.cancel()
@@ -477,8 +476,8 @@ class _Process:
     async def _fail(self) -> int:
         """Let what was in flight get its error, then exit with 1."""
         log.critical("%s; exiting with code 1", self._lifecycle.reason)
-        found = logs.failures()
-        self._leave_word(f"{self._lifecycle.reason}" + (f": {found[-1][1]}" if found else ""))
+        cause = logs.cause(last=True)
+        self._leave_word(f"{self._lifecycle.reason}" + (f": {cause}" if cause else ""))
         limit = self._settings.lifecycle.engine_dead_exit_after
         grace = min(limit, _CLOSE_GRACE_S)
         # Probes should see the state before the port closes.

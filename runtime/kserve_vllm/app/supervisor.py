@@ -188,8 +188,7 @@ class _Supervisor:
                 self._give_up(2)
                 return
             log.exception("loading failed", exc_info=error)
-            found = logs.failures()
-            self._fail_start(found[0][1] if found else termination.describe(error))
+            self._fail_start(logs.cause() or termination.describe(error))
             return
         reason = await asyncio.to_thread(cores.wait)
         if reason is not None:
@@ -279,8 +278,8 @@ class _Supervisor:
 
     def _on_engine_gone(self, reason: str) -> None:
         self._told, self._code = True, 1
-        found = logs.failures()
-        self._leave_word(reason + (f": {found[-1][1]}" if found else ""))
+        cause = logs.cause(last=True)
+        self._leave_word(reason + (f": {cause}" if cause else ""))
         for child in self._children:
             child.say("gone", reason)
         self._kill_after(self._settings.lifecycle.engine_dead_exit_after + _LATE_S)

@@ -12,6 +12,8 @@ import json
 import logging
 import logging.config
 import os
+import re
+import signal
 import sys
 import tempfile
 from collections.abc import MutableMapping
@@ -91,13 +93,53 @@ def forget() -> None:
 
 
 def failures() -> list[tuple[str, str]]:
-    """What vLLM, in any of its processes, has logged as an error with an exception: (message, exception in one line),
-    first one first. Nothing where the operator has a logging configuration of their own."""
+    """What vLLM, in any of its processes, has logged as an error with an exception, or of a process that a signal has
+    ended: (message, cause in one line), first one first. Nothing where the operator has a logging configuration of
+    their own."""
     try:
         with open(os.environ.get("VLLM_LOGGING_CONFIG_PATH", "") + _FAILURES, encoding="utf-8") as file:
             return [(str(message), str(error)) for message, error in map(orjson.loads, file)]
     except (OSError, ValueError):
         return []
+
+
+def cause(last: bool = False) -> str | None:
+    """The entry of `failures` that says most about why vLLM's processes ended, in one line; None where there is none.
+
+    The end of a process by a signal counts more than an exception: those that wait for that process only say that they
+    were cancelled.
+
+    Args:
+        last: the newest of a kind, for a server that has been ready; else the oldest, for a start.
+    """
+    found = failures()
+    died = [sentence for message, sentence in found if _DIED.search(message)]
+    causes = died or [sentence for _, sentence in found]
+    return causes[-1 if last else 0] if causes else None
+
+
+_DIED = re.compile(r"(?P<name>[\w.-]+) died unexpectedly \(exit code: -(?P<signal>\d+)\)")
+_OF_SIGNALS = {
+    signal.SIGILL: "an instruction that this processor or its kernel does not allow; is the image for another one?",
+    signal.SIGBUS: "memory behind a mapped file was not there; the size of /dev/shm may be too small",
+    signal.SIGSEGV: "a fault in native code",
+    signal.SIGABRT: "native code gave up; what it said stands above in the log",
+    signal.SIGKILL: "killed from outside, most often for memory",
+}
+"""What a signal that ends a process of vLLM mostly means. Source: signal(7)."""
+
+
+def _death(message: str) -> str | None:
+    """What to tell of a message of vLLM that says that a signal has ended one of its processes."""
+    match = _DIED.search(message)
+    if match is None:
+        return None
+    number = int(match["signal"])
+    try:
+        ended_by, why = signal.Signals(number).name, _OF_SIGNALS.get(signal.Signals(number))
+    except ValueError:
+        ended_by, why = f"signal {number}", None
+    return f"vLLM's process {match['name']} was ended by {ended_by}" + (f" ({why})" if why else "")
 
 
 STAGES = {
@@ -163,12 +205,13 @@ class Milestones(_Notes):
 
 
 class Failures(_Notes):
-    """Notes errors of vLLM's processes that have an exception."""
+    """Notes errors of vLLM's processes that have an exception, and processes that a signal has ended."""
 
     def note(self, record: logging.LogRecord) -> list[str | float] | None:
         """The message and its cause."""
         error = record.exc_info[1] if record.exc_info else None
-        return None if error is None else [record.getMessage(), describe(error)]
+        cause = _death(record.getMessage()) if error is None else describe(error)
+        return None if cause is None else [record.getMessage(), cause]
 
 
 def configuration(chosen: str, level: str, access_log: bool = False) -> dict[str, Any]:

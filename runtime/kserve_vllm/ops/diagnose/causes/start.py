@@ -245,6 +245,18 @@ CAUSES = (
         ),
     ),
     Cause(
+        "processor-unsuitable",
+        "The image is for another processor",
+        90,
+        "A process of the engine was ended by SIGILL: it used an instruction that this node's processor or its kernel "
+        "does not allow.",
+        (
+            "kubectl get nodes -L kubernetes.io/arch,node.kubernetes.io/instance-type",
+            "# an image that was built for these processors, or nodes that the image was built for",
+        ),
+        either(logged(r"ended by SIGILL|exit code: -4\)|Illegal instruction"), _exit(132)),
+    ),
+    Cause(
         "disk-full",
         "The disk is full",
         87,
