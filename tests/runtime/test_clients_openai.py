@@ -366,11 +366,14 @@ def test_answers_have_the_fields_that_their_descriptions_require(server: Server)
     events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
     for response in [whole, *(event["response"] for event in events if "response" in event)]:
         assert {"error", "completed_at"} <= set(response)
-        assert response["text"] == {"format": {"type": "text"}} or response["text"]["format"] == {"type": "text"}
+        assert response["text"] == {"format": {"type": "text"}}
         assert (response["store"], response["safety_identifier"], response["prompt_cache_key"]) == (False, "me", "mine")
         assert response["top_logprobs"] == 0
         for item in response["output"]:
+            assert "phase" not in item
             assert all(part["logprobs"] == [] for part in item["content"])
+    assert not [event for event in events if "phase" in event.get("item", {})]
+    assert len([event for event in events if "item" in event]) == 2
     assert len([event for event in events if "response" in event]) == 3
 
 

@@ -190,6 +190,16 @@ def test_a_switch_of_vllms_that_gets_around_a_policy_is_refused(arguments: list[
     cli.resolve(["m"], {variable: "1"})
 
 
+def test_a_bound_on_json_above_that_on_all_bodies_would_do_nothing_and_is_refused() -> None:
+    sentence = r"max-json-mib \(from flag --max-json-mib\): 30 is above --max-body-mib, which is 8 \(from flag"
+    with pytest.raises(ConfigError, match=sentence):
+        cli.resolve(["m", "--max-json-mib", "30", "--max-body-mib", "8"], {})
+    with pytest.raises(ConfigError, match=r"65 is above --max-body-mib, which is 64 \(from default"):
+        cli.resolve(["m"], {"KSERVE_VLLM_MAX_JSON_MIB": "65"})
+    assert cli.resolve(["m", "--max-json-mib", "64"], {}).server.max_json_mib == 64
+    assert cli.resolve(["m", "--max-body-mib", "8"], {}).server.max_body_mib == 8
+
+
 def test_trust_remote_code_is_off_unless_asked_for() -> None:
     assert parse_engine_args(cli.resolve(["m"], {}).engine_argv()).trust_remote_code is False
     assert parse_engine_args(cli.resolve(["m", "--trust-remote-code"], {}).engine_argv()).trust_remote_code is True

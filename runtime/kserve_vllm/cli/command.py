@@ -262,6 +262,7 @@ def resolve(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
         ]
     )
     _check_tls(cast(ServerSettings, groups["server"]), sources)
+    _check_bounds(cast(ServerSettings, groups["server"]), sources)
     model = cast(ModelSettings, groups["model"])
     if model.profile not in PROFILES:
         raise ConfigError(
@@ -301,6 +302,20 @@ def _check_tls(server: ServerSettings, sources: Mapping[str, str]) -> None:
         raise ConfigError(
             f"ssl-keyfile (from {sources['server.ssl_keyfile']}) is given without --ssl-certfile, so there would be no "
             "TLS. Give both, or neither"
+        )
+
+
+def _check_bounds(server: ServerSettings, sources: Mapping[str, str]) -> None:
+    """Refuse a bound on JSON that the bound on all bodies leaves without an effect.
+
+    Raises:
+        ConfigError: it was asked for, and is above the other.
+    """
+    if sources["server.max_json_mib"] != "default" and server.max_json_mib > server.max_body_mib:
+        raise ConfigError(
+            f"max-json-mib (from {sources['server.max_json_mib']}): {server.max_json_mib} is above "
+            f"--max-body-mib, which is {server.max_body_mib} (from {sources['server.max_body_mib']}) and holds for "
+            "JSON as well. Lower the one, or raise the other"
         )
 
 

@@ -1,7 +1,8 @@
 """Answers in the shape of the protocols' descriptions, where vLLM writes null for what may only be left out.
 
-Fields of chats and of the usage that OpenAI's description does not let be null are left out where vLLM has nothing for
-them. Clients that check answers against the description refuse such an answer whole.
+Fields of chats and of the usage that OpenAI's description does not let be null, and those of responses that Open
+Responses' does not, are left out where vLLM has nothing for them. Clients that check answers against the description
+refuse such an answer whole.
 
 Written against vLLM 0.32.
 """
@@ -16,8 +17,15 @@ if TYPE_CHECKING:
 
 def leave_out_nulls() -> None:
     """Have vLLM's classes of whole answers leave these fields out. Before the first request."""
+    from openai.types.responses import (
+        ResponseOutputItemAddedEvent,
+        ResponseOutputItemDoneEvent,
+        ResponseOutputMessage,
+        ResponseTextConfig,
+    )
     from vllm.entrypoints.openai.chat_completion import protocol as chat
     from vllm.entrypoints.openai.completion import protocol as completion
+    from vllm.entrypoints.openai.responses import protocol as responses
 
     usage = chat.ChatCompletionResponse.model_fields["usage"].annotation
     _without(usage, "prompt_tokens_details", "completion_tokens_details")
@@ -25,6 +33,17 @@ def leave_out_nulls() -> None:
     _without(chat.ChatCompletionResponseChoice)
     _without(chat.ChatCompletionResponse, "service_tier")
     _without(completion.CompletionResponse, "service_tier")
+    _without(ResponseOutputMessage, "phase")
+    _without(ResponseTextConfig, "verbosity")
+    _without(responses.ResponsesResponse)
+    for event in (
+        ResponseOutputItemAddedEvent,
+        ResponseOutputItemDoneEvent,
+        responses.ResponseCreatedEvent,
+        responses.ResponseInProgressEvent,
+        responses.ResponseCompletedEvent,
+    ):
+        _without(event)
 
 
 def _without(model: type[BaseModel], *names: str) -> None:
