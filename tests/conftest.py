@@ -36,6 +36,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name.startswith("test_") and _starts_engine(collection_path) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of files that start servers: `-m engine`, `-m "not engine"`."""
+    for item in items:
+        if _starts_engine(item.path):
+            item.add_marker(pytest.mark.engine)
+
+
 @functools.cache
 def _starts_engine(path: Path) -> bool:
     """Whether a file starts servers: it takes `Server` or `free_port` from `tests.support`, or starts a command."""

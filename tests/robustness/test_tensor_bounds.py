@@ -247,7 +247,7 @@ def test_a_stream_goes_on_after_a_message_that_is_too_much() -> None:
     """The refusal has no id to answer with; that must not end the other requests of the stream."""
     from kserve_vllm.core.lifecycle import Lifecycle, State
     from kserve_vllm.policy.enforcement import Enforcement
-    from tests.runtime.test_errors import recorder
+    from tests.accounting import recorder
 
     lifecycle = Lifecycle()
     for state in (State.LOADING, State.WARMING, State.READY):

@@ -45,7 +45,7 @@ from kserve_vllm.protocols.oip import grpc_servicer as servicer_module
 from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer
-from tests.runtime.test_errors import recorder
+from tests.accounting import recorder
 from tests.support import self_signed
 
 LIMIT = 1 << 20

@@ -12,16 +12,13 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 
 from kserve_vllm.core.errors import InternalError
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.policy.enforcement import Enforcement
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.protocols.oip.grpc_servicer import Servicer
-from kserve_vllm.telemetry.metrics import Metrics
-from kserve_vllm.telemetry.requests import RequestRecorder
-from kserve_vllm.telemetry.tracing import Tracing
+from tests.accounting import recorder
 from tests.clients import SUM, assert_unharmed, infer, post, tensor, texts
 from tests.support import Routed, Server
 from tests.triton import service_pb2, service_pb2_grpc
@@ -536,11 +533,6 @@ def test_an_unknown_call_is_unimplemented(server: Server) -> None:
 # Faults of ours, with apps and backends that fail on purpose
 
 SECRET = "the secret is in /etc/secret.py"
-
-
-def recorder(lifecycle: Lifecycle) -> RequestRecorder:
-    """The accounting of requests, on a registry of their own."""
-    return RequestRecorder(Metrics(lifecycle, lambda: 0, registry=CollectorRegistry()), Tracing(), lifecycle)
 
 
 def failing_edge(app: Any) -> tuple[httpx.AsyncClient, Enforcement]:

@@ -143,7 +143,7 @@ def test_a_worker_that_ignores_sigterm_and_systemexit_does_not_keep_the_server(
         [
             *DEMO,
             "--worker-cls",
-            f"tests.runtime.stubborn.{worker}",
+            f"tests.engine.stubborn.{worker}",
             "--termination-message-path",
             str(message),
             *arguments,
