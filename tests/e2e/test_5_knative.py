@@ -97,6 +97,18 @@ def _share(service: Service, stable: str) -> tuple[int, Count]:
     return count.whole - count.who[stable], count
 
 
+def _settle(service: Service, stable: str, percent: int) -> float:
+    """Seconds until the proxies do what the route says: Knative calls a route ready when it is written.
+
+    For 0 and 100 % alone, where one answer of the wrong model shows that they do not yet.
+    """
+    began, right = time.monotonic(), 0
+    while percent in (0, 100) and right < 20:
+        right = right + 1 if (fingerprint(service.target) == stable) == (percent == 0) else 0
+        assert time.monotonic() - began < 30, f"at {percent} % the other model still answers after 30 s"
+    return time.monotonic() - began
+
+
 def test_install_to_ready_in_knative_mode(service: Service, record: Record) -> None:
     record("to Ready, seconds", service.ready_s)
 
@@ -171,6 +183,9 @@ def test_canary_shares_in_knative_mode(service: Service, cluster: Cluster, recor
         with Load(service.target, workers=1, tokens=4, pause_s=0.2) as meanwhile:
             _change(cluster, service, {"percent": percent, "model": OTHER_MODEL})
         assert not meanwhile.count.lost, meanwhile.count.lost[:5]
+        settled = _settle(service, stable, percent)
+        if percent in (0, 100):
+            record(f"seconds until twenty answers in a row are right, at {percent} %", settled)
         share, count = _share(service, stable)
         record(f"of {_SHARE_OF} at {percent} %", share)
         assert not count.lost, count.lost[:5]
