@@ -219,7 +219,10 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "No pod while nobody asks; all who ask first are answered",
             _CHART,
-            (f"{_KNATIVE}::test_to_zero_and_from_zero_with_ten_at_once",),
+            (
+                f"{_KNATIVE}::test_one_request_from_zero",
+                f"{_KNATIVE}::test_to_zero_and_from_zero_with_ten_at_once",
+            ),
         ),
     ),
     "What needs more of a cluster": (

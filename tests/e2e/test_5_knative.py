@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -262,27 +263,48 @@ def test_scaling_up_by_concurrency_and_down_without_a_cut_stream(
     assert not load.count.lost, load.count.lost[:5]
 
 
+def test_one_request_from_zero(zero: Service, cluster: Cluster, record: Record) -> None:
+    """What a service costs whose pod is gone: one request, which one pod starts for."""
+    asked, count = _from_zero(zero, cluster, record, 1)
+    record(_PHASES, _phases(cluster, zero, asked))
+    record("until the first token; seconds", min(count.first_s, default=0.0))
+
+
 def test_to_zero_and_from_zero_with_ten_at_once(zero: Service, cluster: Cluster, record: Record) -> None:
+    """Two pods start for them, on the same processors where there is one node."""
+    asked, count = _from_zero(zero, cluster, record, 10)
+    record(_PHASES, _phases(cluster, zero, asked))
+    record("until the first token; seconds", min(count.first_s, default=0.0))
+    record("until the last answer was whole; seconds", max(count.seconds, default=0.0))
+
+
+_PHASES = "the request held, until the pod that was ready first was made, scheduled, started, ready; seconds"
+
+
+def _from_zero(zero: Service, cluster: Cluster, record: Record, requests: int) -> tuple[datetime, Count]:
+    """Wait until there is no pod, then ask so many times at once; none may be lost."""
     began = time.monotonic()
     wait("no pod", lambda: _pods(cluster, zero) == 0, 300, seen=lambda: cluster.story(zero.namespace, ZERO))
     record("seconds to no pod", time.monotonic() - began)
     asked = datetime.now(UTC)
-    count = Load(zero.target, workers=10, count=10, tokens=8, stream=True).run(300)
+    count = Load(zero.target, workers=requests, count=requests, tokens=8, stream=True).run(300)
     record("asked at once from zero", count.sent)
     record("answered", count.whole)
-    record(
-        "the request held, until its pod was made, scheduled, started, ready; seconds", _phases(cluster, zero, asked)
-    )
-    record("until the first token; seconds", min(count.first_s, default=0.0))
-    record("until the last answer was whole; seconds", max(count.seconds, default=0.0))
     assert not count.lost, count.lost
-    assert count.whole == 10
+    assert count.whole == requests
+    return asked, count
 
 
 def _phases(cluster: Cluster, service: Service, since: datetime) -> str:
-    """Seconds from `since` to each step of the first pod's start, as Kubernetes has put them down (whole seconds)."""
-    pod = min(cluster.pods(service.namespace, ZERO), key=lambda p: p.metadata.creation_timestamp)
+    """Seconds from `since` to each step of the start of the pod that was ready first, as Kubernetes has put them down
+    (whole seconds)."""
+
+    def since_of(pod: Any) -> dict[str, datetime]:
+        return {c.type: c.last_transition_time for c in pod.status.conditions if c.status == "True"}
+
+    ready = [pod for pod in cluster.pods(service.namespace, ZERO) if "Ready" in since_of(pod)]
+    pod = min(ready, key=lambda pod: since_of(pod)["Ready"])
     status = next(s for s in pod.status.container_statuses if s.name == "kserve-container")
-    at = {c.type: c.last_transition_time for c in pod.status.conditions}
+    at = since_of(pod)
     times = (pod.metadata.creation_timestamp, at["PodScheduled"], status.state.running.started_at, at["Ready"])
     return ", ".join(f"{max(0.0, (t - since).total_seconds()):.0f}" for t in times)
