@@ -128,11 +128,13 @@ def remove_namespaces(cluster: Cluster, names: list[str]) -> list[str]:
                 cluster.delete(thing, name)
 
     def gone(name: str) -> bool:
-        return not cluster.isvcs(name)
+        # Pods too: the namespace controller looks again only after half the grace period of one that it finds.
+        return not cluster.isvcs(name) and not cluster.core.list_namespaced_pod(name).items
 
     for name in names:
         with contextlib.suppress(ApiException, AssertionError):
-            wait(f"{name} without services", functools.partial(gone, name), 120)
+            wait(f"{name} without services and pods", functools.partial(gone, name), 60)
+        with contextlib.suppress(ApiException):
             cluster.core.delete_namespace(name)
 
     def there() -> list[str]:
