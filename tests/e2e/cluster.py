@@ -170,6 +170,11 @@ class Cluster:
         return self._kserve_is_at_least(0, 21)
 
     @property
+    def tells_kserve_version(self) -> bool:
+        """Whether KServe's controller is a Deployment, whose image the chart reads the version from."""
+        return bool(list(self._deployments("kserve-controller-manager")))
+
+    @property
     def deletes_workers(self) -> bool:
         """Whether this KServe deletes the worker Deployment of a multi-node service again, as 0.20 does."""
         return self._kserve_is_at_least(0, 20) and not self._kserve_is_at_least(0, 21)
