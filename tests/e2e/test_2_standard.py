@@ -25,7 +25,9 @@ from tests.e2e.traffic import Count, Load, Target, ask, fingerprint, percentile,
 
 NAME = "chat"
 LONG_TOKENS = 1500
-"""A stream of some ten seconds on one core; the model's context ends at 2048."""
+"""The longest stream; the model's context ends at 2048."""
+_LONG_S = 10.0
+"""How long streams last that something happens to, while nothing does: far less than the drain may take."""
 
 DASHBOARDS = sorted((CHART / "files" / "dashboards").glob("*.json"))
 
@@ -96,16 +98,31 @@ def _pods(cluster: Cluster, service: Service) -> list[str]:
     return [pod.metadata.name for pod in cluster.pods(service.namespace, NAME)]
 
 
+def _ready_pod(cluster: Cluster, service: Service) -> str:
+    """The only pod, once it is ready and no other is left: what came before may have changed it."""
+
+    def only() -> str | None:
+        pods = cluster.pods(service.namespace, NAME, every=True)
+        ready = [p for p in pods if all(status.ready for status in p.status.container_statuses or [])]
+        return str(ready[0].metadata.name) if len(pods) == len(ready) == 1 else None
+
+    return str(wait("one pod, ready", only, 240, seen=lambda: cluster.story(service.namespace, NAME)))
+
+
 def _with_streams(service: Service, streams: int, act: Callable[[], None]) -> Count:
     """Have long streams running, `act`, and give what came of the streams."""
     count = Count()
     lock = threading.Lock()
+    # How many tokens that is depends on the machine, by a factor of ten.
+    probe = Load(service.target, workers=streams, count=streams, stream=True, tokens=64, exactly=True).run(120)
+    assert not probe.lost, probe.lost[:5]
+    tokens = min(LONG_TOKENS, max(200, int(_LONG_S * 64 / percentile(probe.seconds, 0.5))))
 
     def stream() -> None:
         with service.target.client(300) as http:
             began = time.monotonic()
             try:
-                status, _, text = service.target.completion(http, stream=True, tokens=LONG_TOKENS, exactly=True)
+                status, _, text = service.target.completion(http, stream=True, tokens=tokens, exactly=True)
             except Exception as error:
                 status, text = -1, f"{type(error).__name__}: {error}"
             with lock:
@@ -279,7 +296,7 @@ def test_an_upgrade_under_load_loses_nothing(service: Service, cluster: Cluster,
 
 @pytest.mark.needs("gateway")
 def test_a_pod_that_is_deleted_finishes_its_streams(service: Service, cluster: Cluster, record: Record) -> None:
-    (pod,) = _pods(cluster, service)
+    pod = _ready_pod(cluster, service)
     count = _with_streams(service, 8, lambda: cluster.core.delete_namespaced_pod(pod, service.namespace))
     record("streams", count.sent)
     record("lost", len(count.lost))
@@ -340,7 +357,7 @@ def test_a_drain_of_nodes_waits_for_the_disruption_budget(service: Service, clus
 
 @pytest.mark.needs("gateway")
 def test_a_killed_engine_ends_the_pod_s_process_with_code_1(service: Service, cluster: Cluster, record: Record) -> None:
-    (pod,) = _pods(cluster, service)
+    pod = _ready_pod(cluster, service)
     before = cluster.container(service.namespace, pod).restart_count
     killed = 0.0
 
@@ -366,7 +383,7 @@ def test_a_killed_engine_ends_the_pod_s_process_with_code_1(service: Service, cl
 
 @pytest.mark.needs("gateway")
 def test_a_container_killed_for_memory_comes_back(service: Service, cluster: Cluster, record: Record) -> None:
-    (pod,) = _pods(cluster, service)
+    pod = _ready_pod(cluster, service)
     before = cluster.container(service.namespace, pod).restart_count
     began = time.monotonic()
     with pytest.raises(Exception):  # noqa: B017 - whatever becomes of a session whose container is killed
