@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from kserve_vllm.cli import command as cli
-from kserve_vllm.engine.vllm import parse_engine_args
+from kserve_vllm.engine.arguments import parse_engine_args
 from tests.observability.test_queries import DASHBOARDS
 from tests.support import ROOT
 

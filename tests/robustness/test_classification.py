@@ -37,7 +37,7 @@ def apps() -> tuple[FastAPI, FastAPI]:
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
     from kserve_vllm.config.demo import folder
-    from kserve_vllm.engine.vllm import parse_engine_args
+    from kserve_vllm.engine.arguments import parse_engine_args
     from kserve_vllm.protocols.batch.routes import BatchRoutes
     from kserve_vllm.protocols.http.routes import Routes, build_app
 

@@ -56,11 +56,13 @@ def imported_rooms(path: Path) -> set[str]:
 KNOW_VLLM = {
     PACKAGE / "engine" / f"{name}.py"
     for name in (
+        "arguments",
         "fork_server",
         "items",
         "loras",
         "preloaded",
         "processes",
+        "requests",
         "vllm",
         "hooks/answer_shape",
         "hooks/anthropic_repair",

@@ -16,8 +16,8 @@ from kserve_vllm.cli import command as cli
 from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.config.settings import Settings
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.engine import vllm
-from kserve_vllm.engine.vllm import _look_for_folders, parse_engine_args
+from kserve_vllm.engine import arguments as engine_arguments
+from kserve_vllm.engine.arguments import _look_for_folders, parse_engine_args
 
 Resolve = Callable[..., Settings]
 
@@ -68,10 +68,10 @@ def test_the_merged_flags_reach_vllms_parser(tmp_path: Path) -> None:
 def test_the_demo_model_is_in_float32_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     def dtype(*arguments: str) -> str:
         args = parse_engine_args(cli.resolve([*arguments], {}).engine_argv())
-        vllm._look_at_bfloat16(args)
+        engine_arguments._look_at_bfloat16(args)
         return str(args.dtype)
 
-    monkeypatch.setattr(vllm, "_has_bfloat16", lambda: able)
+    monkeypatch.setattr(engine_arguments, "_has_bfloat16", lambda: able)
     assert dtype("--demo") == ("auto" if able else "float32")
     assert dtype("--demo", "--dtype", "bfloat16") == "bfloat16"
     assert dtype("some/model") == "auto"

@@ -86,7 +86,7 @@ def test_a_setting_that_cant_be_used_is_told_to_kubernetes(
 
 
 def _unknown_flag(settings: Settings) -> int:
-    from kserve_vllm.engine.vllm import parse_engine_args
+    from kserve_vllm.engine.arguments import parse_engine_args
 
     parse_engine_args(settings.engine_argv())
     return 0

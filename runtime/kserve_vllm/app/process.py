@@ -21,9 +21,10 @@ from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.core.start_phases import StartPhases
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
 from kserve_vllm.engine import fork_server
+from kserve_vllm.engine.arguments import parse_engine_args, prepare_environment
 from kserve_vllm.engine.compat import BEFORE_THE_ENGINE, TABLE, Shortcuts
 from kserve_vllm.engine.start_watchdog import Movement, stall
-from kserve_vllm.engine.vllm import VLLMEngine, parse_engine_args, prepare_environment
+from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.policy.enforcement import Enforcement, SequencePolicy
 from kserve_vllm.protocols.batch.runner import Runner
@@ -303,7 +304,7 @@ class _Process:
         self._engine = engine = VLLMEngine(args, self._channel)
         # kserve takes seconds to import; let that pass while the engine process starts.
         await asyncio.gather(engine.start(), asyncio.to_thread(_import_heavy))
-        from kserve_vllm.engine import vllm
+        from kserve_vllm.engine.arguments import version
         from kserve_vllm.engine.patches.openai_answer import AnswerHandler
         from kserve_vllm.engine.patches.openai_stream import StreamHandler
         from kserve_vllm.kserve_sdk.model import EngineDataPlane, EngineModels
@@ -322,7 +323,7 @@ class _Process:
                 "--moderation-file has a hook that looks at answers, but vLLM makes those of this model (gpt-oss) from "
                 "token ids, past every hook. Take `answer` out of the hooks' `on`, or serve another model"
             )
-        self._engine_version = vllm.version()
+        self._engine_version = version()
         self._metrics.attach(self._engine_version, engine.serves, engine.adapters_by_state)
         self._lifecycle.to(State.WARMING)
         policies = self._assembly.policies

@@ -30,9 +30,9 @@ from kserve_vllm.config.settings import Settings
 from kserve_vllm.core import termination
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
+from kserve_vllm.engine.arguments import parse_engine_args
 from kserve_vllm.engine.processes import EngineProcesses
 from kserve_vllm.engine.start_watchdog import Movement, stall
-from kserve_vllm.engine.vllm import parse_engine_args
 from kserve_vllm.servers.listeners import reserve
 from kserve_vllm.telemetry import logs
 

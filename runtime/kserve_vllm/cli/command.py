@@ -171,7 +171,7 @@ def _run(arguments: list[str]) -> int:
 def _serve_headless(arguments: list[str]) -> int:
     """Run only workers, for the ranks above 0 of a multi-node deployment: nothing listens for clients."""
     settings = resolve(arguments, os.environ)
-    from kserve_vllm.engine.vllm import parse_engine_args, run_headless
+    from kserve_vllm.engine.arguments import parse_engine_args, run_headless
     from kserve_vllm.telemetry import logs
 
     logs.configure(settings.telemetry.log_format)
@@ -183,7 +183,7 @@ def _serve_headless(arguments: list[str]) -> int:
 
 
 def _help_engine(keyword: str) -> int:
-    from kserve_vllm.engine.vllm import engine_help
+    from kserve_vllm.engine.arguments import engine_help
 
     print(engine_help(keyword))
     return 0
@@ -355,7 +355,7 @@ def check_serve_args(argv: Sequence[str], environ: Mapping[str, str] | None = No
     Raises:
         ConfigError: a flag that neither the runtime nor vLLM knows, or a value that can't be used.
     """
-    from kserve_vllm.engine.vllm import parse_engine_args
+    from kserve_vllm.engine.arguments import parse_engine_args
 
     words = [word for word in argv if word != "--headless"]
     parse_engine_args(resolve(words, environ or {}).engine_argv())
@@ -518,7 +518,7 @@ def _print_config(arguments: Sequence[str]) -> int:
             "are checked by vLLM's parser."
         )
         return 0
-    from kserve_vllm.engine.vllm import parse_engine_args
+    from kserve_vllm.engine.arguments import parse_engine_args
 
     settings = resolve(arguments, os.environ)
     parse_engine_args(settings.engine_argv())

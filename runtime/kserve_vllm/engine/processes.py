@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.engine.vllm import configure, spared_interrupts
+from kserve_vllm.engine.arguments import configure
+from kserve_vllm.engine.vllm import spared_interrupts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

