@@ -22,7 +22,7 @@ _EXISTS = {"model_name": "demo", "model_version": "1"}
 _TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 # The same examples in every run, unless a seed asks for others.
-EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "25"))
 SEED = os.environ.get("SCHEMATHESIS_SEED")
 
 LEFT_OUT = {
