@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SHORT = 1024
+SHORT = 4096
 """Characters that are rendered or tokenized in place at most."""
-_AT_ONCE = 32 * SHORT
+_AT_ONCE = 8 * SHORT
 """Characters in one pass of the event loop, of all requests."""
 _OTHER = 8  # for a part of a request that is no text
 
