@@ -56,7 +56,25 @@ def _missing(cluster: Cluster, objects: list[Object]) -> str:
             cluster.path_of(thing, "default")
         except LookupError:
             return f"the kind {thing['kind']}"
+        if thing["kind"] == "InferenceService" and _is_knative(thing) and _writes_claims(thing):
+            features = cluster.get("/api/v1/namespaces/knative-serving/configmaps/config-features") or {}
+            if features.get("data", {}).get(_WRITES) != "enabled":
+                return f"Knative's feature {_WRITES}"
     return ""
+
+
+_WRITES = "kubernetes.podspec-persistent-volume-write"
+"""Knative refuses a claim that a pod may write to, unless this is `enabled` in its ConfigMap config-features."""
+
+
+def _writes_claims(isvc: Object) -> bool:
+    """Whether a service has a claim that is not read-only."""
+    volumes = isvc["spec"]["predictor"].get("volumes", [])
+    claims = {
+        v["name"] for v in volumes if v.get("persistentVolumeClaim", {"readOnly": True}).get("readOnly") is not True
+    }
+    mounts = isvc["spec"]["predictor"].get("model", {}).get("volumeMounts", [])
+    return any(mount["name"] in claims and not mount.get("readOnly") for mount in mounts)
 
 
 def _kept(objects: list[Object]) -> list[Object]:
@@ -110,26 +128,35 @@ def stores(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def platform(suite: Suite) -> Iterator[str]:
-    """A namespace with a release of the runtimes that other releases and the catalogue run on, by their usual names."""
+def platform(suite: Suite) -> Iterator[Release]:
+    """A release of the runtimes that other releases and the catalogue run on, by their usual names."""
     namespace = suite.namespace("cat", {"pod-security.kubernetes.io/enforce": "privileged"})
     suite.cluster.forbid_pods(namespace)
     named: Values = {kind: {"name": f"kserve-vllm-{kind}"} for kind in ("cpu", "gpu", "multinode")}
-    # What the catalogue's lines `# Chart: ` ask for.
+    release = suite.release("cat", namespace, {"runtimes": named})
+    path = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-cpu"
+    if suite.cluster.get(path) is None:
+        release.install()
+    yield release
+    release.uninstall()
+
+
+@pytest.fixture
+def catalogue(platform: Release) -> str:
+    """The platform's namespace, with the runtimes that the catalogue's lines `# Chart: ` ask for too. Not before the
+    scenarios are gone: some of them have runtimes of these names."""
     more = {
         "extra": {"kserve-vllm-amd": {"image": "registry.invalid/kserve-vllm:0.1.0-rocm"}},
         "engines": {"sglang": {"enabled": True}, "llama-cpp": {"enabled": True}},
     }
-    release = suite.release("cat", namespace, {"runtimes": {**named, **more}})
-    path = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes/kserve-vllm-cpu"
-    if suite.cluster.get(path) is None:
-        release.install()
-    yield namespace
-    release.uninstall()
+    if platform.installed:
+        platform.values["runtimes"] = {**platform.values["runtimes"], **more}
+        platform.upgrade()
+    return platform.namespace
 
 
 @pytest.fixture(scope="module")
-def scenarios(suite: Suite, stores: None, platform: str, request: pytest.FixtureRequest) -> Mapping[str, Scenario]:
+def scenarios(suite: Suite, stores: None, platform: Release, request: pytest.FixtureRequest) -> Mapping[str, Scenario]:
     """All scenarios that were asked for, each in a namespace of its own, some time after they were installed."""
     made = {}
     asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
@@ -381,11 +408,11 @@ def _lacks_runtime(cluster: Cluster, objects: list[Object]) -> str:
 
 
 def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
-    platform: str, cluster: Cluster, record: Record
+    catalogue: str, cluster: Cluster, record: Record
 ) -> None:
     """The steps of a canary one after the other, on one another, as they are meant to be applied."""
     taken, missing, wrong = 0, [], []
-    before = set(cluster.left_in(platform))
+    before = set(cluster.left_in(catalogue))
     steps: dict[Path, list[Path]] = {}
     for path in MANIFESTS:
         steps.setdefault(path.parent if path.parent != CATALOGUE else path, []).append(path)
@@ -398,26 +425,26 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
                 continue
             try:
                 for thing in objects:
-                    cluster.apply(thing, platform)
+                    cluster.apply(thing, catalogue)
                     if all(_key(thing) != _key(other) for other in applied):
                         applied.append(thing)
                 for isvc in (o for o in objects if o["kind"] == "InferenceService"):
-                    _wait_written(cluster, platform, isvc)
+                    _wait_written(cluster, catalogue, isvc)
                 taken += 1
             except (ApiException, AssertionError) as error:
                 wrong.append(f"{path.relative_to(CATALOGUE)}: {str(getattr(error, 'body', error))[:600]}")
         for thing in applied:
-            cluster.delete(thing, platform)
+            cluster.delete(thing, catalogue)
         # The canary's steps of the two modes bear one name.
         names = {thing["metadata"]["name"] for thing in applied if thing["kind"] == "InferenceService"}
-        gone = lambda names=names: not names & {s["metadata"]["name"] for s in cluster.isvcs(platform)}  # noqa: E731
+        gone = lambda names=names: not names & {s["metadata"]["name"] for s in cluster.isvcs(catalogue)}  # noqa: E731
         wait("its services removed", gone, 60)
     wait(
         "the catalogue removed",
-        lambda: set(cluster.left_in(platform)) <= before,
+        lambda: set(cluster.left_in(catalogue)) <= before,
         120,
         1.0,
-        seen=lambda: str(set(cluster.left_in(platform)) - before),
+        seen=lambda: str(set(cluster.left_in(catalogue)) - before),
     )
     record("manifests taken, written and removed", taken)
     if missing:
@@ -425,11 +452,11 @@ def test_every_manifest_of_the_catalogue_is_taken_written_and_removed(
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_service_that_kserve_refuses_is_refused_here_too(platform: str, cluster: Cluster) -> None:
+def test_a_service_that_kserve_refuses_is_refused_here_too(platform: Release, cluster: Cluster) -> None:
     """The webhooks are asked at all: without this, `taken` says nothing."""
     broken = _documents((CATALOGUE / "cpu-demo.yaml").read_text())[0]
     broken["spec"]["predictor"]["minReplicas"] = 3
     broken["spec"]["predictor"]["maxReplicas"] = 1
     with pytest.raises(ApiException) as refused:
-        cluster.apply(broken, platform)
+        cluster.apply(broken, platform.namespace)
     assert "admission webhook" in str(refused.value.body)
