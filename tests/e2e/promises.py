@@ -27,6 +27,7 @@ class Promise:
 
 _OBJECTS, _STANDARD, _FAILURES = "test_1_objects", "test_2_standard", "test_3_failures"
 _SHARING, _KNATIVE, _PLATFORM = "test_4_sharing", "test_5_knative", "test_6_platform"
+_OPERATORS = "test_7_operators"
 _CHART, _README, _CATALOGUE = "chart", "README", "catalogue"
 
 GROUPS: dict[str, tuple[Promise, ...]] = {
@@ -223,6 +224,28 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
                 f"{_KNATIVE}::test_one_request_from_zero",
                 f"{_KNATIVE}::test_to_zero_and_from_zero_with_ten_at_once",
             ),
+        ),
+    ),
+    "Commands of an operator": (
+        Promise(
+            "`rollout` takes the traffic from a canary that never gets ready, refuses, or is slow",
+            "guide to rollouts",
+            (f"{_OPERATORS}::test_a_worse_canary_is_rolled_back",),
+        ),
+        Promise(
+            "`rollout` promotes a good model, loses no request, and goes on after it was killed at any step",
+            "guide to rollouts",
+            (f"{_OPERATORS}::test_a_good_model_is_promoted_though_the_command_is_killed_at_every_step",),
+        ),
+        Promise(
+            "`restart` loses no request",
+            "guide to diagnosing",
+            (f"{_OPERATORS}::test_a_service_is_restarted_without_a_lost_request",),
+        ),
+        Promise(
+            "`diagnose` finds nothing wrong with a service that runs",
+            "guide to diagnosing",
+            (f"{_OPERATORS}::test_a_service_that_runs_is_diagnosed_as_such",),
         ),
     ),
     "What needs more of a cluster": (

@@ -28,6 +28,7 @@ class FakeKnative:
         self.rolled_out, self.previous = "", ""
         self.templates: dict[str, Any] = {}
         self.shifts: list[int] = []
+        self.most: dict[str, int] = {}  # the largest share that a revision ever had
         api.put(
             "InferenceService",
             {
@@ -62,7 +63,8 @@ class FakeKnative:
             self.revisions += 1
             newest = f"{NAME}-predictor-{self.revisions:05d}"
             self.templates[newest] = predictor
-        fails = bool(self.failure) and self.revisions > 1
+        first = next(iter(self.templates.values()))
+        fails = bool(self.failure) and self.templates[newest] != first
         ready = self.rolled_out if fails else newest
         if self.revisions > 1:
             conditions = [
@@ -82,6 +84,7 @@ class FakeKnative:
         traffic = [{"revisionName": ready, "percent": share, "latestRevision": True}]
         if share < 100:
             traffic.append({"revisionName": stable, "percent": 100 - share, "tag": "prev"})
+        self.most[ready] = max(self.most.get(ready, 0), share)
         if percent is not None and (not self.shifts or self.shifts[-1] != percent):
             self.shifts.append(percent)
         isvc["status"]["components"] = {
@@ -98,6 +101,12 @@ class FakeKnative:
         """The percent of the traffic that a revision has."""
         status = self.api.get("InferenceService", NAME)["status"]["components"]["predictor"]
         return sum(t["percent"] for t in status["traffic"] if t["revisionName"] == revision)
+
+    def restored(self) -> bool:
+        """Whether all is as at the beginning: a revision of the first template, all traffic, no word of a canary."""
+        predictor = self.api.get("InferenceService", NAME)["spec"]["predictor"]
+        first = next(iter(self.templates.values()))
+        return predictor == first and self.share(next(reversed(self.templates))) == 100
 
 
 class FakeStandard:

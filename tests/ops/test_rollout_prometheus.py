@@ -211,7 +211,7 @@ def test_a_worse_model_is_rolled_back(
     more = ["--max-gap", "1.1"] if metric == "gap" else []
     with Traffic(versions, **canary):
         assert rollout(prometheus, *more) == 1
-    assert world.share(STABLE) == 100
+    assert world.restored()
     assert f"{metric}: Failed" in capsys.readouterr().out
 
 

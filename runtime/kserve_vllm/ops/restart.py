@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -30,7 +31,8 @@ Ways:
   rollout  a new annotation on the predictor: KServe replaces the pods (Standard: as its Deployment's strategy says, a
            new pod first; Knative: a new revision, which gets the traffic when it is ready). Needs room for one more.
   evict    asks for the eviction of one pod after the other, which PodDisruptionBudgets may put off, and waits for its
-           successor. Nothing is changed in the spec. Capacity is one pod less meanwhile.
+           successor. Nothing is changed in the spec. Capacity is one pod less meanwhile. A pod that was not ready
+           before is left alone.
   auto     rollout, or evict where a rollout would stop more pods than a PodDisruptionBudget allows, or where a Knative
            canary is under way (a new revision would disturb it).
 Either way a pod that ends takes what is in flight to its end, for as long as its drain and grace period allow.
@@ -38,7 +40,8 @@ Either way a pod that ends takes what is in flight to its end, for as long as it
 Rights: get and patch on inferenceservices; list on pods and poddisruptionbudgets; get on deployments; for evict, create
 on pods/eviction.
 
-Exit codes: 0 all pods are new and ready, 1 not within --timeout, 2 an argument can't be used, 3 the cluster refuses.
+Exit codes: 0 all pods that were ready are new and ready, 1 not within --timeout, 2 an argument can't be used, 3 the
+cluster refuses.
 """
 
 
@@ -51,7 +54,7 @@ class Report:
         replaced: pods that went, with the seconds that each took to end.
         started: pods that came, with the seconds until each was ready.
         seconds: of it all.
-        done: whether all pods are new and ready.
+        done: whether all pods that were ready are new and ready.
     """
 
     method: str
@@ -218,7 +221,8 @@ class Restart:
             report.done = self._one_by_one(report, old, began)
         report.seconds = round(self._clock() - began, 1)
         if report.done:
-            self._say(f"done: {len(old)} pods are new and ready after {report.seconds:.0f} s")
+            count = sum(map(is_ready, old.values())) if method == "evict" else len(old)
+            self._say(f"done: {count} pods are new and ready after {report.seconds:.0f} s")
         else:
             left = sorted(set(old) & set(self.pods()))
             self._say(
@@ -228,7 +232,12 @@ class Restart:
         return report
 
     def _one_by_one(self, report: Report, old: dict[str, Json], began: float) -> bool:
+        well = [name for name, pod in old.items() if is_ready(pod)]
         for name in sorted(old):
+            if name not in well:
+                # A canary that fails, a pod without room: its successor may never be ready, and is not waited for.
+                self._say(f"{name} was not ready before; it is left alone: kserve-vllm diagnose {self._name}")
+                continue
             told = False
             while True:
                 try:
@@ -245,17 +254,25 @@ class Restart:
                 if self._clock() - began > self._timeout_s:
                     return False
                 self._sleep(self._poll_s)
-            if not self._watch(report, {name}, set(old), len(old), began):
+            if not self._watch(report, {name}, set(old), len(well), began, set(old) - set(well)):
                 return False
         return True
 
-    def _watch(self, report: Report, going: set[str], old: set[str], wanted: int, began: float) -> bool:
+    def _watch(
+        self,
+        report: Report,
+        going: set[str],
+        old: set[str],
+        wanted: int,
+        began: float,
+        sick: AbstractSet[str] = frozenset(),
+    ) -> bool:
         """Wait until the pods that go are gone and those that are there are ready, `wanted` at the least (an
-        autoscaler may want fewer than there were); tell what happens meanwhile."""
+        autoscaler may want fewer than there were), but for the `sick`; tell what happens meanwhile."""
         while True:
             now = self.pods()
             self._tell(report, now, old)
-            staying = [pod for name, pod in now.items() if name not in going]
+            staying = [pod for name, pod in now.items() if name not in going | sick]
             ready = [pod for pod in staying if is_ready(pod)]
             if not going & set(now) and len(ready) == len(staying) and len(ready) >= wanted:
                 return True

@@ -21,7 +21,7 @@ from kserve_vllm.ops.rollout.answers import REFUSAL, Allowed, Answer, ask_all, c
 from kserve_vllm.ops.rollout.judge import Check, Thresholds
 from kserve_vllm.ops.rollout.modes import Driver, driver_of, inverse, merged
 from kserve_vllm.ops.rollout.prometheus import Prometheus, PrometheusError
-from kserve_vllm.ops.rollout.run import PAUSED, PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
+from kserve_vllm.ops.rollout.run import NOT_RESTORED, PAUSED, PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
 from kserve_vllm.ops.rollout.state import OPEN, State, Store, Superseded
 
 _HTTP_PORT = 8080
@@ -563,9 +563,10 @@ def _status(state: State | None, name: str, as_json: bool) -> str:
 
 
 def _epilogue(state: State, name: str, namespace: str, say: Callable[[str], None]) -> None:
-    if state.phase == "Failed" and state.mode == "Knative":
-        patch = json.dumps({"spec": {"predictor": {**state.before, "canaryTrafficPercent": None}}})
-        say("The spec still names the new version, at 0 %. To take it out as well (a new revision loads the old one):")
-        say(f"  kubectl -n {namespace} patch inferenceservice {name} --type merge -p '{patch}'")
+    if state.phase == "Failed" and any(entry["event"] == NOT_RESTORED for entry in state.history):
+        fields = json.dumps({"spec": {"predictor": state.before}})
+        say(f"The spec of {namespace}/{name} may still name the new version, at 0 %. Before it was, as a merge patch:")
+        say(f"  {fields}")
+        say("Make the next change from that. Without canaryTrafficPercent the newest revision gets all traffic.")
     if state.phase == "Succeeded":
         say("If helm or GitOps manages this service, put the new version into its values too.")

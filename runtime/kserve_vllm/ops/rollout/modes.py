@@ -47,6 +47,10 @@ class Driver(Protocol):
     def take_back(self, state: State) -> bool:
         """Give all traffic to the stable version."""
 
+    def restore(self, state: State) -> bool:
+        """Once the traffic is back: let the service say again what it said before, without a canary; raises
+        `CanaryFailed` where that would give the canary traffic."""
+
     def disturbed(self, state: State) -> str:
         """Why this is no longer the rollout that was begun, or ""."""
 
@@ -135,7 +139,30 @@ class Knative(_Base):
     def take_back(self, state: State) -> bool:
         if self.isvc()["spec"]["predictor"].get("canaryTrafficPercent") != 0:
             self._patch({"predictor": {"canaryTrafficPercent": 0}})
-        return _shares(self._status()).get(state.stable, 0) == 100
+        status = self._status()
+        if not state.canary and (created := str(status.get("latestCreatedRevision") or "")) != state.stable:
+            state.canary = created  # one that never got ready
+        return _shares(status).get(state.stable, 0) == 100
+
+    def restore(self, state: State) -> bool:
+        """A spec that goes on naming the canary would keep its pods, and the next change would begin from it.
+
+        In two steps. Without a percentage Knative gives all traffic to the newest revision that is ready, which is the
+        canary until the old template's new one is: that one is made at 0 %.
+        """
+        predictor, status = self.isvc()["spec"]["predictor"], self._status()
+        newest = str(status.get("latestCreatedRevision") or "")
+        if "canaryTrafficPercent" not in predictor:
+            return _shares(status).get(newest, 0) == 100
+        if merged(predictor, state.before) != predictor:
+            last = status.get("latestRolledoutRevision")
+            if last != state.stable:
+                # What a canary leaves, KServe gives to the last revision that ever had all traffic.
+                raise CanaryFailed(f"{last} had all traffic, and KServe would give it back to it beside a new revision")
+            self._patch({"predictor": {**state.before, "canaryTrafficPercent": 0}})
+        elif newest != state.canary and newest == status.get("latestReadyRevision"):
+            self._patch({"predictor": {"canaryTrafficPercent": None}})
+        return False
 
     def disturbed(self, state: State) -> str:
         created = self._status().get("latestCreatedRevision")
@@ -282,6 +309,10 @@ class Standard(_Base):
                 return False
             self._patch({"canary": None})
         return self._share() == 0
+
+    def restore(self, state: State) -> bool:
+        """The canary was beside the predictor, which nobody has changed."""
+        return True
 
     def disturbed(self, state: State) -> str:
         names = [dig(c, "predictor", "name") for c in dig(self.isvc(), "spec", "canary") or []]

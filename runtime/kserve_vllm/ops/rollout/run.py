@@ -14,6 +14,9 @@ from kserve_vllm.ops.rollout.prometheus import Prometheus, PrometheusError, Samp
 from kserve_vllm.ops.rollout.state import State, Store
 
 PROMOTED, ROLLED_BACK, STOPPED, PAUSED = 0, 1, 3, 4
+NOT_RESTORED = "not restored"
+"""In the history: the traffic is back, and the spec may still name the canary."""
+_BACK = "traffic is back"
 _BEFORE_S = 600.0
 T = TypeVar("T")
 
@@ -229,17 +232,25 @@ class Rollout:
         self._say(f"rolling back: {why}")
 
     def _roll_back(self, state: State) -> None:
-        try:
-            self._until(lambda: self._driver.take_back(state), "the traffic is not back")
-        except CanaryFailed as error:
-            state.note("not rolled back", self._clock(), reason=str(error))
+        if not (state.history and state.history[-1]["event"] == _BACK):
+            try:
+                self._until(lambda: self._driver.take_back(state), "the traffic is not back")
+            except CanaryFailed as error:
+                state.note("not rolled back", self._clock(), reason=str(error))
+                self._keep(state)
+                self._say(f"NOT rolled back: {error}. Run the command again.")
+                return
+            state.note(_BACK, self._clock())
             self._keep(state)
-            self._say(f"NOT rolled back: {error}. Run the command again.")
-            return
+        self._say(f"rolled back: all traffic is at {state.stable}")
+        try:
+            self._until(lambda: self._driver.restore(state), "the old version's new revision is not ready")
+        except CanaryFailed as error:
+            state.note(NOT_RESTORED, self._clock(), reason=str(error))
+            self._say(f"the service keeps its canary, without traffic: {error}")
         state.phase = "Failed"
         state.note("rolled back", self._clock())
         self._keep(state)
-        self._say(f"rolled back: all traffic is at {state.stable}")
 
     def _look(self, state: State, begin: float) -> Verdict:
         now = self._clock()

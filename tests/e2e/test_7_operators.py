@@ -1,0 +1,171 @@
+"""Knative mode: the commands of an operator on a service that is being used, judged by a real Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.e2e import scraping
+from tests.e2e.cluster import Cluster, wait
+from tests.e2e.conftest import Record, Suite
+from tests.e2e.releases import MODEL, MONITORED, OTHER_MODEL, POD_MONITOR, Values, of_model
+from tests.e2e.traffic import Load, Target, fingerprint
+
+pytestmark = pytest.mark.needs("knative")
+CHAT = "chat"
+_PROMOTED, _ROLLED_BACK = 0, 1
+_WITHIN_S = 900.0
+
+
+@dataclass
+class Service:
+    """A service that is scraped, and whom to ask."""
+
+    namespace: str
+    target: Target
+    prometheus: str
+
+    def command(self, *arguments: str) -> list[str]:
+        """`kserve-vllm ...`, about this namespace."""
+        return [sys.executable, "-u", "-m", "kserve_vllm", *arguments, "--namespace", self.namespace]
+
+    def rollout(self, *arguments: str) -> list[str]:
+        """A rollout that looks often and judges early."""
+        quick = ("--interval", "10", "--initial-delay", "5", "--count", "12", "--min-samples", "25")
+        return self.command("rollout", CHAT, *arguments, *quick, "--prometheus", self.prometheus)
+
+
+@pytest.fixture(scope="module")
+def service(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`chat` on one pod, read by a Prometheus as the chart's PodMonitor says."""
+    if scraping.binary() is None or not suite.cluster.has_kind(*POD_MONITOR):
+        pytest.skip("NOT RUN: no Prometheus is installed here, or the cluster has no kind PodMonitor")
+    namespace = suite.namespace("op")
+    values: Values = {
+        "cluster": {"deploymentMode": "Knative"},
+        "inferenceServices": {CHAT: of_model(MODEL)},
+        "monitoring": MONITORED,
+    }
+    release = suite.release("op", namespace, values)
+    release.install()
+    suite.cluster.wait_ready(namespace, CHAT)
+    (monitor,) = suite.cluster.get(f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors")["items"]
+    prometheus = scraping.Scraper(suite.cluster, tmp_path_factory.mktemp("prometheus"), monitor, [])
+    try:
+        yield Service(namespace, suite.target(namespace, CHAT), prometheus.url)
+    finally:
+        prometheus.stop()
+    if not suite.keep:
+        release.uninstall()
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    """Exit code and all that a command wrote."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_WITHIN_S)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _killed_at(command: Sequence[str], sign: str) -> str:
+    """Start a command and kill it when it has written a line that matches; what it wrote until then."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    too_late = threading.Timer(_WITHIN_S, process.kill)
+    too_late.start()
+    said: list[str] = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if re.search(sign, line):
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                return "".join(said)
+        raise AssertionError(f"it ended with {process.wait()} before {sign!r}:\n{''.join(said)}")
+    finally:
+        too_late.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.stdout.close()
+
+
+def _history(service: Service) -> Any:
+    code, said = _run(service.command("rollout", CHAT, "--status", "--json"))
+    assert code == 0, said
+    return json.loads(said)
+
+
+def test_a_worse_canary_is_rolled_back(service: Service, cluster: Cluster, record: Record) -> None:
+    """One that never gets ready, one that refuses, one that is slow."""
+    stable = fingerprint(service.target)
+    worse = {
+        "never ready": ("--model", "/models/not-there", "--progress-deadline", "100"),
+        "refuses": ("--arg=--requests-per-minute=6", "--steps", "50,100"),
+        "slow": ("--arg=--max-num-seqs=1", "--steps", "50,100"),
+    }
+    for name, arguments in worse.items():
+        with Load(service.target, workers=6, tokens=24, pause_s=0.05, expected=(429,)) as load:
+            began = time.monotonic()
+            code, said = _run(service.rollout(*arguments))
+        seen = f"{name}: {said[-3000:]}"
+        record(f"{name}: seconds", time.monotonic() - began)
+        record(f"{name}: why", next((at for at in said.splitlines() if "rolling back" in at), "").strip()[:200])
+        record(f"{name}: requests, lost", f"{load.count.sent}, {len(load.count.lost)}")
+        assert code == _ROLLED_BACK, seen
+        assert not load.count.lost, (load.count.lost[:5], seen)
+        wait("the stable model alone", lambda: {fingerprint(service.target) for _ in range(5)} == {stable}, 60)
+
+
+def test_a_good_model_is_promoted_though_the_command_is_killed_at_every_step(
+    service: Service, cluster: Cluster, record: Record
+) -> None:
+    stable = fingerprint(service.target)
+    begin = service.rollout("--model", OTHER_MODEL, "--steps", "10,50,100")
+    go_on = service.rollout()
+    with Load(service.target, workers=6, tokens=24, pause_s=0.05) as load:
+        began = time.monotonic()
+        _killed_at(begin, r"making the canary")
+        for step in ("step 1 of 3", "step 2 of 3", "step 3 of 3"):
+            _killed_at(go_on, re.escape(step))
+        code, said = _run(go_on)
+        took = time.monotonic() - began
+        time.sleep(2)
+    record("killed", "while the canary was made, and at each of 3 steps")
+    record("to the promotion, seconds", took)
+    record("requests", load.count.sent)
+    record("lost", len(load.count.lost))
+    assert code == _PROMOTED, said[-3000:]
+    assert not load.count.lost, (load.count.lost[:5], said[-2000:])
+    wait("the new model alone", lambda: stable not in {fingerprint(service.target) for _ in range(5)}, 60)
+    assert _history(service)["phase"] == "Succeeded"
+
+
+def test_a_service_is_restarted_without_a_lost_request(service: Service, cluster: Cluster, record: Record) -> None:
+    before = {pod.metadata.name for pod in cluster.pods(service.namespace, CHAT)}
+    with Load(service.target, workers=3, tokens=24, pause_s=0.05) as load:
+        began = time.monotonic()
+        code, said = _run(service.command("restart", CHAT))
+        record("seconds", time.monotonic() - began)
+        time.sleep(2)
+    record("it says", said.strip().splitlines()[-1][:200])
+    record("requests", load.count.sent)
+    record("lost", len(load.count.lost))
+    assert code == 0, said
+    assert not load.count.lost, (load.count.lost[:5], said)
+    wait("other pods", lambda: not before & {pod.metadata.name for pod in cluster.pods(service.namespace, CHAT)}, 180)
+
+
+def test_a_service_that_runs_is_diagnosed_as_such(service: Service, record: Record) -> None:
+    code, said = _run(service.command("diagnose", CHAT))
+    record("it says", said.strip().splitlines()[0][:200])
+    assert code == 0, said
