@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from kserve_vllm.core.errors import InvalidRequest, RequestError
 from kserve_vllm.protocols import errors as wire
@@ -319,6 +320,10 @@ class HTTP1(HttpToolsProtocol):
             raise Refusal(431, f"the head of the request has more than {MAX_FIELDS} fields")
         if self._head_bytes > MAX_HEAD:
             raise Refusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
+        # RFC 9110, 5.5: blanks and tabs around a value are no part of it; the parser leaves a tab at the end. How it
+        # has understood a coding is its own affair, which is not to be told another way here.
+        if value.endswith(b"\t") and name.lower() != b"transfer-encoding":
+            value = value.rstrip(b" \t")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -432,6 +437,16 @@ class _UntilClose(RequestResponseCycle):
         elif not message.get("more_body") and self.expected_content_length > 1 << 62:
             self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
+
+
+class WebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's, which calls it an error that a handshake is answered in HTTP, which any client can bring about."""
+
+    async def send(self, message: Any) -> None:
+        """ASGI's send."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True
 
 
 def abort_stalled(connections: Iterable[object]) -> int:
