@@ -79,6 +79,10 @@ def test_a_fault_is_one_sentence(body: Any, sentence: str, field: str | None) ->
 def test_places_as_fastapi_writes_them_begin_with_body() -> None:
     found = [{"type": "missing", "loc": ("body", "prompt"), "msg": "Field required", "input": {}}]
     assert sentence_of_validation(found, {}) == ("prompt is missing", "prompt")
+    # A value that pydantic reads in another form than it was written in.
+    lost = [{"type": "string_type", "loc": ("body", "Assistant", 0, "function", "arguments"), "msg": "", "input": None}]
+    told = "a part of the request has the wrong form: arguments must be a string"
+    assert sentence_of_validation(lost, {"messages": []}) == (told, None)
     broken = [{"type": "json_invalid", "loc": ("body", 1), "msg": "JSON decode error", "ctx": {"error": "Expecting"}}]
     assert sentence_of_validation(broken, "{x") == ("the body is not valid JSON: Expecting", None)
     assert sentence_of_validation(["Only JSON is taken"], None) == ("Only JSON is taken", None)

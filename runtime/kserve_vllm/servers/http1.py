@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -22,6 +22,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from kserve_vllm.core.errors import InvalidRequest, RequestError
 from kserve_vllm.protocols import errors as wire
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What a client begins with that speaks HTTP/2 (RFC 9113, 3.4)."""
@@ -442,7 +445,7 @@ class _UntilClose(RequestResponseCycle):
 class WebSocket(WebSocketsSansIOProtocol):
     """uvicorn's, which calls it an error that a handshake is answered in HTTP, which any client can bring about."""
 
-    async def send(self, message: Any) -> None:
+    async def send(self, message: ASGISendEvent) -> None:
         """ASGI's send."""
         await super().send(message)
         if self.initial_response is not None and self.close_sent:

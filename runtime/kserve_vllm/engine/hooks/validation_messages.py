@@ -136,7 +136,9 @@ def _fault(error: ErrorDetails, body: object) -> _Fault:
         return _Fault(path, branch, None, f"{name} is missing", None)
     if kind.endswith(_KIND_OF_VALUE) and (expected := _EXPECTED.get(kind.split("_")[0])):
         if lost:
-            return _Fault(path, branch, None, f"{name} has the wrong form: {expected} is missing", None)
+            known = [word for word in branch if _FIELD.fullmatch(word)]
+            what = f"{known[-1]} must be {expected}" if known else f"{expected} is missing"
+            return _Fault(path, branch, None, f"{name} has the wrong form: {what}", None)
         return _Fault(path, branch, "a JSON object" if not path else expected, "", None)
     if kind in ("literal_error", "enum", "union_tag_invalid"):
         options = context.get("expected") or context.get("expected_tags") or ""
