@@ -12,19 +12,15 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from kserve_vllm.core.errors import InvalidRequest, RequestError
 from kserve_vllm.protocols import errors as wire
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGISendEvent
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What a client begins with that speaks HTTP/2 (RFC 9113, 3.4)."""
@@ -270,16 +266,25 @@ class HTTP1(HttpToolsProtocol):
         self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
-        """uvicorn's. The connection counts as open until the protocol that takes it over has lost it."""
+        """uvicorn's. The connection counts as open until the protocol that takes it over has lost it.
+
+        uvicorn calls it an error of the app that a handshake is answered in HTTP, which any client can bring about; so
+        it is told that the handshake is over.
+        """
         super().handle_websocket_upgrade()
         taken_by: Any = self.transport.get_protocol()
-        lost = taken_by.connection_lost
+        lost, send = taken_by.connection_lost, taken_by.send
 
         def connection_lost(exc: Exception | None) -> None:
             self._open.remove(self)
             lost(exc)
 
-        taken_by.connection_lost = connection_lost
+        async def send_and_note(message: MutableMapping[str, object]) -> None:
+            await send(message)
+            if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+                taken_by.handshake_complete = True
+
+        taken_by.connection_lost, taken_by.send = connection_lost, send_and_note
 
     def _set_timer(self, after_s: float, then: Callable[[], None]) -> None:
         self._unset_timer()
@@ -440,16 +445,6 @@ class _UntilClose(RequestResponseCycle):
         elif not message.get("more_body") and self.expected_content_length > 1 << 62:
             self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
-
-
-class WebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, which calls it an error that a handshake is answered in HTTP, which any client can bring about."""
-
-    async def send(self, message: ASGISendEvent) -> None:
-        """ASGI's send."""
-        await super().send(message)
-        if self.initial_response is not None and self.close_sent:
-            self.handshake_complete = True
 
 
 def abort_stalled(connections: Iterable[object]) -> int:

@@ -82,7 +82,6 @@ class HTTPServer:
         config = uvicorn.Config(
             app,
             http=self._connect,  # type: ignore[arg-type]
-            ws=http1.WebSocket,
             ws_max_size=_MAX_WEBSOCKET_MESSAGE,
             ws_max_queue=_MAX_WEBSOCKET_QUEUE,
             log_config=None,
