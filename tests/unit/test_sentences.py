@@ -104,8 +104,14 @@ def test_a_part_whose_place_is_not_known_is_named_by_its_field() -> None:
     ):
         with pytest.raises(ValidationError) as refused:
             TypeAdapter(list[Text | Image]).validate_python(value)
-        assert sentence_of_a_part(refused.value.errors(), "messages") == sentence
-    assert sentence_of_a_part([], None) == "a part of the request has the wrong form"
+        assert sentence_of_a_part(refused.value.errors(), "messages") == (sentence, "messages")
+    with pytest.raises(ValidationError) as refused:
+        Body.model_validate({"prompt": "a", "tagged": 3})
+    assert sentence_of_a_part(refused.value.errors(), "messages")[1] == "tagged"
+    with pytest.raises(ValidationError) as refused:
+        Body.model_validate({"prompt": "a", "stream": "maybe"})
+    assert sentence_of_a_part(refused.value.errors(), None) == ("stream must be true or false", "stream")
+    assert sentence_of_a_part([], None) == ("a part of the request has the wrong form", None)
 
 
 @pytest.mark.parametrize(

@@ -263,8 +263,8 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if error is None or (isinstance(message, str) and str(error) not in message):
             return None
         if isinstance(error, ValidationError):
-            field = field_at_fault(error)
-            return VLLMValidationError(sentence_of_a_part(error.errors(), field), parameter=field)
+            sentence, field = sentence_of_a_part(error.errors(), field_at_fault(error))
+            return VLLMValidationError(sentence, parameter=field)
         if isinstance(error, TypeError) and speaks_python(error):
             sentence, field = sentence_of_wrong_data(error)
             return VLLMValidationError(sentence, parameter=field)

@@ -91,28 +91,32 @@ def sentence_of_validation(errors: Sequence[ErrorDetails | str], body: object) -
     return _short(chosen.sentence), chosen.field or (name if chosen.path else None)
 
 
-def sentence_of_a_part(errors: Sequence[ErrorDetails], field: str | None) -> str:
-    """One sentence about a part of a request that vLLM validates later, when its place in the body is not known.
+def sentence_of_a_part(errors: Sequence[ErrorDetails], field: str | None) -> tuple[str, str | None]:
+    """One sentence about a part of a request that vLLM validates later, when its place in the body is not known, and
+    the top-level field that it is a part of.
 
     Args:
         errors: as `ValidationError.errors()` gives them.
-        field: the top-level field that it is a part of, where that is known.
+        field: taken for that field where the errors don't begin with one.
     """
+    first = errors[0]["loc"][:1] if errors else ()
+    if first and isinstance(first[0], str) and _FIELD.fullmatch(first[0]):
+        field = first[0]
     whole = f"a part of {field or 'the request'} has the wrong form"
     branches: dict[str, list[ErrorDetails]] = {}
     for error in errors:
         types = (word for word in error["loc"] if isinstance(word, str) and not _FIELD.fullmatch(word))
         branches.setdefault(next(types, ""), []).append(error)
     if not branches:
-        return whole
+        return whole, field
     error = min(branches.values(), key=len)[0]
     names = [word for word in error["loc"] if isinstance(word, str) and _FIELD.fullmatch(word)]
     name, kind = names[-1] if names else "it", error["type"]
     if kind == "missing" and names:
-        return f"{whole}: {name} is missing"
+        return f"{whole}: {name} is missing", field
     if kind.endswith(_KIND_OF_VALUE) and (expected := _EXPECTED.get(kind.split("_")[0])):
-        return f"{whole}: {name} must be {expected}"
-    return whole
+        return f"{name} must be {expected}" if names == [field] else f"{whole}: {name} must be {expected}", field
+    return whole, field
 
 
 def plain_words(text: str) -> str:
