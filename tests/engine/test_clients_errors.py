@@ -39,6 +39,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/responses", {"model": "demo"}, "input"),
     ("/v1/responses", {**RESPONSE, "truncation": "x"}, "truncation"),
     ("/tokenize", {"model": "demo"}, "prompt"),
+    # vLLM's own checks trip over these before their types are looked at, or tell of them in Python's words.
+    ("/v1/chat/completions", {**CHAT, "messages": None}, "messages must be a list"),
+    ("/v1/chat/completions", {**CHAT, "messages": 0}, "messages must be a list"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "text is missing",
+    ),
+    ("/v1/chat/completions", {**CHAT, "structured_outputs": True}, "structured_outputs must be an object"),
+    ("/v1/chat/completions", {**CHAT, "structured_outputs": {}}, "structured outputs"),
+    ("/v1/chat/completions", {**CHAT, "stop": ["a"] * 5}, "stop has more than 4 elements"),
+    ("/v1/responses", {**RESPONSE, "tools": 0}, "tools must be a list"),
+    ("/v1/responses", {**RESPONSE, "conversation": "conv_1"}, "conversation"),
+    ("/v1/chat/completions/batch", {**CHAT, "messages": [MESSAGES], "response_format": {}}, "response_format"),
+    ("/tokenize", {"model": "demo", "messages": [{"role": "user", "content": [None]}]}, "messages"),
+    ("/invocations", {"model": "demo", "messages": None}, "messages"),
 ]
 ANTHROPIC: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("", {"model": "demo"}, 400, "invalid_request_error", "messages"),
@@ -49,6 +65,7 @@ ANTHROPIC: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("", {**CHAT, "max_tokens": 5000}, 400, "invalid_request_error", "max_"),
     ("", {**CHAT, "max_tokens": 5000, "stream": True}, 400, "invalid_request_error", "max_"),
     ("", {**CHAT, "model": "nobody"}, 404, "not_found_error", "nobody"),
+    ("", {**CHAT, "container": "c_1"}, 400, "invalid_request_error", "container"),
     ("/count_tokens", {"model": "demo"}, 400, "invalid_request_error", "messages"),
     ("/count_tokens", {"model": "nobody", "messages": MESSAGES}, 404, "not_found_error", "nobody"),
 ]

@@ -240,3 +240,18 @@ def test_detokenize_undoes_tokenize(server: Server) -> None:
 
 def test_the_server_tells_its_versions(server: Server) -> None:
     assert set(httpx.get(server.url + "/version").json()) == {"version", "kserve_vllm", "shortcuts", "touchpoints"}
+
+
+def test_invocations_answer_with_the_model_that_the_body_names(server: Server) -> None:
+    """SageMaker's route takes the model from a header, and takes the base model where there is none."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    for model, header, answers in (
+        ("upper", {}, "upper"),
+        ("demo", {"x-amzn-sagemaker-adapter-identifier": "upper"}, "upper"),
+        (None, {}, "demo"),
+    ):
+        asked = body if model is None else {**body, "model": model}
+        answer = httpx.post(server.url + "/invocations", json=asked, headers=header, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == answers
+    assert httpx.post(server.url + "/invocations", json={**body, "model": "nobody"}, timeout=60).status_code == 404

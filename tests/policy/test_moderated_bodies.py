@@ -260,6 +260,10 @@ def test_texts_beside_media_are_replaced(redact: Moderation) -> None:
         ({"input": [5]}, "input"),
         ({"input": [["x"], [5]]}, "input"),
         ({"token_ids": [5], "sampling_params": {}}, "token_ids"),
+        # Whatever the field: scores are made of these, and another version of vLLM may have more.
+        ({"query": [5], "items": ["x"], "label_token_ids": [5, 6]}, "query"),
+        ({"query": "x", "items": [[5], [6]]}, "items"),
+        ({"messages": [], "not_known_yet": [[5]]}, "not_known_yet"),
         ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds"),
         (said([{"type": "prompt_embeds", "data": "AAAA"}]), "prompt_embeds"),
         ({"messages": [[{"role": "user", "content": [{"type": "prompt_embeds", "data": "A"}]}]]}, "prompt_embeds"),
@@ -290,7 +294,14 @@ def test_what_json_allows_and_others_do_not_is_looked_at_all_the_same(refuse: Mo
 
 
 def test_a_rewritten_body_keeps_everything_else(redact: Moderation) -> None:
-    body = {"prompt": "a falcon: ü \ud800", "seed": 2**70, "temperature": 0.1, "stop": None, "n": 1, "x": [True, {}]}
+    body = {
+        "prompt": "a falcon: ü \ud800",
+        "seed": 2**70,
+        "temperature": 0.1,
+        "stop": None,
+        "n": 1,
+        "x": {"y": [1, {}]},
+    }
     assert passed(redact, body) == {**body, "prompt": "a bird: ü \ud800"}
 
 
@@ -386,6 +397,12 @@ def test_a_job_is_looked_at_like_a_body(redact: Moderation, refuse: Moderation) 
     assert asyncio.run(moderated.moderate_job(job(prompt=[1, 2]), redact, "other")) == job(prompt=[1, 2])
 
 
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids", "label_token_ids"])
+def test_numbers_that_choose_among_tokens_are_no_text(redact: Moderation, field: str) -> None:
+    body = {"prompt": BAD, field: [5, 6]}
+    assert passed(redact, body) == {**body, "prompt": GOOD}
+
+
 def test_inputs_of_pooling_are_looked_at(redact: Moderation) -> None:
     fine = ["x", GOOD]
     assert asyncio.run(moderated.moderate_texts(["x", BAD], redact, "t")) == fine
@@ -414,7 +431,8 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_replacing_with_the_same_texts_changes_nothing_and_every_text_is_replaced(body: dict[str, Any]) -> None:
-    body = {f"x-{name}": value for name, value in body.items()}
+    # Within an object: a list of numbers at the top may be a text as token ids, which is refused.
+    body = {f"x-{name}": {"value": value} for name, value in body.items()}
     texts = [text for _, text in moderated.texts_of("/x", body)]
     assert moderated.replace_texts("/x", body, texts) is body
     assert set(strings(body)) - {""} <= set(texts) | moderated._WORDS

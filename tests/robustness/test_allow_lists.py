@@ -19,13 +19,25 @@ from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, 
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.policy.enforcement import may_see
 from kserve_vllm.policy.tenants import Caller
-from kserve_vllm.protocols.moderation import _APART, _TOKENS, ModeratedEngine
+from kserve_vllm.protocols.moderation import _APART, ModeratedEngine
 from tests.support import ROOT
 
 NOTHING: Any = None
 
 # Prompts in another form than text, which the moderation refuses or can't be reached with it: see `check_answer_form`.
-UNREADABLE = {*_TOKENS, "prompt_embeds", "chat_template", "token_ids", "tokens", "texts", "features", "audio", "file"}
+UNREADABLE = {
+    "prompt",
+    "input",
+    "prompt_token_ids",
+    "prompt_embeds",
+    "chat_template",
+    "token_ids",
+    "tokens",
+    "texts",
+    "features",
+    "audio",
+    "file",
+}
 # Numbers, flags and choices, and what stands around texts; whatever text they hold is looked at as any other.
 SETTINGS = set(
     """add_generation_prompt add_special_tokens allowed_token_ids background best_of chat_request chat_template_kwargs

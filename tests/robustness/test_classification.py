@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
+import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
@@ -238,3 +240,29 @@ def test_a_head_is_answered_where_a_get_is(apps: tuple[FastAPI, FastAPI], endpoi
 def test_a_path_is_written_in_one_form(raw_path: str, path: str) -> None:
     scope: dict[str, Any] = {"path": unquote(raw_path), "raw_path": raw_path.encode()}
     assert normalize(scope) == scope["path"] == path
+
+
+def test_the_description_is_made_beside_the_loop() -> None:
+    """It takes more than a second, which would hold up every other request, probes included."""
+    from kserve_vllm.protocols.http.routes import Routes, build_app
+
+    vllm, made_in = FastAPI(), []
+    own = vllm.openapi
+
+    def described() -> dict[str, Any]:
+        made_in.append(threading.current_thread())
+        return own()
+
+    vllm.openapi = described  # type: ignore[method-assign]
+    engine: Any = SimpleNamespace(app=vllm, adapters=None)
+    nothing: Any = None
+    app = build_app(Routes(nothing, nothing, engine, nothing, nothing, dict, nothing), engine, "0")
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await asyncio.gather(*[client.get("/openapi.json") for _ in range(3)])
+
+    for answer in asyncio.run(ask()):
+        assert "/v2/models/{model_name}/infer" in answer.json()["paths"]
+    assert len(made_in) == 1
+    assert made_in[0] is not threading.main_thread()

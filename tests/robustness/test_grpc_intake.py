@@ -132,6 +132,17 @@ def test_without_a_key_the_headers_alone_are_refused(product: Product, method: s
     client.sock.close()
 
 
+@pytest.mark.parametrize("name", ["authorization", "x-api-key", "x-priority"])
+def test_of_two_keys_or_classes_neither_is_taken(product: Product, name: str) -> None:
+    """As over HTTP: who stands in front of this server may have looked at the other one."""
+    both = [("authorization", f"Bearer {KEYS['alpha']}"), (name, "high"), (name, f"Bearer {KEYS['alpha']}")]
+    with grpc.insecure_channel(f"127.0.0.1:{product.port}") as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(INFER)(b"", timeout=20, metadata=both)
+    assert caught.value.code() is Code.INVALID_ARGUMENT
+    assert f"{name} is given more than once" in str(caught.value.details())
+    assert product.backend.asked == 0
+
+
 def test_what_changes_the_server_is_refused_by_its_headers_too(product: Product) -> None:
     client = Raw(product.port)
     path = {**with_key("alpha"), ":path": f"/{SERVICE}/RepositoryModelLoad"}

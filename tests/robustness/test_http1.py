@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -68,6 +69,12 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ),
     ("9112, 6.1: chunks are not last", POST + LAST + b"Transfer-Encoding: chunked, gzip\r\n\r\n", [400]),
     ("9112, 6.1: HTTP/1.0 has no chunks", b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
+    ("9110, 5.5: a tab behind a length", POST + LAST + b"Content-Length:\t2\t\r\n\r\nab", [200]),
+    (
+        "a coding that the parser does not understand is not guessed",
+        CHUNKED.replace(b"ked", b"ked\t") + b"0\r\n\r\n",
+        [501],
+    ),
     ("9112, 7.1: a chunk", CHUNKED + b"3\r\nabc\r\n0\r\n\r\n", [200]),
     ("9112, 7.1.1: an extension is ignored", CHUNKED + b"3;a=b\r\nabc\r\n0\r\n\r\n", [200]),
     ("9112, 7.1: a size that is no number", CHUNKED + b"zz\r\nabc\r\n0\r\n\r\n", [400]),
@@ -242,6 +249,20 @@ def test_a_websocket_counts_as_a_connection() -> None:
         while server.connections.open and time.monotonic() < deadline:
             time.sleep(0.02)
         assert server.connections.open == 0
+
+
+def test_a_handshake_that_is_refused_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuses(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.http.response.start", "status": 404, "headers": []})
+        await send({"type": "websocket.http.response.body", "body": b"no"})
+
+    handshake = (
+        GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    with served(refuses) as server:
+        assert statuses(ask(server.port, handshake)) == [404]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_client_that_does_not_read_does_not_hold_the_end(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,9 @@ COMPLETION = Route(
     frozenset({"model", "prompt", "n", "top_p", "max_tokens", "suffix", "structured_outputs"}), frozenset()
 )
 PLAIN = Route(frozenset({"model", "input"}), frozenset())
-ROUTES = {"/chat": CHAT, "/completion": COMPLETION, "/plain": PLAIN}
+RESPONSE = Route(frozenset({"model", "input", "previous_response_id"}), frozenset())
+MESSAGE = Route(frozenset({"model", "messages", "stop_sequences"}), frozenset())
+ROUTES = {"/chat": CHAT, "/completion": COMPLETION, "/plain": PLAIN, "/response": RESPONSE, "/message": MESSAGE}
 
 
 def mender(knows_developer: bool = False) -> Mender:
@@ -63,6 +65,8 @@ MENDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"messages": [{"role": "system", "content": "a"}]},
     ),
     ("/plain", {"input": [{"role": "developer", "content": None}]}, {"input": [{"role": "system", "content": None}]}),
+    ("/response", {"input": "a", "conversation": None}, {"input": "a"}),
+    ("/message", {"mcp_servers": [], "container": None}, {}),
 ]
 
 
@@ -83,6 +87,7 @@ def test_a_body_is_mended_once(path: str, body: dict[str, Any], mended: dict[str
         ("/chat", {"messages": "text", "max_completion_tokens": 3}),
         ("/elsewhere", {"guided_json": {}, "top_p": 0}),
         ("/plain", {"input": "text", "top_p": 0}),
+        ("/chat", {"conversation": "mine", "container": "red", "mcp_servers": 1}),
     ],
 )
 def test_other_bodies_are_left_alone(path: str, body: dict[str, Any]) -> None:
@@ -116,6 +121,10 @@ def test_a_server_that_chooses_the_backend_takes_those_it_has() -> None:
         ("/chat", {"functions": [1]}, "functions"),
         ("/chat", {"modalities": ["audio"]}, "modalities"),
         ("/chat", {"web_search_options": {"a": 1}}, "web_search_options"),
+        ("/response", {"conversation": "conv_1"}, "conversation"),
+        ("/response", {"conversation": {"id": "conv_1"}}, "conversation"),
+        ("/message", {"mcp_servers": [{"type": "url", "url": "https://x", "name": "x"}]}, "mcp_servers"),
+        ("/message", {"container": "c_1"}, "container"),
     ],
 )
 def test_what_is_not_done_is_refused(path: str, body: dict[str, Any], field: str) -> None:
@@ -204,8 +213,18 @@ def test_a_clients_fault_is_written_at_level_info() -> None:
     faults = filtered("vllm.entrypoints.anthropic.api_router", "Error in create_messages: a", VLLMClientError("a"))
     assert (faults.levelname, faults.exc_info) == ("INFO", None)
     assert "Error in create_messages" in faults.getMessage()
-    spoken = filtered("vllm.entrypoints.openai.serving", "Error with model nobody", None)
-    assert spoken.levelno == logging.INFO
+    for spoken in (
+        filtered("vllm.entrypoints.openai.serving", "Error with model nobody", None),
+        filtered(
+            "vllm.entrypoints.openai.chat_completion.serving",
+            "Error in chat_completion_full_generator - cannot determine if tools should be extracted.",
+            None,
+        ),
+        # A tool call that `max_tokens` has cut off.
+        filtered("vllm.tool_parsers.hermes_tool_parser", "Error in extracting tool call from response.", KeyError("a")),
+        filtered("vllm.reasoning.abs", "Error", None),
+    ):
+        assert (spoken.levelno, spoken.exc_info) == (logging.INFO, None)
     for record in (
         filtered("vllm.entrypoints.anthropic.api_router", "Error", RuntimeError("a")),
         filtered("kserve_vllm.app.process", "Error", VLLMClientError("a")),

@@ -9,6 +9,7 @@ was raised by code that does nothing but read a request. Whatever else is raised
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -37,6 +38,12 @@ _READS_REQUESTS = (
     "vllm.v1.engine.input_processor",
     "vllm.v1.structured_output.",
 )
+_PYTHON = re.compile(
+    r"object (is|of|has|does)\b|\bNoneType\b|unhashable|subscriptable|indices must be|operand|not supported between"
+    r"|argument|expected (str|bytes|int)|int too large|must be (str|real number)|sequence item"
+)
+_MOST_VALUES = 64
+"""Elements of a list or an object that is looked at once more, to say what is wrong with it."""
 # These define requests and answers: they read a request as long as the engine has taken up nothing.
 _READS_BOTH = (".protocol", ".utils", ".types")
 
@@ -56,11 +63,30 @@ def sentence_of_client_fault(error: BaseException, taken_up: bool) -> tuple[str,
         reading |= any(name.startswith("vllm.entrypoints.") and name.endswith(_READS_BOTH) for name in modules)
     if not reading:
         return None
-    field = _field(error)
+    return sentence_of_wrong_data(error)
+
+
+def sentence_of_wrong_data(error: BaseException) -> tuple[str, str | None]:
+    """What to tell a client of an exception that its data raised, and the field at fault where it is known.
+
+    What Python says by itself of an operation that failed tells a client nothing and is left out.
+    """
+    misfit = _misfit(error)
+    if misfit is not None:
+        return misfit
+    field = field_at_fault(error)
     what = f"{field} has the wrong form" if field else "a part of the request has the wrong form"
     if is_template_error(error):
         what = "the chat template can't be applied"
-    return f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", field
+    text = str(error).splitlines()[0] if str(error) else ""
+    return (what if not text or speaks_python(error) else f"{what}: {text}"), field
+
+
+def speaks_python(error: BaseException) -> bool:
+    """Whether an exception's text is the interpreter's, about its own objects, and was not written for a reader."""
+    if isinstance(error, (LookupError, AttributeError, AssertionError)):
+        return True
+    return isinstance(error, (TypeError, ArithmeticError)) and _PYTHON.search(str(error)) is not None
 
 
 def is_client_fault(error: BaseException | None, taken_up: bool) -> bool:
@@ -91,8 +117,15 @@ class ClientFaults(logging.Filter):
     It is answered to that client; at level error, any client could set off an operator's alert.
     """
 
-    _SPOKEN = ("Error with model ", "Failed to advance FSM", "Unexpected: grammar rejected tokens")
+    _SPOKEN = (
+        "Error with model ",
+        "Failed to advance FSM",
+        "Unexpected: grammar rejected tokens",
+        "Error in chat_completion_full_generator - cannot determine",
+    )
     """Begin such lines that come without an exception."""
+    _READ_ANSWERS = ("vllm.tool_parsers.", "vllm.reasoning.", "vllm.parser.")
+    """Loggers of what reads a model's text, which `max_tokens` may cut off anywhere; it is answered as it is then."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Lets every line through."""
@@ -100,7 +133,9 @@ class ClientFaults(logging.Filter):
             return True
         context = current.get()
         error = record.exc_info[1] if record.exc_info else None
-        if error is not None:
+        if record.name.startswith(self._READ_ANSWERS):
+            fault = True
+        elif error is not None:
             fault = is_client_fault(error, taken_up=context is None or context.sequences > 0)
         else:
             fault = str(record.msg).startswith(self._SPOKEN) or (context is not None and context.stuck)
@@ -146,7 +181,35 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
         trace = trace.tb_next
 
 
-def _field(error: BaseException) -> str | None:
+def _misfit(error: BaseException) -> tuple[str, str | None] | None:
+    """The sentence about a field that its own type refuses, where a model's check tripped over it before that."""
+    from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
+
+    from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
+
+    for frame in reversed(list(_frames(error))):
+        model, data = frame.f_locals.get("cls"), frame.f_locals.get("data")
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and isinstance(data, dict)):
+            continue
+        for name, value in data.items():
+            field = model.model_fields.get(name)
+            if (
+                field is None
+                or field.annotation is None
+                or (isinstance(value, (list, dict)) and len(value) > _MOST_VALUES)
+            ):
+                continue
+            try:
+                TypeAdapter(field.annotation).validate_python(value)
+            except ValidationError as refused:
+                found = [{**each, "loc": (name, *each["loc"])} for each in refused.errors()]
+                return sentence_of_validation(found, data)  # type: ignore[arg-type]
+            except (PydanticUserError, *_OF_WRONG_DATA):
+                continue
+    return None
+
+
+def field_at_fault(error: BaseException) -> str | None:
     """The top-level field of the request that was being read, where the trace shows it."""
     frames = list(_frames(error))
     fields: dict[str, object] = {}

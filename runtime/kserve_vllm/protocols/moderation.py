@@ -24,7 +24,8 @@ Not looked at:
 - `/tokenize`, `/detokenize` and the counting of tokens, which put nothing to a model;
 - text that is split over several messages, or spelled some other way (look-alike letters, another encoding).
 
-Refused with 400, since it can't be read: prompts given as token ids (`prompt`, `input`, `token_ids`), as embeddings
+Refused with 400, since it can't be read: prompts given as token ids (a list of numbers in any
+  field at the top that is not known to choose among tokens: `_NUMBERS`), as embeddings
 (`prompt_embeds`, as a field or a part), and chat templates of the client's own, which can compute any text; forms
 (transcriptions) and bodies that are not JSON.
 """
@@ -82,7 +83,8 @@ _PARTS: Mapping[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "input_audio": ("audio", (("input_audio", "data"),)),
 }
 """Types of parts that bring a medium, and where in the part it stands: a data URL, or base64 below `data`."""
-_TOKENS = ("prompt", "input", "token_ids", "prompt_token_ids")
+_NUMBERS = frozenset({"stop_token_ids", "allowed_token_ids", "logprob_token_ids", "label_token_ids"})
+"""Fields at the top of a body whose lists of numbers choose among tokens; in any other they are a text as token ids."""
 _EXEMPT = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_")
 _MEDIA_TYPE = re.compile(r"data:[a-z]+/[a-zA-Z0-9.+-]{1,64}(;codecs=[a-zA-Z0-9.]{1,16})?;base64")
@@ -477,8 +479,8 @@ def _check_size(body: object) -> None:
 def _check_readable(body: object) -> None:
     if not isinstance(body, Mapping):
         return
-    for field in _TOKENS:
-        if _holds_numbers(body.get(field)):
+    for field, value in body.items():
+        if field not in _NUMBERS and _holds_numbers(value):
             raise InvalidRequest(f"prompts are moderated here, so {field} must be text and not token ids", field=field)
     kwargs = body.get("chat_template_kwargs")
     own_template = body.get("chat_template") or (isinstance(kwargs, Mapping) and kwargs.get("chat_template"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -266,16 +266,25 @@ class HTTP1(HttpToolsProtocol):
         self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
-        """uvicorn's. The connection counts as open until the protocol that takes it over has lost it."""
+        """uvicorn's. The connection counts as open until the protocol that takes it over has lost it.
+
+        uvicorn calls it an error of the app that a handshake is answered in HTTP, which any client can bring about; so
+        it is told that the handshake is over.
+        """
         super().handle_websocket_upgrade()
         taken_by: Any = self.transport.get_protocol()
-        lost = taken_by.connection_lost
+        lost, send = taken_by.connection_lost, taken_by.send
 
         def connection_lost(exc: Exception | None) -> None:
             self._open.remove(self)
             lost(exc)
 
-        taken_by.connection_lost = connection_lost
+        async def send_and_note(message: MutableMapping[str, object]) -> None:
+            await send(message)
+            if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+                taken_by.handshake_complete = True
+
+        taken_by.connection_lost, taken_by.send = connection_lost, send_and_note
 
     def _set_timer(self, after_s: float, then: Callable[[], None]) -> None:
         self._unset_timer()
@@ -319,6 +328,10 @@ class HTTP1(HttpToolsProtocol):
             raise Refusal(431, f"the head of the request has more than {MAX_FIELDS} fields")
         if self._head_bytes > MAX_HEAD:
             raise Refusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
+        # RFC 9110, 5.5: blanks and tabs around a value are no part of it; the parser leaves a tab at the end. How it
+        # has understood a coding is its own affair, which is not to be told another way here.
+        if value.endswith(b"\t") and name.lower() != b"transfer-encoding":
+            value = value.rstrip(b" \t")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

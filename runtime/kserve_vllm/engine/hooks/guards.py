@@ -17,8 +17,15 @@ from kserve_vllm.core.coroutines import resume
 from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_path, openai_code
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.engine_request import EngineRequest
-from kserve_vllm.engine.faults import UNSENDABLE, sentence_of_client_fault, unsendable
-from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
+from kserve_vllm.engine.faults import (
+    UNSENDABLE,
+    field_at_fault,
+    sentence_of_client_fault,
+    sentence_of_wrong_data,
+    speaks_python,
+    unsendable,
+)
+from kserve_vllm.engine.hooks.validation_messages import plain_words, sentence_of_a_part, sentence_of_validation
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -222,6 +229,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
     from fastapi import Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from pydantic import ValidationError
     from vllm.entrypoints.anthropic import api_router as anthropic
     from vllm.entrypoints.serve.exception_handling import error_response
     from vllm.exceptions import (
@@ -244,7 +252,23 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if "\n" in reply.error.message:
             # Some parsers of grammars draw the place of the fault below it.
             reply.error.message = " ".join(reply.error.message.split())
+        if reply.error.code == HTTPStatus.BAD_REQUEST:
+            reply.error.message = plain_words(reply.error.message)
         return shape(reply)
+
+    def in_words(message: str | Exception) -> VLLMValidationError | None:
+        """An error for the client in its own words, where a handler would tell pydantic's or Python's; else None."""
+        # Some handlers hand over no more than a text, from within `except`.
+        error = message if isinstance(message, Exception) else sys.exc_info()[1]
+        if error is None or (isinstance(message, str) and str(error) not in message):
+            return None
+        if isinstance(error, ValidationError):
+            sentence, field = sentence_of_a_part(error.errors(), field_at_fault(error))
+            return VLLMValidationError(sentence, parameter=field)
+        if isinstance(error, TypeError) and speaks_python(error):
+            sentence, field = sentence_of_wrong_data(error)
+            return VLLMValidationError(sentence, parameter=field)
+        return None
 
     # With a connector, a sequence may also fail since its cache did not arrive.
     grammar_alone = client.vllm_config.kv_transfer_config is None
@@ -281,6 +305,8 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
                 HTTPStatus.SERVICE_UNAVAILABLE,
             )
         reply = shaped(message, *args, **kwargs)
+        if reply.error.code == HTTPStatus.BAD_REQUEST and (told := in_words(message)) is not None:
+            return shaped(told)
         if reply.error.code < HTTPStatus.INTERNAL_SERVER_ERROR or reply.error.code in _NO_FAULT:
             return reply
         # Some handlers hand over no more than a text, from within `except`.

@@ -127,9 +127,7 @@ class Mender:
                 self._translate(name, tree)
             elif mend is not None:
                 mend(name, tree, route)
-            else:
-                continue
-            changed = True
+            changed |= name not in tree
         return changed
 
     def _translate(self, name: str, tree: dict[str, object]) -> None:
@@ -171,10 +169,13 @@ def _check_guided(name: str, key: str, value: object) -> None:
             raise InvalidRequest(f"{name} is not valid JSON", field=name) from None
 
 
-def _drop_if(*harmless: object, why: str) -> _Mend:
-    """Drops a field with a value that asks for nothing, and refuses it with any other."""
+def _drop_if(*harmless: object, why: str, beside: str | None = None) -> _Mend:
+    """Drops a field with a value that asks for nothing, and refuses it with any other; if `beside` is given, where the
+    route knows that field: elsewhere it is any unknown field."""
 
     def mend(name: str, tree: dict[str, object], route: Route) -> None:
+        if beside is not None and beside not in route.fields:
+            return
         value = tree.pop(name)
         if value is not None and value not in harmless:
             raise InvalidRequest(f"{name}: {why}", field=name)
@@ -211,6 +212,11 @@ _UNKNOWN: Mapping[str, _Mend] = {
     "logits_processors": _drop_if([], why="code of a client is not run here"),
     "early_stopping": _drop_if(False, why="it belongs to a beam search that stops otherwise here"),
     "web_search_options": _drop_if({}, why="there is no search of the web here"),
+    "conversation": _drop_if(
+        why="conversations are not kept here; send what was said before as input", beside="previous_response_id"
+    ),
+    "mcp_servers": _drop_if([], why="no MCP server is asked from here; send tools as tools", beside="stop_sequences"),
+    "container": _drop_if(why="no containers are run here", beside="stop_sequences"),
 }
 """Fields that vLLM or OpenAI has or had, and that would change the answer, where the route does not take them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,15 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _MAX_CHARS = 300
+# Words of a place in pydantic's errors that are fields of a request, and not names of types.
+_FIELD = re.compile(r"(?!(?:str|int|float|bool|list|dict|tuple|set|bytes|nullable)\b)[a-z_][a-z0-9_]*")
+# Python's way to write a value within a sentence of vLLM's.
+_DICTIONARY = re.compile(r"[:=]?\s*[\[(]*\{'[^']*': .*", re.DOTALL)
+_JSON_WORDS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\bTrue\b"), "true"),
+    (re.compile(r"\bFalse\b"), "false"),
+    (re.compile(r"\bNone\b(?! of\b)"), "null"),
+)
 _EXPECTED: Mapping[str, str] = {
     "string": "a string",
     "int": "an integer",
@@ -67,7 +77,11 @@ def sentence_of_validation(errors: Sequence[ErrorDetails | str], body: object) -
     for fault in faults:
         if fault.path[:1] == top:
             branches.setdefault(fault.branch, []).append(fault)
-    best = min(branches.values(), key=lambda found: (len(found), -max(len(each.path) for each in found)))
+    # A value of the right kind that is too long, say, was meant for that branch, and not for one of another kind.
+    best = min(
+        branches.values(),
+        key=lambda found: (len(found), -max(len(each.path) for each in found), found[0].expected is not None),
+    )
     chosen = best[0]
     alike = [found[0] for found in branches.values() if len(found) == len(best) and found[0].path == chosen.path]
     expected = list(dict.fromkeys(each.expected for each in alike if each.expected))
@@ -75,6 +89,43 @@ def sentence_of_validation(errors: Sequence[ErrorDetails | str], body: object) -
     if chosen.expected and expected:
         return _short(f"{name} must be {' or '.join(expected)}"), chosen.field or name
     return _short(chosen.sentence), chosen.field or (name if chosen.path else None)
+
+
+def sentence_of_a_part(errors: Sequence[ErrorDetails], field: str | None) -> tuple[str, str | None]:
+    """One sentence about a part of a request that vLLM validates later, when its place in the body is not known, and
+    the top-level field that it is a part of.
+
+    Args:
+        errors: as `ValidationError.errors()` gives them.
+        field: taken for that field where the errors don't begin with one.
+    """
+    first = errors[0]["loc"][:1] if errors else ()
+    if first and isinstance(first[0], str) and _FIELD.fullmatch(first[0]):
+        field = first[0]
+    whole = f"a part of {field or 'the request'} has the wrong form"
+    branches: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        types = (word for word in error["loc"] if isinstance(word, str) and not _FIELD.fullmatch(word))
+        branches.setdefault(next(types, ""), []).append(error)
+    if not branches:
+        return whole, field
+    error = min(branches.values(), key=len)[0]
+    names = [word for word in error["loc"] if isinstance(word, str) and _FIELD.fullmatch(word)]
+    name, kind = names[-1] if names else "it", error["type"]
+    if kind == "missing" and names:
+        return f"{whole}: {name} is missing", field
+    if kind.endswith(_KIND_OF_VALUE) and (expected := _EXPECTED.get(kind.split("_")[0])):
+        return f"{name} must be {expected}" if names == [field] else f"{whole}: {name} must be {expected}", field
+    return whole, field
+
+
+def plain_words(text: str) -> str:
+    """A sentence of vLLM's without what only Python's readers can read: dictionaries are left out, and the words for
+    true, false and null are JSON's."""
+    text = _DICTIONARY.sub("", text)
+    for word, json in _JSON_WORDS:
+        text = word.sub(json, text)
+    return text
 
 
 def _fault(error: ErrorDetails, body: object) -> _Fault:
@@ -89,7 +140,9 @@ def _fault(error: ErrorDetails, body: object) -> _Fault:
         return _Fault(path, branch, None, f"{name} is missing", None)
     if kind.endswith(_KIND_OF_VALUE) and (expected := _EXPECTED.get(kind.split("_")[0])):
         if lost:
-            return _Fault(path, branch, None, f"{name} has the wrong form: {expected} is missing", None)
+            known = [word for word in branch if _FIELD.fullmatch(word)]
+            what = f"{known[-1]} must be {expected}" if known else f"{expected} is missing"
+            return _Fault(path, branch, None, f"{name} has the wrong form: {what}", None)
         return _Fault(path, branch, "a JSON object" if not path else expected, "", None)
     if kind in ("literal_error", "enum", "union_tag_invalid"):
         options = context.get("expected") or context.get("expected_tags") or ""

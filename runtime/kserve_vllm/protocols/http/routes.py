@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from kserve.protocol.infer_type import InferRequest, InferResponse
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.routing import Route, request_response
 
 from kserve_vllm.core.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unavailable
 from kserve_vllm.core.request_context import current
@@ -291,14 +294,22 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str, batches: APIRout
         # vLLM's SageMaker routes build the stack before anything is asked, and handlers take effect when it is built.
         each.middleware_stack = None
     own_openapi = app.openapi
+    making = threading.Lock()
 
     def merged() -> dict[str, object]:
-        if not getattr(app.state, "document", None):
-            app.state.document = schemas.merge(own_openapi(), engine.app.openapi())
-        document: dict[str, object] = app.state.document
-        return document
+        with making:
+            if not getattr(app.state, "document", None):
+                app.state.document = schemas.merge(own_openapi(), engine.app.openapi())
+            document: dict[str, object] = app.state.document
+            return document
+
+    async def describe(request: Request) -> Response:
+        # Made when it is first asked for, which takes more than a second.
+        return JSONResponse(await asyncio.to_thread(merged))
 
     app.openapi = merged  # type: ignore[method-assign]
+    (described,) = (route for route in app.routes if isinstance(route, Route) and route.path == app.openapi_url)
+    described.app = request_response(describe)
     return app
 
 

@@ -315,6 +315,7 @@ class Servicer:
             return KEYLESS
         request_id, text = _readable(metadata)
         try:
+            _check_single(metadata, text)
             caller = self._enforcement.identify(RequestContext(request_id, "grpc", name), headers_of(text)[0])
             if name in _CONTROL:
                 self._enforcement.check_control(caller)
@@ -545,7 +546,20 @@ def _metadata(context: _Context) -> tuple[str, dict[str, str]]:
 def _readable(pairs: Metadata) -> tuple[str, dict[str, str]]:
     metadata = {key: value for key, value in pairs if isinstance(value, str)}
     given = metadata.get("x-request-id", "")
-    return given if wire.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
+    # Of two, neither is taken, as over HTTP.
+    once = len(metadata) == len(pairs) or sum(key == "x-request-id" for key, _ in pairs) == 1
+    return given if once and wire.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
+
+
+def _check_single(pairs: Metadata, metadata: Mapping[str, str]) -> None:
+    """Refuse a call that gives a key or a class twice: who stands in front of this server may have looked at the other.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if len(pairs) > len(metadata):
+        fields = [(key.encode("latin-1"), b"") for key, _ in pairs]
+        wire.check_single(fields, dict(fields))
 
 
 async def _send_metadata(context: _Context, request_context: RequestContext, traced: str | None) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 _STREAMS = ("/v1/chat/completions", "/v1/completions")
+_SAGEMAKER = "/invocations"
+_ADAPTER = b"x-amzn-sagemaker-adapter-identifier"
 
 
 class MendedApp:
@@ -36,7 +38,9 @@ class MendedApp:
         Raises:
             InvalidRequest: the body asks for what is not done here.
         """
-        if scope["type"] != "http" or not self._mender.covers(scope["path"]) or not _has_json(scope):
+        path = scope["path"]
+        covered = scope["type"] == "http" and (path == _SAGEMAKER or self._mender.covers(path))
+        if not covered or not _has_json(scope):
             await self.app(scope, receive, send)
             return
         messages: list[Message] = []
@@ -44,7 +48,9 @@ class MendedApp:
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
         tree = _object(body)
-        if tree is not None:
+        if tree is not None and path == _SAGEMAKER:
+            _name_model(scope, tree)
+        elif tree is not None:
             if self._mender.mend(scope["path"], tree):
                 # Again with Python's parser, as vLLM does: it keeps numbers of any size.
                 whole = json.loads(body)
@@ -65,6 +71,14 @@ class MendedApp:
     def _wants_usage(self, tree: dict[str, object]) -> bool:
         options = tree.get("stream_options")
         return self._always_usage or (isinstance(options, dict) and bool(options.get("include_usage")))
+
+
+def _name_model(scope: Scope, tree: dict[str, object]) -> None:
+    """Write the body's model where SageMaker's routes look for it: without that field they answer with the base model,
+    whatever the body says."""
+    model = tree.get("model")
+    if isinstance(model, str) and not any(name == _ADAPTER for name, _ in scope["headers"]):
+        scope["headers"] = [*scope["headers"], (_ADAPTER, model.encode())]
 
 
 def _with_null_usage(send: Send) -> Send:
