@@ -220,6 +220,29 @@ def test_a_closed_network_policy_lets_out_names_and_downloads_alone() -> None:
     ]
 
 
+def test_the_activator_and_the_test_get_through_whatever_else_is_closed() -> None:
+    closed = {"enabled": True, "fromNamespaces": [], "metricsFromNamespaces": [], "sameNamespace": False}
+    values: Document = {
+        "cluster": {"knativeNamespace": "knative"},
+        "inferenceServices": {
+            "far": {"storageUri": "hf://org/model", "networkPolicy": closed},
+            "near": {"storageUri": "hf://org/model", "deploymentMode": "Standard", "networkPolicy": closed},
+        },
+    }
+    documents = render(values)
+    policies = of_kind(documents, "NetworkPolicy")
+    knative = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "knative"}}}]
+    assert [rule["from"] for rule in policies["far-kserve-vllm"]["spec"]["ingress"]] == [knative, knative]
+    (rule,) = policies["near-kserve-vllm"]["spec"]["ingress"]
+    label = rule["from"][0]["podSelector"]["matchLabels"]
+    assert len(rule["from"]) == 1
+    assert label.items() <= of_kind(documents, "Pod")["near-test"]["metadata"]["labels"].items()
+    # Without the test there is nobody, and no empty list that an API server would leave out.
+    quiet = of_kind(render({**values, "tests": {"enabled": False}}), "NetworkPolicy")["near-kserve-vllm"]
+    assert "ingress" not in quiet["spec"]
+    assert quiet["spec"]["policyTypes"] == ["Ingress"]
+
+
 def test_nodes_of_one_model_may_talk_to_each_other() -> None:
     policy = of_kind(render_ci(CI / "multi-node-values.yaml"), "NetworkPolicy")["large-kserve-vllm"]
     inner = policy["spec"]["ingress"][-1]
