@@ -202,8 +202,9 @@ def test_a_network_policy_of_knative_opens_the_queue_proxy_and_not_the_model() -
     assert [p["port"] for p in rules[0]["ports"]] == [8012, 8013, 8022, 8112]
     assert 8080 in [p["port"] for p in rules[1]["ports"]]
     namespaces = [f["namespaceSelector"]["matchLabels"] for f in rules[0]["from"] if "namespaceSelector" in f]
-    # Where the pods of gateways run; the chart's own default gateway is in `kserve`, its pods with Envoy Gateway.
-    names = ("istio-system", "knative-serving", "kourier-system", "kserve", "envoy-gateway-system")
+    # Where the pods of gateways run; the chart's own default gateway is in `kserve`, its pods with Envoy Gateway. The
+    # scenario's Knative is in another namespace than the default's, and its activator gets through.
+    names = ("istio-system", "knative-serving", "kourier-system", "kserve", "envoy-gateway-system", "knative")
     assert namespaces == [{"kubernetes.io/metadata.name": n} for n in names]
 
 

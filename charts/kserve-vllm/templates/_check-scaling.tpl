@@ -29,11 +29,11 @@
 {{ printf "%s: autoscaling.target for %s must be a whole number." $at $s.metric }}
 {{- end }}
 {{- if and (eq $s.metric "kv-cache") (gt (float64 $s.target) 1.0) }}
-{{ printf "%s: autoscaling.target for kv-cache is a share of the cache, at most 1; %v would never be reached." $at $s.target }}
+{{ printf "%s: autoscaling.target for kv-cache is a share of the cache, at most 1; %s would never be reached." $at (include "kserve-vllm.string" $s.target) }}
 {{- end }}
 {{- $hard := $a.knative.containerConcurrency }}
 {{- if and $hard $a.target (eq $s.metric "concurrency") (gt (float64 $a.target) (float64 $hard)) }}
-{{ printf "%s: autoscaling.target %v is above autoscaling.knative.containerConcurrency %d, which Knative then takes instead; lower the one or raise the other." $at $a.target (int $hard) }}
+{{ printf "%s: autoscaling.target %s is above autoscaling.knative.containerConcurrency %d, which Knative then takes instead; lower the one or raise the other." $at (include "kserve-vllm.string" $a.target) (int $hard) }}
 {{- end }}
 {{- if lt (int $s.max) (int $s.min) }}
 {{ printf "%s: autoscaling.maxReplicas %d is below minReplicas %d." $at (int $s.max) (int $s.min) }}

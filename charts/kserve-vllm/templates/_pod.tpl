@@ -76,7 +76,7 @@ topologySpreadConstraints:
   {{- range . }}
   {{- /* Without a selector a constraint counts no pods, and does nothing. */}}
   {{- $own := dict "labelSelector" (dict "matchLabels" (dict "serving.kserve.io/inferenceservice" $.name)) }}
-  - {{- merge (dict) . $own | toYaml | nindent 4 }}
+  - {{- hasKey . "labelSelector" | ternary . (merge $own .) | toYaml | nindent 4 }}
   {{- end }}
 {{- end }}
 {{- end }}
