@@ -37,8 +37,36 @@ import yaml
 CHART = Path(__file__).resolve().parents[2] / "charts" / "kserve-vllm"
 PLACEHOLDER = "<!-- values -->"
 
+# What the API server takes for names of objects, labels and quantities (apimachinery's validation, resource.Quantity).
+OBJECT_NAME = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"
+# Values that are the name of an object, by their own key or by the block's that they are in.
+OBJECT_NAME_KEYS = {
+    "claim",
+    "configMap",
+    "existing",
+    "priorityClassName",
+    "runtimeClassName",
+    "secretName",
+    "serviceAccountName",
+    "storageClassName",
+    "storageContainerName",
+    "tlsSecretName",
+}
+OBJECT_NAME_BLOCKS = {"gateway", "kedaAuthentication", "tokenSecret"}
+QUANTITY = "^([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$"
+
 # Shapes of Kubernetes that appear in several places.
 SHARED: dict[str, Any] = {
+    "objectName": {"type": ["string", "number"], "minLength": 1, "pattern": OBJECT_NAME},
+    "labelKey": {
+        "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
+    },
+    "labelValue": {
+        "type": ["string", "number", "boolean", "null"],
+        "maxLength": 63,
+        "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$",
+    },
+    "quantity": {"type": ["string", "number"], "minimum": 0, "pattern": QUANTITY},
     "envVar": {
         "type": "object",
         "additionalProperties": False,
@@ -71,8 +99,8 @@ SHARED: dict[str, Any] = {
         "additionalProperties": False,
         "required": ["name", "key"],
         "properties": {
-            "name": {"type": "string", "minLength": 1},
-            "key": {"type": "string", "minLength": 1},
+            "name": {"$ref": "#/definitions/objectName"},
+            "key": {"type": "string", "pattern": "^[-._a-zA-Z0-9]+$"},
             "optional": {"type": "boolean"},
         },
     },
@@ -86,6 +114,13 @@ SHARED: dict[str, Any] = {
             "effect": {"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
             "tolerationSeconds": {"type": "integer"},
         },
+        # The API server refuses an operator with a value that it does not compare, or without the key that it does.
+        "if": {"required": ["operator"], "properties": {"operator": {"const": "Exists"}}},
+        "then": {"not": {"required": ["value"]}},
+        "else": {"required": ["key"]},
+        "dependencies": {
+            "tolerationSeconds": {"required": ["effect"], "properties": {"effect": {"const": "NoExecute"}}},
+        },
     },
     # Parts of Kubernetes' API, which its server checks.
     "anyObject": {"type": ["object", "string"], "additionalProperties": True},
@@ -94,11 +129,29 @@ SHARED: dict[str, Any] = {
         "additionalProperties": True,
         "required": ["apiVersion", "kind", "metadata"],
     },
-    "container": {"type": "object", "additionalProperties": True, "required": ["name", "image"]},
+    "container": {
+        "type": "object",
+        "additionalProperties": True,
+        "required": ["name", "image"],
+        "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}},
+    },
     "envFrom": {"type": "object", "additionalProperties": True, "minProperties": 1},
-    "volume": {"type": "object", "additionalProperties": True, "required": ["name"], "minProperties": 2},
-    "volumeMount": {"type": "object", "additionalProperties": True, "required": ["name", "mountPath"]},
-    "quantities": {"type": "object", "additionalProperties": {"type": ["string", "number"]}},
+    # A name and one source.
+    "volume": {
+        "type": "object",
+        "additionalProperties": True,
+        "required": ["name"],
+        "minProperties": 2,
+        "maxProperties": 2,
+        "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}},
+    },
+    "volumeMount": {
+        "type": "object",
+        "additionalProperties": True,
+        "required": ["name", "mountPath"],
+        "properties": {"mountPath": {"type": "string", "pattern": "^/"}},
+    },
+    "quantities": {"type": "object", "additionalProperties": {"$ref": "#/definitions/quantity"}},
 }
 
 
@@ -178,6 +231,7 @@ def schema_of(value: Value) -> dict[str, Any]:
         schema["type"] = "number"
     elif isinstance(default, str):
         schema["type"] = "string" if {"pattern", "enum"} & set(overlay) else ["string", "number"]
+        schema |= text_of(value.path)
     elif isinstance(default, list):
         schema["type"] = "array"
         if "items" not in overlay:
@@ -191,6 +245,16 @@ def schema_of(value: Value) -> dict[str, Any]:
     elif "type" not in overlay:
         raise ValuesError(f"{'.'.join(value.path)} is null by default; its @schema must have a type")
     return nullable(schema | overlay)
+
+
+def text_of(path: tuple[str, ...]) -> dict[str, Any]:
+    """Return the schema's keywords for text that Kubernetes gives a form: names of objects, quantities of a Job."""
+    *_, block, key = ("", *path)
+    if key in OBJECT_NAME_KEYS or (block in OBJECT_NAME_BLOCKS and key in ("name", "namespace", "sectionName")):
+        return {"pattern": OBJECT_NAME}
+    if key in ("cpu", "memory"):
+        return {"minimum": 0, "pattern": QUANTITY}
+    return {}
 
 
 def nullable(schema: dict[str, Any]) -> dict[str, Any]:

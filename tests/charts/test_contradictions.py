@@ -474,6 +474,154 @@ CASES: dict[str, tuple[Document, str]] = {
         cache(huggingFace={"repository": "a/b"}, tensorrtLLM={"tensor": 2}),
         "tensorrtLLM.tensor does nothing without tensorrtLLM.model",
     ),
+    # What the API server would refuse, or find nothing by.
+    "a request above its limit": (
+        service(resources={"requests": {"cpu": 2}, "limits": {"cpu": "1500m"}}),
+        "inferenceServices.chat.resources: requests.cpu 2 is above limits.cpu 1500m, and such a pod is refused",
+    ),
+    "a request of a Job above its limit": (
+        cache(
+            huggingFace={"repository": "a/b"},
+            job={"resources": {"requests": {"memory": "1.5Gi"}, "limits": {"memory": "1G"}}},
+        ),
+        "modelCaches.m.job.resources: requests.memory 1.5Gi is above limits.memory 1G",
+    ),
+    "a request of the tests above its limit": (
+        {**service(), "tests": {"resources": {"requests": {"cpu": 1}, "limits": {"cpu": "50m"}}}},
+        "tests.resources: requests.cpu 1 is above limits.cpu 50m",
+    ),
+    "more devices than are asked for": (
+        service(resources={"requests": {"rdma/ib": 1}, "limits": {"rdma/ib": 2}}),
+        "of rdma/ib a pod has what it asks for, so that requests and limits have to be the same",
+    ),
+    "half a device": (service(resources={"limits": {"rdma/ib": "500m"}}), "limits.rdma/ib is 500m, and of devices"),
+    "a label that selects": (
+        service(podLabels={"serving.kserve.io/inferenceservice": "x"}),
+        "a label has serving.kserve.io/inferenceservice, by which the chart's PodMonitor, NetworkPolicy and",
+    ),
+    "a service that is called as what KServe writes for another": (
+        {"inferenceServices": {"chat": {"storageUri": "hf://a/b"}, "chat-predictor": {"storageUri": "hf://a/b"}}},
+        "inferenceServices.chat: KServe writes objects called chat-predictor for it, as for",
+    ),
+    "adapters of one name": (
+        service(lora={"adapters": [{"name": "a", "path": "/a"}, {"name": "a", "path": "/b"}]}),
+        "inferenceServices.chat: lora.adapters has a twice; take one out",
+    ),
+    "an adapter that is called as the model": (
+        service(servedNames=["b"], lora={"adapters": [{"name": "b", "path": "/a"}]}),
+        "adapter b is called as the model itself",
+    ),
+    "an engine built into its model": (
+        cache(huggingFace={"repository": "a/b"}, tensorrtLLM={"model": "chat", "directory": "model"}),
+        "directory and tensorrtLLM.directory are the same, and the repository would be written into the model",
+    ),
+    "runtimes of one name": (
+        {"runtimes": {"gpu": {"name": "a"}, "cpu": {"name": "a"}}},
+        "runtimes.cpu: runtimes.gpu has this name; take another one",
+    ),
+    "an engine's runtime that is called as the chart's": (
+        {**service(engine="sglang"), "runtimes": {"engines": {"sglang": {"name": "kserve-vllm"}}}},
+        "runtimes.engine.sglang.gpu: runtimes.gpu has this name; take another one",
+    ),
+    # Flags.
+    "a flag and its value in one word": (
+        service(extraArgs=["--seed 5"]),
+        'extraArgs has "--seed 5", which no parser takes apart; write FLAG=VALUE, or flag and value as two items',
+    ),
+    "a flag of one letter with its value attached": (service(extraArgs=["-n2"]), "extraArgs has --nnodes; set"),
+    "a feature by its flag": (service(extraArgs=["--usage-sink", "log"]), "extraArgs has --usage-sink; set usageSink"),
+    "a flag of the batch that has a value": (
+        batch(claim="c", serverArgs=["--demo", "--out=/x"]),
+        "batchJobs.b: serverArgs has --out; set output instead",
+    ),
+    # Scaling.
+    "a minimum by its annotation": (
+        service(podAnnotations={"autoscaling.knative.dev/min-scale": 3}),
+        "an annotation has autoscaling.knative.dev/min-scale; set autoscaling.minReplicas instead",
+    ),
+    "a share of the cache in percent": (
+        standard(autoscaling={"class": "keda", "metric": "kv-cache", "target": 80}),
+        "autoscaling.target for kv-cache is a share of the cache, at most 1; 80 would never be reached",
+    ),
+    "a target above the hard limit": (
+        service(autoscaling={"target": 50, "knative": {"containerConcurrency": 10}}),
+        "autoscaling.target 50 is above autoscaling.knative.containerConcurrency 10, which Knative then takes instead",
+    ),
+    "a Redis behind a closed door": (
+        service(
+            redis={"secretName": "s"},
+            networkPolicy={"enabled": True, "restrictEgress": True, "egressCIDRs": ["10.0.0.0/8"]},
+        ),
+        "networkPolicy.restrictEgress lets nothing out to where redis.secretName leads; add a rule to",
+    ),
+    "records behind a closed door": (
+        service(
+            usageSink="https://sink:8443",
+            networkPolicy={"enabled": True, "restrictEgress": True, "egressCIDRs": ["10.0.0.0/8"]},
+        ),
+        "networkPolicy.restrictEgress lets nothing out to where usageSink leads",
+    ),
+    # Routes that take from each other.
+    "a host of two routes": (
+        {
+            "inferenceServices": PAIR,
+            "routes": {name: {"hosts": ["a.example.com"], "inferenceService": "here"} for name in ("r", "s")},
+        },
+        "routes.s: host a.example.com is answered by routes.r already, at the same gateway",
+    ),
+    "a header twice": (
+        route(
+            inferenceService="here",
+            headerRoutes=[{"header": name, "value": "b", "inferenceService": "here"} for name in ("x-a", "X-A")],
+        ),
+        "routes.r: headerRoutes has x-a: b twice, and the second one is never asked",
+    ),
+    "more rules than a route has": (
+        route(
+            inferenceService="here",
+            headerRoutes=[{"header": "x-a", "value": str(n), "inferenceService": "here"} for n in range(16)],
+        ),
+        "routes.r: an HTTPRoute has at most 16 rules, and this one would have 17",
+    ),
+    "two rules for one host's pods": (
+        {
+            "inferenceServices": PAIR,
+            "routes": {
+                name: {
+                    "type": "Istio",
+                    "hosts": [f"{name}.example.com"],
+                    "inferenceService": "here",
+                    "outlierEjection": {"enabled": True},
+                }
+                for name in ("r", "s")
+            },
+        },
+        "routes.s: routes.r has outlierEjection for here already, and Istio takes one DestinationRule for a host",
+    ),
+    # Secrets; more of their looks are below.
+    "a token of an init container": (
+        service(initContainers=[{"name": "i", "image": "i:1", "env": [{"name": "HF_TOKEN", "value": "x"}]}]),
+        "inferenceServices.chat.initContainers.i: HF_TOKEN looks like a secret",
+    ),
+    "a token on an init container's command line": (
+        cache(
+            huggingFace={"repository": "a/b"},
+            job={"initContainers": [{"name": "i", "image": "i:1", "args": ["--api-key=x"]}]},
+        ),
+        "modelCaches.m.job.initContainers.i: its command has a secret in plain text",
+    ),
+    "a key of a storage": (
+        only(storage={"path": "a", "parameters": {"secret_access_key": "x"}}),
+        "storage.parameters.secret_access_key: it looks like a secret and is given as plain text",
+    ),
+    "a signed address": (
+        service(storageUri="https://h/m?X-Amz-Signature=abc"),
+        "inferenceServices.chat.storageUri: it has a secret in plain text, which all see who may read the objects",
+    ),
+    "a token in an annotation of all objects": (
+        {"commonAnnotations": {"a": "Bearer abcdefgh"}},
+        "commonAnnotations.a: it has a secret in plain text",
+    ),
     # Nothing.
     "a default that no service uses": (
         {**service(), "inferenceServiceDefaults": {"rollout": "surge"}},
@@ -852,6 +1000,8 @@ def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
         "cluster.",
         "rolloutJobs.",
         "runtimes.",
+        "commonAnnotations.",
+        "tests.",
         "monitoring.",
         "proxy.",
         "caBundle: ",
@@ -905,7 +1055,7 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         service(env=[{"name": "HF_TOKEN_PATH", "value": "/x"}, {"name": "AWS_ACCESS_KEY_ID", "value": "x"}]),
         service(env=[{"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": "/var/secrets/key.json"}]),
         {**service(sharedMemory="1.5G"), "runtimes": {"tmpSizeLimit": "500G"}},
-        service(extraArgs=["--usage-sink=https://sink.example.com/a:b@c", "--max-concurrent=4"]),
+        service(usageSink="https://sink.example.com/a:b@c", extraArgs=["--max-concurrent=4"]),
         {"inferenceServices": {"a" * 53: DEMO}, "cluster": {"domainTemplate": "{{.Name}}.x"}},
         {"inferenceServices": {"a" * 46: {**DEMO, "tagRouting": True}}},
     ],
@@ -928,3 +1078,39 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
 )
 def test_the_neighbours_of_contradictions_are_taken(values: Document) -> None:
     assert render(values)
+
+
+def env(name: str, value: str) -> list[Document]:
+    return [{"name": name, "value": value}]
+
+
+SECRETS: dict[str, Document] = {
+    "a header with credentials": {"env": env("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Bearer%20abc")},
+    "a header with a key": {"env": env("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-team=abc,api-key=abcdef")},
+    "an address that is a secret": {"env": env("WEBHOOK", "https://hooks.slack.com/services/T0/B0/x")},
+    "a token in a query": {"env": env("SINK", "https://a.example.com/x?v=1&token=abc")},
+    "a signature": {"env": env("BLOB", "https://x.blob.core.windows.net/c?sv=1&sig=abc")},
+    "a token as the user": {"env": env("REPO", "https://ghp_abcdefghijklmnop@github.com/x")},
+    "a private key": {"env": env("CERT", "-----BEGIN RSA PRIVATE KEY-----")},
+    "a signed token": {"env": env("X", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2ln")},
+    "a key by its name": {"env": env("AZURE_STORAGE_KEY", "x")},
+    "a password by its name": {"env": env("REDIS_AUTH", "x")},
+    "a flag with a header": {"extraArgs": ["--header", "authorization=Bearer abc"]},
+    "another key": {"engine": "sglang", "extraArgs": ["--admin-api-key=x"]},
+    "a sink with a key": {"usageSink": "https://a.example.com/x?api_key=abc"},
+    "a speculator's token": {"speculative": {"method": "x", "token": "hf_abcdefghijklmnop"}},
+}
+NO_SECRETS: dict[str, Document] = {
+    "a header": {"env": env("OTEL_EXPORTER_OTLP_HEADERS", "x-zone=a")},
+    "a query": {"env": env("SINK", "https://a.example.com/x?tokenizer=abc")},
+    "a number of tokens": {"env": env("MAX_TOKENS", "5")},
+    "a socket": {"env": env("SSH_AUTH_SOCK", "/tmp/x")},
+    "a model": {"model": "org/hf_llama_3_8b_instruct", "storageUri": ""},
+}
+
+
+def test_a_secret_is_known_by_its_looks() -> None:
+    tried = {f"s{n}": {"storageUri": "hf://org/model", **values} for n, values in enumerate(SECRETS.values())}
+    tried |= {f"n{n}": {"storageUri": "hf://org/model", **values} for n, values in enumerate(NO_SECRETS.values())}
+    named = set(re.findall(r"^inferenceServices[.](\w+)", refused({"inferenceServices": tried}), re.MULTILINE))
+    assert named == {name for name in tried if name.startswith("s")}

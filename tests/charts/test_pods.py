@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -368,6 +368,51 @@ def test_a_limit_alone_is_the_request_too() -> None:
         "resources"
     ]
     assert resources["requests"] == {"cpu": "2", "memory": "8Gi", "nvidia.com/gpu": "1"}
+
+
+def resources_of(documents: Sequence[Document], kind: str) -> Document:
+    (found,) = of_kind(documents, kind).values()
+    spec = found["spec"]["template"]["spec"] if kind == "Job" else found["spec"]
+    resources: Document = spec["containers"][0]["resources"]
+    return resources
+
+
+def test_what_is_given_alone_moves_the_charts_own_request_or_limit() -> None:
+    model = {"huggingFace": {"repository": "org/model"}}
+    small = {"requests": {"nvidia.com/gpu": 1}, "limits": {"cpu": "500m", "memory": "512Mi"}}
+    job = resources_of(render({"modelCaches": {"m": {**model, "job": {"resources": small}}}}), "Job")
+    assert job["requests"] == {"cpu": "500m", "memory": "512Mi", "nvidia.com/gpu": "1"}
+    assert job["limits"] == {"cpu": "500m", "memory": "512Mi", "nvidia.com/gpu": "1"}
+    large = {"requests": {"memory": "4Gi"}, "limits": {"cpu": 2}}
+    pod = resources_of(render({**service(), "tests": {"resources": large}}), "Pod")
+    assert pod == {"requests": {"cpu": "100m", "memory": "4Gi"}, "limits": {"cpu": "2", "memory": "4Gi"}}
+
+
+def test_devices_and_huge_pages_are_limits_too_and_numbers_are_text() -> None:
+    given = {"rdma/ib": 1, "hugepages-2Mi": "1Gi", "cpu": 0.5}
+    resources = predictor(service(device="cpu", resources={"requests": given}))["model"]["resources"]
+    assert resources == {
+        "requests": {"rdma/ib": "1", "hugepages-2Mi": "1Gi", "cpu": "0.5"},
+        "limits": {"rdma/ib": "1", "hugepages-2Mi": "1Gi"},
+    }
+
+
+def test_the_build_of_an_engine_has_the_jobs_quota_and_environment() -> None:
+    job = {"resources": {"limits": {"cpu": 2, "memory": "2Gi"}}, "envFrom": [{"secretRef": {"name": "s"}}]}
+    values = {"huggingFace": {"repository": "org/model"}, "tensorrtLLM": {"model": "chat"}, "job": job}
+    (found,) = of_kind(render({"modelCaches": {"m": values}}), "Job").values()
+    spec = found["spec"]["template"]["spec"]
+    assert spec["initContainers"][0]["resources"]["limits"] == {"cpu": "2", "memory": "2Gi"}
+    assert spec["containers"][0]["resources"]["limits"] == {"cpu": "2", "memory": "64Gi", "nvidia.com/gpu": "1"}
+    assert spec["containers"][0]["envFrom"] == job["envFrom"]
+
+
+def test_a_spread_without_a_selector_is_about_the_services_pods() -> None:
+    spread = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+    own = {**spread, "topologyKey": "node", "labelSelector": {"matchLabels": {"a": "b"}}}
+    found = predictor(standard(topologySpreadConstraints=[spread, own]))["topologySpreadConstraints"]
+    assert found[0]["labelSelector"] == {"matchLabels": {"serving.kserve.io/inferenceservice": "chat"}}
+    assert found[1] == own
 
 
 def test_placeholders_of_kserve_fail_the_model_as_they_fail_kserve() -> None:

@@ -135,6 +135,68 @@ def test_values_outside_their_range_are_refused() -> None:
             render(values)
 
 
+TOLERATION = {"key": "a", "operator": "Exists"}
+# Each is one that the API server, or the kubelet, refuses.
+MISSHAPEN: dict[str, list[Document]] = {
+    "inferenceServices": [
+        {"labels": {"a": "x" * 64}},
+        {"podLabels": {"a": "x y"}},
+        {"nodeSelector": {"a b": "x"}},
+        {"annotations": {"a b": "x"}},
+        {"resources": {"requests": {"memory": "64GB"}}},
+        {"resources": {"limits": {"cpu": -1}}},
+        {"resources": {"limits": {"cpu": ""}}},
+        {"apiKeys": {"secretName": "My_Secret"}},
+        {"warmup": {"configMap": "a b"}},
+        {"serviceAccountName": "A"},
+        {"coldStart": {"cache": {"claim": "a_b"}}},
+        {"runtimeClassName": "a b"},
+        {"tolerations": [{**TOLERATION, "value": "x"}]},
+        {"tolerations": [{"operator": "Equal", "value": "x"}]},
+        {"tolerations": [{**TOLERATION, "effect": "NoSchedule", "tolerationSeconds": 1}]},
+        {"gpu": {"products": ["x" * 64]}},
+        {"podDisruptionBudget": {"maxUnavailable": "0%"}},
+        {"podDisruptionBudget": {"maxUnavailable": "101%"}},
+        {"networkPolicy": {"egressCIDRs": ["192.0.2.0/33"]}},
+        {"networkPolicy": {"fromNamespaces": ["My NS"]}},
+        {"storageUri": "hf://org/model "},
+        {"extraVolumes": [{"name": "a_b", "emptyDir": {}}]},
+        {"extraVolumes": [{"name": "a", "emptyDir": {}, "configMap": {"name": "b"}}]},
+        {"extraVolumeMounts": [{"name": "a", "mountPath": "x"}]},
+        {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "A b", "key": "k"}}}]},
+    ],
+    "modelCaches": [
+        {"job": {"memory": "1 GB"}},
+        {"job": {"resources": {"limits": {"cpu": "one"}}}},
+        {"claim": {"accessModes": ["ReadWriteMany", "ReadWriteMany"]}},
+        {"directory": "a/../../b"},
+        {"localModelCache": {"sourceModelUri": "a/b"}},
+    ],
+    "batchJobs": [{"output": "a//b"}, {"url": "http://a b"}, {"claim": "A"}],
+    "routes": [{"hosts": ["a.b", "a.b"]}, {"hosts": ["a" * 64]}, {"gateway": {"name": "A b"}}],
+    "serviceAccounts": [{"secrets": ["A b"]}],
+}
+
+
+def test_what_an_api_server_would_refuse_the_schema_refuses_first() -> None:
+    values: Document = {
+        top: {f"e{number}": entry for number, entry in enumerate(entries)} for top, entries in MISSHAPEN.items()
+    }
+    release: Document = {
+        "commonLabels": {"a": "x y"},
+        "image": {"registry": "https://ghcr.io", "repository": "a/b:1", "tag": "a b", "pullSecrets": ["A b"]},
+        "monitoring": {"podMonitor": {"interval": "0s"}},
+    }
+    with pytest.raises(HelmError) as error:
+        render({**values, **release})
+    for top, entries in MISSHAPEN.items():
+        unseen = [e for n, e in enumerate(entries) if f"'/{top}/e{n}'" not in str(error.value)]
+        assert not unseen
+    for path in ("commonLabels/a", "image/registry", "image/repository", "image/tag", "image/pullSecrets/0"):
+        assert f"'/{path}'" in str(error.value)
+    assert "'/monitoring/podMonitor/interval'" in str(error.value)
+
+
 @pytest.mark.skipif(
     not any(CRDS.glob("*.yaml")),
     reason=f"no published CRDs at {CRDS}: the copy in schemas.json was used and not compared with them",

@@ -202,8 +202,9 @@ def test_a_network_policy_of_knative_opens_the_queue_proxy_and_not_the_model() -
     assert [p["port"] for p in rules[0]["ports"]] == [8012, 8013, 8022, 8112]
     assert 8080 in [p["port"] for p in rules[1]["ports"]]
     namespaces = [f["namespaceSelector"]["matchLabels"] for f in rules[0]["from"] if "namespaceSelector" in f]
-    # Where the pods of gateways run; the chart's own default gateway is in `kserve`, its pods with Envoy Gateway.
-    names = ("istio-system", "knative-serving", "kourier-system", "kserve", "envoy-gateway-system")
+    # Where the pods of gateways run; the chart's own default gateway is in `kserve`, its pods with Envoy Gateway. The
+    # scenario's Knative is in another namespace than the default's, and its activator gets through.
+    names = ("istio-system", "knative-serving", "kourier-system", "kserve", "envoy-gateway-system", "knative")
     assert namespaces == [{"kubernetes.io/metadata.name": n} for n in names]
 
 
@@ -218,6 +219,29 @@ def test_a_closed_network_policy_lets_out_names_and_downloads_alone() -> None:
         None,
         {"cidr": "203.0.113.0/24"},
     ]
+
+
+def test_the_activator_and_the_test_get_through_whatever_else_is_closed() -> None:
+    closed = {"enabled": True, "fromNamespaces": [], "metricsFromNamespaces": [], "sameNamespace": False}
+    values: Document = {
+        "cluster": {"knativeNamespace": "knative"},
+        "inferenceServices": {
+            "far": {"storageUri": "hf://org/model", "networkPolicy": closed},
+            "near": {"storageUri": "hf://org/model", "deploymentMode": "Standard", "networkPolicy": closed},
+        },
+    }
+    documents = render(values)
+    policies = of_kind(documents, "NetworkPolicy")
+    knative = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "knative"}}}]
+    assert [rule["from"] for rule in policies["far-kserve-vllm"]["spec"]["ingress"]] == [knative, knative]
+    (rule,) = policies["near-kserve-vllm"]["spec"]["ingress"]
+    label = rule["from"][0]["podSelector"]["matchLabels"]
+    assert len(rule["from"]) == 1
+    assert label.items() <= of_kind(documents, "Pod")["near-test"]["metadata"]["labels"].items()
+    # Without the test there is nobody, and no empty list that an API server would leave out.
+    quiet = of_kind(render({**values, "tests": {"enabled": False}}), "NetworkPolicy")["near-kserve-vllm"]
+    assert "ingress" not in quiet["spec"]
+    assert quiet["spec"]["policyTypes"] == ["Ingress"]
 
 
 def test_nodes_of_one_model_may_talk_to_each_other() -> None:

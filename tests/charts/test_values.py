@@ -340,9 +340,17 @@ def test_every_value_of_an_entry_does_something_or_is_refused(
             name = f"e{len(entries):03}"
             entries[name], paths[name] = changed(base, path, setting), path
     refusals: dict[str, str] = {}
+    services: Document = {}
+    if top == "routes":
+        # Two routes with one host, or with ejection for one service, take from each other: each has its own.
+        services = {f"{name}-svc": AROUND["inferenceServices"]["chat"] for name in entries}
+        for name, entry in entries.items():
+            own = {"hosts": [f"{name}.example.com"], "inferenceService": f"{name}-svc"}
+            entries[name] = {**entry, **{key: value for key, value in own.items() if paths.get(name) != (key,)}}
     while True:
         try:
-            documents = render(around(top, entries))
+            values = around(top, entries)
+            documents = render({**values, "inferenceServices": {**values["inferenceServices"], **services}})
             break
         except HelmError as error:
             named = dict(re.findall(rf"{re.escape(top)}\.(e\d+): (.*)", str(error)))
@@ -434,7 +442,13 @@ def test_every_value_of_the_release_does_something_or_is_refused(context: str) -
 
 def test_defaults_are_for_an_entry_what_its_own_values_are() -> None:
     entries: Document = {
-        "inferenceServices": {"chat": {**SERVICES["files"], **SERVICES["guarded"]}},
+        "inferenceServices": {
+            "chat": {
+                **SERVICES["files"],
+                **SERVICES["guarded"],
+                "networkPolicy": {**SERVICES["guarded"]["networkPolicy"], "egress": [{"ports": [{"port": 6380}]}]},
+            }
+        },
         "modelCaches": {"m": CACHES["a hub with a token"]},
         "routes": {"r": ROUTES["ejection"]},
         "serviceAccounts": {"a": {"secrets": ["s"]}},

@@ -365,15 +365,15 @@ def test_extended_resources_stand_beside_the_gpu() -> None:
     resources = predictor(values)["model"]["resources"]
     assert resources["limits"] == {
         "nvidia.com/gpu": "1",
-        "rdma/ib": 1,
-        "nvidia.com/gpumem": 8000,
+        "rdma/ib": "1",
+        "nvidia.com/gpumem": "8000",
         "hugepages-2Mi": "1Gi",
     }
     assert resources["requests"] == resources["limits"]
     gaudi = predictor(service(gpu={"resource": "habana.ai/gaudi", "count": 2}))["model"]["resources"]
     assert gaudi["limits"] == {"habana.ai/gaudi": "2"}
     cpu = predictor(service(device="cpu", resources={"limits": {"intel.com/qat": 1}}))["model"]["resources"]
-    assert cpu["limits"] == {"intel.com/qat": 1}
+    assert cpu["limits"] == {"intel.com/qat": "1"}
 
 
 def test_claims_ask_for_devices_without_a_count() -> None:

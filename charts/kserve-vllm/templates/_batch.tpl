@@ -78,13 +78,19 @@ spec:
 {{- if eq $b.input $b.output }}
 {{ printf "%s: input and output are the same file." $at }}
 {{- end }}
+{{ include "kserve-vllm.check.words" (list $at "serverArgs" $b.serverArgs) }}
+{{- $owned := dict "out" "output" "url" "url" "concurrency" "concurrency" "retry-failed" "retryFailed" }}
 {{- range $b.serverArgs }}
 {{- $word := include "kserve-vllm.string" . }}
+{{- $flag := include "kserve-vllm.flag" $word }}
+{{- if hasKey $owned $flag }}
+{{ printf "%s: serverArgs has --%s; set %s instead." $at $flag (index $owned $flag) }}
+{{- end }}
 {{- if include "kserve-vllm.secretWord" $word }}
 {{ printf "%s: serverArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef." $at (include "kserve-vllm.flag" $word) }}
 {{- end }}
 {{- end }}
-{{ include "kserve-vllm.check.jobEnvironment" (list $at $b.job.env) }}
+{{ include "kserve-vllm.check.job" (list $at $b.job) }}
 {{ include "kserve-vllm.check.addresses" (list $at $b) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" $at "kind" "batchJobs" "chart" "batchJobDefaults" "entry" $b) }}
 {{- end }}

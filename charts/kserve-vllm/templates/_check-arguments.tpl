@@ -1,11 +1,14 @@
 {{/* Name of a flag, in vLLM's long spelling: --max_num_seqs=4, -tp=4 and --no-x are --max-num-seqs, --tensor-parallel-size, --x. */}}
 {{- define "kserve-vllm.flag" -}}
 {{- $short := dict "-tp" "tensor-parallel-size" "-pp" "pipeline-parallel-size" "-dp" "data-parallel-size" "-pcp" "prefill-context-parallel-size" "-dpn" "data-parallel-rank" "-dpr" "data-parallel-start-rank" "-dpl" "data-parallel-size-local" "-dpa" "data-parallel-address" "-dpp" "data-parallel-rpc-port" "-dpb" "data-parallel-backend" "-dph" "data-parallel-hybrid-lb" "-dpe" "data-parallel-external-lb" "-dpm" "data-parallel-multi-port-external-lb" "-n" "nnodes" "-r" "node-rank" "-q" "quantization" "-sc" "speculative-config" "-asc" "api-server-count" -}}
-{{- $word := regexReplaceAll "[=.].*" . "" -}}
+{{- $word := regexReplaceAll "[=. ].*" . "" -}}
 {{- if hasPrefix "--" $word -}}
 {{- $word | trimPrefix "--" | replace "_" "-" | trimPrefix "no-" -}}
 {{- else if hasKey $short $word -}}
 {{- index $short $word -}}
+{{- else if regexMatch "^-[nrq]." $word -}}
+{{/* A flag of one letter may have its value attached: -n2. */}}
+{{- index $short (trunc 2 $word) -}}
 {{- end -}}
 {{- end }}
 
@@ -14,63 +17,11 @@
 {{- if regexMatch "^((tensor|pipeline)-parallel-size|prefill-context-parallel-size|data-parallel-.*|nnodes|node-rank|master-(addr|port)|distributed-executor-backend)$" . }}yes{{ end -}}
 {{- end }}
 
-{{/* Not empty for text that is a secret by its looks: a password in an address, a token's known beginning. */}}
-{{- define "kserve-vllm.secretText" -}}
-{{- if regexMatch "(://[^/@ ]*:[^/@ ]+@|(?i)^(bearer|basic) +[^ ]|(^|[=, ])(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}|(?i)(^|[;, ])(accountkey|sharedaccesskey|password|pwd)=[^;, ])" . }}yes{{ end -}}
-{{- end }}
-
-{{/* Not empty for a word of the command line that holds a secret. */}}
-{{- define "kserve-vllm.secretWord" -}}
-{{- if or (regexMatch "^--?(api[-_]key|hf[-_]token)(=|$)" .) (include "kserve-vllm.secretText" .) }}yes{{ end -}}
-{{- end }}
-
-{{/* Not empty for a variable with a secret in plain text. Names of files, addresses and ids are none. */}}
-{{- define "kserve-vllm.secretVariable" -}}
-{{- if hasKey . "value" -}}
-{{- $value := include "kserve-vllm.string" .value -}}
-{{- $named := regexMatch "(?i)(token|secret|passw(or)?d|passphrase|credentials?|(^|_)(pass|pwd|pat)|connection_?string|(api|access|private|account|signing|encryption)_?key)$" .name -}}
-{{/* Where credentials lie is no secret, and PWD is where a shell is. */}}
-{{- if or (and (regexMatch "(?i)(credentials?|^pwd)$" .name) (hasPrefix "/" $value)) (regexMatch "(?i)^oldpwd$" .name) }}{{ $named = false }}{{ end -}}
-{{- if and $value (or $named (include "kserve-vllm.secretText" $value)) }}yes{{ end -}}
-{{- end -}}
-{{- end }}
-
-{{/* Of the environment of a Job's pod. Takes (list at env). */}}
-{{- define "kserve-vllm.check.jobEnvironment" -}}
-{{- range index . 1 }}
-{{- if include "kserve-vllm.secretVariable" . }}
-{{ printf "%s: %s looks like a secret and is given as plain text; use valueFrom.secretKeyRef." (index $ 0) .name }}
-{{- end }}
-{{- end }}
-{{- end }}
-
-{{/* Of addresses anywhere in values, which objects then show to all who may read them. Takes (list at values). Environment
-and arguments have sentences of their own. */}}
-{{- define "kserve-vllm.check.addresses" -}}
-{{- $at := index . 0 -}}
-{{- $value := index . 1 -}}
-{{- if kindIs "map" $value }}
-{{- range $key, $child := $value }}
-{{- if not (has $key (list "env" "extraArgs" "serverArgs" "args")) }}
-{{ include "kserve-vllm.check.addresses" (list (printf "%s.%s" $at $key) $child) }}
-{{- end }}
-{{- end }}
-{{- else if kindIs "slice" $value }}
-{{- range $index, $child := $value }}
-{{ include "kserve-vllm.check.addresses" (list (printf "%s[%d]" $at $index) $child) }}
-{{- end }}
-{{- else if kindIs "string" $value }}
-{{- if regexMatch "://[^/@ ]*:[^/@ ]+@" $value }}
-{{ printf "%s: the address has a password in plain text; give it without, and the password by a Secret (env with valueFrom.secretKeyRef, serviceAccounts)." $at }}
-{{- end }}
-{{- end }}
-{{- end }}
-
 {{/* Of extra arguments and environment. */}}
 {{- define "kserve-vllm.check.arguments" -}}
 {{- $at := .at -}}
 {{- $s := .s -}}
-{{- $owned := dict "model" "model" "model-id" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "data-parallel-size" "parallelism.data" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "keys-file" "apiKeys" "redis-url" "redis" "adapters-file" "lora.watched" "warmup-file" "warmup" "moderation-file" "moderation" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" -}}
+{{- $owned := dict "model" "model" "model-id" "model" "model-name" "servedNames" "model-dir" "storageUri" "served-model-name" "servedNames" "demo" "demo" "profile" "profile" "tensor-parallel-size" "parallelism.tensor" "pipeline-parallel-size" "parallelism.pipeline" "data-parallel-size" "parallelism.data" "max-num-seqs" "maxNumSeqs" "max-model-len" "maxModelLen" "quantization" "quantization" "speculative-config" "speculative" "enable-lora" "lora.adapters" "lora-modules" "lora.adapters" "max-loras" "lora.maxLoras" "max-lora-rank" "lora.maxRank" "chat-template" "chatTemplate" "keys-file" "apiKeys" "redis-url" "redis" "adapters-file" "lora.watched" "warmup-file" "warmup" "moderation-file" "moderation" "drain-timeout" "drain.timeoutSeconds" "drain-delay" "drain.delaySeconds" "runner" "task" "api-server-count" "apiServerCount" "response-cache" "responseCache" "usage-sink" "usageSink" "otlp-endpoint" "tracing.endpoint" "trace-sample-ratio" "tracing.sampleRatio" -}}
 {{- $fixed := list "host" "http-port" "grpc-port" "port" "headless" "config" "ssl-certfile" "ssl-keyfile" -}}
 {{- range $s.extraArgs }}
 {{- $flag := include "kserve-vllm.flag" . }}
@@ -94,10 +45,21 @@ and arguments have sentences of their own. */}}
 {{- end }}
 {{- end }}
 
+{{/* Of one word that was meant to be two. Takes (list at name words). */}}
+{{- define "kserve-vllm.check.words" -}}
+{{- range index . 2 }}
+{{- $word := include "kserve-vllm.string" . }}
+{{- if regexMatch "^--?[A-Za-z][^=\\s]*\\s" $word }}
+{{ printf "%s: %s has %q, which no parser takes apart; write FLAG=VALUE, or flag and value as two items." (index $ 0) (index $ 1) $word }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Of what holds for every engine: secrets, placeholders, what KServe refuses. */}}
 {{- define "kserve-vllm.check.environment" -}}
 {{- $at := .at -}}
 {{- $s := .s -}}
+{{ include "kserve-vllm.check.words" (list $at "extraArgs" $s.extraArgs) }}
 {{- range $s.extraArgs }}
 {{- $flag := include "kserve-vllm.flag" . }}
 {{- if include "kserve-vllm.secretWord" . }}

@@ -27,6 +27,23 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- if and $s.canaryOn (not $s.knative) (hasKey $root.Values.internal.services (printf "%s-%s" $s.name $s.canary.variant)) }}
 {{ printf "%s: its canary's objects would be called as those of inferenceServices.%s-%s; change canary.variant." $at $s.name $s.canary.variant }}
 {{- end }}
+{{- range $key := list "serving.kserve.io/inferenceservice" "kserve-vllm/runtimes-of" }}
+{{- if or (hasKey $s.labels $key) (hasKey $s.podLabels $key) (hasKey $root.Values.commonLabels $key) (hasKey $root.Values.runtimes.podLabels $key) }}
+{{ printf "%s: a label has %s, by which the chart's PodMonitor, NetworkPolicy and PodDisruptionBudget find the pods; take it out." $at $key }}
+{{- end }}
+{{- end }}
+{{- if hasKey $root.Values.internal.services (include "kserve-vllm.predictorName" $s.name) }}
+{{ printf "%s: KServe writes objects called %s-predictor for it, as for inferenceServices.%s-predictor; give that one another name." $at $s.name $s.name }}
+{{- end }}
+{{- range $list, $items := dict "lora.adapters" $s.lora.adapters "initContainers" $s.initContainers "resourceClaims" $s.resourceClaims }}
+{{ include "kserve-vllm.check.twice" (list $at $list "name" $items) }}
+{{- end }}
+{{ include "kserve-vllm.check.twice" (list $at "topologySpreadConstraints" "topologyKey" $s.topologySpreadConstraints) }}
+{{- range $s.lora.adapters }}
+{{- if has .name (append $s.servedNames $s.name) }}
+{{ printf "%s: adapter %s is called as the model itself; give it another name." $at .name }}
+{{- end }}
+{{- end }}
 {{- $hosts := list (ternary $s.name (include "kserve-vllm.predictorName" $s.name) $s.knative) -}}
 {{- range $hosts }}
 {{- $host := regexReplaceAll "{{ *[.]Name *}}" $root.Values.cluster.domainTemplate . }}
@@ -34,6 +51,37 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- $label := regexReplaceAll "{{[^}]*}}" $host "x" | splitList "." | first }}
 {{- if gt (len $label) 63 }}
 {{ printf "%s: KServe's host name for it would begin with %s, %d characters of 63 at most. Shorten name or namespace, or set cluster.domainTemplate when the cluster's is another." $at $label (len $label) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of lists whose items have a key. Takes (list at name key items). */}}
+{{- define "kserve-vllm.check.twice" -}}
+{{- $key := index . 2 -}}
+{{- $seen := list -}}
+{{- range index . 3 }}
+{{- if has (index . $key) $seen }}
+{{ printf "%s: %s has %s twice; take one out." (index $ 0) (index $ 1) (index . $key) }}
+{{- end }}
+{{- $seen = append $seen (index . $key) }}
+{{- end }}
+{{- end }}
+
+{{/* Of runtimes that would be written under one name. */}}
+{{- define "kserve-vllm.check.runtimeNames" -}}
+{{- if .Values.runtimes.enabled }}
+{{- $taken := dict }}
+{{- $internal := .Values.internal }}
+{{- $order := list "gpu" "cpu" "multinode" }}
+{{- range keys $internal.extras | sortAlpha }}{{ $order = append $order (printf "extra.%s" .) }}{{ end }}
+{{- range concat $order (keys $internal.engineRuntimes | sortAlpha) }}
+{{- if (index $internal.runtimes .).enabled }}
+{{- $name := include "kserve-vllm.runtimeName" (list $ .) }}
+{{- if hasKey $taken $name }}
+{{ printf "runtimes.%s: runtimes.%s has this name; take another one." . (index $taken $name) }}
+{{- end }}
+{{- $_ := set $taken $name . }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -20,6 +20,7 @@
 {{ printf "%s: resources.%s has %s; set gpu.count instead, or gpu.resource to another one." $at $group $s.gpu.resource }}
 {{- end }}
 {{- end }}
+{{ include "kserve-vllm.check.quantities" (list (printf "%s.resources" $at) $s.resources) }}
 
 {{/* Multi-node. */}}
 {{- if $s.multiNode.enabled }}
@@ -49,6 +50,14 @@
 {{- end }}
 {{- end }}
 {{/* Ports and the objects around the pods. */}}
+{{- $policy := $s.networkPolicy }}
+{{- if and $policy.enabled $policy.restrictEgress (not $policy.egress) }}
+{{- range $value, $address := dict "redis.secretName" (ternary "redis://" "" (ne $s.redis.secretName "")) "tracing.endpoint" $s.tracing.endpoint "usageSink" $s.usageSink }}
+{{- if and (contains "://" $address) (not (and $policy.egressCIDRs (regexMatch "^https://[^:/]+(:443)?(/|$)" $address))) }}
+{{ printf "%s: networkPolicy.restrictEgress lets nothing out to where %s leads; add a rule to networkPolicy.egress." $at $value }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if $s.grpc.enabled }}
 {{- $given := join " " $s.extraArgs }}
 {{- range $s.env }}

@@ -6,6 +6,7 @@
 {{- if not (or $r.model $r.image $r.args) }}
 {{ printf "%s: say what is new: model, image or args." $at }}
 {{- end }}
+{{ include "kserve-vllm.check.words" (list $at "args" $r.args) }}
 {{- range $r.args }}
 {{- $word := include "kserve-vllm.string" . }}
 {{- if not (hasPrefix "--" $word) }}
@@ -31,7 +32,7 @@
 {{- if and (not $r.serviceAccountName) (hasKey $root.Values.internal.accounts (include "kserve-vllm.rolloutName" $r)) }}
 {{ printf "%s: the account that it writes would be called as serviceAccounts.%s; give that one another name, or name it in serviceAccountName." $at (include "kserve-vllm.rolloutName" $r) }}
 {{- end }}
-{{ include "kserve-vllm.check.jobEnvironment" (list $at $r.job.env) }}
+{{ include "kserve-vllm.check.job" (list $at $r.job) }}
 {{ include "kserve-vllm.check.addresses" (list $at $r) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" $at "kind" "rolloutJobs" "chart" "rolloutJobDefaults" "entry" $r) }}
 {{- end }}

@@ -4,7 +4,7 @@
 {{- $s := .s -}}
 {{- $at := .at -}}
 {{- $a := $s.autoscaling -}}
-{{- range $key, $value := dict "serving.kserve.io/deploymentMode" "deploymentMode" "serving.kserve.io/autoscalerClass" "autoscaling.class" }}
+{{- range $key, $value := dict "serving.kserve.io/deploymentMode" "deploymentMode" "serving.kserve.io/autoscalerClass" "autoscaling.class" "autoscaling.knative.dev/min-scale" "autoscaling.minReplicas" "autoscaling.knative.dev/max-scale" "autoscaling.maxReplicas" "autoscaling.knative.dev/target" "autoscaling.target" "autoscaling.knative.dev/metric" "autoscaling.metric" }}
 {{- if or (hasKey $s.annotations $key) (hasKey $s.podAnnotations $key) (hasKey $root.Values.commonAnnotations $key) }}
 {{ printf "%s: an annotation has %s; set %s instead, other values are derived from it." $at $key $value }}
 {{- end }}
@@ -27,6 +27,13 @@
 {{- end }}
 {{- if and (has $s.metric (list "concurrency" "rps" "cpu" "memory")) (ne (float64 (int $s.target)) (float64 $s.target)) }}
 {{ printf "%s: autoscaling.target for %s must be a whole number." $at $s.metric }}
+{{- end }}
+{{- if and (eq $s.metric "kv-cache") (gt (float64 $s.target) 1.0) }}
+{{ printf "%s: autoscaling.target for kv-cache is a share of the cache, at most 1; %s would never be reached." $at (include "kserve-vllm.string" $s.target) }}
+{{- end }}
+{{- $hard := $a.knative.containerConcurrency }}
+{{- if and $hard $a.target (eq $s.metric "concurrency") (gt (float64 $a.target) (float64 $hard)) }}
+{{ printf "%s: autoscaling.target %s is above autoscaling.knative.containerConcurrency %d, which Knative then takes instead; lower the one or raise the other." $at (include "kserve-vllm.string" $a.target) (int $hard) }}
 {{- end }}
 {{- if lt (int $s.max) (int $s.min) }}
 {{ printf "%s: autoscaling.maxReplicas %d is below minReplicas %d." $at (int $s.max) (int $s.min) }}

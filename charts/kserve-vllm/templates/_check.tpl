@@ -48,17 +48,14 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{- range $name, $extra := .Values.internal.extras }}
 {{ include "kserve-vllm.check.runtime" (list $ (printf "extra.%s" $name)) }}
-{{- range $kind := list "cpu" "gpu" "multinode" }}
-{{- if and (index $.Values.runtimes $kind).enabled (eq $name (index $.Values.runtimes $kind).name) }}
-{{ printf "runtimes.extra.%s: runtimes.%s has this name; take another one." $name $kind }}
-{{- end }}
-{{- end }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" (printf "runtimes.extra.%s" $name) "kind" "extra" "chart" "extraRuntimeDefaults" "entry" $extra) }}
 {{- end }}
 {{- end }}
+{{ include "kserve-vllm.check.runtimeNames" . }}
 {{ include "kserve-vllm.check.engines" . }}
 {{ include "kserve-vllm.check.alerts" . }}
-{{ include "kserve-vllm.check.addresses" (list "cluster" .Values.cluster) }}
+{{ include "kserve-vllm.check.quantities" (list "tests.resources" .Values.tests.resources) }}
+{{ include "kserve-vllm.check.plainText" . }}
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}
 
@@ -68,6 +65,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- $at := printf "runtimes.%s" (index . 1) -}}
 {{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
 {{- $owned := list "model" "model-id" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "max-num-seqs" "drain-timeout" "drain-delay" "api-key" "config" "ssl-certfile" "ssl-keyfile" -}}
+{{ include "kserve-vllm.check.words" (list $at "extraArgs" $runtime.extraArgs) }}
 {{- range $runtime.extraArgs }}
 {{- $word := include "kserve-vllm.string" . }}
 {{- $flag := include "kserve-vllm.flag" $word }}
@@ -105,50 +103,6 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{- end }}
 
-{{/* Of routes of one type. Takes (list $ type). */}}
-{{- define "kserve-vllm.check.routes" -}}
-{{- $root := index . 0 -}}
-{{- range $name, $r := $root.Values.internal.routes }}
-{{- $at := printf "routes.%s" $name }}
-{{- if eq $r.type (index $ 1) }}
-{{- if not $r.hosts }}
-{{ printf "%s: give at least one host." $at }}
-{{- end }}
-{{- range $r.targets }}
-{{- $s := index $root.Values.internal.services .inferenceService }}
-{{- if not .inferenceService }}
-{{ printf "%s: give inferenceService, the name of the one that answers." $at }}
-{{- else if not $s }}
-{{ printf "%s: there is no inferenceServices.%s." $at .inferenceService }}
-{{- else }}
-{{- if and $s.knative (ne $r.type "Istio") }}
-{{ printf "%s: in Knative mode the Service of %s points at Knative's gateway and cannot be the backend of an %s; use type Istio, or Standard mode." $at .inferenceService (ternary "HTTPRoute" "Ingress" (eq $r.type "GatewayAPI")) }}
-{{- end }}
-{{- if and $s.knative $r.outlierEjection.enabled (eq $r.type "Istio") }}
-{{ printf "%s: outlierEjection needs the pods behind the route, but those of %s are behind Knative's gateway." $at .inferenceService }}
-{{- end }}
-{{- if lt (int $r.timeoutSeconds) (int $s.timeout) }}
-{{ printf "%s: its timeoutSeconds %d would cut streams of %s, which may take %d s." $at (int $r.timeoutSeconds) .inferenceService (int $s.timeout) }}
-{{- end }}
-{{- end }}
-{{- end }}
-{{- if and $r.outlierEjection.enabled (ne $r.type "Istio") }}
-{{ printf "%s: outlierEjection is Istio's; set type: Istio." $at }}
-{{- end }}
-{{- if and (eq $r.type "Ingress") $r.headerRoutes }}
-{{ printf "%s: an Ingress cannot route by header; take headerRoutes out, or use type GatewayAPI or Istio." $at }}
-{{- end }}
-{{- $object := include "kserve-vllm.routeName" $name }}
-{{- range $service, $_ := $root.Values.internal.services }}
-{{- if has $object (list $service (include "kserve-vllm.predictorName" $service)) }}
-{{ printf "%s: its object would be called %s, as the one that KServe writes for inferenceServices.%s; give the route another name." $at $object $service }}
-{{- end }}
-{{- end }}
-{{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "routes" "chart" "routeDefaults" "entry" $r) }}
-{{- end }}
-{{- end }}
-{{- end }}
-
 {{/* Of model caches of one type. Takes (list $ type). */}}
 {{- define "kserve-vllm.check.caches" -}}
 {{- $root := index . 0 -}}
@@ -169,9 +123,13 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- if eq (empty $c.huggingFace.repository) (empty $c.files) }}
 {{ printf "%s: give one of huggingFace.repository and files." $at }}
 {{- end }}
+{{ include "kserve-vllm.check.twice" (list $at "files" "path" $c.files) }}
+{{- if and $c.tensorrtLLM.model (eq $c.directory $c.tensorrtLLM.directory) }}
+{{ printf "%s: directory and tensorrtLLM.directory are the same, and the repository would be written into the model; change one." $at }}
+{{- end }}
 {{ include "kserve-vllm.check.claim" (dict "root" $root "c" $c "at" $at) }}
 {{- end }}
-{{ include "kserve-vllm.check.jobEnvironment" (list $at $c.job.env) }}
+{{ include "kserve-vllm.check.job" (list $at $c.job) }}
 {{ include "kserve-vllm.check.addresses" (list $at $c) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "modelCaches" "chart" "modelCacheDefaults" "entry" $c) }}
 {{- end }}

@@ -110,9 +110,14 @@ spec:
   env:
     {{- $own := list (dict "name" "HOME" "value" "/tmp") (dict "name" "HF_HUB_OFFLINE" "value" "1") }}
     {{- include "kserve-vllm.env" (list $own $c.job.env) | nindent 4 }}
+  {{- with $c.job.envFrom }}
+  envFrom:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   resources:
     {{- $asked := dict "requests" (dict "cpu" $c.job.cpu "memory" $t.memory) "limits" (merge (dict "memory" $t.memory) $gpus) }}
-    {{- include "kserve-vllm.quantities" (list $asked) | nindent 4 }}
+    {{- $given := dict "requests" (omit (default dict $c.job.resources.requests) "memory") "limits" (omit (default dict $c.job.resources.limits) "memory") }}
+    {{- include "kserve-vllm.quantities" (list $asked $given) | nindent 4 }}
   volumeMounts:
     {{- include "kserve-vllm.mergeLists" (list "mountPath" (index . 2) $c.job.extraVolumeMounts) | nindent 4 }}
 {{- end }}

@@ -61,19 +61,6 @@ gives YAML. An API server refuses lists such as env with a key twice.
 {{- toYaml $out -}}
 {{- end }}
 
-{{/* Requests and limits as text, the later ones laid over the earlier. Takes a list of `resources`; gives YAML. */}}
-{{- define "kserve-vllm.quantities" -}}
-{{- $out := dict -}}
-{{- range $group := list "requests" "limits" -}}
-{{- $texts := dict -}}
-{{- range $ -}}
-{{- range $name, $quantity := default dict (index . $group) }}{{ $_ := set $texts $name (include "kserve-vllm.string" $quantity) }}{{ end -}}
-{{- end -}}
-{{- if $texts }}{{ $_ := set $out $group $texts }}{{ end -}}
-{{- end -}}
-{{- if $out }}{{ toYaml $out }}{{ end -}}
-{{- end }}
-
 {{/* Names of Secrets as Kubernetes lists them, each once. */}}
 {{- define "kserve-vllm.secretNames" -}}
 {{- $out := list -}}

@@ -17,8 +17,9 @@
 
 {{/* CPU, memory and GPUs. A limit given alone is the request too: the runtime's request may be above it. */}}
 {{- define "kserve-vllm.resources" -}}
-{{- $requests := mergeOverwrite (deepCopy .resources.limits) .resources.requests -}}
-{{- $limits := deepCopy .resources.limits -}}
+{{- $given := include "kserve-vllm.quantities" (list (dict "requests" .resources.limits) .resources) | fromYaml -}}
+{{- $requests := default dict $given.requests -}}
+{{- $limits := default dict $given.limits -}}
 {{- if gt (int .gpus) 0 -}}
 {{- $requests = set $requests .gpu.resource (int .gpus | toString) -}}
 {{- $limits = set $limits .gpu.resource (int .gpus | toString) -}}
@@ -72,7 +73,11 @@ affinity:
 {{- end }}
 {{- with .topologySpreadConstraints }}
 topologySpreadConstraints:
-  {{- toYaml . | nindent 2 }}
+  {{- range . }}
+  {{- /* Without a selector a constraint counts no pods, and does nothing. */}}
+  {{- $own := dict "labelSelector" (dict "matchLabels" (dict "serving.kserve.io/inferenceservice" $.name)) }}
+  - {{- hasKey . "labelSelector" | ternary . (merge $own .) | toYaml | nindent 4 }}
+  {{- end }}
 {{- end }}
 {{- end }}
 
