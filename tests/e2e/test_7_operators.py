@@ -43,7 +43,7 @@ class Service:
 
     def rollout(self, *arguments: str) -> list[str]:
         """A rollout that looks often and judges early."""
-        quick = ("--interval", "10", "--initial-delay", "5", "--count", "12", "--min-samples", "25")
+        quick = ("--interval", "10", "--initial-delay", "5", "--count", "12", "--min-samples", "25", "--wait", "120")
         return self.command("rollout", CHAT, *arguments, *quick, "--prometheus", self.prometheus)
 
 
@@ -109,7 +109,7 @@ def test_a_worse_canary_is_rolled_back(service: Service, cluster: Cluster, recor
     """One that never gets ready, one that refuses, one that is slow."""
     stable = fingerprint(service.target)
     worse = {
-        "never ready": ("--model", "/models/not-there", "--progress-deadline", "100"),
+        "never ready": ("--model", "/models/not-there", "--progress-deadline", "180"),  # for the way back too
         "refuses": ("--arg=--requests-per-minute=6", "--steps", "50,100"),
         "slow": ("--arg=--max-num-seqs=1", "--steps", "50,100"),
     }
