@@ -37,6 +37,19 @@ def mender(knows_developer: bool = False) -> Mender:
     return Mender(ROUTES, "xgrammar", knows_developer)
 
 
+@pytest.mark.parametrize("named", [{}, {"model": None}, {"model": ""}])
+def test_a_request_names_its_model_where_that_is_asked_for(named: dict[str, Any]) -> None:
+    path = "/v1/chat/completions"
+    body = {"messages": [], **named}
+    Mender({path: CHAT}, "xgrammar", False).mend(path, dict(body))
+    strict = Mender({path: CHAT, "/plain": PLAIN}, "xgrammar", False, strict=True)
+    with pytest.raises(InvalidRequest, match="model is missing") as refused:
+        strict.mend(path, dict(body))
+    assert refused.value.field == "model"
+    strict.mend(path, {**body, "model": "demo"})
+    strict.mend("/plain", dict(body))
+
+
 MENDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("/chat", {"n": None, "tools": None}, {"tools": None}),
     ("/chat", {"top_p": 0}, {"top_p": 1e-6}),
