@@ -80,7 +80,9 @@ def _target(options: argparse.Namespace, tools: bool) -> Iterator[Target]:
         yield Target(url.rstrip("/"), options.grpc or "", name)
         return
     with tempfile.TemporaryDirectory(prefix="compat-batches-") as batches:
-        model = [str(tools_model.build(options.tools)), *tools_model.FLAGS] if tools else ["--demo"]
+        model = (
+            [str(tools_model.build(options.tools)), *tools_model.FLAGS, *tools_model.STRICT] if tools else ["--demo"]
+        )
         print(f"starting a server on {'the model that calls tools' if tools else 'the demo model'}", flush=True)
         server = Server([*model, "--batch-dir", batches], {"VLLM_ENABLE_RESPONSES_API_STORE": "1"})
         try:

@@ -19,6 +19,8 @@ from tests.compat.base import ROOT, NotInstalled
 
 NAME = "demo-tools"
 FLAGS = ("--model-name", NAME, "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enforce-eager")
+STRICT = ("--strict-openai", "true")
+"""As OpenAI's API is, which these suites are written for."""
 SCRIPT = ROOT / "runtime" / "tools" / "train_tools_model.py"
 WITHIN_S = 1500.0
 

@@ -264,6 +264,27 @@ def test_an_answer_of_anthropics_gets_what_is_required_of_it(kind: str) -> None:
     assert made.items() >= {"id": "a", "stop_details": None, "stop_sequence": None, "container": None}.items()
 
 
+def test_a_call_of_anthropics_names_its_caller_whole_and_begun_in_a_stream() -> None:
+    call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    made = anthropic_repair._complete({"content": [copy.deepcopy(call)]})
+    assert made["content"] == [{**call, "caller": {"type": "direct"}}]
+
+    async def started(block: dict[str, object]) -> str:
+        async def events(source: object) -> AsyncGenerator[str, None]:
+            yield "event: message_stop\ndata: {}\n\n"
+            tree = {"type": "content_block_start", "index": 1, "content_block": block}
+            yield f"event: content_block_start\ndata: {json.dumps(tree)}\n\n"
+
+        handler = SimpleNamespace(messages_full_converter=None, message_stream_converter=events)
+        mend_messages(SimpleNamespace(state=SimpleNamespace(anthropic_serving_messages=handler)))  # type: ignore[arg-type]
+        return [event async for event in handler.message_stream_converter(None)][1]  # type: ignore[call-arg]
+
+    for block, wanted in ((call, made["content"][0]), ({"type": "text", "text": ""}, {"type": "text", "text": ""})):
+        kind, _, data = asyncio.run(started(block)).partition("\ndata: ")
+        assert kind == "event: content_block_start"
+        assert json.loads(data) == {"type": "content_block_start", "index": 1, "content_block": wanted}
+
+
 def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses_repair, "_count_alike", lambda: None)  # changes a class of vLLM's for good
 
