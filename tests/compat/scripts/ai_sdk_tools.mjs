@@ -15,11 +15,11 @@ const weather = (places) => ({
     inputSchema: jsonSchema(parameters),
     execute: async ({ location }) => {
       places.push(location)
-      return 'sunny and warm'
+      return 'snow'
     },
   }),
 })
-const went = (places, text) => check(places.join() === 'Paris' && /sunny and warm/.test(text), { places, text })
+const went = (places, text) => check(places.join() === 'Paris' && /snow/.test(text), { places, text })
 
 await run({
   'generateText calls the tool and answers from its result': async () => {

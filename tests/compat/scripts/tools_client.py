@@ -10,7 +10,7 @@ openai = OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
 anthropic = Anthropic(base_url=URL, api_key="none", max_retries=0)
 
 ASKED = "What is the weather in Paris?"
-RESULT = "sunny and warm"
+RESULT = "snow"
 PARAMETERS = {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}
 FUNCTION = {"name": "get_weather", "description": "Current weather", "parameters": PARAMETERS}
 CHAT_TOOLS = [{"type": "function", "function": FUNCTION}]
@@ -179,7 +179,7 @@ def message(messages=None, **fields):
         "messages": messages,
         "max_tokens": 200,
         "tools": MESSAGES_TOOLS,
-        "temperature": 0,
+        "extra_body": {"temperature": 0},  # of which this version of the SDK has no argument
         **fields,
     }
 
