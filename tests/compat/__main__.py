@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.compat import page
+from tests.compat import page, tools_model
 from tests.compat.base import RESULTS, ROOT, Case, NotInstalled, Suite, Target, compare, expectations, one_line
 from tests.compat.suites import NOT_RUN, SUITES
 from tests.support import Server
@@ -29,7 +29,11 @@ examples:
   python -m tests.compat                            all suites, on a server that is started
   python -m tests.compat --only litellm,grpc-js     two of them
   python -m tests.compat --url http://127.0.0.1:8080 --grpc 127.0.0.1:8081    a server that runs (demo model)
+  python -m tests.compat --tools-url http://127.0.0.1:8080 --only comply-chat    a server on the model that calls tools
   python -m tests.compat --record                   also write results.json and docs/reference/compatibility.md
+
+Suites that ask for tools are given a second server, on the demo model as taught to call them. It is trained once, in
+about five minutes on one core, into --tools; --list marks these suites with a +.
 
 A deviation is listed in tests/compat/expected.toml with its reason. The run fails where a case deviates that is not
 listed, and where one that is listed does not deviate any longer. What can't be installed is told, and fails the run
@@ -50,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="NAMES", help="suites, separated by commas")
     parser.add_argument("--url", help="a server that runs already, with the demo model as `demo`; else one is started")
     parser.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC address; needed with --url")
+    parser.add_argument(
+        "--tools-url",
+        metavar="URL",
+        help=f"one that runs already, with the model that calls tools as `{tools_model.NAME}`",
+    )
     parser.add_argument("--tools", type=Path, default=ROOT / ".tools" / "compat", help="where suites are installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--record", action="store_true", help="keep the results, and write the page from them")
@@ -60,16 +69,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def _target(options: argparse.Namespace) -> Iterator[Target]:
-    if options.url:
-        yield Target(options.url.rstrip("/"), options.grpc)
+def _target(options: argparse.Namespace, tools: bool) -> Iterator[Target]:
+    """The server that suites are run against: on the model that calls tools, or on the demo model.
+
+    Raises:
+        NotInstalled: the model that calls tools can't be made here.
+    """
+    name = tools_model.NAME if tools else "demo"
+    if url := options.tools_url if tools else options.url:
+        yield Target(url.rstrip("/"), options.grpc or "", name)
         return
     with tempfile.TemporaryDirectory(prefix="compat-batches-") as batches:
-        print("starting a server on the demo model", flush=True)
-        server = Server(["--demo", "--batch-dir", batches], {"VLLM_ENABLE_RESPONSES_API_STORE": "1"})
+        model = (
+            [str(tools_model.build(options.tools)), *tools_model.FLAGS, *tools_model.STRICT] if tools else ["--demo"]
+        )
+        print(f"starting a server on {'the model that calls tools' if tools else 'the demo model'}", flush=True)
+        server = Server([*model, "--batch-dir", batches], {"VLLM_ENABLE_RESPONSES_API_STORE": "1"})
         try:
             server.wait_ready()
-            yield Target(server.url, server.grpc_address, pid=server.process.pid)
+            yield Target(server.url, server.grpc_address, name, server.process.pid)
         finally:
             server.stop()
 
@@ -80,14 +98,17 @@ def _chosen(options: argparse.Namespace) -> list[Suite]:
     if unknown:
         raise SystemExit(f"no suite named {', '.join(sorted(unknown))}; --list names them")
     chosen = [suite for suite in SUITES if suite.name in names]
-    if options.url:
-        if not options.grpc:
-            raise SystemExit("--url needs --grpc HOST:PORT too")
-        for suite in chosen:
-            if suite.ends_server:
-                print(f"{suite.name}: left out, since it ends the server that --url names", flush=True)
-        chosen = [suite for suite in chosen if not suite.ends_server]
-    return chosen
+    if options.url and not options.grpc:
+        raise SystemExit("--url needs --grpc HOST:PORT too")
+    left = []
+    for suite in chosen:
+        if suite.ends_server and options.url:
+            print(f"{suite.name}: left out, since it ends the server that --url names", flush=True)
+        elif suite.tools and options.url and not options.tools_url:
+            print(f"{suite.name}: left out, since it needs a model that calls tools: --tools-url names one", flush=True)
+        else:
+            left.append(suite)
+    return left
 
 
 def _about() -> dict[str, str]:
@@ -127,50 +148,81 @@ def _merged(found: dict[str, Any], some: bool) -> dict[str, Any]:
     }
 
 
+class _Run:
+    """What the suites find, one after the other.
+
+    Args:
+        options: of the command line.
+        count: of suites.
+    """
+
+    def __init__(self, options: argparse.Namespace, count: int) -> None:
+        self.found: dict[str, Any] = {"about": _about(), "suites": {}, "not_installed": {}}
+        self.faults: list[str] = []
+        self._options, self._count, self._expected = options, count, expectations()
+
+    def missing(self, suite: Suite, error: NotInstalled) -> None:
+        """Note that a suite was not run."""
+        print(f"    {suite.name} NOT RUN: {error}", flush=True)
+        self.found["not_installed"][suite.name] = one_line(str(error))
+        if os.environ.get("CI") and suite.name not in self._options.allow_missing.split(","):
+            self.faults.append(f"{suite.name}: not run: {one_line(str(error))}")
+
+    def ask(self, suite: Suite, target: Target) -> None:
+        """Run a suite, and compare what it finds with what is listed."""
+        began = time.monotonic()
+        number = len(self.found["suites"]) + len(self.found["not_installed"]) + 1
+        print(f"[{number}/{self._count}] {suite.name}: installing what is missing, asking", flush=True)
+        try:
+            cases = suite.run(target, self._options.tools)
+        except NotInstalled as error:
+            self.missing(suite, error)
+            return
+        except Exception as error:
+            cases = [Case("the suite itself", "failed", one_line(f"{type(error).__name__}: {error}"))]
+        self.found["suites"][suite.name] = {
+            "what": suite.what,
+            "version": suite.version,
+            "date": self.found["about"]["date"],
+            "cases": [asdict(case) for case in cases],
+        }
+        if self._options.json:  # after each, so that a run that is ended has told what it found
+            self._options.json.write_text(json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
+        wrong = compare(cases, self._expected.get(suite.name))
+        self.faults += [f"{suite.name}: {each}" for each in wrong]
+        passed = sum(case.outcome == "passed" for case in cases)
+        print(
+            f"    {passed} of {len(cases)} passed; {'as listed' if not wrong else f'{len(wrong)} not as listed'}"
+            f"; {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+
 def main() -> int:
     """Run the chosen suites. Returns 0 where all is as listed, else 1."""
     options = _parser().parse_args()
     if options.list:
         for suite in SUITES:
-            print(f"{suite.name:18} {suite.what} ({suite.version})")
+            print(f"{suite.name:18} {'+' if suite.tools else ' '} {suite.what} ({suite.version})")
         for name, why in NOT_RUN.items():
-            print(f"{name:18} not run: {why}")
+            print(f"{name:18}   not run: {why}")
         return 0
-    chosen, expected = _chosen(options), expectations()
+    chosen = _chosen(options)
     options.tools = options.tools.resolve()
     options.tools.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"about": _about(), "suites": {}, "not_installed": {}}
-    faults: list[str] = []
-    with _target(options) as target:
-        for number, suite in enumerate(chosen, 1):
-            began = time.monotonic()
-            print(f"[{number}/{len(chosen)}] {suite.name}: installing what is missing, asking", flush=True)
-            try:
-                cases = suite.run(target, options.tools)
-            except NotInstalled as error:
-                print(f"    NOT RUN: {error}", flush=True)
-                found["not_installed"][suite.name] = one_line(str(error))
-                if os.environ.get("CI") and suite.name not in options.allow_missing.split(","):
-                    faults.append(f"{suite.name}: not run: {one_line(str(error))}")
-                continue
-            except Exception as error:
-                cases = [Case("the suite itself", "failed", one_line(f"{type(error).__name__}: {error}"))]
-            found["suites"][suite.name] = {
-                "what": suite.what,
-                "version": suite.version,
-                "date": found["about"]["date"],
-                "cases": [asdict(case) for case in cases],
-            }
-            if options.json:  # after each, so that a run that is ended has told what it found
-                options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-            wrong = compare(cases, expected.get(suite.name))
-            faults += [f"{suite.name}: {each}" for each in wrong]
-            passed = sum(case.outcome == "passed" for case in cases)
-            print(
-                f"    {passed} of {len(cases)} passed; {'as listed' if not wrong else f'{len(wrong)} not as listed'}"
-                f"; {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+    run = _Run(options, len(chosen))
+    for tools in (True, False):
+        suites = [suite for suite in chosen if suite.tools is tools]
+        if not suites:
+            continue
+        try:
+            with _target(options, tools) as target:
+                for suite in suites:
+                    run.ask(suite, target)
+        except NotInstalled as error:
+            for suite in suites:
+                run.missing(suite, error)
+    found, faults = run.found, run.faults
     if options.record:
         kept = _merged(found, bool(options.only))
         RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")

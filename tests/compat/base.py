@@ -128,6 +128,7 @@ class Suite:
         version: what is installed, as its registry names it.
         run: installs what it needs below the folder, and asks the target.
         ends_server: it ends the server that it asks, so it comes last and can't be run with `--url`.
+        tools: it asks the model that calls tools, see `tools_model`; else the demo model.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Suite:
     version: str
     run: Callable[[Target, Path], list[Case]]
     ends_server: bool = False
+    tools: bool = False
 
 
 def script(name: str, runner: Sequence[str], target: Target, folder: Path) -> list[Case]:

@@ -18,15 +18,25 @@ PAGE = ROOT / "docs" / "reference" / "compatibility.md"
 _HEAD = """<!-- Written by `python -m tests.compat.page` from tests/compat; do not edit. -->
 # Compatibility: others' suites
 
-What test suites and clients of others found when they were last run against this server on the demo model by
+What test suites and clients of others found when they were last run against this server by
 `make compat`: installed from their registries in the versions named, and compared with a checked-in list
 (`tests/compat/expected.toml`). A failure that is not in the list fails the run; so does one in the list that is gone.
+
+Suites with a + are run on a model that calls tools and ends its JSON: the demo model as taught further by a script of
+ours, `runtime/tools/train_tools_model.py`, served with `--tool-call-parser hermes` and `--strict-openai true`; the
+others on the demo model itself. What it calls and copies is what it was taught, so it shows how calls pass
+through the server.
 """
-_WHOSE = {"model": "what the demo model lacks", "ours": "what is not served, or otherwise", "suite": "the suite's own"}
+_WHOSE = {"model": "what the model lacks", "ours": "what is not served, or otherwise", "suite": "the suite's own"}
 
 
-def page(results: Mapping[str, Any], expected: Mapping[str, Expected], not_run: Mapping[str, str]) -> str:
-    """The page as text."""
+def page(
+    results: Mapping[str, Any],
+    expected: Mapping[str, Expected],
+    not_run: Mapping[str, str],
+    with_tools: frozenset[str] = frozenset(),
+) -> str:
+    """The page as text; suites in `with_tools` were asked of the model that calls tools."""
     lines = [_HEAD]
     about = results["about"]
     lines.append(
@@ -39,7 +49,12 @@ def page(results: Mapping[str, Any], expected: Mapping[str, Expected], not_run: 
         verdict = f"{len(cases) - passed}"
         if compare(cases, expected.get(name)):
             verdict += ", **not as listed**"
-        about_it = [f"`{name}`", _cell(entry["what"]), _cell(entry["version"]), entry["date"]]
+        about_it = [
+            f"`{name}`{' +' if name in with_tools else ''}",
+            _cell(entry["what"]),
+            _cell(entry["version"]),
+            entry["date"],
+        ]
         lines.append(f"| {' | '.join(about_it)} | {len(cases)} | {passed} | {verdict} |")
     lines += ["", "## What deviates, and why", ""]
     for name, entry in results["suites"].items():
@@ -70,9 +85,10 @@ def _cell(text: str) -> str:
 
 def current() -> str:
     """The page of the checked-in results."""
-    from tests.compat.suites import NOT_RUN
+    from tests.compat.suites import NOT_RUN, SUITES
 
-    return page(json.loads(RESULTS.read_text()), expectations(), NOT_RUN)
+    with_tools = frozenset(suite.name for suite in SUITES if suite.tools)
+    return page(json.loads(RESULTS.read_text()), expectations(), NOT_RUN, with_tools)
 
 
 def write(check: bool = False, file: Path = PAGE) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat import page
+from tests.compat import page, tools_model
 from tests.compat.base import Case, Deviation, Expected, Folder, NotInstalled, cases_of, compare, expectations
 from tests.compat.suites import SUITES
 from tests.compat.suites.sdk_tests import by_test
@@ -75,7 +75,7 @@ def test_the_page_shows_what_is_not_as_listed_and_what_was_not_run() -> None:
     )
     assert "| `one` | a\\|b | 1 | 2026-01-01 | 2 | 1 | 1 |" in made
     assert "| `two` | a\\|b | 1 | 2026-01-01 | 2 | 1 | 1, **not as listed** |" in made
-    assert "| `tool call` | what the demo model lacks | no tools |" in made
+    assert "| `tool call` | what the model lacks | no tools |" in made
     assert "- **three**: no network" in made
     assert "- **four**: has no program" in made
 
@@ -116,6 +116,26 @@ def test_an_installation_that_fails_is_told_and_made_anew(tmp_path: Path) -> Non
     for version in ("one==1", "one==1", "one==2"):
         folder.once(version, lambda version=version: made.append(version))  # type: ignore[misc]
     assert made == ["one==1", "one==2"]
+
+
+def test_the_model_that_calls_tools_is_made_once_and_anew_from_another_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "train.py"
+    monkeypatch.setattr(tools_model, "SCRIPT", script)
+    (tmp_path / "train_demo_model.py").write_text("")
+    write = "import pathlib, sys\nout = pathlib.Path(sys.argv[2])\nout.mkdir(parents=True)\n"
+    script.write_text(write + "(out / 'model.safetensors').write_text('one')")
+    first = tools_model.build(tmp_path)
+    (first / "model.safetensors").write_text("kept")
+    assert (tools_model.build(tmp_path) / "model.safetensors").read_text() == "kept"
+    script.write_text(write + "(out / 'model.safetensors').write_text('two')")
+    second = tools_model.build(tmp_path)
+    assert (second / "model.safetensors").read_text() == "two"
+    assert not first.exists()
+    script.write_text("raise SystemExit('no memory')")
+    with pytest.raises(NotInstalled, match="no memory"):
+        tools_model.build(tmp_path)
 
 
 def test_the_command_names_suites_and_what_is_not_run() -> None:

@@ -119,6 +119,7 @@ def test_json_schema_forces_the_form_of_the_answer(one: openai.OpenAI) -> None:
         response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}},
     )
     assert json.loads(answer.choices[0].message.content)["sum"] in (41, 42)
+    assert answer.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_wrong_method_is_told_the_right_ones(endpoints: Endpoints) -> None:
         ("GET", CHAT, ("POST",)),
         ("PUT", "/v1/models", ("GET", "HEAD")),
         ("POST", "/v1/models", ("GET", "HEAD")),
-        ("POST", "/v1/responses/compact", ("GET", "HEAD")),
+        ("POST", "/v1/responses/resp_1", ("GET", "HEAD")),
         ("DELETE", "/v2/models/org/demo/infer", ("POST",)),
         ("GET", "/v1/models/demo:predict", ("POST",)),
         ("DELETE", "/v2", ("GET", "HEAD")),
@@ -214,7 +214,20 @@ def test_a_wrong_method_is_told_the_right_ones(endpoints: Endpoints) -> None:
         assert (found.refusal, found.allow) == (MethodNotAllowed, allow), (method, path)
 
 
-@pytest.mark.parametrize("path", ["/v2/nope", "/v1/nope", "/nope", "/openai/v2", "/V1/models", "/metrics/x", "/redoc"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v2/nope",
+        "/v1/nope",
+        "/v1/responses/compact",
+        "/v1/responses/input_tokens",
+        "/nope",
+        "/openai/v2",
+        "/V1/models",
+        "/metrics/x",
+        "/redoc",
+    ],
+)
 def test_an_unknown_path_is_not_found(endpoints: Endpoints, path: str) -> None:
     for method in ("GET", "POST", "PUT", "WEBSOCKET"):
         assert asked(endpoints, method, path).refusal is NotFound

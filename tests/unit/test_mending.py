@@ -39,6 +39,19 @@ def mender(knows_developer: bool = False) -> Mender:
     return Mender(ROUTES, "xgrammar", knows_developer)
 
 
+@pytest.mark.parametrize("named", [{}, {"model": None}, {"model": ""}])
+def test_a_request_names_its_model_where_that_is_asked_for(named: dict[str, Any]) -> None:
+    path = "/v1/chat/completions"
+    body = {"messages": [], **named}
+    Mender({path: CHAT}, "xgrammar", False).mend(path, dict(body))
+    strict = Mender({path: CHAT, "/plain": PLAIN}, "xgrammar", False, strict=True)
+    with pytest.raises(InvalidRequest, match="model is missing") as refused:
+        strict.mend(path, dict(body))
+    assert refused.value.field == "model"
+    strict.mend(path, {**body, "model": "demo"})
+    strict.mend("/plain", dict(body))
+
+
 MENDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("/chat", {"n": None, "tools": None}, {"tools": None}),
     ("/chat", {"top_p": 0}, {"top_p": 1e-6}),
@@ -270,6 +283,63 @@ def test_an_answer_of_anthropics_gets_what_is_required_of_it(kind: str) -> None:
     assert made.items() >= {"id": "a", "stop_details": None, "stop_sequence": None, "container": None}.items()
 
 
+def test_a_call_of_anthropics_names_its_caller_whole_and_begun_in_a_stream() -> None:
+    call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    made = anthropic_repair._complete({"content": [copy.deepcopy(call)]})
+    assert made["content"] == [{**call, "caller": {"type": "direct"}}]
+
+    async def started(block: dict[str, object]) -> str:
+        async def events(source: object) -> AsyncGenerator[str, None]:
+            yield "event: message_stop\ndata: {}\n\n"
+            tree = {"type": "content_block_start", "index": 1, "content_block": block}
+            yield f"event: content_block_start\ndata: {json.dumps(tree)}\n\n"
+
+        handler = SimpleNamespace(messages_full_converter=None, message_stream_converter=events)
+        mend_messages(SimpleNamespace(state=SimpleNamespace(anthropic_serving_messages=handler)))  # type: ignore[arg-type]
+        return [event async for event in handler.message_stream_converter(None)][1]  # type: ignore[call-arg]
+
+    for block, wanted in ((call, made["content"][0]), ({"type": "text", "text": ""}, {"type": "text", "text": ""})):
+        kind, _, data = asyncio.run(started(block)).partition("\ndata: ")
+        assert kind == "event: content_block_start"
+        assert json.loads(data) == {"type": "content_block_start", "index": 1, "content_block": wanted}
+
+
+def test_what_follows_a_stored_response_sees_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
+
+    monkeypatch.setattr(responses_repair, "_count_alike", lambda: None)
+    call = ResponseFunctionToolCall(type="function_call", call_id="c", name="f", arguments="{}")
+    part = ResponseOutputText(type="output_text", text="a", annotations=[])
+    text = ResponseOutputMessage(id="m", type="message", role="assistant", status="completed", content=[part])
+
+    async def render(request: object, **given: Any) -> dict[str, Any]:
+        return given
+
+    def asked(outputs: list[Any] | None, harmony: bool = False) -> dict[str, Any]:
+        renderer = SimpleNamespace(render_responses=render, use_harmony=harmony)
+        handler = SimpleNamespace(
+            responses_full_generator=None,
+            responses_stream_generator=None,
+            responses_background_stream_generator=None,
+            online_renderer=renderer,
+        )
+        state = SimpleNamespace(openai_serving_responses=handler)
+        responses_repair.mend_responses(SimpleNamespace(state=state))  # type: ignore[arg-type]
+        before = [{"role": "user", "content": "q"}]
+        given = {"previous_messages": before, "previous_response_outputs": outputs, "tool_server": 1}
+        return dict(asyncio.run(renderer.render_responses(None, **given)))  # type: ignore[arg-type]
+
+    made = asked([text, call])
+    assert made["previous_response_outputs"] is None
+    assert made["tool_server"] == 1
+    question, answer = made["previous_messages"]
+    assert question == {"role": "user", "content": "q"}
+    assert (answer["role"], answer["content"], answer["tool_calls"][0]["id"]) == ("assistant", "a", "c")
+    for outputs, harmony in (([text], False), (None, False), ([call], True)):
+        kept = asked(outputs, harmony)
+        assert (kept["previous_response_outputs"], len(kept["previous_messages"])) == (outputs, 1)
+
+
 def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses_repair, "_count_alike", lambda: None)  # changes a class of vLLM's for good
 
@@ -292,6 +362,7 @@ def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch)
         responses_full_generator=full,
         responses_stream_generator=stream,
         responses_background_stream_generator=None,
+        online_renderer=SimpleNamespace(render_responses=None),
     )
     responses_repair.mend_responses(SimpleNamespace(state=SimpleNamespace(openai_serving_responses=handler)))  # type: ignore[arg-type]
     asked = SimpleNamespace(status="completed", store=True, prompt_cache_key="k")

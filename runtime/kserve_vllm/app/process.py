@@ -293,7 +293,8 @@ class _Process:
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
         settings = self._settings
-        args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), settings.model.compact_json)
+        own = settings.model.compact_json, settings.model.strict_openai
+        args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), *own)
         # Reads some sixty files; in front of the engine, which may not be one that this can work with.
         await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})
         self._phases.end("imports")

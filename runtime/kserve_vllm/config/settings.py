@@ -71,6 +71,11 @@ class ModelSettings(_Group):
         "Generate JSON under a schema without white space between its parts, which a model may otherwise write until "
         "its tokens are used up; --compact-json false lets the model choose.",
     )
+    strict_openai: bool = _setting(
+        False,
+        "Refuse what OpenAI refuses and vLLM does not: a chat, completion, response or embedding without `model`, "
+        "which the served model answers otherwise.",
+    )
     adapters_file: str | None = _setting(
         None,
         "YAML or JSON file that declares adapters (LoRA): `adapters: [{name, source, description, revision}]`. Watched "

@@ -100,12 +100,15 @@ def _explain_flag(message: str, parser: argparse.ArgumentParser) -> str:
     return "; ".join(sentences) + ". See kserve-vllm serve --help and --help-engine KEYWORD"
 
 
-def parse_engine_args(argv: Sequence[str], compact_json: bool = True) -> argparse.Namespace:
+def parse_engine_args(
+    argv: Sequence[str], compact_json: bool = True, strict_openai: bool = False
+) -> argparse.Namespace:
     """Check engine flags with vLLM's own parser.
 
     Args:
         argv: the flags.
         compact_json: whether JSON under a schema has no white space between its parts.
+        strict_openai: whether a request has to name its model where OpenAI's has to.
 
     Raises:
         ConfigError: an unknown flag (with the nearest names), a bad value, or a flag of vLLM's own server that would
@@ -123,7 +126,7 @@ def parse_engine_args(argv: Sequence[str], compact_json: bool = True) -> argpars
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise ConfigError(f"vLLM does not take these flags: {error}") from error
     args.api_server_count = None
-    args.compact_json = compact_json
+    args.compact_json, args.strict_openai = compact_json, strict_openai
     return args
 
 

@@ -520,6 +520,20 @@ TABLE: tuple[Touchpoint, ...] = (
         f"{_OPENAI}.responses.protocol",
         "ResponsesResponse ResponsesRequest",
     ),
+    *_rows(
+        "what follows a stored response sees its calls of tools",
+        "warn",
+        "signature",
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer.render_responses",
+    ),
+    *_rows(
+        "what follows a stored response sees its calls of tools",
+        "warn",
+        "signature",
+        f"{_OPENAI}.responses.utils",
+        "construct_chat_messages_with_tool_call",
+    ),
     # ---- shortcut: whole answers past the web framework
     *_rows(
         "what vLLM's route does around its handler",

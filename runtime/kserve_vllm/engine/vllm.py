@@ -197,7 +197,7 @@ class VLLMEngine:
         mend_responses(self._app)
         mend_messages(self._app)
         backend = client.vllm_config.structured_outputs_config.backend
-        self.mender = mender_of(self._app, backend, self._chat_template())
+        self.mender = mender_of(self._app, backend, self._chat_template(), self._args.strict_openai)
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = AdapterRegistry(loras, 1 if self._channel is None else self._channel.count)
 

@@ -30,6 +30,6 @@ NOT_RUN = {
     "V2 over REST and gRPC is put under load by `make bench`.",
     "Prism": "a mock, and a proxy in front of a server, rather than a suite. What its mock is made for, the tests of "
     "OpenAI's SDK, runs here against the server itself; llm-comply judges answers by OpenAI's description.",
-    "Tools, images, reasoning": "the demo model has no tools, sees nothing and does not reason. What suites ask of "
-    "that is refused with a sentence, stands above as what the model lacks, and is not exercised.",
+    "Images, reasoning": "no model here sees anything or reasons. What suites ask of that is refused with a sentence, "
+    "stands above as what the model lacks, and is not exercised.",
 }

@@ -13,13 +13,29 @@ from tests.compat.base import Case, Folder, Suite, Target, script
 _PYTHON = {
     "litellm": ("litellm_client.py", "litellm's providers for OpenAI, vLLM and Anthropic", ("litellm==1.105.0",)),
     "langchain": ("langchain_client.py", "LangChain's ChatOpenAI and OpenAI", ("langchain-openai==1.7.4",)),
+    "tools": (
+        "tools_client.py",
+        "tools and JSON over chat, responses and messages, by OpenAI's and Anthropic's SDKs",
+        ("openai==3.51.0", "anthropic==2.10.0"),
+    ),
+    "agents": ("agents_client.py", "OpenAI's Agents SDK: its loop over chat and responses", ("openai-agents==0.24.0",)),
+    "langchain-tools": ("langchain_tools.py", "LangChain's ChatOpenAI with tools", ("langchain-openai==1.7.4",)),
     "grpclib": ("grpclib_client.py", "V2 over gRPC with grpclib", ("grpclib==0.4.9", "protobuf==6.33.5")),
 }
 _NODE = {
     "openai-node": ("openai_node.mjs", "OpenAI's SDK for Node", ("openai@7.55.0",)),
     "ai-sdk": ("ai_sdk.mjs", "Vercel's AI SDK", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92")),
+    "ai-sdk-tools": (
+        "ai_sdk_tools.mjs",
+        "Vercel's AI SDK with tools",
+        ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92"),
+    ),
     "grpc-js": ("grpc_js.mjs", "V2 over gRPC with grpc-js", ("@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1")),
 }
+_WITH_TOOLS = {"tools", "agents", "langchain-tools", "ai-sdk-tools"}
+_FOLDERS = {"langchain-tools": "langchain", "ai-sdk-tools": "ai-sdk"}
+"""Of another suite, whose packages they share."""
+
 _DESCRIBE = """
 import sys
 from google.protobuf import descriptor_pb2
@@ -41,21 +57,23 @@ def describe_v2(folder: Path) -> None:
 
 def _python(name: str, target: Target, folder: Path) -> list[Case]:
     file, _, requirements = _PYTHON[name]
-    python = Folder(folder / name).python(*requirements)
-    describe_v2(folder / name)
-    return script(file, [str(python)], target, folder / name)
+    where = folder / _FOLDERS.get(name, name)
+    python = Folder(where).python(*requirements)
+    describe_v2(where)
+    return script(file, [str(python)], target, where)
 
 
 def node(name: str, target: Target, folder: Path) -> list[Case]:
     """The script of a client of Node's."""
     file, _, packages = _NODE[name]
-    where = Folder(folder / name).node(*packages)
+    where = Folder(folder / _FOLDERS.get(name, name)).node(*packages)
     describe_v2(where)
     return script(file, ["node"], target, where)
 
 
 def _suite(name: str, what: str, registry: str, pinned: Sequence[str], run: object) -> Suite:
-    return Suite(name, what, f"{registry} {', '.join(pinned)}", functools.partial(run, name))  # type: ignore[arg-type]
+    asking = functools.partial(run, name)  # type: ignore[arg-type]
+    return Suite(name, what, f"{registry} {', '.join(pinned)}", asking, tools=name in _WITH_TOOLS)
 
 
 SUITES = [

@@ -26,6 +26,6 @@ def _run(form: str, target: Target, folder: Path) -> list[Case]:
 
 
 SUITES = [
-    Suite(name, f"llm-comply, format `{form}`", f"PyPI {_PINNED}", functools.partial(_run, form))
+    Suite(name, f"llm-comply, format `{form}`", f"PyPI {_PINNED}", functools.partial(_run, form), tools=True)
     for form, name in _FORMATS.items()
 ]

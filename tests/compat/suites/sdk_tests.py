@@ -131,6 +131,7 @@ SUITES = [
         f"the SDK's own API tests: {', '.join(f.removesuffix('.py') for f in sdk.files)}",
         f"PyPI {sdk.pinned}",
         functools.partial(_run, name),
+        tools=name == "anthropic-python",
     )
     for name, sdk in _SDKS.items()
 ]

@@ -2,7 +2,7 @@
 
 An error in the middle of a stream is an event with Anthropic's type and the error's own sentence, where vLLM tells what
 its own model of a chunk found wrong with it. An answer, whole or begun in a stream, has the fields that Anthropic's
-description requires of it, also where they are null.
+description requires of it, also where they are null; a call of a tool names its caller.
 
 Written against vLLM 0.32.
 """
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _ERROR = 'data: {"error"'
 _START = "event: message_start\ndata: "
+_BLOCK = "event: content_block_start\ndata: "
+_CALLER = {"type": "direct"}
+"""Of a tool that the model itself calls, as it always is here."""
 _NULLS = ("stop_reason", "stop_sequence", "stop_details", "container")
 _NULLS_OF_USAGE = (
     "cache_creation",
@@ -53,7 +56,7 @@ def mend_messages(app: FastAPI) -> None:
             yield _started(event)
             break
         async for event in events:
-            yield event
+            yield _started_block(event) if event.startswith(_BLOCK) else event
         if errors:
             yield f"event: error\ndata: {orjson.dumps(errors[0]).decode()}\n\n"
 
@@ -81,6 +84,8 @@ def _complete(message: dict[str, object]) -> dict[str, object]:
     for block in content if isinstance(content, list) else ():
         if block.get("type") == "text":
             block.setdefault("citations", None)
+        elif block.get("type") == "tool_use":
+            block.setdefault("caller", _CALLER)
     return {**dict.fromkeys(_NULLS), **message}
 
 
@@ -91,6 +96,14 @@ def _started(event: str) -> str:
     tree = orjson.loads(event.removeprefix(_START))
     tree["message"] = _complete(tree["message"])
     return f"{_START}{orjson.dumps(tree).decode()}\n\n"
+
+
+def _started_block(event: str) -> str:
+    """The first event of a block, with who calls where it is a call of a tool."""
+    tree = orjson.loads(event.removeprefix(_BLOCK))
+    if tree["content_block"]["type"] == "tool_use":
+        tree["content_block"].setdefault("caller", _CALLER)
+    return f"{_BLOCK}{orjson.dumps(tree).decode()}\n\n"
 
 
 async def _until_error(chunks: AsyncGenerator[str, None], errors: list[dict[str, object]]) -> AsyncGenerator[str, None]:

@@ -40,6 +40,10 @@ _GUIDED = {
 _BACKEND = "guided_decoding_backend"
 
 
+_NAME_A_MODEL = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
+"""Where OpenAI's description requires `model`, and vLLM takes the served one without it."""
+
+
 @dataclass(frozen=True)
 class Route:
     """What one of vLLM's routes takes.
@@ -64,12 +68,14 @@ class Mender:
         routes: by path.
         backend: of structured outputs, as the server is configured.
         knows_developer: whether chat templates here have the role `developer`; else it becomes `system`.
+        strict: whether a request has to name its model where OpenAI's has to.
     """
 
-    def __init__(self, routes: Mapping[str, Route], backend: str, knows_developer: bool) -> None:
+    def __init__(self, routes: Mapping[str, Route], backend: str, knows_developer: bool, strict: bool = False) -> None:
         self._routes = routes
         self._backend = backend
         self._knows_developer = knows_developer
+        self._strict = strict
 
     def covers(self, path: str) -> bool:
         """Whether bodies for this path are mended."""
@@ -84,6 +90,8 @@ class Mender:
         route = self._routes.get(path)
         if route is None:
             return False
+        if self._strict and path in _NAME_A_MODEL and tree.get("model") in (None, ""):
+            raise InvalidRequest("model is missing: name one of those that /v1/models lists", field="model")
         dropped = [name for name, value in tree.items() if value is None and name in route.not_null]
         for name in dropped:
             del tree[name]
@@ -229,13 +237,14 @@ def with_null_usage(frame: bytes) -> bytes:
     return frame[:end] + NULL_USAGE + frame[end:]
 
 
-def mender_of(app: FastAPI, backend: str, template: str | None) -> Mender:
+def mender_of(app: FastAPI, backend: str, template: str | None, strict: bool = False) -> Mender:
     """The mender for the routes of vLLM's app.
 
     Args:
         app: vLLM's.
         backend: of structured outputs.
         template: the text of the chat templates; None where messages are rendered without one.
+        strict: see `Mender`.
     """
     from pydantic import BaseModel
 
@@ -248,7 +257,7 @@ def mender_of(app: FastAPI, backend: str, template: str | None) -> Mender:
         models = [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
         if models:
             routes[getattr(route, "path", "")] = _route(models)
-    return Mender(routes, backend, template is None or "developer" in template)
+    return Mender(routes, backend, template is None or "developer" in template, strict)
 
 
 def _models(annotation: object) -> list[object]:

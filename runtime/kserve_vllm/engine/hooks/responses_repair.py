@@ -2,8 +2,9 @@
 
 An answer that was cut off is `incomplete` in its status, in its last item, and in the last event of a stream, where
 vLLM says `completed`. A conversation has as many tokens as over the other routes: the chat template has written the
-special ones, and none is put before them. Every answer has the fields that OpenAI's description and Open Responses'
-require of it, and null where they let it be null alone.
+special ones, and none is put before them. What follows a stored response (`previous_response_id`) sees the calls of
+tools in it, which vLLM leaves out, so that their results would answer nothing. Every answer has the fields that
+OpenAI's description and Open Responses' require of it, and null where they let it be null alone.
 
 Written against vLLM 0.32.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from openai.types.responses import ResponseIncompleteEvent, ResponseTextConfig
+    from openai.types.responses import ResponseIncompleteEvent, ResponseOutputItem, ResponseTextConfig
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 
 _INCOMPLETE = "incomplete"
@@ -27,6 +28,8 @@ _WHOLE = frozenset({"response.created", "response.in_progress", "response.comple
 """Events that hold the answer."""
 _OF_ITEMS = frozenset(f"response.{of}.{end}" for of in ("output_item", "content_part") for end in ("added", "done"))
 """Events that hold an item or a part of one."""
+
+_CALLS = frozenset({"function_call", "custom_tool_call"})
 
 
 class _Item(Protocol):
@@ -100,6 +103,30 @@ def mend_responses(app: FastAPI) -> None:
             if event.type == "response.incomplete":
                 return
 
+    renderer = handler.online_renderer
+    render = renderer.render_responses
+
+    async def rendered(
+        request: ResponsesRequest,
+        *,
+        previous_messages: list[object] | None = None,
+        previous_response_outputs: list[ResponseOutputItem] | None = None,
+        **others: object,
+    ) -> object:
+        outputs = previous_response_outputs or []
+        if not renderer.use_harmony and any(item.type in _CALLS for item in outputs):
+            from vllm.entrypoints.openai.responses.utils import construct_chat_messages_with_tool_call
+
+            said = construct_chat_messages_with_tool_call([item for item in outputs if item.type != "reasoning"])
+            previous_messages, previous_response_outputs = [*(previous_messages or ()), *said], None
+        return await render(
+            request,
+            previous_messages=previous_messages,
+            previous_response_outputs=previous_response_outputs,
+            **others,
+        )
+
+    renderer.render_responses = rendered
     handler.responses_full_generator, handler.responses_stream_generator = whole, streamed
     handler.responses_background_stream_generator = replayed
 

@@ -41,6 +41,8 @@ _QUESTIONS = frozenset(
     /docs /docs/oauth2-redirect /openapi.json /version /load /tokenizer_info /health /ping
     /ui /ui/app.js /ui/style.css""".split()
 )
+# OpenAI's operations whose paths another template of ours would take for a name, and which are not served.
+_NOT_A_NAME = frozenset({"/v1/responses/compact", "/v1/responses/input_tokens"})
 _ASKED_BY_POST = frozenset({"/v2/repository/index", "/ping"})
 # What callers keep here, each for its tenant: the model does not work for these, and no administrator is needed.
 _KEPT = frozenset(
@@ -216,6 +218,8 @@ class Endpoints:
         return found
 
     def _ask(self, method: str, path: str) -> Target:
+        if path in _NOT_A_NAME:
+            return Target()
         asked = [method, "GET"] if method == "HEAD" else [method]
         allow: set[str] = set()
         template: str | None = None
