@@ -37,10 +37,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of files that start servers: `-m engine`, `-m "not engine"`."""
+    """Mark the tests of files that start servers (`engine`), and those that need another program (`integration`)."""
     for item in items:
         if _starts_engine(item.path):
             item.add_marker(pytest.mark.engine)
+        if _PROGRAMS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.integration)
+
+
+_PROGRAMS = {"redis_server", "promtool", "wheel"}
+"""Fixtures that start another program, or a build."""
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.core.request_context import RequestContext, Trace, current
 from kserve_vllm.telemetry import logs
 from tests.clients import until
 from tests.observability.conftest import KEY
@@ -137,7 +137,7 @@ def test_json_has_one_line_also_for_a_traceback() -> None:
 
 
 def test_a_line_written_for_a_request_carries_its_ids() -> None:
-    token = current.set(RequestContext("r-1", "v2", "/x", trace_id="ab" * 16))
+    token = current.set(RequestContext("r-1", "v2", "/x", trace=Trace("ab" * 16)))
     try:
         line = json.loads(formatted("json", record("x")))
     finally:

@@ -86,7 +86,12 @@ def test_a_metric_is_named_by_prometheus_conventions(each: Any) -> None:
 def test_promtool_finds_nothing_to_improve_in_our_metrics(promtool: str) -> None:
     recorder = Books()
     with recorder.requests.open("v2", "/v2", "id", {}, "demo") as context:
-        context.status, context.sequences, context.finished, context.first_token_at = 200, 1, 1, time.time()
+        context.status, context.engine.sequences, context.engine.finished, context.engine.first_token_at = (
+            200,
+            1,
+            1,
+            time.time(),
+        )
     text = generate_latest(recorder.registry)
     done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
     complaints = [line for line in (done.stdout + done.stderr).decode().splitlines() if "_created" not in line]
@@ -98,7 +103,7 @@ def test_a_flood_of_tenants_or_models_ends_in_the_label_other() -> None:
     recorder = Books(most_tenants=3, most_models=1)
     for number in range(500):
         with recorder.requests.open("v2", "/v2", "id", {}, f"invented-{number}") as context:
-            context.tenant, context.status = f"tenant-{number}", 200
+            context.access.tenant, context.status = f"tenant-{number}", 200
     for model in ("demo", "upper"):
         with recorder.requests.open("v2", "/v2", "id", {}, model) as context:
             context.status = 200
@@ -154,7 +159,7 @@ def test_every_way_to_end_has_an_outcome_and_every_refusal_a_reason(
 def test_an_answer_that_the_moderation_cut_off_counts_as_refused_and_not_as_given_up() -> None:
     recorder = Books()
     with recorder.requests.open("openai", "/x", "id", {}) as context:
-        context.status, context.sequences, context.aborted, context.cut_off = 200, 1, 1, True
+        context.status, context.engine.sequences, context.engine.aborted, context.cut_off = 200, 1, 1, True
     assert recorder.outcomes() == {"refused": 1}
     assert recorder.value("kserve_vllm_rejections_total", protocol="openai", reason="moderation") == 1
 
@@ -162,7 +167,7 @@ def test_an_answer_that_the_moderation_cut_off_counts_as_refused_and_not_as_give
 def test_a_stream_that_began_well_and_whose_engine_died_counts_as_server_error() -> None:
     recorder = Books()
     with recorder.requests.open("openai", "/x", "id", {}) as context:
-        context.status, context.sequences, context.failed = 200, 1, 1
+        context.status, context.engine.sequences, context.engine.failed = 200, 1, 1
     assert recorder.outcomes() == {"server_error": 1}
 
 
@@ -176,10 +181,10 @@ def test_an_exception_that_nobody_caught_still_closes_the_ticket() -> None:
 def test_times_come_from_the_ticket_and_the_mean_gap_leaves_the_first_token_out() -> None:
     context = RequestContext("id", "v2", "/x")
     assert context.ttft_s is None
-    assert context.itl_s is None
-    context.first_token_at, context.decode_s, context.gaps = context.started_at + 0.25, 1.0, 10
+    assert context.engine.itl_s is None
+    context.engine.first_token_at, context.engine.decode_s, context.engine.gaps = context.started_at + 0.25, 1.0, 10
     assert context.ttft_s == pytest.approx(0.25)
-    assert context.itl_s == pytest.approx(0.1)
+    assert context.engine.itl_s == pytest.approx(0.1)
 
 
 def test_drain_progress_goes_from_0_to_1_while_draining_and_is_0_otherwise() -> None:
@@ -202,9 +207,9 @@ def test_several_processes_with_a_shared_folder_are_put_together(tmp_path: Path)
         "import sys\n"
         "from kserve_vllm.core.lifecycle import Lifecycle, State\n"
         "from kserve_vllm.telemetry.metrics import Metrics\n"
-        "from kserve_vllm.core.request_context import RequestContext\n"
+        "from kserve_vllm.core.request_context import EngineFigures, RequestContext\n"
         "life = Lifecycle(); metrics = Metrics(life, lambda: 2, '1'); life.to(State.READY)\n"
-        "ticket = RequestContext('id', 'v2', '/x', model='m', sequences=1, output_tokens=5, queue_s=0.01)\n"
+        "ticket = RequestContext('id', 'v2', '/x', model='m', engine=EngineFigures(1, output_tokens=5, queue_s=0.01))\n"
         "metrics.attach('0.32', lambda name: name == 'm', dict)\n"
         "metrics.count(ticket, 'ok', 1.0); text = metrics.render()[0].decode()\n"
         "print(text); sys.stdout.flush(); sys.stdin.read()\n"

@@ -16,7 +16,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.request_context import EngineFigures, RequestContext
 from kserve_vllm.protocols.oip.grpc_servicer import Messages
 from kserve_vllm.telemetry.tracing import OTLPTracing, Tracing, tracing_of
 from tests.clients import until
@@ -179,9 +179,9 @@ def test_the_ratio_is_kept() -> None:
                 tracing.open(context, {})
                 tracing.close(context, "ok")
             tracing.shutdown()
-            got = sum(bool(receiver.trace(context.trace_id or "", 1, timeout_s=0)) for context in contexts)
+            got = sum(bool(receiver.trace(context.trace.trace_id or "", 1, timeout_s=0)) for context in contexts)
             assert least <= got <= most, ratio
-            assert got == sum(context.sampled for context in contexts)
+            assert got == sum(context.trace.sampled for context in contexts)
     finally:
         receiver.stop()
 
@@ -204,7 +204,7 @@ def test_a_receiver_over_http_gets_them_too() -> None:
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         tracing = OTLPTracing(f"http://127.0.0.1:{http.server_address[1]}", 1.0, "1", "http/protobuf")
-        context = RequestContext("1", "v2", "/x", model="demo", sequences=1)
+        context = RequestContext("1", "v2", "/x", model="demo", engine=EngineFigures(sequences=1))
         tracing.open(context, {})
         tracing.close(context, "ok")
         tracing.shutdown()
@@ -220,7 +220,7 @@ def test_a_receiver_that_is_gone_costs_a_request_nothing() -> None:
     tracing.close(context, "ok")
     with contextlib.suppress(Exception):
         tracing.shutdown()
-    assert context.trace_id
+    assert context.trace.trace_id
 
 
 def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() -> None:
@@ -231,7 +231,7 @@ def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() 
         "t = RequestContext('1', 'v2', '/x'); tracing = Tracing()\n"
         "tracing.open(t, {'traceparent': '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'})\n"
         "tracing.close(t, 'ok')\n"
-        "print(json.dumps([t.trace_id, t.span, [m for m in sys.modules if m.startswith('opentelemetry')]]))\n"
+        "print(json.dumps([t.trace.trace_id, t.trace.span, [m for m in sys.modules if m[:13] == 'opentelemetry']]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == ["4bf92f3577b34da6a3ce929d0e0e4736", None, []]
@@ -250,7 +250,7 @@ def test_switched_off_it_imports_nothing_and_still_reads_the_callers_trace_id() 
 def test_a_broken_traceparent_is_passed_over(header: str) -> None:
     context = RequestContext("1", "v2", "/x")
     Tracing().open(context, {"traceparent": header})
-    assert context.trace_id is None
+    assert context.trace.trace_id is None
 
 
 def sampled(tracing: Tracing, count: int = 200) -> int:
@@ -259,7 +259,7 @@ def sampled(tracing: Tracing, count: int = 200) -> int:
     for number in range(count):
         context = RequestContext(str(number), "openai", "/v1/completions")
         tracing.open(context, {})
-        found += context.sampled
+        found += context.trace.sampled
         tracing.close(context, "ok")
     tracing.shutdown()
     return found

@@ -14,7 +14,7 @@ from kserve_vllm.app.compose import Composition
 from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import Forbidden, RateLimited
 from kserve_vllm.core.lifecycle import Lifecycle
-from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.core.request_context import Access, RequestContext, current
 from kserve_vllm.core.types import Priority, Work
 from kserve_vllm.engine.hooks.submission import SubmissionHooks
 from kserve_vllm.policy.enforcement import Enforcement, Policies
@@ -80,7 +80,7 @@ def ask(
     """One request of a class."""
     client = Client()
     SubmissionHooks(client, sequences, prioritized)
-    context = RequestContext("r", "openai", "/v1/completions", priority=priority_of)
+    context = RequestContext("r", "openai", "/v1/completions", access=Access(priority=priority_of))
 
     async def run() -> list[Any]:
         current.set(context)
@@ -141,7 +141,7 @@ def test_a_key_uses_and_knows_the_models_that_it_is_limited_to(
 ) -> None:
     policies = Policies()
     sequences = TheDoor(Enforcement(Lifecycle(), policies), policies, Names())
-    context = RequestContext("r", "openai", "/tokenize", caller=Caller(models=(tuple(models),)))
+    context = RequestContext("r", "openai", "/tokenize", access=Access(caller=Caller(models=(tuple(models),))))
     assert sequences.knows_base(context) == knows
     if allowed:
         sequences.permit(context, adapter)

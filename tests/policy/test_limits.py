@@ -55,7 +55,7 @@ async def redis_limits(
 Body = Callable[[Limits], Awaitable[None]]
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.integration)])
 def on_store(request: pytest.FixtureRequest) -> Callable[[Body], None]:
     """Run a test body with limits in memory, and with limits in Redis; their window is 2 s."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kserve_vllm.core.errors import ConfigError, Unauthenticated
-from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.core.request_context import Access, RequestContext, current
 from kserve_vllm.core.types import Priority
 from kserve_vllm.policy.enforcement import may_see
 from kserve_vllm.policy.tenants import ANYONE, Caller, Limits, Tenants, digest, new_key, parse
@@ -62,7 +62,7 @@ def test_who_may_use_a_model_or_is_an_administrator_gets_to_know_of_it(tmp_path:
     engine: Any = SimpleNamespace(names=["org/base", "demo"])
 
     def seen(caller: Caller | None) -> list[str]:
-        context = RequestContext("r", "openai", "/v1/models", caller=caller)
+        context = RequestContext("r", "openai", "/v1/models", access=Access(caller=caller))
         token = current.set(context)
         try:
             return [name for name in ("org/base", "demo", "upper", "french") if may_see(engine, name)]

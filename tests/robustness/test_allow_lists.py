@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.core.request_context import Access, RequestContext, current
 from kserve_vllm.engine.hooks.submission import SubmissionHooks, unclassified
 from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, _caught
 from kserve_vllm.engine.vllm import VLLMEngine
@@ -116,7 +116,7 @@ def test_the_moderated_engine_can_be_asked_what_a_caller_may_see() -> None:
     """Of V2's `lora_name`, for a caller whose key names models."""
     engine: Any = SimpleNamespace(names=["base", "alias"])
     moderated = ModeratedEngine(engine, NOTHING)
-    context = RequestContext("r", "v2", "e", caller=Caller("t", models=(("base", "own-*"),)))
+    context = RequestContext("r", "v2", "e", access=Access(caller=Caller("t", models=(("base", "own-*"),))))
     token = current.set(context)
     try:
         seen = [name for name in ("alias", "own-adapter", "other") if may_see(moderated, name)]

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from kserve_vllm.core.errors import Unavailable
 from kserve_vllm.core.lifecycle import Lifecycle, State
-from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.request_context import Access, RequestContext
 from kserve_vllm.policy.enforcement import Enforcement, Policies
 from kserve_vllm.policy.priority_queue import PriorityQueue
 from kserve_vllm.policy.quotas.counters import MemoryCounters
@@ -80,7 +80,7 @@ def test_bodies_together_are_bounded_for_all_and_for_each_key() -> None:
             return True
         return False
 
-    one, other, third = (RequestContext("r", "v2", "e", key_id=key) for key in ("one", "other", "third"))
+    one, other, third = (RequestContext("r", "v2", "e", access=Access(key_id=key)) for key in ("one", "other", "third"))
     assert [refused(one, 30), refused(one, 30), refused(one, 20), refused(other, 50)] == [False, True, False, False]
     assert refused(third, 1)
     assert refused(RequestContext("r", "v2", "e"), 1)

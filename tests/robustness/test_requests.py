@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from kserve_vllm.core.errors import RateLimited
-from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.request_context import Access, RequestContext
 from kserve_vllm.protocols.http import bounds
 from kserve_vllm.protocols.http.body import MOST_WAIT_S, SHARE, LoopShare
 from kserve_vllm.telemetry.watchdog import HOLD_S, watch_loop
@@ -253,7 +253,7 @@ def test_a_text_is_turned_into_tokens_up_to_a_bound(server: Server) -> None:
 def test_a_caller_of_heavy_bodies_waits_and_nobody_else_does() -> None:
     async def run() -> None:
         share = LoopShare()
-        one, other = (RequestContext("r", "openai", "/", key_id=key) for key in ("one", "other"))
+        one, other = (RequestContext("r", "openai", "/", access=Access(key_id=key)) for key in ("one", "other"))
         assert [share.wait_s(one, 0.001) for _ in range(1000)] == [0] * 1000, "what is light is not counted"
         assert share.wait_s(one, 0.1) == 0
         assert share.wait_s(one, 0.1) == pytest.approx(0.1 / SHARE, abs=0.1)

@@ -222,7 +222,11 @@ def test_openais_sdk_runs_a_batch_as_its_tenants_requests(tmp_path: Path) -> Non
         worked = {each.request_id: each for each in edge.closed if each.endpoint == CHAT}
         for each in (*good, *bad):
             context = worked[each["response"]["request_id"]]
-            assert (context.tenant, context.key_id, context.priority) == ("gold", "gold", Priority.BATCH)
+            assert (context.access.tenant, context.access.key_id, context.access.priority) == (
+                "gold",
+                "gold",
+                Priority.BATCH,
+            )
         assert [each.id async for each in api.batches.list()] == [made.id]
         assert [each.id async for each in other.batches.list()] == []
         for asking in (other.batches.retrieve, other.batches.cancel):
@@ -272,7 +276,8 @@ def test_a_tenants_limit_holds_its_batch_back_and_a_key_that_is_gone_ends_it(tmp
             await asyncio.sleep(0.05)
         await asyncio.sleep(1.5)
         assert (
-            sum(each.tenant == "slow" and each.endpoint == CHAT and each.outcome == "ok" for each in edge.closed) == 2
+            sum(each.access.tenant == "slow" and each.endpoint == CHAT and each.outcome == "ok" for each in edge.closed)
+            == 2
         )
         assert (await api.batches.cancel(made.id)).status == "cancelling"
         done = await over(api, made.id)

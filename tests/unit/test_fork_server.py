@@ -81,6 +81,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.integration
 def test_a_copy_has_the_environment_of_its_start_and_not_of_what_it_is_a_copy_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_copy_has_the_environment_of_its_start_and_not_of_what_it_is_a_copy_of
     assert second["threads"] == 2
 
 
+@pytest.mark.integration
 def test_copies_of_a_copy_are_made_by_the_same_process() -> None:
     results = CONTEXT.Queue()
     process = CONTEXT.Process(target=look_twice, args=(results,))
@@ -117,6 +119,7 @@ def test_copies_of_a_copy_are_made_by_the_same_process() -> None:
     results.join_thread()
 
 
+@pytest.mark.integration
 def test_threads_with_a_processor_each_are_given_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     places = f"{{{PROCESSOR},{PROCESSOR}}}"
     found = seen(monkeypatch, OMP_PLACES=places, OMP_PROC_BIND="true", OMP_NUM_THREADS="2")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,10 +40,16 @@ def room_of(path: Path) -> str:
     return part.removesuffix(".py")
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """A module's syntax tree; read by all, changed by none."""
+    return ast.parse(path.read_text())
+
+
 def imported_rooms(path: Path) -> set[str]:
     """Rooms of our package that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module] if node.module != "kserve_vllm" else [f"kserve_vllm.{a.name}" for a in node.names]
         elif isinstance(node, ast.Import):
@@ -87,9 +95,20 @@ def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
         assert floor(own) < floor(other), f"{own} must not import {other}"
 
 
-def imports_vllm(tree: ast.AST) -> bool:
+def nodes_of(tree: ast.AST, type_imports: bool) -> Iterator[ast.AST]:
+    """All nodes of a syntax tree, with or without what only a type checker imports."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        if not type_imports and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        left.extend(ast.iter_child_nodes(node))
+
+
+def imports_vllm(tree: ast.AST, type_imports: bool = True) -> bool:
     """Whether vLLM is imported anywhere in a syntax tree."""
-    for node in ast.walk(tree):
+    for node in nodes_of(tree, type_imports):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if any(name.split(".")[0] == "vllm" for name in names):
@@ -97,17 +116,10 @@ def imports_vllm(tree: ast.AST) -> bool:
     return False
 
 
-class WithoutTypeImports(ast.NodeTransformer):
-    """Leaves out what only a type checker imports."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
-
-
 def test_only_a_few_modules_of_the_engine_room_import_vllm() -> None:
-    trees = {path: ast.parse(path.read_text()) for path in MODULES}
+    trees = {path: parsed(path) for path in MODULES}
     assert [p.name for p, tree in trees.items() if imports_vllm(tree) and room_of(p) != "engine"] == []
-    run = {path for path, tree in trees.items() if imports_vllm(WithoutTypeImports().visit(tree))}
+    run = {path for path, tree in trees.items() if imports_vllm(tree, type_imports=False)}
     assert run == KNOW_VLLM
 
 
@@ -115,22 +127,21 @@ MOST_ANY = 100
 """How often `Any` may be written in the package: where a type can't be named. It only goes down."""
 
 
-def count_any(text: str) -> int:
+def count_any(tree: ast.AST) -> int:
     """How often a source names `typing.Any`, its imports left out."""
-    nodes = ast.walk(ast.parse(text))
-    names = sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes)
-    # As `typing.Any`, and in annotations that are texts.
-    nodes = ast.walk(ast.parse(text))
-    dotted = sum(isinstance(node, ast.Attribute) and node.attr == "Any" for node in nodes)
-    return names + dotted
+    return sum(
+        (isinstance(node, ast.Name) and node.id == "Any") or (isinstance(node, ast.Attribute) and node.attr == "Any")
+        for node in ast.walk(tree)
+    )
 
 
 def test_any_is_counted() -> None:
-    assert count_any("from typing import Any\ndef f(a: Any, b: list[Any]) -> typing.Any: ...  # Any\n") == 3
+    text = "from typing import Any\ndef f(a: Any, b: list[Any]) -> typing.Any: ...  # Any\n"
+    assert count_any(ast.parse(text)) == 3
 
 
 def test_types_are_named() -> None:
-    found = {path: count_any(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    found = {path: count_any(parsed(path)) for path in sorted(PACKAGE.rglob("*.py"))}
     total = sum(found.values())
     worst = ", ".join(f"{p.relative_to(PACKAGE)}: {n}" for p, n in sorted(found.items(), key=lambda e: -e[1])[:5])
     assert total <= MOST_ANY, f"`Any` is written {total} times, most often in {worst}: say what the values are"

@@ -417,12 +417,12 @@ def test_a_realtime_session_whose_last_input_comes_late_is_booked() -> None:
         processor.vllm.process_outputs([EngineCoreOutput("inner", [each])])
         assert queue.get_nowait()
     processor.vllm.process_outputs([EngineCoreOutput("inner", [], finish_reason=FinishReason.STOP)])
-    assert not context.finished
+    assert not context.engine.finished
     add(resumable=False)
     current.reset(token)
     assert not accounts._open
-    assert (context.finished, context.finish_reasons, context.output_tokens) == (1, ["stop"], 3)
-    assert context.prompt_tokens == len(PROMPT)
+    assert (context.engine.finished, context.engine.finish_reasons, context.engine.output_tokens) == (1, ["stop"], 3)
+    assert context.engine.prompt_tokens == len(PROMPT)
 
 
 def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None:
@@ -476,7 +476,7 @@ def test_a_replay_is_booked_nowhere_and_a_generation_goes_to_who_stays() -> None
         assert await client(hit) == ANSWER
         assert hit.outcome is Outcome.HIT
         contexts = [asking.request_context for asking in [*asked, hit] if asking.request_context]
-        assert [(t.sequences, t.finished, t.output_tokens) for t in contexts] == [
+        assert [(t.engine.sequences, t.engine.finished, t.engine.output_tokens) for t in contexts] == [
             (1, 0, 0),
             (1, 1, len(tokens_of(ANSWER))),
             (0, 0, 0),

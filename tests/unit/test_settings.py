@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,31 +204,49 @@ def test_trust_remote_code_is_off_unless_asked_for() -> None:
     assert parse_engine_args(cli.resolve(["m", "--trust-remote-code"], {}).engine_argv()).trust_remote_code is True
 
 
-def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the installed command."""
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "kserve_vllm", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **env},
+        [sys.executable, "-m", "kserve_vllm", *arguments], capture_output=True, text=True, check=False
     )
 
 
-def test_config_prints_values_and_sources_and_hides_secrets() -> None:
-    done = command(
+Said = tuple[int, str, str]
+
+
+@pytest.fixture
+def says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """Runs a command that starts nothing in this process, which has vLLM's flags read already: code, stdout, stderr."""
+
+    def run(*arguments: str, **env: str) -> Said:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["kserve-vllm"])
+        try:
+            code = cli.main(arguments)
+        except SystemExit as end:  # as argparse ends after `--help`
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_config_prints_values_and_sources_and_hides_secrets(says: Callable[..., Said]) -> None:
+    code, out, err = says(
         *("config", "m", "--api-key", "s3cret", "--hf-token", "t0ken", "--redis-url", "redis://u:s3cret@host"),
         *("--usage-sink", "http://u:s3cret@host/"),
         KSERVE_VLLM_MAX_BATCH="9",
     )
-    assert done.returncode == 0, done.stderr
-    tree = yaml.safe_load(done.stdout)
+    assert code == 0, err
+    tree = yaml.safe_load(out)
     assert tree["server"]["max_batch"] == 9
-    assert "  max_batch: 9  # variable KSERVE_VLLM_MAX_BATCH" in done.stdout
-    assert "s3cret" not in done.stdout + done.stderr
-    assert "t0ken" not in done.stdout + done.stderr
+    assert "  max_batch: 9  # variable KSERVE_VLLM_MAX_BATCH" in out
+    assert "s3cret" not in out + err
+    assert "t0ken" not in out + err
 
 
+@pytest.mark.integration
 def test_a_setting_that_can_not_be_used_ends_the_command_with_code_2_and_one_line() -> None:
     done = command("serve", "m", "--max-num-seq", "4")
     assert done.returncode == 2
@@ -238,14 +255,14 @@ def test_a_setting_that_can_not_be_used_ends_the_command_with_code_2_and_one_lin
     assert "Traceback" not in done.stderr
 
 
-def test_help_teaches_each_command() -> None:
-    assert "serve --demo" in command("--help").stdout
-    text = command("serve", "--help").stdout
+def test_help_teaches_each_command(says: Callable[..., Said]) -> None:
+    assert "serve --demo" in says("--help")[1]
+    text = says("serve", "--help")[1]
     assert "--drain-timeout" in text
     assert "KSERVE_VLLM_MAX_MODEL_LEN" in text
-    assert "--max-lora-rank" in command("serve", "--help-engine", "lora").stdout
-    assert "long-context" in command("profiles").stdout
-    assert "Nothing is started" in command("config", "--help").stdout
+    assert "--max-lora-rank" in says("serve", "--help-engine", "lora")[1]
+    assert "long-context" in says("profiles")[1]
+    assert "Nothing is started" in says("config", "--help")[1]
 
 
 def test_health_says_that_nothing_answers() -> None:

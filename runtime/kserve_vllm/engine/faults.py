@@ -136,9 +136,9 @@ class ClientFaults(logging.Filter):
         if record.name.startswith(self._READ_ANSWERS):
             fault = True
         elif error is not None:
-            fault = is_client_fault(error, taken_up=context is None or context.sequences > 0)
+            fault = is_client_fault(error, taken_up=context is None or context.engine.sequences > 0)
         else:
-            fault = str(record.msg).startswith(self._SPOKEN) or (context is not None and context.stuck)
+            fault = str(record.msg).startswith(self._SPOKEN) or (context is not None and context.engine.stuck)
         if fault:
             record.levelno, record.levelname = logging.INFO, "INFO"
             if error is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.errors import EngineGone, Forbidden, InvalidRequest, RateLimited, Unavailable
 from kserve_vllm.core.lifecycle import Lifecycle, State
-from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.core.request_context import RequestContext, Rights, current
 from kserve_vllm.core.types import Priority, Work
 from kserve_vllm.policy.priority_queue import PriorityQueue, Slot
 from kserve_vllm.policy.quotas.limiter import Limits, Quota
@@ -196,7 +196,7 @@ class Enforcement:
             if body is not None:
                 await body()
             if kind is Kind.WORK:
-                context.cache_control = headers.get("cache-control", "").lower()
+                context.access.cache_control = headers.get("cache-control", "").lower()
                 await self.admit(context, caller, wanted, waiting)
                 if moderate is not None and self.moderation is not None:
                     await moderate()
@@ -209,7 +209,8 @@ class Enforcement:
             Unauthenticated: the key is missing, wrong or expired.
         """
         caller = self._policies.tenants.identify(key)
-        context.caller, context.tenant, context.key_id = caller, caller.tenant, caller.key_id
+        access = context.access
+        access.caller, access.tenant, access.key_id = caller, caller.tenant, caller.key_id
         return caller
 
     def recall(self, context: RequestContext, tenant: str, key_id: str | None) -> Caller:
@@ -219,7 +220,8 @@ class Enforcement:
             Unauthenticated: its key is not valid any more.
         """
         caller = self._policies.tenants.recall(tenant, key_id)
-        context.caller, context.tenant, context.key_id = caller, caller.tenant, caller.key_id
+        access = context.access
+        access.caller, access.tenant, access.key_id = caller, caller.tenant, caller.key_id
         return caller
 
     def check_control(self, caller: Caller) -> None:
@@ -238,7 +240,7 @@ class Enforcement:
                 reason="control_closed",
             )
 
-    def check_operator(self, caller: Caller) -> None:
+    def check_operator(self, caller: Rights) -> None:
         """Let only administrators see what concerns all tenants, where there is a key file.
 
         Raises:
@@ -247,7 +249,7 @@ class Enforcement:
         if self._policies.tenants.has_file and not caller.admin:
             raise Forbidden("this call needs a key that is marked `admin` in the key file", reason="not_admin")
 
-    def check_model(self, caller: Caller, names: list[str]) -> None:
+    def check_model(self, caller: Rights, names: list[str]) -> None:
         """Let a caller use only the models and adapters that its key and tenant allow.
 
         Raises:
@@ -281,17 +283,19 @@ class Enforcement:
         if policies.limits is None and policies.admission is None and policies.default_priority is None:
             return
         priority = self._priority(caller, wanted)
-        context.priority = priority
+        context.access.priority = priority
         if policies.limits is not None:
             try:
                 grant = await policies.limits.enter(self._quotas(caller))
             except RateLimited as error:
                 context.answer_headers += error.headers
                 raise
-            context.grant = grant
+            context.access.grant = grant
             limits = policies.limits
             context.closers.append(
-                lambda t: limits.settle(grant, t.prompt_tokens + t.output_tokens - t.replayed_tokens)
+                lambda t: limits.settle(
+                    grant, t.engine.prompt_tokens + t.engine.output_tokens - t.engine.replayed_tokens
+                )
             )
             context.answer_headers += grant.headers()
         if policies.admission is not None:
@@ -354,12 +358,13 @@ class SequencePolicy:
             RateLimited: there are not that many tokens left.
         """
         self.permit(context, work.adapter)
-        if context.grant is not None and self._policies.limits is not None:
+        grant = context.access.grant
+        if grant is not None:
             try:
-                await self._policies.limits.reserve(context.grant, work.tokens)
+                await grant.reserve(work.tokens)
             finally:
                 others = [pair for pair in context.answer_headers if not pair[0].startswith("x-ratelimit-")]
-                context.answer_headers[:] = [*others, *context.grant.headers()]
+                context.answer_headers[:] = [*others, *grant.headers()]
 
     def permit(self, context: RequestContext, adapter: str | None, asked: str | None = None) -> None:
         """Let a request use the base model, under any of its names, or an adapter.
@@ -372,7 +377,7 @@ class SequencePolicy:
         Raises:
             Forbidden: the caller may not use it.
         """
-        caller = context.caller
+        caller = context.access.caller
         if caller is None or not caller.models:
             return
         if adapter is not None:
@@ -384,22 +389,22 @@ class SequencePolicy:
 
     def knows_base(self, context: RequestContext) -> bool:
         """Whether the caller of a request may know the names of the base model."""
-        caller = context.caller
-        return caller is None or not caller.models or bool(caller.may_use(self._engine.names))
+        caller = context.access.caller
+        return caller is None or not caller.models or caller.may_use(self._engine.names)
 
     def answer_filter(self, context: RequestContext) -> AnswerFilter | None:
         """A filter for one answer to this request, or None where nobody looks at its answers."""
         moderation = self._policies.moderation
-        return moderation.answer(context.tenant) if moderation is not None else None
+        return moderation.answer(context.access.tenant) if moderation is not None else None
 
     def asking(self, context: RequestContext, request_id: str) -> CacheLookup | None:
         """This request's side of the response cache, or None where its client wants none of it."""
         from kserve_vllm.policy.response_cache import CacheLookup, Use, allowed_use
 
-        use = allowed_use(context.cache_control)
+        use = allowed_use(context.access.cache_control)
         if use is Use.NONE:
             return None
-        return CacheLookup(context, request_id, context.priority or 0, use is Use.FRESH)
+        return CacheLookup(context, request_id, context.access.priority or 0, use is Use.FRESH)
 
 
 def may_see(engine: Names, name: str) -> bool:
@@ -412,7 +417,7 @@ def may_see(engine: Names, name: str) -> bool:
         name: of the model or adapter, as lists have it.
     """
     context = current.get()
-    caller: Caller | None = context.caller if context is not None else None
+    caller = context.access.caller if context is not None else None
     if caller is None or not caller.models or caller.admin:
         return True
     return caller.may_use(engine.names if name in engine.names else [name])

@@ -351,7 +351,7 @@ class ModeratedEngine:
 
 def _tenant() -> str:
     context = current.get()
-    return context.tenant if context is not None else ""
+    return context.access.tenant if context is not None else ""
 
 
 def _rebuild(

@@ -283,8 +283,8 @@ def _add_request(logger: object, name: str, event: Event) -> Event:
     context = current.get()
     if context is not None:
         event.setdefault("request_id", context.request_id)
-        if context.trace_id:
-            event.setdefault("trace_id", context.trace_id)
+        if context.trace.trace_id:
+            event.setdefault("trace_id", context.trace.trace_id)
     return event
 
 

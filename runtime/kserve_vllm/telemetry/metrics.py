@@ -377,26 +377,27 @@ class Metrics:
 
     def count(self, context: RequestContext, outcome: str, duration_s: float) -> None:
         """Count a request that is over. The trace id is the exemplar where the trace is recorded."""
-        model, tenant = self.model_label(context.model), self._tenant(context.tenant)
-        exemplar = {"trace_id": context.trace_id} if context.sampled and context.trace_id else None
+        model, tenant = self.model_label(context.model), self._tenant(context.access.tenant)
+        trace = context.trace
+        exemplar = {"trace_id": trace.trace_id} if trace.sampled and trace.trace_id else None
         self._counters["kserve_vllm_requests"].labels(context.protocol, context.endpoint, model, tenant, outcome).inc(
             1, exemplar
         )
         if context.cache is not None:
             self._counters["kserve_vllm_response_cache_requests"].labels(context.cache).inc()
-        if not context.sequences:
+        if not context.engine.sequences:
             return
         used = model, "none" if context.adapter is None else model, tenant, context.protocol
         for name, tokens in (
-            ("kserve_vllm_prompt_tokens", context.prompt_tokens),
-            ("kserve_vllm_cached_prompt_tokens", context.cached_tokens),
-            ("kserve_vllm_output_tokens", context.output_tokens),
+            ("kserve_vllm_prompt_tokens", context.engine.prompt_tokens),
+            ("kserve_vllm_cached_prompt_tokens", context.engine.cached_tokens),
+            ("kserve_vllm_output_tokens", context.engine.output_tokens),
         ):
             self._counters[name].labels(*used).inc(tokens)
         for name, value in (
             ("kserve_vllm_time_to_first_token_seconds", context.ttft_s),
-            ("kserve_vllm_inter_token_latency_seconds", context.itl_s),
-            ("kserve_vllm_queue_time_seconds", context.queue_s),
+            ("kserve_vllm_inter_token_latency_seconds", context.engine.itl_s),
+            ("kserve_vllm_queue_time_seconds", context.engine.queue_s),
             ("kserve_vllm_request_duration_seconds", duration_s),
         ):
             if value is not None:

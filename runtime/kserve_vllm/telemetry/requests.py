@@ -108,7 +108,7 @@ class RequestRecorder:
             raise
         finally:
             duration_s = time.monotonic() - context.started
-            if context.unfinished and context.error is None:
+            if context.engine.unfinished and context.error is None:
                 # vLLM gives up the request of a client that is gone a moment after its handler returned.
                 self._late[context] = duration_s
                 asyncio.get_running_loop().call_later(_LATE_S, self._close_late, context)
@@ -153,8 +153,8 @@ class RequestRecorder:
             "protocol": context.protocol,
             "endpoint": context.endpoint,
             "model": self._metrics.model_label(context.model),
-            "tenant": context.tenant,
-            **({"key_id": context.key_id} if context.key_id else {}),
+            "tenant": context.access.tenant,
+            **({"key_id": context.access.key_id} if context.access.key_id else {}),
             **({"cache": context.cache} if context.cache else {}),
             "outcome": outcome,
             "status": context.status,
@@ -162,22 +162,22 @@ class RequestRecorder:
         }
         if reason is not None:
             fields["reason"] = reason
-        if context.sequences:
+        if context.engine.sequences:
             fields |= {
-                "prompt_tokens": context.prompt_tokens,
-                "cached_tokens": context.cached_tokens,
-                "output_tokens": context.output_tokens,
-                "finish_reasons": context.finish_reasons,
+                "prompt_tokens": context.engine.prompt_tokens,
+                "cached_tokens": context.engine.cached_tokens,
+                "output_tokens": context.engine.output_tokens,
+                "finish_reasons": context.engine.finish_reasons,
             }
             for name, value in (
-                ("queue_s", context.queue_s),
+                ("queue_s", context.engine.queue_s),
                 ("ttft_s", context.ttft_s),
-                ("itl_s", context.itl_s),
+                ("itl_s", context.engine.itl_s),
             ):
                 if value is not None:
                     fields[name] = round(value, 6)
-            if context.preemptions:
-                fields["preemptions"] = context.preemptions
+            if context.engine.preemptions:
+                fields["preemptions"] = context.engine.preemptions
         self._log.log(level, "request", **fields)
 
     def _outcome(self, context: RequestContext) -> tuple[str, str | None]:
@@ -196,13 +196,13 @@ class RequestRecorder:
             if status == 503:
                 return "unavailable", _STATES.get(self._lifecycle.state, "queue_full")
             return ("client_error" if status < 500 else "server_error"), None
-        if context.failed:
+        if context.engine.failed:
             # A stream that began with 200 and whose engine then failed, or whose grammar no text could satisfy.
-            return ("client_error" if context.stuck else "server_error"), None
+            return ("client_error" if context.engine.stuck else "server_error"), None
         if context.cut_off:
             # The engine was stopped by us, not by the client.
             return "refused", "moderation"
-        if context.aborted or context.unfinished or status is None:
+        if context.engine.aborted or context.engine.unfinished or status is None:
             return "cancelled", None
         return "ok", None
 

@@ -47,8 +47,9 @@ class Tracing:
         match = _TRACEPARENT.match(headers.get("traceparent", ""))
         if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:
             return
-        request_context.trace_id, request_context.sampled = match[1], bool(int(match[3], 16) & 1)
-        request_context.trace_headers = {k: headers[k] for k in ("traceparent", "tracestate") if k in headers}
+        trace = request_context.trace
+        trace.trace_id, trace.sampled = match[1], bool(int(match[3], 16) & 1)
+        trace.headers = {k: headers[k] for k in ("traceparent", "tracestate") if k in headers}
 
     def response_header(self, request_context: RequestContext) -> str | None:
         """Value of the `traceresponse` header for the caller, or None."""
@@ -112,29 +113,30 @@ class OTLPTracing(Tracing):
             request_context.endpoint, context, SpanKind.SERVER, start_time=_nanoseconds(request_context.started_at)
         )
         found = span.get_span_context()
-        request_context.span, request_context.sampled = span, found.trace_flags.sampled
-        request_context.trace_id = f"{found.trace_id:032x}"
-        request_context.trace_headers = {"traceparent": _header(found)}
+        trace = request_context.trace
+        trace.span, trace.sampled = span, found.trace_flags.sampled
+        trace.trace_id = f"{found.trace_id:032x}"
+        trace.headers = {"traceparent": _header(found)}
         if found.trace_state:
-            request_context.trace_headers = {
-                **request_context.trace_headers,
-                "tracestate": found.trace_state.to_header(),
-            }
+            trace.headers = {**trace.headers, "tracestate": found.trace_state.to_header()}
 
     def response_header(self, request_context: RequestContext) -> str | None:
         """Trace id, our span's id and the sampling decision."""
-        return _header(request_context.span.get_span_context()) if request_context.span is not None else None
+        span = request_context.trace.span
+        return _header(span.get_span_context()) if span is not None else None
 
     def close(self, request_context: RequestContext, outcome: str) -> None:
         """Fill in what is known by now, add the engine's phases, and end the span."""
-        span = request_context.span
+        span = request_context.trace.span
         if span is None:
             return
         if span.is_recording():
             from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
             operation = (
-                _OPERATIONS.get(request_context.endpoint, "text_completion") if request_context.sequences else None
+                _OPERATIONS.get(request_context.endpoint, "text_completion")
+                if request_context.engine.sequences
+                else None
             )
             if operation is not None:
                 span.update_name(f"{operation} {request_context.model}")
@@ -142,7 +144,7 @@ class OTLPTracing(Tracing):
             if outcome in ("server_error", "unavailable"):
                 span.set_status(StatusCode.ERROR)
             context = set_span_in_context(span)
-            for name, start, end in request_context.phases:
+            for name, start, end in request_context.engine.phases:
                 phase = self._tracer.start_span(
                     f"vllm.{name}", context, SpanKind.INTERNAL, start_time=_nanoseconds(start)
                 )
@@ -190,7 +192,7 @@ def _attributes(request_context: RequestContext, operation: str | None, outcome:
     attributes: dict[str, AttributeValue] = {
         "kserve_vllm.request_id": request_context.request_id,
         "kserve_vllm.protocol": request_context.protocol,
-        "kserve_vllm.tenant": request_context.tenant,
+        "kserve_vllm.tenant": request_context.access.tenant,
         "kserve_vllm.outcome": outcome,
     }
     if request_context.protocol == "grpc":
@@ -206,23 +208,24 @@ def _attributes(request_context: RequestContext, operation: str | None, outcome:
         )
     if operation is None:
         return attributes
+    engine = request_context.engine
     attributes |= {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "vllm",
         **({} if (model := request_context.model) is None else dict.fromkeys(_MODEL, model)),
-        "gen_ai.usage.input_tokens": request_context.prompt_tokens,
-        "gen_ai.usage.output_tokens": request_context.output_tokens,
-        "gen_ai.usage.cache_read.input_tokens": request_context.cached_tokens,
-        "gen_ai.response.finish_reasons": request_context.finish_reasons,
-        "kserve_vllm.preemptions": request_context.preemptions,
+        "gen_ai.usage.input_tokens": engine.prompt_tokens,
+        "gen_ai.usage.output_tokens": engine.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": engine.cached_tokens,
+        "gen_ai.response.finish_reasons": engine.finish_reasons,
+        "kserve_vllm.preemptions": engine.preemptions,
     }
     if request_context.ttft_s is not None:
         attributes["gen_ai.response.time_to_first_chunk"] = request_context.ttft_s
     for name, key in (("max_tokens", "max_tokens"), ("temperature", "temperature"), ("top_p", "top_p")):
-        if name in request_context.sampling:
-            attributes[f"gen_ai.request.{key}"] = request_context.sampling[name]
-    if request_context.sampling.get("n", 1) != 1:
-        attributes["gen_ai.request.choice.count"] = request_context.sampling["n"]
+        if name in engine.sampling:
+            attributes[f"gen_ai.request.{key}"] = engine.sampling[name]
+    if engine.sampling.get("n", 1) != 1:
+        attributes["gen_ai.request.choice.count"] = engine.sampling["n"]
     return attributes
 
 

@@ -73,10 +73,10 @@ class TokenAccounting:
             self._with_grammar.add(request.request_id)
             if params.bad_words or params.allowed_token_ids or params.min_tokens or params.logit_bias:
                 self._with_bans.add(request.request_id)
-        context.sequences += 1
+        context.engine.sequences += 1
         if self._processor.tracing_enabled:
-            request.trace_headers = context.trace_headers
-        if context.sequences > 1:
+            request.trace_headers = context.trace.headers
+        if context.engine.sequences > 1:
             return
         lora = request.lora_request
         context.base_model = self._base_model()
@@ -86,7 +86,7 @@ class TokenAccounting:
             for name, shown in _SHOWN.items():
                 value = getattr(params, name, None)
                 if value is not None:
-                    context.sampling[shown] = value
+                    context.engine.sampling[shown] = value
 
     def hand_over(self, left: RequestContext, stays: RequestContext, external_id: str) -> None:
         """Book the open sequences of one call of `generate` on another request, whose client still waits for them.
@@ -99,8 +99,8 @@ class TokenAccounting:
         for request_id, (context, state) in self._open.items():
             if context is left and state.external_req_id == external_id:
                 self._open[request_id] = stays, state
-                left.sequences -= 1
-                stays.sequences += 1
+                left.engine.sequences -= 1
+                stays.engine.sequences += 1
                 stays.model, stays.base_model, stays.adapter = left.model, left.base_model, left.adapter
 
     def finish(self, state: RequestState, finish_reason: object, stats: object) -> None:
@@ -117,12 +117,12 @@ class TokenAccounting:
         context, _ = known
         reason = str(finish_reason)
         if reason == "error":
-            context.failed += 1
+            context.engine.failed += 1
             first = state.detokenizer is None or state.detokenizer.num_output_tokens() <= 1
-            context.stuck |= with_grammar and (first or with_bans)
+            context.engine.stuck |= with_grammar and (first or with_bans)
         else:
-            context.finished += 1
-        context.finish_reasons.append(reason)
+            context.engine.finished += 1
+        context.engine.finish_reasons.append(reason)
         _book(context, state)
 
     def _finish_session(self, request_id: str) -> None:
@@ -132,8 +132,8 @@ class TokenAccounting:
             self._with_grammar.discard(request_id)
             self._with_bans.discard(request_id)
             self._book_adapter(state)
-            context.finished += 1
-            context.finish_reasons.append("stop")
+            context.engine.finished += 1
+            context.engine.finish_reasons.append("stop")
             _book(context, state)
 
     def _book_adapter(self, state: RequestState) -> None:
@@ -151,8 +151,8 @@ class TokenAccounting:
             if known is not None:
                 context, state = known
                 self._book_adapter(state)
-                context.aborted += 1
-                context.finish_reasons.append("abort")
+                context.engine.aborted += 1
+                context.engine.finish_reasons.append("abort")
                 _book(context, state)
         return aborted
 
@@ -164,12 +164,12 @@ class TokenAccounting:
         known = self._open.pop(state.request_id, None) if refused else None
         if known is not None:
             self._with_grammar.discard(state.request_id)
-            known[0].failed += 1
+            known[0].engine.failed += 1
 
     def propagate_error(self, error: Exception) -> None:
         """The engine failed under everything that is open."""
         for context, _ in self._open.values():
-            context.failed += 1
+            context.engine.failed += 1
         self._fail(error)
 
 
@@ -181,28 +181,29 @@ def _output_tokens(state: RequestState) -> int:
 
 def _book(context: RequestContext, state: RequestState) -> None:
     """Add one sequence's figures. Time stamps of the engine's clock are used only as differences."""
+    figures = context.engine
     if state.parent_req is None or state.request_index == 0:
-        context.prompt_tokens += state.prompt_len
-        context.cached_tokens += state.num_cached_tokens
+        figures.prompt_tokens += state.prompt_len
+        figures.cached_tokens += state.num_cached_tokens
     stats = state.stats
-    context.output_tokens += _output_tokens(state)
+    figures.output_tokens += _output_tokens(state)
     if stats is None:  # --disable-log-stats
         return
-    context.preemptions += stats.num_preemptions
+    figures.preemptions += stats.num_preemptions
     if stats.scheduled_ts:
-        context.queue_s = max(context.queue_s or 0.0, stats.scheduled_ts - stats.queued_ts)
+        figures.queue_s = max(figures.queue_s or 0.0, stats.scheduled_ts - stats.queued_ts)
     if not stats.num_generation_tokens or not stats.first_token_ts:
         return
     prefill = stats.first_token_ts - stats.scheduled_ts
     decode = stats.last_token_ts - stats.first_token_ts
-    context.prefill_s = max(context.prefill_s or 0.0, prefill)
-    context.decode_s += decode
-    context.gaps += stats.num_generation_tokens - 1
+    figures.prefill_s = max(figures.prefill_s or 0.0, prefill)
+    figures.decode_s += decode
+    figures.gaps += stats.num_generation_tokens - 1
     first = stats.arrival_time + stats.first_token_latency
-    if context.first_token_at is None or first < context.first_token_at:
-        context.first_token_at = first
-    if context.span is not None and len(context.phases) < 3 * _PHASES_SHOWN:
+    if figures.first_token_at is None or first < figures.first_token_at:
+        figures.first_token_at = first
+    if context.trace.span is not None and len(figures.phases) < 3 * _PHASES_SHOWN:
         scheduled = first - prefill
         queued = scheduled - (stats.scheduled_ts - stats.queued_ts)
         end = min(first + decode, time.time())
-        context.phases += [("queue", queued, scheduled), ("prefill", scheduled, first), ("decode", first, end)]
+        figures.phases += [("queue", queued, scheduled), ("prefill", scheduled, first), ("decode", first, end)]

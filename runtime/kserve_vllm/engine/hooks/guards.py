@@ -285,14 +285,14 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
             return VLLMValidationError(error.message, parameter=error.field)
         context = current.get()
         if isinstance(error, GenerationError) and not isinstance(error, RetryableRequestError):
-            if context is not None and context.stuck and grammar_alone:
+            if context is not None and context.engine.stuck and grammar_alone:
                 return VLLMValidationError(
                     "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar, "
                     "or none that bad_words, allowed_token_ids, min_tokens and logit_bias leave",
                     parameter="structured_outputs",
                 )
         elif not isinstance(error, VLLMError):
-            fault = sentence_of_client_fault(error, taken_up=context is None or context.sequences > 0)
+            fault = sentence_of_client_fault(error, taken_up=context is None or context.engine.sequences > 0)
             if fault is not None:
                 return VLLMValidationError(fault[0], parameter=fault[1])
         return error

@@ -213,7 +213,7 @@ class SubmissionHooks(Generic[L_co]):
             request,
             model=self._model,
             adapter=fingerprint(lora.lora_path) if lora is not None else None,
-            tenant=context.tenant,
+            tenant=context.access.tenant,
         )
 
         def start() -> AsyncGenerator[records.Record, None]:
@@ -249,10 +249,11 @@ class SubmissionHooks(Generic[L_co]):
                 context.base_model = self._base_model()
                 context.adapter = self._plain(lora.lora_name) if lora is not None else None
                 context.model = context.adapter or context.base_model
-                context.prompt_tokens += figures.prompt_tokens
-                context.output_tokens += figures.output_tokens
-                context.replayed_tokens += figures.prompt_tokens + figures.output_tokens
-                context.finish_reasons += figures.finish_reasons
+                engine = context.engine
+                engine.prompt_tokens += figures.prompt_tokens
+                engine.output_tokens += figures.output_tokens
+                engine.replayed_tokens += figures.prompt_tokens + figures.output_tokens
+                engine.finish_reasons += figures.finish_reasons
 
     async def encode(
         self,
@@ -286,7 +287,8 @@ class SubmissionHooks(Generic[L_co]):
             raise
         if self._prioritized:
             # Never what the request itself says.
-            options["priority"] = context.priority if context.priority is not None else int(Priority.NORMAL)
+            priority = context.access.priority
+            options["priority"] = priority if priority is not None else int(Priority.NORMAL)
 
 
 def _refuse(name: str, *_: object, **__: object) -> NoReturn:

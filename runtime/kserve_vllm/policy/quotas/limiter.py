@@ -48,9 +48,10 @@ class Quota:
 class Grant:
     """What one request was given; made by `Limits.enter`, ended by `Limits.settle`."""
 
-    __slots__ = ("homes", "lease", "places", "remaining", "reserved", "settled", "token_asks")
+    __slots__ = ("homes", "lease", "limits", "places", "remaining", "reserved", "settled", "token_asks")
 
-    def __init__(self, places: list[Ask], token_asks: list[Ask], lease: str) -> None:
+    def __init__(self, limits: Limits, places: list[Ask], token_asks: list[Ask], lease: str) -> None:
+        self.limits = limits
         self.lease = lease
         self.places = places
         self.token_asks = token_asks
@@ -58,6 +59,10 @@ class Grant:
         self.reserved: list[tuple[Counters, int, int]] = []  # where, bucket, tokens
         self.settled = False
         self.remaining: dict[Kind, tuple[int, int, float]] = {}  # limit, remaining, seconds until all is free
+
+    async def reserve(self, tokens: int) -> None:
+        """Reserve tokens for a sequence; as `Limits.reserve`."""
+        await self.limits.reserve(self, tokens)
 
     def headers(self) -> list[tuple[str, str]]:
         """OpenAI's `x-ratelimit-*` headers, of the subject that has least left; empty where nothing is limited."""
@@ -116,7 +121,7 @@ class Limits:
                 asks.append(Ask(quota.subject, "tokens", quota.tokens_per_minute, 0))
         places = [ask for ask in asks if ask.kind == "concurrent"]
         self._leases += 1
-        grant = Grant(places, [ask for ask in asks if ask.kind == "tokens"], f"{self._name}-{self._leases}")
+        grant = Grant(self, places, [ask for ask in asks if ask.kind == "tokens"], f"{self._name}-{self._leases}")
         if not asks:
             return grant
         _, store = await self._take(grant, asks)

@@ -166,7 +166,7 @@ class BatchRoutes:
 def _owner() -> Owner:
     """Who asks, as enforcement has found out."""
     context = current.get()
-    return Owner(context.tenant, context.key_id) if context is not None else Owner(NO_TENANT, None)
+    return Owner(context.access.tenant, context.access.key_id) if context is not None else Owner(NO_TENANT, None)
 
 
 async def _form(request: Request) -> FormData:

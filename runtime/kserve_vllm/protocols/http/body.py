@@ -42,8 +42,8 @@ class BodyBudget:
         Raises:
             Unavailable: too much is held already.
         """
-        own = self._held.get(context.key_id, 0) + size
-        most = self._total if context.key_id is None else self._total // 2
+        own = self._held.get(context.access.key_id, 0) + size
+        most = self._total if context.access.key_id is None else self._total // 2
         if own > most or self.held + size > self._total:
             whose = "the server holds" if self.held + size > self._total else "requests with this key hold"
             raise Unavailable(
@@ -53,17 +53,17 @@ class BodyBudget:
                 close=True,
                 reason="bodies",
             )
-        self._held[context.key_id] = own
+        self._held[context.access.key_id] = own
         self.held += size
 
     def give(self, context: RequestContext, size: int) -> None:
         """Hold it no longer."""
         self.held -= size
-        left = self._held.get(context.key_id, 0) - size
+        left = self._held.get(context.access.key_id, 0) - size
         if left > 0:
-            self._held[context.key_id] = left
+            self._held[context.access.key_id] = left
         else:
-            self._held.pop(context.key_id, None)
+            self._held.pop(context.access.key_id, None)
 
 
 class LoopShare:
@@ -86,7 +86,7 @@ class LoopShare:
             return 0.0
         now = asyncio.get_running_loop().time()
         free_at = {caller: at for caller, at in self._free_at.items() if at > now}
-        wait_s = max(0.0, free_at.get(context.key_id, now) - now)
+        wait_s = max(0.0, free_at.get(context.access.key_id, now) - now)
         if wait_s > MOST_WAIT_S:
             raise RateLimited(
                 "too many bodies of very many values at once; send fewer values, or fewer such requests a minute",
@@ -94,7 +94,7 @@ class LoopShare:
                 retry_after_s=math.ceil(wait_s - MOST_WAIT_S),
                 reason="bodies",
             )
-        free_at[context.key_id] = now + wait_s + hold_s / SHARE
+        free_at[context.access.key_id] = now + wait_s + hold_s / SHARE
         self._free_at = free_at
         return wait_s
 

@@ -392,7 +392,7 @@ class _Arrival:
             InvalidRequest, Refused, Unavailable: as `RequestMiddleware.moderated`.
         """
         raw = self._body or b""
-        passed = await self._middleware.moderated(self._scope["path"], self._headers, raw, self._context.tenant)
+        passed = await self._middleware.moderated(self._scope["path"], self._headers, raw, self._context.access.tenant)
         if passed is not raw:
             kept = [(name, value) for name, value in self._scope["headers"] if name not in _LENGTHS]
             self._scope = {**self._scope, "headers": [*kept, (b"content-length", b"%d" % len(passed))]}

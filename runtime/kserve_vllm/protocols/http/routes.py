@@ -229,8 +229,8 @@ class Routes:
             Forbidden: the caller of the running request is none.
         """
         context = current.get()
-        if context is not None and context.caller is not None:
-            self._enforcement.check_operator(context.caller)
+        if context is not None and context.access.caller is not None:
+            self._enforcement.check_operator(context.access.caller)
 
     # V1
 

@@ -82,14 +82,14 @@ class Statistics:
         row = self._models.setdefault(name, _nothing())
         spans = row["inference_stats"]
         good = context.outcome == "ok"
-        if good and not context.sequences and context.cache != "hit":
+        if good and not context.engine.sequences and context.cache != "hit":
             return  # tokens were counted, or the like
         _add(spans["success" if good else "fail"], context.duration_s)
         if not good:
             return
-        queue_s = context.queue_s or 0.0
+        queue_s = context.engine.queue_s or 0.0
         row["last_inference"] = int(time.time() * 1000)
-        row["inference_count"] += max(1, context.finished)
+        row["inference_count"] += max(1, context.engine.finished)
         row["execution_count"] += 1
         _add(spans["queue"], queue_s)
         _add(spans["compute_input"], 0.0)
