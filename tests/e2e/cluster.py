@@ -351,6 +351,13 @@ class Cluster:
         ).items
         return [p for p in found if every or p.metadata.deletion_timestamp is None]
 
+    def ready_pods(self, namespace: str, name: str) -> int:
+        """How many pods of an InferenceService are ready, every container of them."""
+        pods = self.pods(namespace, name)
+        return sum(
+            bool(p.status.container_statuses) and all(s.ready for s in p.status.container_statuses) for p in pods
+        )
+
     def story(self, namespace: str, name: str) -> str:
         """Conditions, pods, events and the end of the logs: what to read when a service does not get ready."""
         lines = []

@@ -156,6 +156,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
         Promise("Keys hold through the gateway", _README, (f"{_SHARING}::test_keys_through_the_gateway",)),
         Promise("Limits hold through the gateway", _README, (f"{_SHARING}::test_limits_through_the_gateway",)),
         Promise("Adapters answer through the gateway", _README, (f"{_SHARING}::test_adapters_through_the_gateway",)),
+        Promise("Moderation refuses and redacts", _README, (f"{_SHARING}::test_moderation_through_the_gateway",)),
+        Promise("In the queue, a higher class waits less", _README, (f"{_SHARING}::test_a_higher_class_waits_less",)),
+        Promise(
+            "Replicas share their limits in Redis", _README, (f"{_SHARING}::test_replicas_share_their_limits_in_redis",)
+        ),
         Promise(
             "A second release that would take the first one's runtimes is refused, and harms nothing",
             _CHART,
@@ -262,7 +267,6 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
         Promise("A NetworkPolicy keeps others out", _CHART, lacks="a network that enforces policies"),
         Promise("Models from hubs, object stores, volumes and image registries", _CHART, lacks="a way out, or a store"),
         Promise("Istio's routes and the ejection of failing pods", _CHART, lacks="Istio"),
-        Promise("Moderation, the queue by class and shared limits in Redis, on a cluster", _README, lacks="a case"),
         Promise("A stream of 15 minutes is not cut", _README, (f"{_PLATFORM}::test_a_stream_of_minutes_is_not_cut",)),
     ),
 }

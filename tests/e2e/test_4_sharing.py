@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import yaml
 from kubernetes import client
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
 from tests.e2e.releases import CATALOGUE, HelmFailed, Release, merged, small
 from tests.e2e.traffic import Load, Target, ask
@@ -34,13 +36,11 @@ class Shared:
     nobody: Target
 
 
-@pytest.fixture(scope="module")
-def shared(suite: Suite) -> Iterator[Shared]:
-    """A service with a key file, on cluster-wide runtimes."""
-    namespace = suite.namespace("team")
-    keys = {who: secrets.token_urlsafe(24) for who in ("admin", "tenant", "limited")}
+def _make_keys(suite: Suite, namespace: str, tenants: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A Secret `keys` with a key file in which each tenant has one key; the keys. `admin` is an administrator."""
+    keys = {who: secrets.token_urlsafe(24) for who in tenants}
     file = {
-        "tenants": {"tenant": {"models": [NAME, "upper"]}, "limited": {"limits": {"requests_per_minute": _PER_MINUTE}}},
+        "tenants": {who: dict(what) for who, what in tenants.items() if what},
         "keys": [
             {
                 "id": who,
@@ -53,9 +53,25 @@ def shared(suite: Suite) -> Iterator[Shared]:
     }
     secret = client.V1Secret(metadata=client.V1ObjectMeta(name="keys"), string_data={"keys.yaml": yaml.safe_dump(file)})
     suite.cluster.core.create_namespaced_secret(namespace, secret)
+    return keys
+
+
+@pytest.fixture(scope="module")
+def shared(suite: Suite) -> Iterator[Shared]:
+    """A service with a key file, on cluster-wide runtimes."""
+    namespace = suite.namespace("team")
+    keys = _make_keys(
+        suite,
+        namespace,
+        {
+            "admin": {},
+            "tenant": {"models": [NAME, "upper"]},
+            "limited": {"limits": {"requests_per_minute": _PER_MINUTE}},
+        },
+    )
     values = {
         "cluster": {"deploymentMode": "Standard", "gatewayAPI": True},
-        "inferenceServices": {NAME: small(sharing={"keys": {"secret": "keys"}})},
+        "inferenceServices": {NAME: small(apiKeys={"secretName": "keys"})},
     }
     release = suite.release("team", namespace, values)
     release.install()
@@ -161,3 +177,92 @@ def test_a_tenant_s_service_on_the_runtimes_of_another(
     assert answer.status_code == 200, answer.text
     assert "42" in json.dumps(answer.json())
     cluster.delete(manifest, namespace)
+
+
+_SLOTS = 2
+_RULES = {
+    "hooks": [
+        {"name": "secrets", "action": "refuse", "patterns": [{"literal": "project falcon", "ignore_case": True}]},
+        {"name": "words", "action": "redact", "patterns": [{"literal": "apple", "replacement": "[fruit]"}]},
+    ]
+}
+
+
+def _ruled(suite: Suite, name: str, tenants: Mapping[str, Mapping[str, Any]], **changes: Any) -> dict[str, Target]:
+    """A service with moderation, a queue and a key per tenant; it as each of them reaches it."""
+    namespace = suite.namespace(name)
+    keys = _make_keys(suite, namespace, tenants)
+    rules = client.V1ConfigMap(
+        metadata=client.V1ObjectMeta(name="rules"), data={"moderation.yaml": yaml.safe_dump(_RULES)}
+    )
+    suite.cluster.core.create_namespaced_config_map(namespace, rules)
+    service = small(
+        apiKeys={"secretName": "keys"},
+        moderation={"configMap": "rules"},
+        extraArgs=["--enforce-eager", f"--max-concurrent={_SLOTS}"],
+        **changes,
+    )
+    values = {"cluster": {"deploymentMode": "Standard", "gatewayAPI": True}, "inferenceServices": {NAME: service}}
+    suite.release(name, namespace, values).install()
+    suite.cluster.wait_ready(namespace, NAME)
+    return {who: suite.target(namespace, NAME, {"Authorization": f"Bearer {key}"}) for who, key in keys.items()}
+
+
+@pytest.fixture(scope="module")
+def ruled(suite: Suite) -> Iterator[dict[str, Target]]:
+    """Tenants of the classes high and low behind two slots."""
+    yield _ruled(suite, "ruled", {"first": {"priority": "high"}, "later": {"priority": "low"}})
+    if not suite.keep:
+        suite.releases[-1].uninstall()
+
+
+def test_moderation_through_the_gateway(ruled: dict[str, Target], record: Record) -> None:
+    target = ruled["first"]
+    refused = ask(target, "/openai/v1/completions", {**_QUESTION, "prompt": "Where is Project Falcon?"})
+    record("a prompt that a rule refuses", f"{refused.status_code} {refused.json()['error']['type']}")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["type"] == "content_filter"
+    assert "falcon" not in refused.text.lower()
+    echo = {**_QUESTION, "prompt": "Repeat the word apple.", "echo": True}
+    answer = ask(target, "/openai/v1/completions", echo).json()["choices"][0]["text"]
+    record("one with a word that a rule replaces", repr(answer[:60]))
+    assert "[fruit]" in answer
+    assert "apple" not in answer
+    assert ask(target, "/openai/v1/completions", _QUESTION).status_code == 200
+
+
+def test_a_higher_class_waits_less(ruled: dict[str, Target], record: Record) -> None:
+    with Load(ruled["later"], workers=8, stream=False, tokens=48, exactly=True) as many:
+        while many.count.whole < 4:
+            assert not many.count.lost, many.count.lost[:3]
+            many.workers[0].join(0.1)
+        few = Load(ruled["first"], workers=1, count=10, stream=False, tokens=48, exactly=True).run(120)
+    assert not few.lost + many.count.lost, (few.lost + many.count.lost)[:3]
+    high, low = statistics.median(few.seconds), statistics.median(many.count.seconds)
+    record("seconds of an answer, median", f"class high {high:.2f}, low {low:.2f}; {_SLOTS} slots, 9 clients")
+    assert high * 1.5 < low
+
+
+def test_replicas_share_their_limits_in_redis(suite: Suite, request: pytest.FixtureRequest, record: Record) -> None:
+    """Each of two pods alone would let as many requests pass as both together may."""
+    url = request.config.option.redis
+    if not url:
+        pytest.skip("NOT RUN: no Redis that pods reach is named (--redis redis://HOST:PORT/0)")
+    namespace = suite.namespace("redis")
+    secret = client.V1Secret(metadata=client.V1ObjectMeta(name="redis"), string_data={"url": url})
+    suite.cluster.core.create_namespaced_secret(namespace, secret)
+    keys = _make_keys(suite, namespace, {"limited": {"limits": {"requests_per_minute": _PER_MINUTE}}})
+    service = small(
+        apiKeys={"secretName": "keys"}, redis={"secretName": "redis"}, autoscaling={"minReplicas": 2, "maxReplicas": 2}
+    )
+    values = {"cluster": {"deploymentMode": "Standard", "gatewayAPI": True}, "inferenceServices": {NAME: service}}
+    release = suite.release("redis", namespace, values)
+    release.install()
+    suite.cluster.wait_ready(namespace, NAME)
+    wait("two ready pods", lambda: suite.cluster.ready_pods(namespace, NAME) == 2, 300)
+    target = suite.target(namespace, NAME, {"Authorization": f"Bearer {keys['limited']}"})
+    count = Load(target, workers=6, count=30, stream=False, tokens=4, expected=(429,)).run(55)
+    record(f"of 30 at {_PER_MINUTE} a minute, two pods", f"{count.whole} answered, {count.refused} refused with 429")
+    assert not count.lost, count.lost[:3]
+    assert count.whole == _PER_MINUTE
+    release.uninstall()

@@ -188,12 +188,12 @@ def test_arrivals_have_the_rate_and_are_the_same_again() -> None:
 
 
 def test_prompts_have_their_length_and_share_only_what_was_asked() -> None:
-    shape = Shape(200, 8, 0.0, 0.5, WordCount(fixed=10, per_word=2.0, measured=True), 1)
+    shape, again = (Shape(200, 8, 0.0, 0.5, WordCount(fixed=10, per_word=2.0, measured=True), 1) for _ in range(2))
     first, second = shape[0].text.split(), shape[1].text.split()
     assert len(first) == len(second) == 95
     same = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
     assert 47 <= same <= 52
-    assert shape[0] == shape[0]
+    assert shape[0] == shape[0] == again[0]
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
