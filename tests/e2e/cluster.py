@@ -129,7 +129,7 @@ class Cluster:
             knative=(knative := self._knative_version(groups)) and said.get("knative", knative),
             gateway_api=bool(gateway.get("enableGatewayApi")) and "gateway.networking.k8s.io" in groups,
             gateway_controller=", ".join(sorted(controllers)),
-            keda=bool(self._deployments("keda-operator")),
+            keda={"external.metrics.k8s.io", "keda.sh"} <= groups,
             prometheus_operator=bool(self._deployments("prometheus-operator")),
             resource_metrics="metrics.k8s.io" in groups,
         )

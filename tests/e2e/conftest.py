@@ -65,6 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the chart as it was last released: folder, archive or oci://",
     )
     group.addoption("--redis", default=os.environ.get("E2E_REDIS", ""), help="URL of a Redis that pods reach")
+    group.addoption(
+        "--reachable",
+        default=os.environ.get("E2E_REACHABLE", ""),
+        help="an address of this machine that the cluster reaches: the suite's Prometheus listens there for KEDA",
+    )
     group.addoption("--note", default="", help="what a reader of the results has to know of this cluster")
     group.addoption("--keep", action="store_true", help="leave everything in place at the end")
     group.addoption("--clean", action="store_true", help="remove what earlier runs have left, run nothing")

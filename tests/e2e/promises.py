@@ -256,13 +256,15 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
     "What needs more of a cluster": (
         Promise("An HPA on CPU scales pods", _CHART, (f"{_PLATFORM}::test_an_hpa_on_cpu_scales",)),
         Promise(
+            "KEDA scales pods by the engine's queue", _CHART, (f"{_PLATFORM}::test_keda_scales_by_the_engine_s_queue",)
+        ),
+        Promise(
             "An upgrade from the chart as it was last released loses no request",
             _CHART,
             (f"{_PLATFORM}::test_an_upgrade_from_the_last_released_chart_under_load",),
         ),
         Promise("A service on a GPU gets ready", _CHART, (f"{_PLATFORM}::test_a_gpu_service_gets_ready",)),
         Promise("A model over several nodes", _CHART, lacks="nodes with GPUs"),
-        Promise("KEDA scales pods by the engine's queue", _CHART, lacks="KEDA and a Prometheus that it asks"),
         Promise("Prometheus' operator acts on PodMonitor and PrometheusRule", _CHART, lacks="Prometheus' operator"),
         Promise("A NetworkPolicy keeps others out", _CHART, lacks="a network that enforces policies"),
         Promise("Models from hubs, object stores, volumes and image registries", _CHART, lacks="a way out, or a store"),

@@ -98,9 +98,12 @@ class Scraper:
         folder: for its files.
         monitor: a PodMonitor of the chart, as the cluster has it.
         rules: `spec.groups` of its PrometheusRule.
+        address: where it listens.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path, monitor: Object, rules: list[Object]) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, monitor: Object, rules: list[Object], address: str = "127.0.0.1"
+    ) -> None:
         found = binary()
         assert found is not None
         endpoints = monitor["spec"]["podMetricsEndpoints"]
@@ -119,16 +122,16 @@ class Scraper:
             )
         )
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((address, 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{address}:{port}"
         self._log = (folder / "log").open("w+")
         self._process = subprocess.Popen(
             [
                 found,
                 f"--config.file={folder}/prometheus.yml",
                 f"--storage.tsdb.path={folder}/data",
-                f"--web.listen-address=127.0.0.1:{port}",
+                f"--web.listen-address={address}:{port}",
             ],
             stdout=self._log,
             stderr=subprocess.STDOUT,

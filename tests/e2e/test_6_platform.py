@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from tests.e2e import scraping
 from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import MODEL, merged, of_model, small
+from tests.e2e.releases import MODEL, MONITORED, POD_MONITOR, Values, merged, of_model, small
 from tests.e2e.traffic import PROMPT, Load
 
 NAME = "chat"
@@ -36,6 +37,60 @@ def test_an_hpa_on_cpu_scales(suite: Suite, cluster: Cluster, record: Record) ->
         )
         record("seconds to the second pod", time.monotonic() - began)
         cluster.wait_ready(namespace, NAME)
+    assert not load.count.lost, load.count.lost[:5]
+    release.uninstall()
+
+
+@pytest.mark.needs("gateway", "keda")
+def test_keda_scales_by_the_engine_s_queue(
+    suite: Suite,
+    cluster: Cluster,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    record: Record,
+) -> None:
+    """One sequence at a time and six clients: five requests wait, and one for each pod is wanted."""
+    address = request.config.option.reachable
+    if not address or scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
+        pytest.skip(
+            "NOT RUN: it needs a Prometheus here at an address that KEDA reaches (--reachable), and PodMonitors"
+        )
+    namespace = suite.namespace("keda")
+    scaling = {"class": "keda", "metric": "queue-depth", "target": 1, "minReplicas": 1, "maxReplicas": 2}
+    values: Values = {
+        "cluster": {"deploymentMode": "Standard", "gatewayAPI": True},
+        "inferenceServices": {NAME: small(maxNumSeqs=1)},
+        "monitoring": MONITORED,
+    }
+    release = suite.release("keda", namespace, values)
+    release.install()
+    cluster.wait_ready(namespace, NAME)
+    (monitor,) = cluster.get(f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors")["items"]
+    prometheus = scraping.Scraper(cluster, tmp_path_factory.mktemp("prometheus"), monitor, [], address)
+    try:
+        release.upgrade(
+            {
+                "cluster": {"prometheusAddress": prometheus.url},
+                "inferenceServices": {NAME: {"autoscaling": {**scaling, "stabilization": {"scaleDownSeconds": 0}}}},
+            }
+        )
+        cluster.wait_ready(namespace, NAME)
+        began = time.monotonic()
+        with Load(suite.target(namespace, NAME), workers=6, tokens=64, exactly=True) as load:
+            wait(
+                "two ready pods",
+                lambda: cluster.ready_pods(namespace, NAME) == 2,
+                300,
+                seen=lambda: str(cluster.left_in(namespace)),
+            )
+            record("seconds to the second pod's first request", time.monotonic() - began)
+        began = time.monotonic()
+        wait("one pod", lambda: len(cluster.pods(namespace, NAME)) == 1, 300)
+        record("seconds until it went again", time.monotonic() - began)
+    finally:
+        prometheus.stop()
+    record("requests", load.count.sent)
+    record("lost", len(load.count.lost))
     assert not load.count.lost, load.count.lost[:5]
     release.uninstall()
 
