@@ -188,10 +188,11 @@ _RULES = {
 }
 
 
-def _ruled(suite: Suite, name: str, tenants: Mapping[str, Mapping[str, Any]], **changes: Any) -> dict[str, Target]:
-    """A service with moderation, a queue and a key per tenant; it as each of them reaches it."""
-    namespace = suite.namespace(name)
-    keys = _make_keys(suite, namespace, tenants)
+@pytest.fixture(scope="module")
+def ruled(suite: Suite) -> Iterator[dict[str, Target]]:
+    """A service with moderation, and tenants of the classes high and low behind two slots."""
+    namespace = suite.namespace("ruled")
+    keys = _make_keys(suite, namespace, {"first": {"priority": "high"}, "later": {"priority": "low"}})
     rules = client.V1ConfigMap(
         metadata=client.V1ObjectMeta(name="rules"), data={"moderation.yaml": yaml.safe_dump(_RULES)}
     )
@@ -200,20 +201,14 @@ def _ruled(suite: Suite, name: str, tenants: Mapping[str, Mapping[str, Any]], **
         apiKeys={"secretName": "keys"},
         moderation={"configMap": "rules"},
         extraArgs=["--enforce-eager", f"--max-concurrent={_SLOTS}"],
-        **changes,
     )
     values = {"cluster": {"deploymentMode": "Standard", "gatewayAPI": True}, "inferenceServices": {NAME: service}}
-    suite.release(name, namespace, values).install()
+    release = suite.release("ruled", namespace, values)
+    release.install()
     suite.cluster.wait_ready(namespace, NAME)
-    return {who: suite.target(namespace, NAME, {"Authorization": f"Bearer {key}"}) for who, key in keys.items()}
-
-
-@pytest.fixture(scope="module")
-def ruled(suite: Suite) -> Iterator[dict[str, Target]]:
-    """Tenants of the classes high and low behind two slots."""
-    yield _ruled(suite, "ruled", {"first": {"priority": "high"}, "later": {"priority": "low"}})
+    yield {who: suite.target(namespace, NAME, {"Authorization": f"Bearer {key}"}) for who, key in keys.items()}
     if not suite.keep:
-        suite.releases[-1].uninstall()
+        release.uninstall()
 
 
 def test_moderation_through_the_gateway(ruled: dict[str, Target], record: Record) -> None:
