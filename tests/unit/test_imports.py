@@ -78,6 +78,7 @@ KNOW_VLLM = {
         "hooks/guards",
         "hooks/request_repair",
         "hooks/responses_repair",
+        "hooks/stat_logger",
         "patches/inline_rendering",
         "patches/late_text",
         "patches/openai_stream",

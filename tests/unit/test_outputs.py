@@ -12,8 +12,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from kserve_vllm.config import demo
+from kserve_vllm.engine.hooks.stat_logger import observe_all
 from kserve_vllm.engine.patches import plain_outputs as outputs
-from kserve_vllm.engine.patches.plain_outputs import observe_all, process_plain_outputs_apart, send_to
+from kserve_vllm.engine.patches.plain_outputs import process_plain_outputs_apart, send_to
 
 TEXTS = ["12 + 7 = 19.", "ü 漢字 🙂🙃 ß", "a b  c\n\n\td", "\ufffd x \ufffd", "x" * 30]
 ENDS = ["length", "stop", "stop_token", "abort", "stop_string"]

@@ -265,6 +265,13 @@ TABLE: tuple[Touchpoint, ...] = (
         holds="mp_admission_counters",
     ),
     *_rows(
+        "the engine's client keeps its statistics with a logger of ours, a subclass of vLLM's",
+        "refuse",
+        "exists",
+        "vllm.v1.metrics.loggers",
+        "PrometheusStatLogger",
+    ),
+    *_rows(
         "one gauge of adapters for all front ends",
         "warn",
         "exists",

@@ -42,7 +42,7 @@ from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, S
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
 from kserve_vllm.engine.patches.late_text import make_texts_at_the_end
-from kserve_vllm.engine.patches.plain_outputs import observe_gaps_of, process_plain_outputs_apart
+from kserve_vllm.engine.patches.plain_outputs import process_plain_outputs_apart
 from kserve_vllm.engine.requests import (
     plain_logprobs,
     raise_error_response,
@@ -232,8 +232,12 @@ class VLLMEngine:
             shortcuts.does_not_apply("texts")
         if shortcuts.takes("outputs") and not process_plain_outputs_apart(self.client):
             shortcuts.does_not_apply("outputs")
-        if shortcuts.takes("gaps") and not observe_gaps_of(self.client):
-            shortcuts.does_not_apply("gaps")
+        if shortcuts.takes("gaps"):
+            from kserve_vllm.engine.hooks.stat_logger import stat_logger_of
+
+            logger = stat_logger_of(self.client)
+            if logger is None or not logger.observe_equal_gaps_together():
+                shortcuts.does_not_apply("gaps")
 
     def stand_before(self, sequences: SequencePolicy[L], cache: Cache[L] | None = None) -> None:
         """Let `sequences` decide about every sequence from now on, and `cache` answer those that it knows."""
@@ -264,18 +268,20 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from kserve_vllm.engine.hooks.stat_logger import StatLogger
+
         index, count = (0, 1) if self._channel is None else (self._channel.index, self._channel.count)
         config, engine_args = configure(self._args, count, index)
-        if addresses is not None:
-            guards.merge_adapter_gauge()
-            if self._channel is not None and self._channel.counters is not None:
-                addresses["mp_admission_counters"] = self._channel.counters
+        if addresses is not None and self._channel is not None and self._channel.counters is not None:
+            addresses["mp_admission_counters"] = self._channel.counters
         # The constructor blocks until the model is loaded; outside the event loop's thread it starts no tasks, they
         # begin with the first request.
         with spared_interrupts():
             return AsyncLLM.from_vllm_config(
                 vllm_config=config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
+                # A logger switches the statistics on.
+                stat_loggers=None if engine_args.disable_log_stats else [StatLogger],
                 enable_log_requests=engine_args.enable_log_requests,
                 aggregate_engine_logging=engine_args.aggregate_engine_logging,
                 disable_log_stats=engine_args.disable_log_stats,

@@ -136,21 +136,6 @@ def banning(params: SamplingParams) -> str | None:
     return None
 
 
-def merge_adapter_gauge() -> None:
-    """Let the last process that wrote `vllm:lora_requests_info` speak for all: its value is a time, and vLLM adds up
-    those of all front ends."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    gauge = PrometheusStatLogger._gauge_cls
-
-    def made(*args: object, **kwargs: object) -> object:
-        if kwargs.get("name") == "vllm:lora_requests_info":
-            kwargs["multiprocess_mode"] = "mostrecent"
-        return gauge(*args, **kwargs)
-
-    PrometheusStatLogger._gauge_cls = staticmethod(made)  # type: ignore[assignment]
-
-
 class _AsksForModel(Protocol):
     """A request as vLLM's handlers have it."""
 

@@ -2,8 +2,7 @@
 
 In most outputs there is nothing but the next token of a request that wanted nothing but text. vLLM's output processor
 asks of each whether there is anything else (log probabilities, stop strings, a grammar's end, pooled values, ...), in a
-dozen calls, and its Prometheus logger observes the gap between two tokens one by one. Here such outputs are told from
-the others, which stay vLLM's, and equal gaps are observed together: all requests of a step have the same.
+dozen calls. Here such outputs are told from the others, which stay vLLM's.
 
 Written against vLLM 0.32. Where an output has other fields than in that version, all of them stay vLLM's.
 """
@@ -11,19 +10,15 @@ Written against vLLM 0.32. Where an output has other fields than in that version
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kserve_vllm.engine.patches.late_text import late_detokenizer
 
 if TYPE_CHECKING:
-    from prometheus_client import Histogram
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.stats import IterationStats
 
 log = logging.getLogger(__name__)
@@ -70,16 +65,6 @@ def process_plain_outputs_apart(client: AsyncLLM) -> bool:
     plain = PlainOutputs(processor, has_plain_outputs, OutputProcessorOutput)
     processor.process_outputs = plain.process
     return True
-
-
-def observe_gaps_of(client: AsyncLLM) -> bool:
-    """Let the client's Prometheus loggers observe equal gaps at once. Returns whether there are any."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    if client.logger_manager is None:
-        return False
-    found = [logger for logger in client.logger_manager.stat_loggers if isinstance(logger, PrometheusStatLogger)]
-    return bool(found) and all([observe_equal_gaps_together(logger) for logger in found])
 
 
 Sink = Callable[[str, int], None]
@@ -199,50 +184,3 @@ def _has_only_tokens(output: EngineCoreOutput) -> bool:
         and output.spec_decode_metrics is None
         and output.prompt_token_id_logprobs is None
     )
-
-
-def observe_equal_gaps_together(logger: PrometheusStatLogger) -> bool:
-    """Let vLLM's Prometheus logger write a step's gaps between tokens once for each length that they have.
-
-    Returns:
-        False where prometheus-client's histograms are not as known.
-    """
-    histograms = logger.histogram_inter_token_latency
-    if not all(_is_known(histogram) for histogram in histograms.values()):
-        log.warning("the gaps between tokens are observed one by one: prometheus-client's histogram has changed")
-        return False
-    record = logger.record
-
-    def record_with_gaps(
-        scheduler_stats: object,
-        iteration_stats: IterationStats | None,
-        mm_cache_stats: object = None,
-        engine_idx: int = 0,
-    ) -> None:
-        if iteration_stats is None:
-            record(scheduler_stats, None, mm_cache_stats, engine_idx)
-            return
-        gaps = iteration_stats.inter_token_latencies_iter
-        # Other loggers read the same object.
-        iteration_stats.inter_token_latencies_iter = ()
-        try:
-            record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
-        finally:
-            iteration_stats.inter_token_latencies_iter = gaps
-        observe_all(histograms[engine_idx], gaps)
-
-    logger.record = record_with_gaps
-    return True
-
-
-def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
-    """Observe all values in a histogram of prometheus-client, equal ones at once."""
-    for value, times in Counter(values).items():
-        histogram._sum.inc(value * times)
-        bucket = bisect_left(histogram._upper_bounds, value)
-        if bucket < len(histogram._buckets):
-            histogram._buckets[bucket].inc(times)
-
-
-def _is_known(histogram: Histogram) -> bool:
-    return all(hasattr(histogram, name) for name in ("_sum", "_upper_bounds", "_buckets"))
