@@ -14,7 +14,7 @@ help:
 	@echo "make e2e [ARGS='--keep']                             the suite against the current kubeconfig's cluster; E2E_IMAGE, E2E_GATEWAY"
 	@echo "make e2e-kind [ARGS='-k standard']                   the same on a cluster in Docker, which it makes"
 	@echo "make fuzz MINUTES=10                                 try made-up input against all parsers"
-	@echo "make test-unit                                       the tests that need no engine and no other program"
+	@echo "make test-unit                                       the quick tests that need no engine and no other program"
 	@echo "make compat [ARGS='--only litellm,grpc-js']          others' suites and clients against the server; ARGS=--list, --help"
 	@echo "make docs                                            the documentation as a site, in build/site"
 	@echo "make bench [ARGS='--quick']                          compare with vllm serve; see --help of tests.benchmarks.bench"
@@ -76,7 +76,7 @@ docs: python
 
 .PHONY: test-unit
 test-unit: setup-dev
-	$(BIN)/python -m pytest -q -n 2 --no-engine -m "not integration" --ignore=tests/charts --ignore=tests/ops $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --no-engine -m "not integration and not slow" --ignore=tests/charts --ignore=tests/ops $(TESTS)
 
 .PHONY: bench
 bench: setup-dev

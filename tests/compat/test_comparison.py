@@ -138,6 +138,7 @@ def test_the_model_that_calls_tools_is_made_once_and_anew_from_another_script(
         tools_model.build(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_names_suites_and_what_is_not_run() -> None:
     def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tests.compat", *arguments]

@@ -318,6 +318,7 @@ def test_headers_are_openais_and_of_the_subject_with_least_left() -> None:
 # Memory
 
 
+@pytest.mark.slow
 def test_subjects_that_are_idle_for_longer_than_the_window_are_dropped() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)

@@ -429,6 +429,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_replacing_with_the_same_texts_changes_nothing_and_every_text_is_replaced(body: dict[str, Any]) -> None:
     # Within an object: a list of numbers at the top may be a text as token ids, which is refused.

@@ -524,6 +524,7 @@ def test_a_client_that_leaves_while_an_entry_point_looks_is_no_failure_of_the_ho
     assert seen == []
 
 
+@pytest.mark.slow
 def test_a_call_that_never_comes_back_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     (tmp_path / "hangs.py").write_text("import time\ndef call(*_): time.sleep(600)\n")
     (tmp_path / "m.yaml").write_text("hooks: [{name: ours, entry_point: 'hangs:call', timeout_s: 0.1}]")

@@ -158,6 +158,7 @@ async def test_the_memory_store_never_costs_more_than_its_bound() -> None:
     assert len(store) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [20_000, 22_000], ids=["before the dict grows", "after"])
 def test_what_an_entry_is_said_to_cost_is_no_less_than_what_it_costs(values: int) -> None:
     @run

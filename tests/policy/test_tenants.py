@@ -167,6 +167,7 @@ def test_a_missing_file_is_an_error_at_start(tmp_path: Path) -> None:
         Tenants(str(tmp_path / "none.yaml"))
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_keys_cost_no_more_per_request_than_ten(tmp_path: Path) -> None:
     def seconds(count: int) -> float:
         keys = [{"id": f"k{i}", "tenant": f"t{i % 100}", "sha256": digest(f"kv-{i}")} for i in range(count)]

@@ -7,6 +7,7 @@ import pytest
 from tests.robustness.fuzz import TARGETS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_made_up_input_does_no_harm(name: str) -> None:
     for number in range(2):

@@ -322,6 +322,7 @@ def test_one_caller_fills_its_own_share_and_not_that_of_others() -> None:
     assert (budget.held, budget.shares) == (0, set())
 
 
+@pytest.mark.slow
 def test_a_tenants_message_comes_whatever_another_tenant_holds(own: Product) -> None:
     """Two of the eight MiB at which parts of messages are refused would be all the others'."""
     holders = []

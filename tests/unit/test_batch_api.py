@@ -265,6 +265,7 @@ def test_what_can_not_be_done_is_said(tmp_path: Path) -> None:
     run(tmp_path, ask)
 
 
+@pytest.mark.slow
 def test_a_tenants_limit_holds_its_batch_back_and_a_key_that_is_gone_ends_it(tmp_path: Path) -> None:
     async def ask(edge: Edge) -> None:
         api = edge.sdk("slow")

@@ -641,6 +641,7 @@ def test_streams_taken_back_without_end_close_the_connection(ours: Running, monk
         assert channel.unary_unary("/test.Test/echo")(b"others", timeout=20) == b"others"
 
 
+@pytest.mark.slow
 def test_a_client_that_asks_and_never_reads_is_not_read_any_more(
     ours: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -798,6 +799,7 @@ class Sender:
             client.flush()
 
 
+@pytest.mark.slow
 def test_parts_of_messages_wait_for_each_other_and_all_of_them_come(ours: Running) -> None:
     ours.services.budget.limit = 2_500_000
     senders = [Sender(ours.port, bytes(700_000)) for _ in range(7)]
@@ -818,6 +820,7 @@ def test_parts_of_messages_wait_for_each_other_and_all_of_them_come(ours: Runnin
         each.client.sock.close()
 
 
+@pytest.mark.slow
 def test_parts_of_messages_are_refused_at_twice_the_budget(ours: Running) -> None:
     ours.services.budget.limit, ours.services.budget.least = 300_000, 0
     senders = [Sender(ours.port, bytes(700_000)) for _ in range(7)]

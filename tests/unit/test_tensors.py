@@ -158,6 +158,7 @@ def dumps(tree: Any) -> bytes:
     return json.dumps(tree).encode("utf-8", "surrogatepass")
 
 
+@pytest.mark.slow
 @settings(bounded, max_examples=600)
 @given(odd_request, st.binary(max_size=12), st.none() | st.integers(-1, 300) | st.text(max_size=4))
 def test_any_rest_request_is_taken_or_refused(tree: Any, tail: bytes, length: Any) -> None:
@@ -173,6 +174,7 @@ def test_any_bytes_are_taken_or_refused(body: bytes, header_length: str | None) 
     decode_all(lambda: tensors.parse_rest(body, header_length, "m", None))
 
 
+@pytest.mark.slow
 @settings(bounded, max_examples=400)
 @given(
     st.lists(

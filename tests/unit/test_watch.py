@@ -74,6 +74,7 @@ def test_an_engine_that_owes_its_answer_is_killed(in_flight: bool) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_an_event_loop_that_was_held_up_is_not_taken_for_a_hanging_engine() -> None:
     async def main() -> None:
         engine = Engine()
