@@ -75,7 +75,9 @@ class FakeKnative:
                     "message": self.failure,
                 }
             ]
-            self.api.put("Revision", {"metadata": {"name": newest}, "status": {"conditions": conditions}})
+            # Of one that never got ready, Knative wants a pod until its progress deadline.
+            status = {"conditions": conditions, "desiredReplicas": 1}
+            self.api.put("Revision", {"metadata": {"name": newest}, "status": status})
         if not self.rolled_out or (percent in (None, 100) and ready != self.rolled_out):
             self.previous, self.rolled_out = self.rolled_out, ready
         # 0 after a promotion gives all traffic to the revision that had it before.

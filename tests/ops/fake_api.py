@@ -218,6 +218,9 @@ class FakeApi:
             new = body
         elif path not in self.objects:
             return 404, self.status(404, "not found")
+        elif method == "DELETE":
+            self.writes.append((method, path, body))
+            return 200, self.objects.pop(path)
         elif method == "PATCH":
             new = merge(self.objects[path], body)
         else:

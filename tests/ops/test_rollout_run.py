@@ -162,13 +162,36 @@ def test_one_that_errs_only_with_all_traffic_is_rolled_back_too(api: FakeApi) ->
     assert "keeps its canary, without traffic: chat-predictor-00002 had all traffic" in lines[-1]
 
 
-def test_one_that_never_gets_ready_is_rolled_back(api: FakeApi) -> None:
+def test_one_that_never_gets_ready_is_rolled_back_and_keeps_no_pod(api: FakeApi) -> None:
     world = FakeKnative(api, ready="Initial scale was never achieved")
     run, driver, store = rollout(api, lambda: GOOD)
     assert run.run(begin(driver, [10, 100])) == ROLLED_BACK
     assert world.shifts == [0]
     assert world.restored()
     assert "Initial scale was never achieved" in store.load().reason  # type: ignore[union-attr]
+    deleted = [path.rsplit("/", 1)[1] for method, path, _ in api.writes if method == "DELETE"]
+    assert deleted == ["chat-predictor-00002"]
+
+
+def test_where_a_revision_may_not_be_deleted_its_command_is_printed(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise Unreadable(403, "revisions is forbidden")
+
+    monkeypatch.setattr(Cluster, "delete", forbidden)
+    FakeKnative(api, ready="Initial scale was never achieved")
+    lines: list[str] = []
+    run, driver, _ = rollout(api, lambda: GOOD, lines=lines)
+    assert run.run(begin(driver, [10, 100])) == ROLLED_BACK
+    assert any("kubectl delete revision chat-predictor-00002 -n team-a" in line for line in lines), lines
+
+
+def test_a_canary_that_was_ready_keeps_its_revision(api: FakeApi) -> None:
+    FakeKnative(api)
+    run, driver, _ = rollout(api, lambda: BAD)
+    assert run.run(begin(driver, [10, 100])) == ROLLED_BACK
+    assert [method for method, *_ in api.writes if method == "DELETE"] == []
 
 
 def test_a_standard_canary_that_never_gets_ready_is_taken_away(api: FakeApi) -> None:

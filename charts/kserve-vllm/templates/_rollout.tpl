@@ -132,7 +132,7 @@ a service that this release does not have the mode is not known, so that both mo
 {{- if or $unknown $s.knative }}
 - apiGroups: [serving.knative.dev]
   resources: [revisions]
-  verbs: [get]
+  verbs: [get, delete]
 {{- end }}
 {{- if or $unknown (not $s.knative) }}
 - apiGroups: [apps]

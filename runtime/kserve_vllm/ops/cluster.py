@@ -158,6 +158,10 @@ class Cluster:
         """Put an object in place of one whose resourceVersion is the same."""
         return self._json("PUT", path_of(kind, namespace, name), {"dryRun": "All"} if dry_run else {}, body)
 
+    def delete(self, kind: str, namespace: str, name: str) -> None:
+        """Delete an object; what it owns is deleted by Kubernetes after it."""
+        self._json("DELETE", path_of(kind, namespace, name))
+
     def evict(self, namespace: str, pod: str) -> None:
         """Ask for a pod's eviction, which PodDisruptionBudgets may refuse.
 

@@ -51,6 +51,9 @@ class Driver(Protocol):
         """Once the traffic is back: let the service say again what it said before, without a canary; raises
         `CanaryFailed` where that would give the canary traffic."""
 
+    def clear(self, state: State) -> str:
+        """After that: end what a canary that never got ready would go on running. What there is to say of it, or ""."""
+
     def disturbed(self, state: State) -> str:
         """Why this is no longer the rollout that was begun, or ""."""
 
@@ -89,6 +92,9 @@ class _Base:
 
     def _patch(self, change: Json, dry_run: bool = False) -> Json:
         return self.cluster.patch("InferenceService", self.namespace, self.name, {"spec": change}, dry_run)
+
+    def clear(self, state: State) -> str:
+        return ""
 
 
 class Knative(_Base):
@@ -163,6 +169,28 @@ class Knative(_Base):
         elif newest != state.canary and newest == status.get("latestReadyRevision"):
             self._patch({"predictor": {"canaryTrafficPercent": None}})
         return False
+
+    def clear(self, state: State) -> str:
+        """Knative keeps the pod of a revision that never got ready until its progress deadline, which for a large model
+        is an hour, though nothing is sent to it. Its Deployment goes with it."""
+        canary = state.canary
+        if not canary or canary == self._status().get("latestCreatedRevision"):
+            return ""
+        try:
+            revision = self.cluster.get("Revision", self.namespace, canary)
+            if condition(revision, "Ready").get("status") == "True" or not dig(revision, "status", "desiredReplicas"):
+                return ""
+            self.cluster.delete("Revision", self.namespace, canary)
+        except Unreadable as error:
+            if error.status == 404:
+                return ""
+            if error.status == 403:
+                return (
+                    f"revision {canary} never got ready and keeps its pod until Knative's progress deadline; it may not "
+                    f"be deleted from here ({error}): kubectl delete revision {canary} -n {self.namespace}"
+                )
+            raise
+        return f"revision {canary}, which never got ready, is deleted: it would have kept its pod"
 
     def disturbed(self, state: State) -> str:
         created = self._status().get("latestCreatedRevision")

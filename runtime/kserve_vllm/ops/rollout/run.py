@@ -248,6 +248,9 @@ class Rollout:
         except CanaryFailed as error:
             state.note(NOT_RESTORED, self._clock(), reason=str(error))
             self._say(f"the service keeps its canary, without traffic: {error}")
+        else:
+            if said := self._ask(lambda: self._driver.clear(state)):
+                self._say(said)
         state.phase = "Failed"
         state.note("rolled back", self._clock())
         self._keep(state)
