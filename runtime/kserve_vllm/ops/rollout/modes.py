@@ -186,7 +186,7 @@ class Knative(_Base):
                 return ""
             if error.status == 403:
                 return (
-                    f"revision {canary} never got ready and keeps its pod until Knative's progress deadline; it may not "
+                    f"revision {canary} never got ready and keeps its pod until Knative gives up on it; it may not "
                     f"be deleted from here ({error}): kubectl delete revision {canary} -n {self.namespace}"
                 )
             raise
