@@ -30,6 +30,7 @@ class World:
         self.wanted = pods
         self.todo: list[tuple[str, str]] = []
         self.stuck = False
+        self.sick: set[str] = set()
         api.put(
             "InferenceService",
             {
@@ -87,7 +88,7 @@ class World:
         """One turn of the controllers."""
         for name in list(self.names()):
             pod = self.api.get("Pod", name)
-            if pod["status"]["conditions"][0]["status"] == "False" and not self.stuck:
+            if pod["status"]["conditions"][0]["status"] == "False" and not self.stuck and name not in self.sick:
                 pod["status"]["conditions"][0]["status"] = "True"
                 self.api.put("Pod", pod)
                 return
@@ -161,6 +162,19 @@ def test_a_rollout_replaces_every_pod_and_says_so(mode: str, api: FakeApi, capsy
     patched = api.get("InferenceService", NAME)["spec"]["predictor"]["annotations"]
     assert list(patched) == [ANNOTATION]
     assert "annotations" not in api.get("InferenceService", NAME)["metadata"]
+
+
+def test_the_pod_of_a_failed_revision_is_not_waited_for(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    """Knative keeps it until its progress deadline, whatever is newer."""
+    world = World(api, 2, "Knative")
+    world.made = 9
+    failed = world.new(False)
+    world.made, world.sick = 2, {failed}
+    code, report, said = restart(capsys, "--timeout", "5")
+    assert (code, report["done"], report["method"]) == (0, True, "rollout")
+    assert set(report["replaced"]) == {"chat-predictor-1", "chat-predictor-2"}
+    assert f"{failed} was not ready before; it is not waited for" in said
+    assert "2 pods are new" in said
 
 
 def test_an_eviction_takes_one_pod_after_the_other(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:

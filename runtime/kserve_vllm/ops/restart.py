@@ -216,13 +216,16 @@ class Restart:
             change = {"spec": {"predictor": {"annotations": {ANNOTATION: stamp}}}}
             self._cluster.patch("InferenceService", self._namespace, self._name, change)
             least = int(dig(self._isvc, "spec", "predictor", "minReplicas") or 0)
-            report.done = self._watch(report, set(old), set(old), min(least, len(old)), began)
+            sick = self._of_failed_revisions(old)
+            for name in sorted(sick):
+                self._say(f"{name} was not ready before; it is not waited for: kserve-vllm diagnose {self._name}")
+            going = set(old) - sick
+            report.done = self._watch(report, going, set(old), min(least, len(going)), began, sick)
         else:
             report.done = self._one_by_one(report, old, began)
         report.seconds = round(self._clock() - began, 1)
         if report.done:
-            count = sum(map(is_ready, old.values())) if method == "evict" else len(old)
-            self._say(f"done: {count} pods are new and ready after {report.seconds:.0f} s")
+            self._say(f"done: {len(report.started)} pods are new and ready after {report.seconds:.0f} s")
         else:
             left = sorted(set(old) & set(self.pods()))
             self._say(
@@ -230,6 +233,12 @@ class Restart:
                 f"What holds it: kserve-vllm diagnose {self._name} -n {self._namespace}"
             )
         return report
+
+    def _of_failed_revisions(self, old: dict[str, Json]) -> set[str]:
+        """Pods that a new revision does not end: Knative keeps those of a revision that never got ready until its
+        progress deadline. A Deployment ends its failed pods first."""
+        sick = {name for name, pod in old.items() if not is_ready(pod) and not pod["metadata"].get("deletionTimestamp")}
+        return sick if self._mode == "Knative" and sick != set(old) else set()
 
     def _one_by_one(self, report: Report, old: dict[str, Json], began: float) -> bool:
         well = [name for name, pod in old.items() if is_ready(pod)]
