@@ -105,6 +105,7 @@ def _history(service: Service) -> Any:
     return json.loads(said)
 
 
+@pytest.mark.timeout(1800)
 def test_a_worse_canary_is_rolled_back(service: Service, cluster: Cluster, record: Record) -> None:
     """One that never gets ready, one that refuses, one that is slow."""
     stable = fingerprint(service.target)
