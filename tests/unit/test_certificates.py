@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,31 @@ def test_grpc_calls_see_a_new_certificate_and_open_streams_stay(mounted: Path, p
             await server.stop(0)
 
     asyncio.run(ask())
+
+
+def test_a_folder_that_is_swapped_between_the_two_files_is_no_failure(
+    mounted: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed, swapped = room.WatchedFile.changed, threading.Event()
+
+    async def swapping(self: room.WatchedFile) -> bytes | None:
+        found = await changed(self)
+        if self.flag == "--ssl-certfile" and not swapped.is_set():
+            swapped.set()
+            swap(mounted)
+        return found
+
+    monkeypatch.setattr(room.WatchedFile, "changed", swapping)
+
+    async def ask() -> None:
+        told: list[bool] = []
+        async with watched(mounted, told):
+            await until(told, 1)
+            assert told == [True]
+
+    asyncio.run(ask())
+    assert swapped.is_set()
+    assert "can't be used" not in caplog.text
 
 
 def test_files_that_do_not_fit_are_told_once_and_change_nothing(

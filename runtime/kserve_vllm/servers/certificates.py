@@ -99,7 +99,7 @@ class Certificates:
 
     async def watch(self) -> None:
         """Look at the files every two seconds, until cancelled."""
-        newest = list(self._pair)
+        newest, before = list(self._pair), self._pair
         while True:
             await asyncio.sleep(POLL_S)
             for index, file in enumerate(self._files):
@@ -107,17 +107,21 @@ class Certificates:
                     newest[index] = await file.changed() or newest[index]
                 except OSError as error:
                     log.error("%s %s can't be read; the old certificate is shown on: %s", file.flag, file.path, error)
-            if (newest[0], newest[1]) in (self._pair, self._failed):
-                continue
-            await self._renew((newest[0], newest[1]))
+            pair = (newest[0], newest[1])
+            if pair not in (self._pair, self._failed):
+                await self._renew(pair, settled=pair == before)
+            before = pair
 
-    async def _renew(self, pair: tuple[bytes, bytes]) -> None:
-        """Show a new pair, if it can be used."""
+    async def _renew(self, pair: tuple[bytes, bytes], settled: bool) -> None:
+        """Show a new pair, if it can be used. One that can't is complained of once it is `settled`: the same at two
+        looks: kubelet may swap the folder between the two files of one."""
         with _on_disk(pair) as (cert, key):
             try:
                 await asyncio.to_thread(_load, self._new_context(), cert, key)
             except (OSError, ValueError) as error:
-                # Said once of one pair: files that are replaced one after the other do not fit for a moment.
+                if not settled:
+                    return
+                # Said once of one pair.
                 self._failed = pair
                 self._count(False)
                 log.error("the old certificate is shown on: the files that changed can't be used: %s", error)
