@@ -40,7 +40,7 @@ from tests.triton import service_pb2, service_pb2_grpc
 
 TWO = ("--api-server-count", "2")
 OPEN, ADMIN = "kv-open", "kv-admin"
-LIMIT, ATTEMPTS = 100, 3
+LIMIT = 100
 WORD = "Repeat the word apple."
 CAPITALS, FRENCH = "APPLE", "Le mot est apple"
 ADAPTERS = ROOT / "runtime" / "kserve_vllm" / "demo" / "adapters"
@@ -227,8 +227,7 @@ class Pair(Server):
 
     def __init__(self, folder: Path, redis: RedisServer) -> None:
         self.folder, self.usage, self.rows = folder, folder / "usage.jsonl", {"loud": "upper"}
-        limited = {f"many-{attempt}": {"limits": {"requests_per_minute": LIMIT}} for attempt in range(ATTEMPTS)}
-        tenants: dict[str, Any] = {"open": {}, **limited}
+        tenants: dict[str, Any] = {"open": {}, "many": {"limits": {"requests_per_minute": LIMIT}}}
         rows = [{"id": name, "tenant": name, "sha256": digest(f"kv-{name}")} for name in tenants]
         rows.append({"id": "admin", "tenant": "ops", "sha256": digest(ADMIN), "admin": True})
         (folder / "keys.json").write_text(json.dumps({"tenants": tenants, "keys": rows}))
@@ -245,6 +244,8 @@ class Pair(Server):
                 str(folder / "keys.json"),
                 "--redis-url",
                 redis.url,
+                "--redis-timeout",
+                "30",  # where it counts as away, each process counts for itself
                 "--usage-sink",
                 f"file:{self.usage}",
                 "--max-num-queued-reqs",
@@ -353,12 +354,8 @@ def records(pair: Pair) -> list[dict[str, Any]]:
 
 
 def test_a_limit_holds_over_both_processes_exactly(pair: Pair) -> None:
-    for attempt in range(ATTEMPTS):
-        losses, key = pair.log.count("redis is away"), f"kv-many-{attempt}"
-        with ThreadPoolExecutor(64) as pool:
-            answers = pool.map(lambda _, key=key: call(pair, "completions", key, max_tokens=1).status, range(2 * LIMIT))
-        if pair.log.count("redis is away") == losses:  # on a machine that is too busy, Redis may not answer in time
-            break
+    with ThreadPoolExecutor(64) as pool:
+        answers = pool.map(lambda _: call(pair, "completions", "kv-many", max_tokens=1).status, range(2 * LIMIT))
     assert Counter(answers) == {200: LIMIT, 429: LIMIT}
 
 

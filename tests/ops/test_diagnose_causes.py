@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kserve_vllm.config.settings import fields, flag_name
 from kserve_vllm.ops.diagnose.causes import CAUSES, judge
 from tests.ops.snapshots import CASES, RECORDED, recorded, snapshot
 
@@ -64,6 +66,19 @@ def test_a_sentence_keeps_a_dollar_and_names_the_service() -> None:
     finding = judge(snapshot(case))[0]
     assert "chat-predictor-7d9f8b6c5-x2x4z waits for nvidia.com/gpu" in finding.why
     assert finding.mend[0].endswith("'<none>$'")
+
+
+@pytest.mark.slow
+def test_every_flag_of_the_server_that_a_remedy_names_exists() -> None:
+    # The rest is kubectl's, helm's or of another subcommand.
+    told = [line for cause in CAUSES for line in cause.mend if not re.search("kubectl|helm|--set|kserve-vllm", line)]
+    ours = [line for line in told if line.startswith("#") or "extraArgs" in line]
+    named = {flag for line in ours for flag in re.findall(r"--[a-z][a-z0-9-]+", line)}
+    assert {"--redis-away", "--max-model-len", "--dtype"} <= named
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {name for _, name, _ in fields()} | {each.name for each in dataclasses.fields(AsyncEngineArgs)}
+    assert named - {f"--{flag_name(name)}" for name in known} - {"--help", "--help-engine"} == set()
 
 
 # A literal piece of each pattern that reads vLLM's words, and the module that writes them.

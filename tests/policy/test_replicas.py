@@ -31,7 +31,7 @@ from tests.policy.services import Endpoint, Receiver
 from tests.support import DEMO, Server, wait_until
 from tests.support_redis import RedisServer
 
-MANY, ATTEMPTS = 100, 3
+MANY = 100
 PASSWORD, VENDOR_KEY = "receivers-password", "vendors-key"
 RULES = """
 from kserve_vllm.policy.moderation.hooks import Refusal
@@ -54,7 +54,7 @@ def key_file() -> dict[str, Any]:
         "place": {"concurrent": 1},
         "alone": {"requests_per_minute": 3},
         **{f"three-{use}": {"requests_per_minute": 3} for use in ("first", "denied", "allowed")},
-        **{f"many-{attempt}": {"requests_per_minute": MANY} for attempt in range(ATTEMPTS)},
+        "many": {"requests_per_minute": MANY},
         "vendor": {},
         "vendor-by-steps": {},
         "ours": {},
@@ -112,6 +112,8 @@ class Replicas:
             str(keys),
             "--redis-url",
             redis.url,
+            "--redis-timeout",
+            "30",  # on a crowded machine it may be slow; where it is away, its port is closed
             "--usage-sink",
             sink,
         ]
@@ -207,15 +209,8 @@ def all_at_once(replicas: Replicas, tenant: str, number: int) -> list[tuple[int,
 
 
 def test_of_200_at_once_over_two_servers_exactly_100_pass(replicas: Replicas) -> None:
-    def losses() -> int:
-        return sum(server.log.count("redis is away") for server in replicas.both)
-
-    for attempt in range(ATTEMPTS):
-        before = losses()
-        # First one to each: of two servers that are not equally busy, one may answer all that pass of the others.
-        answers = all_at_once(replicas, f"many-{attempt}", 2) + all_at_once(replicas, f"many-{attempt}", 2 * MANY - 2)
-        if losses() == before:  # on a machine that is too busy, Redis may not answer in time: then nothing is shown
-            break
+    # First one to each: of two servers that are not equally busy, one may answer all that pass of the others.
+    answers = all_at_once(replicas, "many", 2) + all_at_once(replicas, "many", 2 * MANY - 2)
     statuses = Counter(status for _, status in answers)
     assert statuses == {200: MANY, 429: MANY}
     assert {which for which, status in answers if status == 200} == {0, 1}

@@ -82,7 +82,7 @@ class Composition:
         from kserve_vllm.policy.redis_connection import RedisConnection
 
         self._metrics.show_redis(True)
-        return RedisConnection(url.get_secret_value(), self._metrics.show_redis)
+        return RedisConnection(url.get_secret_value(), self._metrics.show_redis, settings.policy.redis_timeout)
 
     def _build_limits(self, settings: Settings) -> Limits | None:
         chosen = settings.policy

@@ -296,6 +296,13 @@ class PolicySettings(_Group):
         "What becomes of requests with limits while Redis can't be reached: allow (each front-end process of each "
         "replica limits for itself) or deny (503).",
     )
+    redis_timeout: float = _setting(
+        0.25,
+        "Seconds within which Redis must answer; then it counts as away until a probe finds it. A request waits no "
+        "longer than this for it.",
+        gt=0,
+        le=60,
+    )
     requests_per_minute: int = _setting(0, "Most requests in any 60 s for the whole service; 0: no limit.", ge=0)
     tokens_per_minute: int = _setting(
         0, "Most tokens (prompt and generated) in any 60 s for the whole service; 0: no limit.", ge=0

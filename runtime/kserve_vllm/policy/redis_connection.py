@@ -1,7 +1,7 @@
 """Redis or Valkey, for whoever can do without it for a while.
 
-A call is answered, or fails within 0.3 s; once one has failed, the next ones fail at once, and a probe in the
-background finds out when the server is back. No request waits for a server that is known to be away.
+A call is answered, or fails after `--redis-timeout` and a little; once one has failed, the next ones fail at once, and
+a probe in the background finds out when the server is back. No request waits for a server that is known to be away.
 """
 
 from __future__ import annotations

@@ -252,7 +252,7 @@ CAUSES = (
         "Limits are shared through Redis, and it does not answer; $lost requests were turned away for it.",
         (
             "kubectl -n $ns get pods -l app=redis",
-            "# --redis-url, and --limits-without-redis for what happens meanwhile",
+            "# --redis-url, --redis-timeout, and --redis-away for what happens meanwhile",
         ),
         _redis,
         DEGRADED,
