@@ -165,6 +165,14 @@ class Cluster:
         return str((activators[0].metadata.labels or {}).get("app.kubernetes.io/version", "unknown"))
 
     @property
+    def longest_request_s(self) -> float:
+        """Seconds that Knative lets a revision's requests take at most; 0 without Knative."""
+        if not self.found.knative:
+            return 0
+        data = self.get("/api/v1/namespaces/knative-serving/configmaps/config-defaults").get("data") or {}
+        return float(data.get("max-revision-timeout-seconds", 600))
+
+    @property
     def splits_standard_canary(self) -> bool:
         """Whether this KServe gives a canary in Standard mode its part: 0.20 makes its pods and no route to them."""
         return self._kserve_is_at_least(0, 21)

@@ -243,6 +243,11 @@ GROUPS: dict[str, tuple[Promise, ...]] = {
             (f"{_OPERATORS}::test_a_good_model_is_promoted_though_the_command_is_killed_at_every_step",),
         ),
         Promise(
+            "`rolloutJobs`: the Job takes a worse model back and promotes a good one, with its own Role alone",
+            _CHART,
+            (f"{_OPERATORS}::test_a_job_of_the_chart_rolls_out",),
+        ),
+        Promise(
             "`restart` loses no request",
             "guide to diagnosing",
             (f"{_OPERATORS}::test_a_service_is_restarted_without_a_lost_request",),

@@ -140,13 +140,16 @@ def test_a_stream_of_minutes_is_not_cut(
     if not minutes:
         pytest.skip("NOT RUN: it takes minutes and a core of its own (--stream-minutes 15)")
     namespace = suite.namespace("long")
-    mode = "Knative" if cluster.found.knative else "Standard"
+    timeout = int(60 * minutes) + 60
+    mode = "Knative" if cluster.longest_request_s >= timeout else "Standard"
     tokens = 120_000
     override = json.dumps({"max_position_embeddings": 2 * tokens})
-    long = of_model(
-        MODEL, extraArgs=["--enforce-eager", "--max-model-len", str(2 * tokens), "--hf-overrides", override]
-    )
-    release = suite.release("long", namespace, {"cluster": {"deploymentMode": mode}, "inferenceServices": {NAME: long}})
+    long = of_model(MODEL, maxModelLen=2 * tokens, extraArgs=["--enforce-eager", "--hf-overrides", override])
+    values: Values = {
+        "cluster": {"deploymentMode": mode, "gatewayAPI": True, "maxRevisionTimeoutSeconds": timeout},
+        "inferenceServices": {NAME: {**long, "timeoutSeconds": timeout}},
+    }
+    release = suite.release("long", namespace, values)
     release.install()
     cluster.wait_ready(namespace, NAME)
     target = suite.target(namespace, NAME)

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.needs("knative")
 CHAT = "chat"
 _PROMOTED, _ROLLED_BACK = 0, 1
 _WITHIN_S = 900.0
+_ENDS = ("Complete", "Failed")
 
 
 @dataclass
@@ -153,6 +154,88 @@ def test_a_good_model_is_promoted_though_the_command_is_killed_at_every_step(
     assert not load.count.lost, (load.count.lost[:5], said[-2000:])
     wait("the new model alone", lambda: stable not in {fingerprint(service.target) for _ in range(5)}, 60)
     assert _history(service)["phase"] == "Succeeded"
+
+
+@pytest.mark.timeout(1800)
+def test_a_job_of_the_chart_rolls_out(
+    suite: Suite,
+    cluster: Cluster,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    record: Record,
+) -> None:
+    """With the rights of its own Role alone: a worse model is taken back, then a good one is promoted."""
+    address = request.config.option.reachable
+    if not address or scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
+        pytest.skip("NOT RUN: it needs a Prometheus here at an address that pods reach (--reachable), and PodMonitors")
+    namespace = suite.namespace("job")
+    values: Values = {
+        "cluster": {"deploymentMode": "Knative"},
+        "inferenceServices": {CHAT: of_model(MODEL)},
+        "monitoring": MONITORED,
+    }
+    release = suite.release("job", namespace, values)
+    release.install()
+    cluster.wait_ready(namespace, CHAT)
+    target = suite.target(namespace, CHAT)
+    stable = fingerprint(target)
+    (monitor,) = cluster.get(f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors")["items"]
+    prometheus = scraping.Scraper(cluster, tmp_path_factory.mktemp("prometheus"), monitor, [], address)
+    rollout: Values = {
+        "model": OTHER_MODEL,
+        "steps": [50, 100],
+        **{"intervalSeconds": 10, "initialDelaySeconds": 5, "count": 12, "minSamples": 25},
+        # Four processes on a node with two cores are slower now and then by more than a fifth.
+        **{"maxFirstToken": 5, "maxGap": 5},
+    }
+    ways: dict[str, tuple[Values, str]] = {
+        "one that is not there": ({"model": "/models/not-there", "progressDeadlineSeconds": 240}, "Failed"),
+        "a good one": ({}, "Complete"),
+    }
+    try:
+        for name, (changes, wanted) in ways.items():
+            began = time.monotonic()
+            with Load(target, workers=6, tokens=24, exactly=True, pause_s=0.05, expected=(429,)) as load:
+                release.upgrade(
+                    {"cluster": {"prometheusAddress": prometheus.url}, "rolloutJobs": {CHAT: {**rollout, **changes}}}
+                )
+                seen = _end_of_the_job(cluster, namespace)
+            record(f"{name}: the Job is", seen)
+            record(f"{name}: seconds", time.monotonic() - began)
+            record(f"{name}: requests, lost", f"{load.count.sent}, {len(load.count.lost)}")
+            assert seen == wanted, _said_by_the_job(cluster, namespace)
+            assert not load.count.lost, load.count.lost[:5]
+            answers = {fingerprint(target) for _ in range(5)}
+            assert (answers == {stable}) is (wanted == "Failed"), answers
+    finally:
+        prometheus.stop()
+    release.uninstall()
+
+
+def _job(cluster: Cluster, namespace: str) -> Any:
+    """The newest rollout Job of a namespace."""
+    jobs = cluster.get(f"/apis/batch/v1/namespaces/{namespace}/jobs")["items"]
+    return max(jobs, key=lambda each: each["metadata"]["creationTimestamp"])
+
+
+def _end_of_the_job(cluster: Cluster, namespace: str) -> str:
+    """The condition that a rollout's Job ends with: Complete or Failed."""
+    ends: list[str] = []
+
+    def ended() -> bool:
+        conditions = _job(cluster, namespace).get("status", {}).get("conditions") or []
+        ends[:] = [each["type"] for each in conditions if each["status"] == "True" and each["type"] in _ENDS]
+        return bool(ends)
+
+    wait("the end of the rollout's Job", ended, _WITHIN_S, seen=lambda: _said_by_the_job(cluster, namespace))
+    return ends[0]
+
+
+def _said_by_the_job(cluster: Cluster, namespace: str) -> str:
+    """What the pods of the newest Job wrote."""
+    name = _job(cluster, namespace)["metadata"]["name"]
+    pods = cluster.get(f"/api/v1/namespaces/{namespace}/pods?labelSelector=job-name%3D{name}")["items"]
+    return "\n".join(cluster.logs(namespace, pod["metadata"]["name"], container="rollout")[-3000:] for pod in pods)
 
 
 def test_a_service_is_restarted_without_a_lost_request(service: Service, cluster: Cluster, record: Record) -> None:

@@ -64,7 +64,8 @@ def begin(driver: Any, steps: list[int]) -> State:
     """The state of a rollout that begins."""
     predictor = driver.isvc()["spec"]["predictor"]
     change = change_of(predictor, "hf://a/new" if driver.mode == "Knative" else "a/new", None, [])
-    return State(driver.mode, change, "model new", driver.stable(), inverse(predictor, change), steps)
+    stable, newest = driver.stable(), driver.newest()
+    return State(driver.mode, change, "model new", stable, inverse(predictor, change), steps, newest=newest)
 
 
 def rollout(
@@ -185,6 +186,27 @@ def test_where_a_revision_may_not_be_deleted_its_command_is_printed(
     run, driver, _ = rollout(api, lambda: GOOD, lines=lines)
     assert run.run(begin(driver, [10, 100])) == ROLLED_BACK
     assert any("kubectl delete revision chat-predictor-00002 -n team-a" in line for line in lines), lines
+
+
+def test_a_revision_that_was_there_before_is_not_taken_for_the_canary(api: FakeApi) -> None:
+    """A change at 0 % that somebody has left, or a rollout whose way back was not through."""
+    world = FakeKnative(api)
+    cluster = Cluster(kubeconfig=str(api.kubeconfig))
+    left = {"minReplicas": 2, "canaryTrafficPercent": 0}
+    cluster.patch("InferenceService", NAMESPACE, NAME, {"spec": {"predictor": left}})
+    assert world.share("chat-predictor-00001") == 100
+    # The controller is slow: when the rollout looks first, the newest revision is still that one, and it is ready.
+    turn, world.reconcile = world.reconcile, lambda: None  # type: ignore[method-assign]
+    run, driver, store = rollout(api, lambda: GOOD)
+    state = begin(driver, [50, 100])
+    driver.start(state)
+    assert driver.ready(state) == ""
+    world.reconcile = turn  # type: ignore[method-assign]
+    world.reconcile()
+    assert driver.ready(state) == "chat-predictor-00003"
+    assert run.run(state) == PROMOTED
+    assert store.load().canary == "chat-predictor-00003"  # type: ignore[union-attr]
+    assert world.share("chat-predictor-00003") == 100
 
 
 def test_a_canary_that_was_ready_keeps_its_revision(api: FakeApi) -> None:

@@ -476,7 +476,17 @@ def _begin(args: argparse.Namespace, driver: Driver, steps: list[int], ended: di
         raise ConfigError(f"{args.name} is in the middle of a canary that this command did not begin")
     change = change_of(predictor, args.model, args.image, args.arg)
     before = inverse(predictor, change)
-    return State(driver.mode, change, _words(args), driver.stable(), before, steps, id=args.id, ended=ended)
+    return State(
+        driver.mode,
+        change,
+        _words(args),
+        driver.stable(),
+        before,
+        steps,
+        id=args.id,
+        ended=ended,
+        newest=driver.newest(),
+    )
 
 
 def _dry_run(

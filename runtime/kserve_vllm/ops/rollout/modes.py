@@ -32,6 +32,9 @@ class Driver(Protocol):
     def stable(self) -> str:
         """The stable version's name in metrics."""
 
+    def newest(self) -> str:
+        """The newest revision that there is; "" where the mode has none."""
+
     def start(self, state: State, dry_run: bool = False) -> None:
         """Make the canary, without traffic."""
 
@@ -110,6 +113,14 @@ class Knative(_Base):
             raise ConfigError(f"{self.name} is in the middle of another canary: {traffic or 'it has no traffic yet'}")
         return whole[0]
 
+    def newest(self) -> str:
+        return str(self._status().get("latestCreatedRevision") or "")
+
+    def _made(self, state: State, status: Json) -> str:
+        """The revision that the change has made; "" while there is none."""
+        created = str(status.get("latestCreatedRevision") or "")
+        return "" if created in (state.stable, state.newest) else created
+
     def _status(self) -> Json:
         return dig(self.isvc(), "status", "components", "predictor") or {}
 
@@ -118,8 +129,8 @@ class Knative(_Base):
 
     def ready(self, state: State) -> str:
         status = self._status()
-        created = str(status.get("latestCreatedRevision") or "")
-        if not created or created == state.stable:
+        created = self._made(state, status)
+        if not created:
             return ""
         if created == status.get("latestReadyRevision"):
             return created
@@ -146,8 +157,7 @@ class Knative(_Base):
         if self.isvc()["spec"]["predictor"].get("canaryTrafficPercent") != 0:
             self._patch({"predictor": {"canaryTrafficPercent": 0}})
         status = self._status()
-        if not state.canary and (created := str(status.get("latestCreatedRevision") or "")) != state.stable:
-            state.canary = created  # one that never got ready
+        state.canary = state.canary or self._made(state, status)  # one that never got ready
         return _shares(status).get(state.stable, 0) == 100
 
     def restore(self, state: State) -> bool:
@@ -219,6 +229,9 @@ class Standard(_Base):
                 continue
             return name
         raise ConfigError(f"{self.name} has no Deployment yet: wait until it is ready")
+
+    def newest(self) -> str:
+        return ""
 
     @property
     def _deployment(self) -> str:

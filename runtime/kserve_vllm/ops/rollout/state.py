@@ -36,6 +36,8 @@ class State:
         words: the change for people.
         stable: the stable version's name in metrics (a revision, or a Deployment).
         before: what the change replaced, as a merge patch that takes it back.
+        newest: in Knative the newest revision before the change: the stable one, or one that another change has left
+            without traffic, which must not be taken for the canary.
         steps: weights in percent.
         step: which one is on, counted from 0.
         phase: as Flagger has it.
@@ -67,6 +69,7 @@ class State:
     history: list[Json] = field(default_factory=list)
     id: str = ""
     ended: dict[str, str] = field(default_factory=dict)
+    newest: str = ""
 
     @property
     def weight(self) -> int:
