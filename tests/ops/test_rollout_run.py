@@ -209,6 +209,25 @@ def test_a_revision_that_was_there_before_is_not_taken_for_the_canary(api: FakeA
     assert world.share("chat-predictor-00003") == 100
 
 
+def test_a_way_back_that_takes_too_long_is_gone_on_with(api: FakeApi) -> None:
+    """The old version's new revision is a pod that starts: the traffic is back before, and the failed one is gone."""
+    world = FakeKnative(api, ready="Initial scale was never achieved")
+    lines: list[str] = []
+    run, driver, store = rollout(api, lambda: GOOD, lines)
+    restore, driver.restore = driver.restore, lambda state: restore(state) and False
+    assert run.run(begin(driver, [10, 100])) == STOPPED
+    assert world.share("chat-predictor-00002") == 0
+    assert "Run the command again to go on" in lines[-1]
+    assert [path.rsplit("/", 1)[1] for method, path, _ in api.writes if method == "DELETE"] == ["chat-predictor-00002"]
+    kept = store.load()
+    assert kept is not None
+    assert kept.phase == "RollingBack"
+    driver.restore = restore
+    assert run.run(kept) == ROLLED_BACK
+    assert world.restored()
+    assert store.load().phase == "Failed"  # type: ignore[union-attr]
+
+
 def test_a_canary_that_was_ready_keeps_its_revision(api: FakeApi) -> None:
     FakeKnative(api)
     run, driver, _ = rollout(api, lambda: BAD)

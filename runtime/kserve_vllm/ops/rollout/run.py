@@ -52,6 +52,10 @@ class Options:
     patience_s: float = 300.0
 
 
+class _Late(CanaryFailed):
+    """Something was not so by its deadline, and may be later."""
+
+
 class Rollout:
     """One rollout of one service.
 
@@ -116,7 +120,7 @@ class Rollout:
         """Roll back now."""
         self._begin_rollback(state, "aborted by hand")
         self._roll_back(state)
-        return ROLLED_BACK
+        return ROLLED_BACK if state.phase == "Failed" else STOPPED
 
     def _initialize(self, state: State) -> None:
         self._say(f"{state.words}: making the canary beside {state.stable}, without traffic")
@@ -243,14 +247,19 @@ class Rollout:
             state.note(_BACK, self._clock())
             self._keep(state)
         self._say(f"rolled back: all traffic is at {state.stable}")
+        late = ""
         try:
             self._until(lambda: self._driver.restore(state), "the old version's new revision is not ready")
+        except _Late as error:
+            late = str(error)
         except CanaryFailed as error:
             state.note(NOT_RESTORED, self._clock(), reason=str(error))
             self._say(f"the service keeps its canary, without traffic: {error}")
-        else:
-            if said := self._ask(lambda: self._driver.clear(state)):
-                self._say(said)
+        if said := self._ask(lambda: self._driver.clear(state)):
+            self._say(said)
+        if late:
+            self._say(f"the service does not yet say what it said before: {late}. Run the command again to go on.")
+            return
         state.phase = "Failed"
         state.note("rolled back", self._clock())
         self._keep(state)
@@ -278,12 +287,12 @@ class Rollout:
         """Ask until it is so.
 
         Raises:
-            CanaryFailed: it is not so by the deadline.
+            _Late: it is not so by the deadline.
         """
         deadline = self._clock() + self._options.progress_deadline_s
         while not self._ask(done):
             if self._clock() >= deadline:
-                raise CanaryFailed(f"{otherwise} after {self._options.progress_deadline_s:g} s")
+                raise _Late(f"{otherwise} after {self._options.progress_deadline_s:g} s")
             self._sleep(self._options.poll_s)
 
     def _wait_until(self, moment: float) -> None:
