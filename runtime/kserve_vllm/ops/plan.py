@@ -18,7 +18,7 @@ from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.model import hardware, measured, traffic, weights
 from kserve_vllm.ops.model.architecture import QUANTIZATIONS, Architecture
-from kserve_vllm.ops.model.memory import EngineSettings, whole_experts
+from kserve_vllm.ops.model.memory import CACHE_DTYPES, EngineSettings, whole_experts
 from kserve_vllm.ops.model.steptime import StepTime
 from kserve_vllm.ops.planner import LOAD, EngineFit, Lever, Option, Wish, best, engines, levers, options
 from kserve_vllm.ops.tables import gib, money, seconds, table
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--kv-cache-dtype",
         default="auto",
-        choices=["auto", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        choices=CACHE_DTYPES,
         help="precision of the cache (default: the model's)",
     )
     what.add_argument(
