@@ -160,6 +160,8 @@ def main(arguments: Sequence[str]) -> int:
     price_list = hardware.prices(args.prices, _overrides(args.price))
     names = args.gpu or [name for name in hardware.gpus() if name in price_list.per_hour]
     chips = [hardware.gpu(name) for name in dict.fromkeys(names)]
+    if not chips:
+        raise ConfigError(f"--prices {args.prices} has no GPU in it; name one with --gpu")
     if args.calibrate and len(chips) != 1:
         raise ConfigError("--calibrate: name the GPU that it was measured on with --gpu")
     refusals: dict[str, str] = {}
@@ -204,12 +206,12 @@ def _overrides(words: Sequence[str]) -> dict[str, float]:
     found = {}
     for word in words:
         name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10")
         try:
             found[hardware.gpu(name).name] = argument_types.positive(value)
         except (ValueError, argparse.ArgumentTypeError):
             raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10") from None
-        if not equals:
-            raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10")
     return found
 
 
@@ -227,6 +229,8 @@ def _wish(args: argparse.Namespace) -> Wish:
         load = traffic.describe(traffic.read_trace(args.trace), source=args.trace.name)
     else:
         prompt, output = args.prompt or 1000, args.output or 250
+        if not model.architecture.generates:  # an encoder's answer is one step
+            prompt, output = args.prompt or min(1000, model.architecture.max_len - 1), 1
         rate = args.rate or 1.0
         load = traffic.Traffic(
             rate,
@@ -466,14 +470,16 @@ def _human(made: _Made) -> str:
         ("activations", memory.activations),
         ("CUDA graphs", memory.graphs),
         ("outside torch", memory.outside),
-        ("KV cache", memory.kv_cache),
+        ("KV cache" if architecture.generates else "free", memory.kv_cache),
     ]
     width = max(size for _, size in parts) or 1
     lines += [
         f"  {label:<14}{gib(size):>7} GiB  {'█' * max(1, round(30 * size / width))}" for label, size in parts if size
     ]
     lines.append(
-        f"  {memory.kv_tokens:,} tokens of {memory.cache.bytes_per_token:,.0f} bytes: {memory.sequences:.1f} "
+        "  an encoder: it keeps no cache, its answer is one step"
+        if not architecture.generates
+        else f"  {memory.kv_tokens:,} tokens of {memory.cache.bytes_per_token:,.0f} bytes: {memory.sequences:.1f} "
         f"sequences of {settings.max_model_len:,} tokens at once"
     )
     if made.levers:
