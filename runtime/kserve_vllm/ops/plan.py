@@ -156,6 +156,12 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: an argument or a file can't be used.
     """
     args = parser().parse_args(list(arguments))
+    if args.json and any(str(path) == "-" for path in (args.values, args.manifest)):
+        raise ConfigError("--json and a file - would both be on standard output: name a file")
+    if str(args.values) == str(args.manifest) == "-":
+        raise ConfigError("--values - and --manifest - would both be on standard output: name a file for one of them")
+    if (args.values or args.manifest) and not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", args.name):
+        raise ConfigError(f"--name {args.name!r}: small letters, digits and dashes, as Kubernetes names services")
     wish = _wish(args)
     price_list = hardware.prices(args.prices, _overrides(args.price))
     names = args.gpu or [name for name in hardware.gpus() if name in price_list.per_hour]
@@ -532,6 +538,11 @@ def service_values(wish: Wish, option: Option, storage_uri: str | None, model: s
     entry["extraArgs"] = extra
     spread = settings.pipeline_parallel_size > 1 and option.gpus_per_replica > option.gpu.node
     if spread:
+        if not (storage_uri or "").startswith(("pvc://", "oci://")):
+            raise ConfigError(
+                f"--storage-uri: {option.gpus_per_replica} {option.gpu.name} are more than a node, and over several "
+                "nodes the chart takes the model from pvc:// or oci:// only"
+            )
         entry |= {"multiNode": {"enabled": True}, "deploymentMode": "Standard"}
     else:
         # Knative aims at 70 % of the target: so many sequences run in a replica at its planned load.
