@@ -124,10 +124,10 @@ def _field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     raise ValueError(f"none of {', '.join(names)} is there")
 
 
-def _tokens(value: Any) -> int:
+def _tokens(value: object) -> int:
     try:
-        found = float(value)
-    except (TypeError, ValueError):
+        found = float(str(value))
+    except ValueError:
         found = math.nan
     if not 0 <= found < 1e9:
         raise ValueError(f"{value!r} is not a number of tokens")
@@ -144,7 +144,7 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _date(value: Any) -> float:
+def _date(value: object) -> float:
     try:
         text = str(value).replace("Z", "+00:00")
         head, dot, rest = text.partition(".")

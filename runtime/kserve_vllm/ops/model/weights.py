@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import (
     Architecture,
+    Config,
     LayerCache,
     Parameters,
     Quantization,
@@ -108,7 +109,7 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _mistral(params: dict[str, Any]) -> dict[str, Any]:
+def _mistral(params: Config) -> Config:
     """Mistral's own params.json with the names of a config.json; names as in vLLM's
     `transformers_utils/configs/mistral.py`."""
     names = {
@@ -136,7 +137,7 @@ def _mistral(params: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _modelled(config: dict[str, Any], config_path: Path, folder: Path, source: str, quantization: str | None) -> Model:
+def _modelled(config: Config, config_path: Path, folder: Path, source: str, quantization: str | None) -> Model:
     try:
         architecture = parse(config, source.rstrip("/"))
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, IndexError) as error:
@@ -383,7 +384,7 @@ _SCALAR = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 
 def _read_gguf(path: Path) -> Model:
     try:
-        meta: Mapping[str, Any] = {}
+        meta: Config = {}
         tensors: list[tuple[str, int, int]] = []
         for part in _parts(path):
             with part.open("rb") as stream:
