@@ -177,3 +177,16 @@ def test_an_output_of_something_else_is_not_touched(tmp_path: Path) -> None:
         batch.main([str(tmp_path / "nothing"), "--out", str(out)])
     with pytest.raises(ConfigError, match="with --url nothing is started"):
         batch.main([*arguments, "--demo"])
+
+
+@pytest.mark.parametrize(
+    ("out", "url", "words"),
+    [
+        ("nowhere/out.jsonl", "http://127.0.0.1:9", "is no folder to write in"),
+        (".", "http://127.0.0.1:9", "a folder"),
+        ("out.jsonl", "models.example.com", "write http://HOST:PORT"),
+    ],
+)
+def test_a_place_that_can_not_be_used_is_named_at_once(out: str, url: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        batch.main(["in.jsonl", "--out", str(tmp_path / out), "--url", url])

@@ -347,3 +347,20 @@ def test_steps_are_fitted_to_a_benchmark(tmp_path: Path) -> None:
     file.write_text(json.dumps(rows[:1]))
     with pytest.raises(ConfigError, match="two loads"):
         measured.fitted_steps(file)
+
+
+def test_a_file_that_can_not_be_written_is_named_before_the_load(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        result.writable(tmp_path / "nowhere" / "bench.json")
+    with pytest.raises(ConfigError, match="a folder"):
+        result.writable(tmp_path)
+    result.writable(tmp_path / "bench.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_interrupt_ends_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(_arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate, "main", twice)
+    assert cli.main(["simulate"]) == 130

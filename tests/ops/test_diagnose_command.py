@@ -252,3 +252,23 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.returncode in (0, 141)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("[]", "it is no object"),
+        ('{"objects": {}}', "no 'name' in it"),
+        (
+            '{"name": "a", "namespace": "b", "taken_at": "2026-01-31T00:00:00Z", "objects": 5}',
+            "'objects' has another kind",
+        ),
+        ('{"name": "a", "namespace": "b", "taken_at": "2026-01-31T00:00:00Z", "colour": {}}', "'colour' is no field"),
+    ],
+)
+def test_a_file_that_is_no_snapshot_says_why(
+    body: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.json").write_text(body)
+    assert main(["diagnose", "--from", str(tmp_path / "s.json")]) == 2
+    assert words in capsys.readouterr().err

@@ -8,6 +8,7 @@ import statistics
 import struct
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,182 @@ def test_a_config_that_makes_no_sense_is_named(change: dict[str, Any], tmp_path:
     assert str(tmp_path) in message
 
 
+def write_shard(path: Path, names: list[str]) -> None:
+    """A file whose tensors are eight bytes each."""
+    entries = {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate(names)}
+    head = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + b"\0" * 8 * len(names))
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def test_an_index_that_lies_and_a_part_that_is_missing_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    write_shard(tmp_path / "model-00001-of-00002.safetensors", ["a", "b"])
+    with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors is not there"):
+        weights.read_model(str(tmp_path))
+    write_shard(tmp_path / "model-00002-of-00002.safetensors", ["c"])
+    assert weights.read_model(str(tmp_path)).weights.total == 24
+    two = "model-00002-of-00002.safetensors"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "c": two, "d": two}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="speaks of d and 0 more"):
+        weights.read_model(str(tmp_path))
+
+
+def test_mistrals_own_format_is_read(tmp_path: Path) -> None:
+    params = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 96}
+    (tmp_path / "params.json").write_text(json.dumps({**params, "vocab_size": 100}))
+    write_shard(tmp_path / "consolidated.safetensors", ["output.weight"])
+    model = weights.read_model(str(tmp_path))
+    assert [(layer.kind, layer.kv_heads, layer.width) for layer in model.architecture.layers] == [("full", 2, 32)] * 3
+    assert model.weights.total == model.weights.embedding == 8
+
+
+def test_fields_that_a_config_leaves_out_are_the_familys(tmp_path: Path) -> None:
+    """The configuration classes of Transformers say what is meant; Gemma 3 27B's own config has no vocab_size."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    table = yaml.safe_load((files("kserve_vllm.ops") / "data" / "config_defaults.yaml").read_text())
+    for family, fields in table.items():
+        own = CONFIG_MAPPING[family]
+        assert {name: getattr(own, name) for name in fields if name != "sliding_window_pattern"} == {
+            name: value for name, value in fields.items() if name != "sliding_window_pattern"
+        }
+        if pattern := fields.get("sliding_window_pattern"):
+            wanted = ["full" if (i + 1) % pattern == 0 else "sliding" for i in range(fields["num_hidden_layers"])]
+            assert [kind.partition("_")[0] for kind in own().layer_types[:-1]] == wanted[:-1]
+    gemma = {
+        "model_type": "gemma3_text",
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "num_hidden_layers": 62,
+        "sliding_window": 1024,
+    }
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+    found = architecture.parse({"model_type": "gemma3", "text_config": gemma, "vision_config": vision})
+    assert found.parameters.total == pytest.approx(27.43e9, rel=0.005)
+    assert sum(layer.kind == "full" for layer in found.layers) == 10
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        # AI21's and state-spaces' own figures: 52B, 2.77B; BAAI's bge-m3: 0.568B, of which 8M are positions.
+        (
+            {
+                "model_type": "jamba",
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "vocab_size": 65536,
+                "num_experts": 16,
+                "num_experts_per_tok": 2,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+                "attn_layer_period": 8,
+                "attn_layer_offset": 4,
+                "mamba_d_state": 16,
+                "mamba_dt_rank": 256,
+            },
+            51.57,
+        ),
+        (
+            {
+                "model_type": "mamba",
+                "hidden_size": 2560,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 64,
+                "state_size": 16,
+                "vocab_size": 50280,
+                "tie_word_embeddings": True,
+            },
+            2.768,
+        ),
+        (
+            {
+                "model_type": "xlm-roberta",
+                "architectures": ["XLMRobertaModel"],
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "vocab_size": 250002,
+            },
+            0.560,
+        ),
+    ],
+)
+def test_experts_recurrent_layers_and_encoders_are_counted(config: dict[str, Any], billions: float) -> None:
+    assert architecture.parse(config).parameters.total / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_an_encoder_with_a_decoder_is_none_of_ours() -> None:
+    with pytest.raises(ConfigError, match=r"an encoder with a decoder \(t5\)"):
+        architecture.parse(
+            {"model_type": "t5", "d_model": 64, "num_layers": 2, "vocab_size": 9, "is_encoder_decoder": True}
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "billions", "active"),
+    [
+        ("70B", 70, None),
+        ("1.5e9", 1.5, None),
+        ("8000000000", 8, None),
+        ("235B-A22B", 235, 22),
+        ("30b a3b", 30, 3),
+        ("8x7B", 46.7, None),
+        ("8x22B", 141, None),
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text: str, billions: float, active: float | None) -> None:
+    found = weights.guess_model(text).architecture
+    assert found.parameters.total / 1e9 == pytest.approx(billions, rel=0.03)
+    if active:
+        assert found.active_parameters / 1e9 == pytest.approx(active, rel=0.1)
+
+
+@pytest.mark.parametrize("text", ["0B", "0.0001B", "8", "22B-A235B", "70B-instruct", "8x0B", "nan", "-7B", "1e30T"])
+def test_a_size_that_no_model_has_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write for example 70B"):
+        weights.guess_model(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('[{"time": 1}]', "line 2: not an object"),
+        ("hello", "line 2: not JSON"),
+        ('{"time": "yesterday", "prompt_tokens": 1, "output_tokens": 1}', "line 2: 'yesterday' is not a time"),
+        ('{"time": NaN, "prompt_tokens": 1, "output_tokens": 1}', "line 2: nan is not a time"),
+        ('{"time": 1, "prompt_tokens": Infinity, "output_tokens": 1}', "line 2: inf is not a number of tokens"),
+        ('{"time": 1, "prompt_tokens": [1], "output_tokens": 1}', "line 2: .1. is not a number of tokens"),
+    ],
+)
+def test_a_line_of_a_trace_that_can_not_be_used_is_named(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"time": 0, "prompt_tokens": 1, "output_tokens": 1}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=words):
+        traffic.read_trace(tmp_path / "t.jsonl")
+
+
+def test_a_trace_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbftime,prompt_tokens,output_tokens\r\n0,10,5\r\n1,20,6\r\n")
+    assert [request.prompt for request in traffic.read_trace(tmp_path / "t.csv")] == [10, 20]
+
+
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(capacity.CONFIGS["mistral"]))
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
@@ -155,6 +332,18 @@ def test_a_gguf_file_says_its_bytes_and_its_shape(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUX")
     with pytest.raises(ConfigError, match="not a GGUF file"):
         weights.read_model(str(tmp_path / "tiny.gguf"))
+
+
+def test_a_split_gguf_is_added_up_and_of_several_none_is_chosen(tmp_path: Path) -> None:
+    size = _gguf(tmp_path / "tiny-00001-of-00002.gguf")
+    with pytest.raises(ConfigError, match=r"tiny-00002-of-00002.gguf is not there"):
+        weights.read_model(str(tmp_path))
+    _gguf(tmp_path / "tiny-00002-of-00002.gguf")
+    _gguf(tmp_path / "mmproj-f16.gguf")
+    assert weights.read_model(str(tmp_path)).weights.total == 2 * size
+    _gguf(tmp_path / "other.gguf")
+    with pytest.raises(ConfigError, match=r"several GGUF files .*: name one"):
+        weights.read_model(str(tmp_path))
 
 
 def test_a_hub_id_comes_from_the_cache_and_offline_the_message_says_what_to_do(
@@ -464,7 +653,7 @@ def test_records_of_the_runtime_are_a_trace(tmp_path: Path) -> None:
     )
     assert [r.prompt for r in traffic.read_trace(azure)] == [374, 396]
     file.write_text('{"a": 1}')
-    with pytest.raises(ConfigError, match="line 1 has none of time"):
+    with pytest.raises(ConfigError, match="line 1: none of time"):
         traffic.read_trace(file)
 
 
@@ -505,6 +694,19 @@ def test_the_command_prints_json_and_people_read_a_table(capsys: pytest.CaptureF
     [
         (["--params", "70B", "--gpu", "T4", "--tensor", "1", "--pipeline", "1", "--price", "T4=1"], 1, ""),
         (["--params", "70B", "--gpu", "H100x"], 2, "is none of B200"),
+        (["--params", "8B", "--gpu", "H100", "--tensor", "5"], 2, "does not divide the model's 32 attention heads"),
+        ([str(DEMO / "model"), "--max-model-len", "9999999"], 2, "the engine would refuse it"),
+        (["./nowhere/at/all"], 2, "there is no such folder"),
+        (["x.gguf"], 2, "there is no such file"),
+        (["--params", "8B", "--price", "=3"], 2, "write GPU=PRICE"),
+        (["--params", "8B", "--json", "--values", "-"], 2, "both be on standard output"),
+        (["--params", "8B", "--values", "-", "--manifest", "-"], 2, "both be on standard output"),
+        (["--params", "8B", "--values", "-", "--name", "My Model"], 2, "as Kubernetes names services"),
+        (
+            ["--params", "671B-A37B", "--gpu", "H100", "--values", "-", "--storage-uri", "s3://a/b"],
+            2,
+            "from pvc:// or oci:// only",
+        ),
         (["--params", "seventy"], 2, "write for example 70B"),
         ([], 2, "name a model"),
         (["--params", "8B", "--price", "H100"], 2, "write GPU=PRICE"),

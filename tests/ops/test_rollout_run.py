@@ -651,3 +651,12 @@ def test_a_change_and_its_inverse_are_merge_patches() -> None:
 
 def test_the_confidence_is_shared_among_all_looks() -> None:
     assert Thresholds(confidence=0.95, looks=20).alpha == pytest.approx(0.05 / 120)
+
+
+def test_a_slip_in_the_arguments_is_named_without_a_cluster(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    for words, said in ((["--steps", "10,5"], "percents have to rise"), (["--confidence", "2"], "between 0 and 1")):
+        assert main(["rollout", "chat", "--model", "hf://a/b", *words]) == 2
+        assert said in capsys.readouterr().err

@@ -278,6 +278,39 @@ def test_no_run_that_keeps_the_slo_is_below_the_bound() -> None:
     assert kept >= 1
 
 
+def test_work_that_is_left_when_the_traffic_ends_is_paid() -> None:
+    """All are answered by one replica, long after the last one came; the bound is what all of them take."""
+    tree = {
+        **SCENARIO,
+        "arrivals": {"rate": 40, "duration": 60, "prompt": 200, "output": 80},
+        "scaler": {"class": "fixed", "replicas": 1},
+        "replica": {"max_num_seqs": 8, "queue": 100_000},
+    }
+    report = simulate.run(simulate.scenario_of(tree, "x"))
+    assert report.counts == {"ok": len(report.scenario.requests)}
+    assert report.result.gpu_hours > report.least_gpu_hours > 60 / 3600
+
+
+def test_a_night_without_requests_has_a_bill_and_knative_goes_to_zero() -> None:
+    quiet = {**SCENARIO, "arrivals": {"rate": 0, "duration": 1800}}
+    fixed = simulate.run(simulate.scenario_of({**quiet, "scaler": {"class": "fixed", "replicas": 2}}, "x"))
+    assert fixed.kept
+    assert fixed.result.gpu_hours == pytest.approx(1.0)
+    knative = simulate.run(simulate.scenario_of({**quiet, "scaler": {"class": "knative", "min": 0, "max": 2}}, "x"))
+    # A window and a grace period after it was ready, with or without a first request (knative.dev/serving,
+    # pkg/reconciler/autoscaling/kpa/kpa.go: computeActiveCondition).
+    assert knative.result.timeline[-1][1] == 0
+    assert 60 / 3600 < knative.result.gpu_hours < 120 / 3600
+
+
+def test_a_trace_of_one_request_has_a_fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.jsonl").write_text('{"time": 1, "prompt_tokens": 9, "output_tokens": 3}\n')
+    assert cli.main(["simulate", write(tmp_path / "a.yaml", arrivals={"trace": "one.jsonl"}), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (found["replicas_max"], found["outcomes"]) == (2, {"ok": 1})
+    assert found["gpu_hours"] > found["least_gpu_hours"]
+
+
 @pytest.mark.parametrize("kind", ["constant", "ramp", "bursts", "day"])
 def test_arrivals_have_their_rate(kind: str) -> None:
     shape = Shape(kind, 20, 3000, prompt=100, output=10, spread=0.5, classes=((0, 0.25), (2, 0.75)))
@@ -344,7 +377,18 @@ def test_two_files_are_compared_and_a_search_finds_the_cheapest(
         ({"scaler": {"class": "hpa", "metrics": "x"}}, "scaler.metrics: hpa knows metric, target"),
         ({"scaler": {"class": "keda", "metric": "gpu"}}, "none of queue-depth"),
         ({"scaler": {"class": "knative", "window": 2}}, "6 to 3600"),
-        ({"scaler": {"class": "knative", "target": "many"}}, "wrong kind"),
+        ({"scaler": {"class": "knative", "target": "many"}}, "scaler.target: 'many' is not a number"),
+        ({"scaler": {"class": "knative", "panic_window_percentage": 1e12}}, "not a number of 1 to 100"),
+        ({"scaler": {"class": "knative", "target_burst_capacity": "all"}}, "scaler.target_burst_capacity: 'all'"),
+        ({"scaler": {"class": "hpa", "scale_up_window": [1]}}, "scaler.scale_up_window: [1]"),
+        ({"scaler": {"class": "rules", "down_busy": "x"}}, "scaler.down_busy: 'x'"),
+        ({"scaler": {"class": "fixed", "replicas": 1e9}}, "not a number of 0 to 10000"),
+        ({"initial": 1e12}, "not a number of 0 to 10000"),
+        ({"price": "dear"}, "price: 'dear' is not a number"),
+        ({"slo": {"share": 2}}, "slo.share: 2 is not a number of 0 to 1"),
+        ({"arrivals": {"classes": {"gold": 1}}}, "add up to 1"),
+        ({"arrivals": {"rate": "1e7", "duration": "1e9"}}, "take a shorter duration"),
+        ({"model": {"params": "8B", "kv_cache_dtype": "fp6"}}, "none of auto, fp8"),
         ({"scaler": {"class": "rules", "max": 2.5}}, "not a whole number"),
         ({"replicas": {}}, "there is no such field"),
         ({"arrivals": {"rate": -1}}, "not a number of at least 0"),
@@ -357,8 +401,11 @@ def test_two_files_are_compared_and_a_search_finds_the_cheapest(
 def test_a_scenario_that_cannot_be_used_says_where(
     changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["simulate", write(tmp_path / "bad.yaml", **changes)]) == 2
-    assert words in capsys.readouterr().err
+    path = write(tmp_path / "bad.yaml", **changes)
+    assert cli.main(["simulate", path]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert path in said
 
 
 def test_a_kept_slo_is_the_exit_code(tmp_path: Path) -> None:

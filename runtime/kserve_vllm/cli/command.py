@@ -79,7 +79,9 @@ def _dispatch(arguments: list[str]) -> int:
     health = commands.add_parser("health", help="ask a server on this machine for its health, for exec probes")
     health.add_argument("--live", action="store_true", help="ask whether it is live instead of ready")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready (the default)")
-    health.add_argument("--http-port", default=os.environ.get("KSERVE_VLLM_HTTP_PORT", "8080"), help="its HTTP port")
+    health.add_argument(
+        "--http-port", "--port", default=os.environ.get("KSERVE_VLLM_HTTP_PORT", "8080"), help="its HTTP port"
+    )
     commands.add_parser("keys", help="make, hash and list API keys", add_help=False)
     commands.add_parser("profiles", help="print the profiles and the engine flags that each one sets")
     operations.register(commands)

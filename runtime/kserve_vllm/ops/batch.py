@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -86,9 +87,15 @@ def main(arguments: Sequence[str]) -> int:
     args, of_server = parser.parse_known_args(arguments)
     if args.concurrency < 1:
         raise ConfigError("--concurrency must be 1 or more")
+    if args.url and not re.match(r"https?://[^/]", args.url):
+        raise ConfigError(f"--url {args.url!r}: write http://HOST:PORT")
     if args.url and of_server:
         raise ConfigError(f"{of_server[0]}: with --url nothing is started that this could be given to")
     source, out = Path(args.input), Path(args.out)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ConfigError(
+            f"--out {out} can't be written: {'a folder' if out.is_dir() else f'{out.parent} is no folder to write in'}"
+        )
     requests = check(source)
     done = recall(out, args.retry_failed)
     strange = [each for each in done if each not in requests]
@@ -304,6 +311,7 @@ class _Work:
         self._before = len(done)
         self._failed = sum(not good for good in done.values())
         self._began = self._heard_at = time.monotonic()
+        self._silence = ""  # why the last request had no answer at all
         self._answers: asyncio.Queue[Line | None] = asyncio.Queue()
 
     async def run(self, source: Path) -> int:
@@ -348,13 +356,13 @@ class _Work:
         while True:
             try:
                 response = await http.post(line["url"], json=line["body"], headers={"x-request-id": request_id})
-                self._heard_at = time.monotonic()
+                self._heard_at, self._silence = time.monotonic(), ""
                 if response.status_code not in _AGAIN:
                     break
                 given = response.headers.get("retry-after", "")
                 wait_s = float(given) if given.isdigit() else pause
             except httpx.TransportError as error:
-                wait_s = pause
+                wait_s, self._silence = pause, str(error) or type(error).__name__
                 if self._server is not None and self._server.ended:
                     raise _NobodyThere("the server has ended") from error
                 if time.monotonic() - self._heard_at > self._args.give_up_after:
@@ -405,6 +413,7 @@ class _Work:
         rate = here / max(1e-6, time.monotonic() - self._began)
         left = f", {_duration((self._total - len(self._done)) / rate)} left" if rate and not last else ""
         text = f"{len(self._done)}/{self._total} requests, {self._failed} failed, {rate:.1f}/s{left}"
+        text += f"; {self._base} does not answer: {self._silence}" if self._silence and not last else ""
         terminal = sys.stderr.isatty()
         print(
             f"\r\x1b[K{text}" if terminal else text,

@@ -101,15 +101,16 @@ class Cluster:
             self.default_namespace = _namespace_of(config, chosen, context)
         except (ConfigException, OSError, TypeError) as error:
             if context or kubeconfig:
-                raise ConfigError(f"the kubeconfig can't be used: {error}") from error
+                raise ConfigError(f"the kubeconfig can't be used: {str(error).rstrip('.')}") from error
             try:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
                 with open(NAMESPACE_FILE) as file:
                     self.default_namespace = file.read().strip()
             except (ConfigException, OSError) as inside:
                 raise ConfigError(
-                    f"no cluster is configured: {error}. Set KUBECONFIG or give --kubeconfig; for a server without a "
-                    "cluster: kserve-vllm diagnose --url http://localhost:8080"
+                    f"no cluster is configured: {str(error).rstrip('.')}. Set KUBECONFIG or give --kubeconfig; for a "
+                    "server without a cluster: kserve-vllm diagnose --url http://localhost:8080, or kserve-vllm top "
+                    "http://localhost:8080"
                 ) from inside
         # A cluster that is away is told at once, not after three tries.
         settings.retries = False  # type: ignore[assignment]

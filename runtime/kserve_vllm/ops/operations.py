@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 # 128 and SIGPIPE.
 _NO_READER = 141
+_INTERRUPTED = 130
 COMMANDS = {
     "plan": ("GPUs, parallel sizes, replicas and cost for a model and its traffic", "kserve_vllm.ops.plan"),
     "simulate": ("try an autoscaler on recorded or made-up traffic", "kserve_vllm.ops.simulate"),
@@ -40,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         # Python would try to flush once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _NO_READER
+    except KeyboardInterrupt:  # a second Ctrl-C comes while a command tidies up after the first
+        return _INTERRUPTED
     return code
 
 

@@ -18,7 +18,7 @@ from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.model import hardware, measured, traffic, weights
 from kserve_vllm.ops.model.architecture import QUANTIZATIONS, Architecture
-from kserve_vllm.ops.model.memory import EngineSettings, whole_experts
+from kserve_vllm.ops.model.memory import CACHE_DTYPES, EngineSettings, whole_experts
 from kserve_vllm.ops.model.steptime import StepTime
 from kserve_vllm.ops.planner import LOAD, EngineFit, Lever, Option, Wish, best, engines, levers, options
 from kserve_vllm.ops.tables import gib, money, seconds, table
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--kv-cache-dtype",
         default="auto",
-        choices=["auto", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        choices=CACHE_DTYPES,
         help="precision of the cache (default: the model's)",
     )
     what.add_argument(
@@ -156,10 +156,18 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: an argument or a file can't be used.
     """
     args = parser().parse_args(list(arguments))
+    if args.json and any(str(path) == "-" for path in (args.values, args.manifest)):
+        raise ConfigError("--json and a file - would both be on standard output: name a file")
+    if str(args.values) == str(args.manifest) == "-":
+        raise ConfigError("--values - and --manifest - would both be on standard output: name a file for one of them")
+    if (args.values or args.manifest) and not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", args.name):
+        raise ConfigError(f"--name {args.name!r}: small letters, digits and dashes, as Kubernetes names services")
     wish = _wish(args)
     price_list = hardware.prices(args.prices, _overrides(args.price))
     names = args.gpu or [name for name in hardware.gpus() if name in price_list.per_hour]
     chips = [hardware.gpu(name) for name in dict.fromkeys(names)]
+    if not chips:
+        raise ConfigError(f"--prices {args.prices} has no GPU in it; name one with --gpu")
     if args.calibrate and len(chips) != 1:
         raise ConfigError("--calibrate: name the GPU that it was measured on with --gpu")
     refusals: dict[str, str] = {}
@@ -204,12 +212,12 @@ def _overrides(words: Sequence[str]) -> dict[str, float]:
     found = {}
     for word in words:
         name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10")
         try:
             found[hardware.gpu(name).name] = argument_types.positive(value)
         except (ValueError, argparse.ArgumentTypeError):
             raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10") from None
-        if not equals:
-            raise ConfigError(f"--price {word!r}: write GPU=PRICE, such as H100=2.10")
     return found
 
 
@@ -227,6 +235,8 @@ def _wish(args: argparse.Namespace) -> Wish:
         load = traffic.describe(traffic.read_trace(args.trace), source=args.trace.name)
     else:
         prompt, output = args.prompt or 1000, args.output or 250
+        if not model.architecture.generates:  # an encoder's answer is one step
+            prompt, output = args.prompt or min(1000, model.architecture.max_len - 1), 1
         rate = args.rate or 1.0
         load = traffic.Traffic(
             rate,
@@ -466,14 +476,16 @@ def _human(made: _Made) -> str:
         ("activations", memory.activations),
         ("CUDA graphs", memory.graphs),
         ("outside torch", memory.outside),
-        ("KV cache", memory.kv_cache),
+        ("KV cache" if architecture.generates else "free", memory.kv_cache),
     ]
     width = max(size for _, size in parts) or 1
     lines += [
         f"  {label:<14}{gib(size):>7} GiB  {'█' * max(1, round(30 * size / width))}" for label, size in parts if size
     ]
     lines.append(
-        f"  {memory.kv_tokens:,} tokens of {memory.cache.bytes_per_token:,.0f} bytes: {memory.sequences:.1f} "
+        "  an encoder: it keeps no cache, its answer is one step"
+        if not architecture.generates
+        else f"  {memory.kv_tokens:,} tokens of {memory.cache.bytes_per_token:,.0f} bytes: {memory.sequences:.1f} "
         f"sequences of {settings.max_model_len:,} tokens at once"
     )
     if made.levers:
@@ -526,6 +538,11 @@ def service_values(wish: Wish, option: Option, storage_uri: str | None, model: s
     entry["extraArgs"] = extra
     spread = settings.pipeline_parallel_size > 1 and option.gpus_per_replica > option.gpu.node
     if spread:
+        if not (storage_uri or "").startswith(("pvc://", "oci://")):
+            raise ConfigError(
+                f"--storage-uri: {option.gpus_per_replica} {option.gpu.name} are more than a node, and over several "
+                "nodes the chart takes the model from pvc:// or oci:// only"
+            )
         entry |= {"multiNode": {"enabled": True}, "deploymentMode": "Standard"}
     else:
         # Knative aims at 70 % of the target: so many sequences run in a replica at its planned load.

@@ -113,6 +113,12 @@ def needed_length(wish: Wish) -> int:
     model's own."""
     longest = wish.traffic.prompt_max + wish.traffic.output_max
     wanted = wish.max_model_len or min(-(-int(longest * 1.5) // 1024) * 1024, wish.model.architecture.max_len)
+    own = wish.model.architecture
+    if wanted > own.max_len and own.exact and any(layer.kind != "state" for layer in own.layers):
+        raise ConfigError(
+            f"--max-model-len {wanted:,} is more than the {own.max_len:,} tokens that the model's config.json allows; "
+            "the engine would refuse it"
+        )
     if wanted < longest:
         raise ConfigError(f"the longest request has {longest:,} tokens; the context has {wanted:,}")
     return wanted
@@ -135,6 +141,10 @@ def best(found: Sequence[Option]) -> Option | None:
 
 def _settings(wish: Wish, gpu: GPU) -> Iterator[EngineSettings]:
     architecture = wish.model.architecture
+    if wish.tensor and architecture.heads % wish.tensor:
+        raise ConfigError(f"--tensor {wish.tensor} does not divide the model's {architecture.heads} attention heads")
+    if wish.pipeline and wish.pipeline > architecture.depth:
+        raise ConfigError(f"--pipeline {wish.pipeline} is more than the model's {architecture.depth} layers")
     tensors = (
         [wish.tensor] if wish.tensor else [n for n in (1, 2, 4, 8, 16) if n <= gpu.node and architecture.heads % n == 0]
     )

@@ -19,7 +19,7 @@ from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model import hardware, measured, memory, steptime, traffic, weights
 from kserve_vllm.ops.model.traffic import Request, Shape
 from kserve_vllm.ops.sim.fleet import ColdStart, Fleet, ReplicaSettings, Result
-from kserve_vllm.ops.sim.scalers import scaler
+from kserve_vllm.ops.sim.scalers import MOST_REPLICAS, number_of, scaler
 from kserve_vllm.ops.tables import money, seconds, spark, table
 
 EXAMPLE = """\
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str]) -> int:
         reports = _search(args, base, changes, quiet)
     else:
         reports = [
-            run(scenario_of(_changed(_read(path), changes), path.stem, path.parent), quiet)
+            run(_scenario(path, _changed(_read(path), changes), path.stem), quiet)
             for path in (args.scenario, *args.compare)
         ]
     best = cheapest(reports)
@@ -238,11 +238,27 @@ def _read(path: Path) -> dict[str, object]:
     return content
 
 
+def _scenario(path: Path, tree: Mapping[str, object], name: str) -> Scenario:
+    """The scenario of a file; what is wrong with it is said with the file's name."""
+    try:
+        return scenario_of(tree, name, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def _change(word: str) -> tuple[list[str], object]:
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise ConfigError(f"{word!r}: write PATH=VALUE, such as scaler.target=32")
-    return name.split("."), yaml.safe_load(value)
+    return name.split("."), _value(word, value)
+
+
+def _value(word: str, text: str) -> object:
+    try:
+        found: object = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{word!r}: {text!r} is no value in YAML") from None
+    return found
 
 
 def _changed(tree: dict[str, object], changes: Sequence[tuple[Sequence[str], object]]) -> dict[str, object]:
@@ -257,6 +273,11 @@ def _changed(tree: dict[str, object], changes: Sequence[tuple[Sequence[str], obj
     return found
 
 
+_MOST = 1e15  # of any number of a scenario
+# Requests of a scenario: each takes some 400 bytes while it is simulated.
+_MAX_REQUESTS = 10_000_000
+
+
 class _Part:
     """A part of a scenario that knows which of its fields were read."""
 
@@ -267,14 +288,15 @@ class _Part:
             raise ConfigError(f"{name}: not a table of fields")
         self._content, self._name, self._read = dict(content), name, set[str]()
 
-    def number(self, name: str, default: float, least: float = 0.0) -> float:
-        value = self.any(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise ConfigError(f"{self._name}.{name}: {value!r} is not a number of at least {least:g}")
-        return float(value)
+    def number(self, name: str, default: float, least: float = 0.0, most: float = _MOST) -> float:
+        value = number_of(self.any(name, default))
+        if value is None or not least <= value <= most:
+            bounds = f"at least {least:g}" if most == _MOST else f"{least:g} to {most:g}"
+            raise ConfigError(f"{self._name}.{name}: {self._content.get(name)!r} is not a number of {bounds}")
+        return value
 
-    def whole(self, name: str, default: int, least: int = 0) -> int:
-        value = self.number(name, default, least)
+    def whole(self, name: str, default: int, least: int = 0, most: float = _MOST) -> int:
+        value = self.number(name, default, least, most)
         if value != int(value):
             raise ConfigError(f"{self._name}.{name}: {value!r} is not a whole number")
         return int(value)
@@ -339,23 +361,17 @@ def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) ->
     )
     part.done()
     part = _Part(top.any("slo"), "slo")
-    slo = part.number("first_token", 2.0), part.number("gap", 0.1), part.number("share", 0.95)
+    slo = part.number("first_token", 2.0), part.number("gap", 0.1), part.number("share", 0.95, 0.0, 1.0)
     part.done()
     own_scaler = top.any("scaler") or {"class": "fixed", "replicas": 1}
     if not isinstance(own_scaler, Mapping):
         raise ConfigError("scaler: not a table of fields")
-    try:
-        scaler(own_scaler)  # speaks up before anything runs
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"scaler: a field has a value of the wrong kind ({error})") from None
-    for bound in ("min", "max", "replicas"):
-        if not isinstance(own_scaler.get(bound, 1), int):
-            raise ConfigError(f"scaler.{bound}: {own_scaler[bound]!r} is not a whole number")
+    scaler(own_scaler)  # speaks up before anything runs
     prices = hardware.prices()
-    price = top.any("price")
+    price = None if top.any("price") is None else top.number("price", 0.0)
     if price is None and gpu:
         price = prices.per_hour.get(gpu)
-    lowest = int(own_scaler.get("replicas", own_scaler.get("min", 1)) or 0)
+    lowest = int(number_of(own_scaler.get("replicas", own_scaler.get("min", 1))) or 0)
     found = Scenario(
         name=name,
         requests=requests,
@@ -364,7 +380,7 @@ def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) ->
         replica=replica,
         cold=cold,
         scaler=own_scaler,
-        initial=top.whole("initial", max(lowest, 1)),
+        initial=top.whole("initial", max(lowest, 1), 0, MOST_REPLICAS),
         routing=top.text("routing", "random"),
         drain_s=top.number("drain", 60.0),
         client_timeout_s=top.number("client_timeout", 0.0),
@@ -372,7 +388,7 @@ def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) ->
         first_token_s=slo[0],
         gap_s=slo[1],
         share=slo[2],
-        price=None if price is None else float(price),
+        price=price,
         currency=prices.currency,
     )
     if found.routing not in ("random", "round-robin", "least"):
@@ -384,12 +400,16 @@ def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) ->
 def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Request], float, traffic.Traffic]:
     if trace := part.text("trace"):
         requests = traffic.read_trace(folder / trace)
-        duration = part.number("duration", requests[-1].at)
+        duration = part.number("duration", max(requests[-1].at, 1.0), 1.0)
         requests = [request for request in requests if request.at <= duration]
         part.done()
         return requests, duration, traffic.describe(requests, source=trace)
     classes = part.any("classes") or {1: 1.0}
-    if not isinstance(classes, Mapping) or abs(sum(map(float, classes.values())) - 1) > 1e-6:
+    try:
+        shares = {int(name): float(share) for name, share in classes.items()}
+    except (AttributeError, TypeError, ValueError):
+        shares = {}
+    if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
         raise ConfigError("arrivals.classes: shares of the classes, such as {0: 0.8, 2: 0.2}, that add up to 1")
     shape = Shape(
         kind=part.text("kind", "constant"),
@@ -397,15 +417,21 @@ def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Request], floa
         duration_s=part.number("duration", 3600, 1),
         prompt=part.whole("prompt", 1000, 1),
         output=part.whole("output", 200, 1),
-        spread=part.number("spread", 0.0),
-        cached_share=part.number("shared_prefix", 0.0),
-        classes=tuple((int(k), float(v)) for k, v in classes.items()),
+        spread=part.number("spread", 0.0, 0.0, 5.0),
+        cached_share=part.number("shared_prefix", 0.0, 0.0, 1.0),
+        classes=tuple(shares.items()),
         seed=seed,
     )
     part.done()
+    if shape.rate * shape.duration_s > _MAX_REQUESTS:
+        raise ConfigError(
+            f"arrivals: up to {shape.rate * shape.duration_s:,.0f} requests, more than {_MAX_REQUESTS:,} that fit the "
+            "memory; take a shorter duration"
+        )
     requests = shape.requests()
-    if not requests:
-        raise ConfigError("arrivals: no request comes in that time")
+    if not requests:  # what a fleet costs at night is worth knowing
+        idle = traffic.Traffic(0.0, shape.prompt, shape.output, shape.prompt, shape.output, 0, 0.0, shape.kind)
+        return requests, shape.duration_s, idle
     return requests, shape.duration_s, traffic.describe(requests, source=shape.kind)
 
 
@@ -455,10 +481,14 @@ def _engine(
     settings = memory.EngineSettings(
         tensor_parallel_size=part.whole("tensor", 1, 1),
         pipeline_parallel_size=part.whole("pipeline", 1, 1),
-        gpu_memory_utilization=part.number("gpu_memory_utilization", 0.92, 0.01),
+        gpu_memory_utilization=part.number("gpu_memory_utilization", 0.92, 0.01, 1.0),
         max_model_len=part.whole("max_model_len", max(longest, 2048), 1),
         kv_cache_dtype=part.text("kv_cache_dtype", "auto"),
     )
+    if settings.kv_cache_dtype not in memory.CACHE_DTYPES:
+        raise ConfigError(
+            f"model.kv_cache_dtype: {settings.kv_cache_dtype!r} is none of {', '.join(memory.CACHE_DTYPES)}"
+        )
     part.done()
     space = memory.budget(model.architecture, model.weights, gpu, settings)
     if space.kv_tokens < longest:
@@ -504,7 +534,7 @@ def run(scenario: Scenario, quiet: bool = True) -> Report:
     good = sum(
         outcome.first_token_s <= scenario.first_token_s and outcome.gap_s <= scenario.gap_s for outcome in served
     )
-    share = good / max(len(result.outcomes), 1)
+    share = good / len(result.outcomes) if result.outcomes else 1.0
     counts: dict[str, int] = {}
     for outcome in result.outcomes:
         counts[outcome.result] = counts.get(outcome.result, 0) + 1
@@ -538,6 +568,8 @@ def least_gpu_hours(scenario: Scenario) -> float:
     Nothing is rounded up to whole replicas, so what can be reached is a little above.
     """
     step, own = scenario.step, scenario.replica
+    if not scenario.requests:
+        return 0.0
     number = len(scenario.requests)
     prompt = sum(r.prompt for r in scenario.requests) / number
     output = sum(r.output for r in scenario.requests) / number
@@ -559,7 +591,7 @@ def _search(
     axes = []
     for word in args.search:
         path, _, values = word.partition("=")
-        choices = [yaml.safe_load(value) for value in values.split(",") if value]
+        choices = [_value(word, value) for value in values.split(",") if value]
         if not choices:
             raise ConfigError(f"--search {word!r}: write PATH=A,B,C, such as scaler.target=16,32,64")
         axes.append([(path.split("."), value) for value in choices])
@@ -567,11 +599,11 @@ def _search(
     if len(grid) > 500:
         raise ConfigError(f"--search: {len(grid)} combinations are too many (500); take fewer values")
     reports = []
-    first = scenario_of(_changed(base, changes), args.scenario.stem, args.scenario.parent)
+    first = _scenario(args.scenario, _changed(base, changes), args.scenario.stem)
     for number, combination in enumerate(grid, start=1):
         label = " ".join(f"{path[-1]}={value}" for path, value in combination)
         tree = _changed(base, [*changes, *combination])
-        scenario = scenario_of(tree, label, args.scenario.parent)
+        scenario = _scenario(args.scenario, tree, label)
         if all(path[0] != "arrivals" for path, _ in combination):
             scenario = replace(scenario, requests=first.requests)
         if not quiet:
@@ -601,7 +633,7 @@ def _human(report: Report) -> str:
             (label, *(seconds(found[p]) if found else "-" for p in ("p50", "p90", "p95", "p99")), seconds(bound))
         )
     kind = " ".join(f"{key}={value}" for key, value in own.scaler.items())
-    ratio = result.gpu_hours / report.least_gpu_hours if report.least_gpu_hours else math.inf
+    ratio = f"; {result.gpu_hours / report.least_gpu_hours:.1f} times that here" if report.least_gpu_hours else ""
     cost = f", {own.currency} {money(report.cost)}" if report.cost is not None else ""
     return "\n".join(
         [
@@ -620,7 +652,7 @@ def _human(report: Report) -> str:
             f"served    {report.counts.get('ok', 0):,}; not served: {bad}",
             f"GPUs      {result.gpu_hours:.2f} GPU hours{cost}; {result.cold_starts} cold starts, "
             f"{result.preemptions:,} preemptions",
-            f"bound     {report.least_gpu_hours:.2f} GPU hours for a perfect scaler; {ratio:.1f} times that here",
+            f"bound     {report.least_gpu_hours:.2f} GPU hours for a perfect scaler that serves all{ratio}",
             f"simulated in {report.took_s:.1f} s",
         ]
     )
@@ -644,6 +676,6 @@ def _compared(reports: Sequence[Report], best: Report | None) -> str:
                 money(report.cost) if report.cost is not None else "-",
             )
         )
-    words = "* the cheapest that keeps the SLO" if best else "None of them keeps the SLO."
+    words = "* the cheapest that keeps the SLO" if best else "None of them keeps the SLO"
     bound = min(report.least_gpu_hours for report in reports)
     return f"{table(rows, right=range(2, 10))}\n{words}; a perfect scaler would take {bound:.2f} GPU hours"

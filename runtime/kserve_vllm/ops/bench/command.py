@@ -76,6 +76,8 @@ def main(arguments: Sequence[str]) -> int:
         from kserve_vllm.ops.pictures import pyplot
 
         pyplot()  # speaks up before the load, not after it
+    if args.save:
+        result.writable(args.save)  # before the load, too
     rows: list[result.Row] = []
     try:
         content = asyncio.run(_bench(args, target, points, slo, rows))

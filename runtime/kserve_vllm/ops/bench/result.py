@@ -153,6 +153,18 @@ def save(path: Path, content: Mapping[str, object]) -> None:
         raise ConfigError(f"--save {path}: {error}") from None
 
 
+def writable(path: Path) -> None:
+    """Raises ConfigError where `save` could not write."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ConfigError(f"--save {path}: {error.strerror}") from None
+    if path.is_dir():
+        raise ConfigError(f"--save {path}: a folder")
+
+
 def load_name(found: Mapping[str, object]) -> str:
     """A row's load, the same for the same load of two results."""
     rate = found.get("request_rate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,10 +64,27 @@ def read(path: Path) -> Snapshot:
         ConfigError: the file is none.
     """
     try:
-        body = yaml.safe_load(path.read_text())
-        return Snapshot(**body)
-    except (OSError, yaml.YAMLError, TypeError) as error:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no snapshot of `kserve-vllm diagnose --save`: {error}") from error
+    wrong = "it is no object"
+    if isinstance(body, dict):
+        kinds = {each.name: str if each.type == "str" else dict for each in fields(Snapshot)}
+        wrong = next((f"{name!r} is no field of one" for name in body if name not in kinds), "")
+        wrong = wrong or next(
+            (f"no {name!r} in it" for name in ("name", "namespace", "taken_at") if name not in body), ""
+        )
+        wrong = wrong or next(
+            (f"{name!r} has another kind of value" for name in body if not _is(body[name], kinds[name])), ""
+        )
+    if wrong:
+        raise ConfigError(f"{path} is no snapshot of `kserve-vllm diagnose --save`: {wrong}")
+    return Snapshot(**body)
+
+
+def _is(value: object, kind: type) -> bool:
+    # YAML reads a time without quotes as one.
+    return isinstance(value, kind) or (kind is str and isinstance(value, datetime))
 
 
 def moment(text: str | None) -> datetime | None:

@@ -6,10 +6,14 @@ attention layers ask for in the KV cache: `vllm/v1/kv_cache_interface.py`, `vllm
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from typing import Any, Literal
+
+import yaml
 
 from kserve_vllm.core.errors import ConfigError
 
@@ -108,6 +112,7 @@ class Parameters:
         linear: matrices that every token passes.
         experts: matrices of routed experts, all together.
         other: norms, biases and convolutions.
+        tower: encoders of images and sound.
     """
 
     embedding: int = 0
@@ -115,11 +120,12 @@ class Parameters:
     linear: int = 0
     experts: int = 0
     other: int = 0
+    tower: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.embedding + self.linear + self.experts + self.other
+        return self.embedding + self.linear + self.experts + self.other + self.tower
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,9 @@ _APPROXIMATE = {
 }
 
 
+_MODELLED = {"none", *(quantization.method for quantization in QUANTIZATIONS.values())}
+
+
 def parse(config: Config, name: str = "") -> Architecture:
     """Read a config.json.
 
@@ -203,6 +212,12 @@ def parse(config: Config, name: str = "") -> Architecture:
     """
     outer = dict(config)
     inner = _language_part(outer)
+    inner = {**_defaults().get(str(inner.get("model_type")), {}), **inner}
+    if _first(inner, "is_encoder_decoder", fallback=outer.get("is_encoder_decoder")) or "decoder_layers" in inner:
+        raise ConfigError(
+            f"{name or 'config.json'}: an encoder with a decoder ({inner.get('model_type')}), which this runtime does "
+            "not serve and these figures do not describe"
+        )
     quantization = _quantization(inner.get("quantization_config") or outer.get("quantization_config") or {})
     family = str(inner.get("model_type") or outer.get("model_type") or "unknown")
     hidden = _first(inner, "hidden_size", "n_embd", "d_model", "dim")
@@ -216,7 +231,7 @@ def parse(config: Config, name: str = "") -> Architecture:
         ]
         raise ConfigError(f"{name or 'config.json'}: no {', '.join(missing)}; is this a language model's config.json?")
     heads = _first(inner, "num_attention_heads", "n_head", "n_heads") or 1
-    kv_heads = _first(inner, "num_key_value_heads", "n_head_kv", "num_kv_heads")
+    kv_heads = _first(inner, "num_key_value_heads", "n_kv_heads", "n_head_kv", "num_kv_heads")
     if kv_heads is None:
         kv_heads = 1 if inner.get("multi_query") else heads
     head_dim = _first(inner, "head_dim", "attention_head_dim") or hidden // heads
@@ -254,7 +269,13 @@ def parse(config: Config, name: str = "") -> Architecture:
         quantization=quantization,
         max_len=max_len or 8192,
         generates=_generates(outer),
-        approximate=next((why for start, why in _APPROXIMATE.items() if family.startswith(start)), ""),
+        approximate=next(
+            (why for start, why in _APPROXIMATE.items() if family.startswith(start)),
+            ""
+            if quantization.method in _MODELLED or quantization.method.startswith("int")
+            else f"its weights are stored as {quantization.method}, whose size is not modelled: only where the files "
+            "are there it is exact",
+        ),
     )
     kinds = _layer_kinds(inner, depth)
     layers = tuple(_layer(inner, kind, index, kv_heads, head_dim, base) for index, kind in enumerate(kinds))
@@ -268,7 +289,7 @@ def parse(config: Config, name: str = "") -> Architecture:
 
 
 def from_parameters(text: str) -> Architecture:
-    """A guess for `--params 70B` or `--params 235B-A22B`: the shape of common dense models of that size.
+    """A guess for `--params 70B`, `1.5e9`, `235B-A22B` or `8x7B`: the shape of common dense models of that size.
 
     Depth and width follow Llama 3's and Qwen 3's published shapes (8B: 32 x 4096, 32B: 64 x 5120, 70B: 80 x 8192,
     405B: 126 x 16384), log-linear in between; eight KV heads of 128, as in all of these.
@@ -276,11 +297,7 @@ def from_parameters(text: str) -> Architecture:
     Raises:
         ConfigError: the text is not a number of parameters.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([BbMmTt])(?:-?[Aa](\d+(?:\.\d+)?)([BbMm])?)?", text.strip())
-    if not match:
-        raise ConfigError(f"--params {text!r}: write for example 70B, 0.5B or, with experts, 235B-A22B")
-    total = float(match[1]) * {"b": 1e9, "m": 1e6, "t": 1e12}[match[2].lower()]
-    active = float(match[3]) * {"b": 1e9, "m": 1e6}[(match[4] or "B").lower()] if match[3] else total
+    total, active, mixture = _sizes(text)
     shapes = [
         (0.5e9, 24, 896),
         (1e9, 16, 2048),
@@ -303,10 +320,13 @@ def from_parameters(text: str) -> Architecture:
     embedding = min(embedding, int(total * 0.4))
     attention = depth * hidden * (2 * hidden + 2 * kv_heads * head_dim)
     if active < total:
-        experts, per_token = 128, 8
         shared = max(active - embedding / 2 - attention, 0.1 * active) * 0.1
         expert_total = int(total - embedding - attention - shared)
         linear = int(attention + shared)
+        # So many of the experts that a token passes what was said.
+        experts = mixture or 128
+        share = max(active - linear - vocab * hidden, 0) / max(expert_total, 1)
+        per_token = min(experts, max(1, round(share * experts)))
     else:
         experts, per_token, expert_total = 0, 0, 0
         linear = int(total - embedding)
@@ -328,15 +348,50 @@ def from_parameters(text: str) -> Architecture:
     )
 
 
+_SIZE = r"(\d+(?:\.\d+)?(?:[Ee]\d+)?) ?([BbMmTt]?)"
+_UNITS = {"": 1.0, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def _sizes(text: str) -> tuple[float, float, int]:
+    """Parameters of `--params`: all of them, those that a token passes, and experts of a layer where they are said."""
+    experts = 0
+    how = "write for example 70B, 0.5B, 1.5e9 or, with experts, 235B-A22B or 8x7B"
+    if mixture := re.fullmatch(r"(\d+) ?[Xx] ?" + _SIZE, text.strip()):
+        # Names such as Mixtral's count each expert as a whole model: what is not experts (attention, tables: a fifth of
+        # a dense model of Llama's shape) is there once, and a token passes two experts.
+        one = float(mixture[2]) * _UNITS[mixture[3].lower()]
+        experts = count = int(mixture[1])
+        total, active = one * (0.2 + 0.8 * count), one * (0.2 + 0.8 * min(2, count))
+    elif match := re.fullmatch(_SIZE + r"(?:[- ]?[Aa]" + _SIZE + ")?", text.strip()):
+        total = float(match[1]) * _UNITS[match[2].lower()]
+        active = float(match[3]) * _UNITS[(match[4] or "B").lower()] if match[3] else total
+    else:
+        raise ConfigError(f"--params {text!r}: {how}")
+    if not 1e6 <= total <= 1e14:
+        raise ConfigError(f"--params {text!r} is {total:g} parameters, not 1M to 100T; {how}")
+    if not 1e5 <= active <= total:
+        raise ConfigError(f"--params {text!r}: a token passes {active:g} of {total:g} parameters; {how}")
+    return total, active, experts
+
+
 def _first(config: Config, *names: str, fallback: Any = None) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), fallback)
+
+
+@functools.cache
+def _defaults() -> Mapping[str, Config]:
+    """Fields that a config.json of a family may leave out, by model_type."""
+    text = (files("kserve_vllm.ops") / "data" / "config_defaults.yaml").read_text(encoding="utf-8")
+    found: Mapping[str, Config] = yaml.safe_load(text)
+    return found
 
 
 def _language_part(config: Config) -> Config:
     """The part that generates text; multimodal configs hold it inside another."""
     for name in ("text_config", "llm_config", "language_config", "thinker_config"):
         part = config.get(name)
-        if isinstance(part, Mapping) and ("hidden_size" in part or "text_config" in part):
+        known = isinstance(part, Mapping) and part.get("model_type") in _defaults()
+        if isinstance(part, Mapping) and (known or "hidden_size" in part or "text_config" in part):
             return _language_part({**part})
     return dict(config)
 
@@ -344,7 +399,7 @@ def _language_part(config: Config) -> Config:
 def _generates(config: Config) -> bool:
     names = [str(name) for name in config.get("architectures") or ()]
     return not names or not all(
-        re.search(r"^(Bert|Roberta|XLMRoberta|ModernBert|NomicBert|DistilBert)", n) for n in names
+        re.search(r"Bert|Roberta|^Gte|^New(Model|For)|Electra|MPNet|Deberta|^CLIP|^Siglip", n) for n in names
     )
 
 
@@ -421,6 +476,8 @@ def _layer_kinds(config: Config, depth: int) -> list[str]:
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return ["full"] * depth
     if pattern := _first(config, "sliding_window_pattern", "_sliding_window_pattern"):  # Gemma 3: every sixth is full
+        if isinstance(pattern, str):  # EXAONE 4 writes LLLG: local, global
+            return ["full" if pattern[i % len(pattern)] == "G" else "sliding" for i in range(depth)]
         return ["full" if (i + 1) % pattern == 0 else "sliding" for i in range(depth)]
     if family.startswith("gemma2"):  # every second one
         return ["sliding" if i % 2 == 0 else "full" for i in range(depth)]
@@ -488,6 +545,8 @@ def _count(config: Config, outer: Config, kinds: Sequence[str], kv_heads: int, b
     if base.family.startswith(("gemma", "qwen3_5")) and "tie_word_embeddings" not in {**outer, **config}:
         tied = base.family.startswith("gemma")
     table = base.vocab * base.hidden
+    if not base.generates:
+        tied = True  # no output table
     gated = base.family not in (
         "gpt2",
         "gpt_neox",
@@ -498,6 +557,13 @@ def _count(config: Config, outer: Config, kinds: Sequence[str], kv_heads: int, b
         "starcoder2",
         "gpt_bigcode",
         "nemotron",
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "electra",
+        "mpnet",
+        "distilbert",
     )
     matrices = 3 if gated else 2
     if isinstance(kv_heads, list):
@@ -510,6 +576,9 @@ def _count(config: Config, outer: Config, kinds: Sequence[str], kv_heads: int, b
         if not isinstance(config.get("moe_layer_freq"), list)
         else 1
     )
+    offset = step - 1
+    if period := int(config.get("expert_layer_period") or 0):  # Jamba says which layer of a period has the experts
+        step, offset = period, int(config.get("expert_layer_offset") or 0)
     only_dense = set(config.get("mlp_only_layers") or ())
     apart = "mlp" in kinds or "moe" in kinds  # Nemotron-H: a layer is a mixer or a feed-forward part, not both
     if base.family.startswith("nemotron_h"):
@@ -522,7 +591,7 @@ def _count(config: Config, outer: Config, kinds: Sequence[str], kv_heads: int, b
             linear += _attention(config, kv_heads, base, kind)
         if kind not in ("mlp", "moe") and (apart or base.family in ("mamba", "mamba2", "falcon_mamba")):
             continue
-        own = base.experts and index >= dense_first and index not in only_dense and (index + 1) % step == 0
+        own = base.experts and index >= dense_first and index not in only_dense and index % step == offset
         if kind == "moe" or (own and not apart):
             narrow = int(config.get("moe_latent_size") or 0)  # experts work on a narrower copy of the stream
             experts += base.experts * matrices * (narrow or base.hidden) * moe_size
@@ -535,7 +604,22 @@ def _count(config: Config, outer: Config, kinds: Sequence[str], kv_heads: int, b
         else:
             width = int(config.get("intermediate_size_mlp") or base.intermediate)
             linear += matrices * base.hidden * width
-    return Parameters(table * (1 if tied else 2), table, linear, experts, other)
+    return Parameters(table * (1 if tied else 2), table, linear, experts, other, _tower(outer))
+
+
+def _tower(outer: Config) -> int:
+    """Parameters of encoders of images and sound, from their depth and width: four square matrices of attention and two
+    of a feed-forward layer, four times as wide unless the config says so."""
+    found = 0
+    for name in ("vision_config", "audio_config"):
+        part = outer.get(name)
+        if not isinstance(part, Mapping):
+            continue
+        depth = _first(part, "num_hidden_layers", "depth", "encoder_layers", fallback=0)
+        width = _first(part, "embed_dim", "hidden_size", "width", "d_model", fallback=0)
+        inner = _first(part, "intermediate_size", "encoder_ffn_dim", fallback=4 * width)
+        found += int(depth) * (4 * int(width) ** 2 + 2 * int(width) * int(inner))
+    return found
 
 
 def _mixer(config: Config, base: Architecture) -> int:
@@ -551,6 +635,12 @@ def _mixer(config: Config, base: Architecture) -> int:
     size = int(_first(config, "mamba_d_state", "ssm_state_size", "state_size", "d_state") or 16)
     inner = state[1][0] // size
     conv = state[0][0] // max(kernel - 1, 1)  # what the convolution sees: the inner width and, in Mamba 2, B and C
+    if (
+        conv == inner
+    ):  # Mamba 1 makes B, C and the step's size from the inner stream, and has an A for each of its states
+        rank = _first(config, "mamba_dt_rank", "time_step_rank", "dt_rank")
+        rank = rank if isinstance(rank, int) else -(-base.hidden // 16)
+        return base.hidden * 2 * inner + inner * base.hidden + inner * (2 * rank + 3 * size)
     return base.hidden * (inner + conv) + inner * base.hidden
 
 

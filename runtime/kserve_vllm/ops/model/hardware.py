@@ -84,14 +84,24 @@ def prices(path: Path | None = None, overrides: Mapping[str, float] | None = Non
         content: Any = yaml.safe_load(where.read_text(encoding="utf-8"))
         found = {}
         for name, entry in content["prices"].items():
-            found[gpu(str(name)).name] = float(entry["per_hour"] if isinstance(entry, Mapping) else entry)
+            try:
+                known = gpu(str(name))
+            except ConfigError as error:
+                raise ConfigError(str(error).removeprefix("--gpu ")) from None
+            found[known.name] = float(entry["per_hour"] if isinstance(entry, Mapping) else entry)
         dated = content["date"]
         dated = dated if isinstance(dated, date) else date.fromisoformat(str(dated))
-        currency = str(content.get("currency", "USD"))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        currency = content.get("currency", "USD")
+        if not isinstance(currency, str):
+            raise ValueError(f"{currency!r} is no currency such as USD")
+    except ConfigError as error:
+        raise ConfigError(f"--prices {where}: {error}") from None
+    except KeyError as error:
         raise ConfigError(
-            f"--prices {where}: {type(error).__name__} {error}; it needs date: 2026-01-31 and prices: {{H100: 2.5}}"
+            f"--prices {where}: no {error.args[0]}; it needs date: 2026-01-31 and prices: {{H100: 2.5}}"
         ) from None
+    except (OSError, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"--prices {where}: {error}; it needs date: 2026-01-31 and prices: {{H100: 2.5}}") from None
     if any(not 0 < value < 1e6 for value in found.values()):
         raise ConfigError(f"--prices {where}: a price is not above 0")
     return Prices({**found, **(overrides or {})}, currency, dated, str(path) if path else "the package's list")

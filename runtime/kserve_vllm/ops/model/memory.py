@@ -18,6 +18,7 @@ from kserve_vllm.ops.model.hardware import GPU
 from kserve_vllm.ops.model.weights import Weights
 
 GIB = 1 << 30
+CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")  # of --kv-cache-dtype, those whose width is known here
 
 
 @dataclass(frozen=True)

@@ -72,24 +72,26 @@ def read_trace(path: Path) -> list[Request]:
         ConfigError: the file can't be read, or holds no such records.
     """
     found: list[tuple[float, int, int, int, int]] = []
+    number = 0
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows: Iterator[Mapping[str, Any]]
+        with path.open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a byte order mark
             if path.suffix == ".csv":
-                rows = iter(csv.DictReader(stream))
+                reader = csv.DictReader(stream)
+                for row in reader:
+                    number = reader.line_num
+                    found += _record(row)
             else:
-                rows = (json.loads(line) for line in stream if line.strip())
-            for number, row in enumerate(rows, start=1):
-                if not isinstance(row, Mapping):
-                    raise ValueError(f"line {number} is no object")
-                time = _field(row, _TIME, number)
-                prompt, output = int(float(_field(row, _PROMPT, number))), int(float(_field(row, _OUTPUT, number)))
-                if prompt <= 0:
-                    continue
-                cached = min(int(float(row.get("cached_tokens") or 0)), prompt - 1)
-                found.append((_seconds(time), prompt, max(output, 1), cached, _class(row.get("priority"))))
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+                for line in stream:
+                    number += 1
+                    if line.strip():
+                        found += _record(json.loads(line))
+    except OSError as error:
         raise ConfigError(f"--trace {path}: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--trace {path}: not text in UTF-8") from None
+    except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
+        what = "not JSON; a trace has one object a line" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ConfigError(f"--trace {path}, line {max(number, 1)}: {what}") from None
     if not found:
         raise ConfigError(f"--trace {path}: no request with tokens in it")
     found.sort()
@@ -100,25 +102,58 @@ def read_trace(path: Path) -> list[Request]:
     ]
 
 
-def _field(row: Mapping[str, Any], names: Sequence[str], number: int) -> Any:
+def _record(row: object) -> Iterator[tuple[float, int, int, int, int]]:
+    """A row as seconds, prompt, output, cached tokens and class; nothing where it has no tokens.
+
+    Raises:
+        ValueError: it is no such row.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError("not an object; a trace has one object a line")
+    at = _seconds(_field(row, _TIME))
+    prompt, output = _tokens(_field(row, _PROMPT)), _tokens(_field(row, _OUTPUT))
+    if prompt > 0:
+        cached = min(_tokens(row.get("cached_tokens") or 0), prompt - 1)
+        yield at, prompt, max(output, 1), cached, _class(row.get("priority"))
+
+
+def _field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     for name in names:
         if row.get(name) not in (None, ""):
             return row[name]
-    raise ValueError(f"line {number} has none of {', '.join(names)}")
+    raise ValueError(f"none of {', '.join(names)} is there")
+
+
+def _tokens(value: object) -> int:
+    try:
+        found = float(str(value))
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < 1e9:
+        raise ValueError(f"{value!r} is not a number of tokens")
+    return int(found)
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, int | float):
-        return float(value)
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
+        return _date(value)
+    if not abs(seconds) < 1e15:
+        raise ValueError(f"{value!r} is not a time")
+    return seconds
+
+
+def _date(value: object) -> float:
+    try:
         text = str(value).replace("Z", "+00:00")
         head, dot, rest = text.partition(".")
         digits = rest.partition("+")[0] if dot else ""
         if len(digits) > 6:  # Azure writes seven
             text = f"{head}.{digits[:6]}{rest[len(digits) :]}"
         return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise ValueError(f"{value!r} is not a time; RFC 3339 or seconds are") from None
 
 
 def _class(value: object) -> int:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import (
     Architecture,
+    Config,
     LayerCache,
     Parameters,
     Quantization,
@@ -74,21 +75,19 @@ def read_model(source: str, quantization: str | None = None) -> Model:
         ConfigError: nothing is found there, or a file can't be read. The message says what to do without a network.
     """
     path = Path(os.path.expanduser(source))
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"{path}: there is no such file")
         return _read_gguf(path)
     folder = path if path.is_dir() else cached(source)
     config_path = folder / "config.json"
     if not config_path.exists():
-        ggufs = sorted(folder.glob("*.gguf"))
-        if ggufs:
-            return _read_gguf(ggufs[0])
-        raise ConfigError(f"{folder}: no config.json there")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{config_path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{config_path}: not an object")
+        if ggufs := sorted(folder.glob("*.gguf")):
+            return _read_gguf(_one_of(ggufs))
+        if (own_format := folder / "params.json").exists():
+            return _modelled(_mistral(_object(own_format)), own_format, folder, source, quantization)
+        raise ConfigError(f"{folder}: no config.json there, and neither a .gguf file nor Mistral's params.json")
+    config = _object(config_path)
     own = folder / "hf_quant_config.json"  # where ModelOpt writes what it did
     if "quantization_config" not in config and own.exists():
         try:
@@ -96,6 +95,49 @@ def read_model(source: str, quantization: str | None = None) -> Model:
             config["quantization_config"] = {"quant_method": "modelopt", **found}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{own}: {error}") from None
+    return _modelled(config, config_path, folder, source, quantization)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ConfigError where it does not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: not an object")
+    return found
+
+
+def _mistral(params: Config) -> Config:
+    """Mistral's own params.json with the names of a config.json; names as in vLLM's
+    `transformers_utils/configs/mistral.py`."""
+    names = {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "hidden_dim": "intermediate_size",
+        "max_seq_len": "max_position_embeddings",
+        "tied_embeddings": "tie_word_embeddings",
+    }
+    found = {names.get(name, name): value for name, value in params.items()}
+    found.setdefault("model_type", "mistral")
+    found.setdefault("sliding_window", None)
+    if isinstance(moe := params.get("moe"), dict):
+        found |= {
+            "num_local_experts": moe.get("num_experts"),
+            "num_experts_per_tok": moe.get("num_experts_per_tok"),
+            "moe_intermediate_size": moe.get("expert_hidden_dim"),
+        }
+    if isinstance(vision := params.get("vision_encoder"), dict):
+        found["vision_config"] = vision
+    if "fp8" in str((params.get("quantization") or {}).get("qformat_weight", "")):
+        found["quantization_config"] = {"quant_method": "fp8"}
+    return found
+
+
+def _modelled(config: Config, config_path: Path, folder: Path, source: str, quantization: str | None) -> Model:
     try:
         architecture = parse(config, source.rstrip("/"))
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, IndexError) as error:
@@ -105,7 +147,12 @@ def read_model(source: str, quantization: str | None = None) -> Model:
         estimate = architecture.with_quantization(quantization) if quantization else architecture
         return Model(estimate, estimated_weights(estimate, f"estimated from {config_path.name}: no safetensors here"))
     weights = _sum(tensors, str(folder), bool(config.get("tie_word_embeddings")))
-    if quantization and quantization != "none" and architecture.quantization.method == "none":
+    if quantization and quantization not in ("none", own_method := architecture.quantization.method):
+        if own_method != "none":
+            raise ConfigError(
+                f"--quantization {quantization}: the files in {folder} are stored as {own_method} already; leave it "
+                "out, or name a folder of the unquantized model"
+            )
         architecture = architecture.with_quantization(quantization)
         linear = weights.total - weights.embedding - weights.other_modal
         shrunk = architecture.quantization.bytes_per_weight / architecture.dtype_bytes
@@ -135,8 +182,45 @@ def estimated_weights(architecture: Architecture, source: str) -> Weights:
     tables = count.embedding * architecture.dtype_bytes
     if architecture.quantization.method == "gguf":
         tables = count.embedding * linear
-    total = tables + count.other * architecture.dtype_bytes + (count.linear + count.experts) * linear
-    return Weights(int(total), int(tables), int(count.experts * linear), 0, 0, source, False)
+    towers = count.tower * architecture.dtype_bytes
+    total = tables + towers + count.other * architecture.dtype_bytes + (count.linear + count.experts) * linear
+    return Weights(int(total), int(tables), int(count.experts * linear), int(towers), 0, source, False)
+
+
+def _one_of(ggufs: list[Path]) -> Path:
+    """The GGUF file that a folder is about: its only one, or the first part of its only split one."""
+    ggufs = [f for f in ggufs if not f.name.startswith("mmproj")] or ggufs  # llama.cpp's name for an image encoder
+    models = [f for f in ggufs if not (part := _SPLIT.search(f.name)) or int(part[1]) == 1]
+    if len(models) != 1:
+        raise ConfigError(
+            f"{ggufs[0].parent} has several GGUF files ({', '.join(f.name for f in (models or ggufs)[:6])}): name one"
+        )
+    return models[0]
+
+
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z]+$")
+
+
+def _parts(first: Path) -> list[Path]:
+    """All files of a model that is split as `-00001-of-00003` says, in order.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    match = _SPLIT.search(first.name)
+    if not match:
+        return [first]
+    number = int(match[2])
+    files = [
+        first.with_name(f"{first.name[: match.start()]}-{i:05d}-of-{number:05d}{first.suffix}")
+        for i in range(1, number + 1)
+    ]
+    for file in files:
+        if not file.exists():
+            raise ConfigError(
+                f"{first.name} is one of {number} parts, {file.name} is not there: an incomplete download"
+            )
+    return files
 
 
 def cached(hub_id: str) -> Path:
@@ -154,11 +238,15 @@ def cached(hub_id: str) -> Path:
             return found
         for snapshot in sorted((repository / "snapshots").glob("*")):
             return snapshot
+        if hub_id.startswith("."):
+            raise ConfigError(f"{hub_id}: there is no such folder")
         raise ConfigError(
             f"{hub_id} is neither a folder nor in the local cache ({root}). With a network: "
             f"hf download {hub_id} config.json model.safetensors.index.json (their total size is in these two, "
             "the weights' headers are not). Without one: name a folder that has config.json, or say --params 70B"
         )
+    if "/" in hub_id.strip("/") or hub_id.startswith(("/", "~", ".")):
+        raise ConfigError(f"{hub_id}: there is no such folder")
     raise ConfigError(f"{hub_id!r} is neither a folder, a .gguf file nor a hub id such as Qwen/Qwen3-8B")
 
 
@@ -169,12 +257,15 @@ def safetensors_of(folder: Path) -> Iterator[tuple[str, int]]:
     for all: the index's own `total_size`.
 
     Raises:
-        ConfigError: a file's header can't be read, or the index names a file that is not there while others are.
+        ConfigError: a file's header can't be read, the index or a file's name speaks of a file that is not there while
+            others are, or the index of tensors that no file has.
     """
     index = folder / "model.safetensors.index.json"
+    named: set[str] = set()
     if index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
+            named = set(content["weight_map"])
             names = sorted(set(content["weight_map"].values()))
             size = int((content.get("metadata") or {}).get("total_size") or 0)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -191,11 +282,19 @@ def safetensors_of(folder: Path) -> Iterator[tuple[str, int]]:
         # Mistral's repositories hold the same weights twice: model*.safetensors and consolidated*.safetensors.
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         files = [file for file in files if not file.name.startswith("adapter_")]
+        if files:
+            files = sorted({*files, *_parts(files[0])})
     for file in files:
         for name, entry in header(file).items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
+                named.discard(name)
                 yield name, int(end) - int(start)
+    if named:
+        raise ConfigError(
+            f"{index} speaks of {min(named)} and {len(named) - 1} more tensors that its files do not have: they belong "
+            "to different versions, or a download is not complete"
+        )
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -285,8 +384,12 @@ _SCALAR = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 
 def _read_gguf(path: Path) -> Model:
     try:
-        with path.open("rb") as stream:
-            meta, tensors = _gguf_header(stream)
+        meta: Config = {}
+        tensors: list[tuple[str, int, int]] = []
+        for part in _parts(path):
+            with part.open("rb") as stream:
+                own, more = _gguf_header(stream)
+            meta, tensors = {**own, **meta}, tensors + more
     except (OSError, struct.error, KeyError, ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a GGUF file of version 2 or 3 ({error})") from None
     arch = str(meta.get("general.architecture", "unknown"))

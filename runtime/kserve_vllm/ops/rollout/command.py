@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: an argument can't be used.
     """
     args = _parser().parse_args(list(arguments))
+    if not args.status:  # a slip is named where there is no cluster, too
+        _options(args, len(_steps(args.steps)))
     cluster = Cluster(args.context, args.kubeconfig)
     namespace = args.namespace or cluster.default_namespace
     try:

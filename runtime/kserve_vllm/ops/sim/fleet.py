@@ -404,6 +404,7 @@ class Fleet:
         self._ready: list[_Replica] = []
         self._held: deque[Job] = deque()
         self._inside = 0
+        self._worked = 0.0  # when the last request was answered
         self._integral, self._since = 0.0, 0.0
         self._arrived = 0
         self._firsts: deque[tuple[float, float]] = deque()
@@ -460,6 +461,8 @@ class Fleet:
                 break
             handled += 1
         end = max(last, min(self.now, last + 3600))
+        if not self.result.timeline:  # shorter than a look at the fleet
+            self.result.timeline.append((end, self._wanted, len(self._ready), self._inside, len(self._held)))
         for replica in [*self._replicas]:
             if replica.inside:
                 for _, _, sequence in [*replica.waiting, *replica.prefill, *replica.ends]:
@@ -571,7 +574,9 @@ class Fleet:
             self._bill(replica, now)
 
     def _bill(self, replica: _Replica, now: float) -> None:
-        hours = max(0.0, min(now, max(self.result.duration_s, replica.started)) - replica.started) / 3600
+        # What is left over when the traffic ends is worked off by GPUs that are paid like any other.
+        until = min(now, max(self.result.duration_s, self._worked, replica.started))
+        hours = max(0.0, until - replica.started) / 3600
         self.result.replica_hours += hours
         self.result.gpu_hours += hours * self.settings.gpus
 
@@ -640,6 +645,7 @@ class Fleet:
         now = self.now if now is None else now
         self._integrate(max(now, self._since))
         self._inside -= 1
+        self._worked = now
         request = sequence.request
         first = sequence.first_at - request.at + self.settings.overhead_s if sequence.first_at >= 0 else -1.0
         gap = 0.0

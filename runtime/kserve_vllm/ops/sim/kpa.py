@@ -266,8 +266,9 @@ class Reconciler:
             bounded = min(bounded, own.max_scale)
         if bounded > 0:
             self._inactive_since = None
-            if ready >= max(1, own.min_scale) and self._active_since is None:
-                self._active_since = now
+        if self._inactive_since is None and self._active_since is None and ready >= max(1, own.min_scale):
+            self._active_since = now  # ready pods make it active, with or without traffic
+        if bounded > 0:
             return bounded
         if self._inactive_since is None:
             if self._active_since is None:

@@ -354,17 +354,19 @@ def scaler(values: Mapping[str, Any]) -> Scaler:
     Raises:
         ConfigError: an unknown class or field, or a value that can't be used.
     """
-    own = dict(values)
+    own = {name: value for name, value in values.items() if value is not None}
     kind = str(own.pop("class", "knative"))
     if kind == "fixed":
         replicas = own.pop("replicas", 1)
         _nothing_left(own, "fixed", {"replicas": ""})
-        return Fixed(int(replicas))
+        return Fixed(int(_checked({"replicas": replicas})["replicas"]))
     if kind == "knative":
         if "target_utilization_percentage" in own:
-            own["utilization"] = float(own.pop("target_utilization_percentage")) / 100
+            percent = _checked({"target_utilization_percentage": own.pop("target_utilization_percentage")})
+            own["utilization"] = percent["target_utilization_percentage"] / 100
         fields = {**_KNATIVE, "utilization": "utilization"}
         _nothing_left(own, kind, {**_KNATIVE, "target_utilization_percentage": "", "utilization": ""})
+        own = _checked(own)
         settings = kpa.Settings(**{fields[name]: value for name, value in own.items()})
         if settings.metric not in ("concurrency", "rps"):
             raise ConfigError(f"scaler.metric {settings.metric!r}: Knative knows concurrency and rps")
@@ -378,6 +380,7 @@ def scaler(values: Mapping[str, Any]) -> Scaler:
     if kind in ("hpa", "keda"):
         extra = {"polling": "", "cooldown": ""} if kind == "keda" else {}
         _nothing_left(own, kind, {**_HPA, **extra})
+        own = _checked(own)
         polling, cooldown = float(own.pop("polling", 30.0)), float(own.pop("cooldown", 300.0))
         lowest = int(own.get("min", 1))
         if kind == "hpa" and lowest < 1:
@@ -390,11 +393,68 @@ def scaler(values: Mapping[str, Any]) -> Scaler:
         return hpa if kind == "hpa" else KEDA(hpa, polling, cooldown, lowest)
     if kind == "rules":
         _nothing_left(own, kind, _RULES)
+        own = _checked(own)
         rules = Rules(**{_RULES[name]: value for name, value in own.items()})
         if rules.max_replicas < rules.min_replicas:
             raise ConfigError("scaler.max is below scaler.min")
         return rules
     raise ConfigError(f"scaler.class {kind!r} is none of knative, hpa, keda, rules, fixed")
+
+
+MOST_REPLICAS = 10_000  # of a fleet; a scenario that asks for more holds a slip of the pen
+# Bounds of the fields that are not simply at least 0, lowest and highest. Knative's are those of its webhook
+# (pkg/autoscaler/config/config.go): validate.
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "target_utilization_percentage": (1, 100),
+    "utilization": (0.01, 1),
+    "panic_window_percentage": (1, 100),
+    "panic_threshold_percentage": (110, 1000),
+    "target_burst_capacity": (-1, 1e9),
+    "scale_down_delay": (0, 3600),
+    "scale_to_zero_retention": (0, 3600),
+    "activation_scale": (0, MOST_REPLICAS),
+    "min": (0, MOST_REPLICAS),
+    "max": (0, MOST_REPLICAS),
+    "replicas": (0, MOST_REPLICAS),
+    "up_step": (1, MOST_REPLICAS),
+    "up_pods": (0, MOST_REPLICAS),
+    "down_busy": (0, 1),
+    "sync": (0.1, 86400),
+    "polling": (1, 86400),
+}
+_WHOLE = ("activation_scale", "min", "max", "replicas", "up_step", "up_pods")
+
+
+def number_of(value: object) -> float | None:
+    """A finite number of a scenario, or None; YAML reads 1e6 as a text, so a text that is a number is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (OverflowError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _checked(own: Mapping[str, object]) -> dict[str, Any]:
+    """The fields of a scaler as numbers within their bounds. Raises ConfigError with the field's name."""
+    found: dict[str, Any] = {}
+    for name, value in own.items():
+        if name == "metric":
+            found[name] = str(value)
+        elif name == "weighted":
+            if not isinstance(value, bool):
+                raise ConfigError(f"scaler.weighted: {value!r} is neither true nor false")
+            found[name] = value
+        else:
+            lowest, highest = _BOUNDS.get(name, (0.0, 1e9))
+            number = number_of(value)
+            if number is None or not lowest <= number <= highest:
+                raise ConfigError(f"scaler.{name}: {value!r} is not a number of {lowest:g} to {highest:g}")
+            if name in _WHOLE and number != int(number):
+                raise ConfigError(f"scaler.{name}: {value!r} is not a whole number")
+            found[name] = int(number) if name in _WHOLE else number
+    return found
 
 
 def _nothing_left(own: Mapping[str, Any], kind: str, known: Mapping[str, str]) -> None:

@@ -155,9 +155,14 @@ def _nothing_there(f: Facts) -> Match | None:
     return {"text": text, "evidence": text}
 
 
+def _not_trusted(f: Facts) -> Match | None:
+    text = _health_refusal(f)
+    return {"text": text, "evidence": text} if re.search("certificate verify failed|CERTIFICATE_VERIFY", text) else None
+
+
 def _not_http(f: Facts) -> Match | None:
     text = _health_refusal(f)
-    if not re.search(
+    if _not_trusted(f) or not re.search(
         r"no HTTP answer|BadStatusLine|reset by peer|without response|WRONG_VERSION|SSL|certificate|"
         r"is no http://",
         text,
@@ -166,8 +171,16 @@ def _not_http(f: Facts) -> Match | None:
     return {"text": text, "evidence": text}
 
 
+def _guarded(f: Facts) -> Match | None:
+    if f.about_a_server:
+        for who, body in f.health.items():
+            if "state" not in body and body["status"] in (401, 403):
+                return {"status": str(body["status"]), "evidence": f"{who}/v2/health/ready: HTTP {body['status']}"}
+    return None
+
+
 def _another_server(f: Facts) -> Match | None:
-    if not f.about_a_server:
+    if not f.about_a_server or _guarded(f):
         return None
     for who, body in f.health.items():
         if "state" not in body:
@@ -217,6 +230,30 @@ CAUSES = (
         "TLS.",
         ("kserve-vllm diagnose --url http://localhost:8080",),
         _not_http,
+    ),
+    Cause(
+        "server-untrusted",
+        "Its certificate is not trusted here",
+        100,
+        "$text. It is signed by an authority that this machine does not know, has run out, or is for another name than "
+        "the URL's.",
+        (
+            "openssl s_client -showcerts -connect HOST:PORT </dev/null | openssl x509 -noout -subject -issuer -dates",
+            "SSL_CERT_FILE=ca.pem kserve-vllm diagnose --url $name",
+        ),
+        _not_trusted,
+    ),
+    Cause(
+        "server-guarded",
+        "Something in front of it wants a login",
+        99,
+        "The answer to /v2/health/ready is HTTP $status. This runtime answers health without a key: a gateway, a proxy "
+        "or a service mesh in front of it does not let this request through.",
+        (
+            "curl -si $name/v2/health/ready | head -20",
+            "# past the gateway, in a cluster: kubectl -n NAMESPACE port-forward POD 8080:8080",
+        ),
+        _guarded,
     ),
     Cause(
         "server-another",
