@@ -190,7 +190,7 @@ def test_a_job_of_the_chart_rolls_out(
     }
     ways: dict[str, tuple[Values, str]] = {
         "one that is not there": ({"model": "/models/not-there", "progressDeadlineSeconds": 240}, "Failed"),
-        "a good one": ({}, "Complete"),
+        "a good one": ({"progressDeadlineSeconds": 900}, "Complete"),
     }
     try:
         for name, (changes, wanted) in ways.items():
