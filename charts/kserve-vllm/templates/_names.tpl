@@ -81,6 +81,6 @@ one: 100 for each patch, 10,000 for each minor, 1,000,000 for each major version
 
 {{- define "kserve-vllm.stableLabels.own" -}}
 app.kubernetes.io/name: kserve-vllm
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}
