@@ -90,7 +90,7 @@ spec:
 {{ printf "%s: serverArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef." $at (include "kserve-vllm.flag" $word) }}
 {{- end }}
 {{- end }}
-{{ include "kserve-vllm.check.job" (list $at $b.job) }}
+{{ include "kserve-vllm.check.job" (list $ $at $b.job (list "files")) }}
 {{ include "kserve-vllm.check.addresses" (list $at $b) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" $at "kind" "batchJobs" "chart" "batchJobDefaults" "entry" $b) }}
 {{- end }}

@@ -44,10 +44,16 @@ with credentials, a private key, a signed token, an address that is a secret as 
 {{- end }}
 {{- end }}
 
-{{/* Of a Job. Takes (list at job). */}}
+{{/* Of a Job. Takes (list $ at job volumes): the names of the chart's own volumes beside tmp and ca. */}}
 {{- define "kserve-vllm.check.job" -}}
-{{ include "kserve-vllm.check.plainEnvironment" (list (index . 0) (index . 1).env) }}
-{{ include "kserve-vllm.check.quantities" (list (printf "%s.job.resources" (index . 0)) (index . 1).resources) }}
+{{- $at := printf "%s.job" (index . 1) -}}
+{{- $job := index . 2 -}}
+{{ include "kserve-vllm.check.plainEnvironment" (list (index . 1) $job.env) }}
+{{ include "kserve-vllm.check.quantities" (list (printf "%s.resources" $at) $job.resources) }}
+{{ include "kserve-vllm.check.kubernetes" (list (index . 0) $at $job) }}
+{{- $own := append (index . 3) "tmp" }}
+{{- if include "kserve-vllm.caFile" (index . 0) | fromJson }}{{ $own = append $own "ca" }}{{ end }}
+{{ include "kserve-vllm.check.mounts" (dict "at" $at "volumes" $own "entry" $job) }}
 {{- end }}
 
 {{/* Of text anywhere in values, which objects then show. Takes (list at values). Environment and arguments of services and

@@ -21,6 +21,9 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.check.model" $check }}
 {{ include (ternary "kserve-vllm.check.engine" "kserve-vllm.check.arguments" $s.other) $check }}
 {{ include "kserve-vllm.check.environment" $check }}
+{{ include "kserve-vllm.check.kubernetes" (list $ $check.at $s) }}
+{{ include "kserve-vllm.check.kubernetes" (list $ (printf "%s.networkPolicy" $check.at) $s.networkPolicy) }}
+{{ include "kserve-vllm.check.serviceMounts" (list $ $s $check.at) }}
 {{ include "kserve-vllm.check.placement" $check }}
 {{ include "kserve-vllm.check.time" $check }}
 {{ include "kserve-vllm.check.scaling" $check }}
@@ -80,6 +83,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef." $at $flag }}
 {{- end }}
 {{- end }}
+{{ include "kserve-vllm.check.kubernetes" (list $root $at $runtime) }}
+{{ include "kserve-vllm.check.mounts" (dict "at" $at "volumes" (list "tmp" "shm") "entry" $runtime) }}
 {{- if contains "{{" (toJson (list $runtime.extraArgs $runtime.env)) }}
 {{ printf "%s: two opening braces in extraArgs or env would be taken for a placeholder of KServe." $at }}
 {{- end }}
@@ -129,7 +134,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{ include "kserve-vllm.check.claim" (dict "root" $root "c" $c "at" $at) }}
 {{- end }}
-{{ include "kserve-vllm.check.job" (list $at $c.job) }}
+{{ include "kserve-vllm.check.job" (list $root $at $c.job (list "models")) }}
 {{ include "kserve-vllm.check.addresses" (list $at $c) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "modelCaches" "chart" "modelCacheDefaults" "entry" $c) }}
 {{- end }}
