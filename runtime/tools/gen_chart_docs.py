@@ -53,11 +53,18 @@ OBJECT_NAME_KEYS = {
     "tlsSecretName",
 }
 OBJECT_NAME_BLOCKS = {"gateway", "kedaAuthentication", "tokenSecret"}
+QUANTITY_KEYS = {"cpu", "memory", "modelSize", "sharedMemory", "size", "tmpSizeLimit"}
 QUANTITY = "^([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$"
 
 # Shapes of Kubernetes that appear in several places.
 SHARED: dict[str, Any] = {
     "objectName": {"type": ["string", "number"], "minLength": 1, "pattern": OBJECT_NAME},
+    "named": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name"],
+        "properties": {"name": {"$ref": "#/definitions/objectName"}},
+    },
     "labelKey": {
         "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
     },
@@ -231,7 +238,7 @@ def schema_of(value: Value) -> dict[str, Any]:
         schema["type"] = "number"
     elif isinstance(default, str):
         schema["type"] = "string" if {"pattern", "enum"} & set(overlay) else ["string", "number"]
-        schema |= text_of(value.path)
+        schema |= text_of(value.path, empty=not default)
     elif isinstance(default, list):
         schema["type"] = "array"
         if "items" not in overlay:
@@ -247,13 +254,13 @@ def schema_of(value: Value) -> dict[str, Any]:
     return nullable(schema | overlay)
 
 
-def text_of(path: tuple[str, ...]) -> dict[str, Any]:
-    """Return the schema's keywords for text that Kubernetes gives a form: names of objects, quantities of a Job."""
+def text_of(path: tuple[str, ...], *, empty: bool) -> dict[str, Any]:
+    """Return the schema's keywords for text that Kubernetes gives a form (names of objects, quantities) or that is `empty`."""
     *_, block, key = ("", *path)
     if key in OBJECT_NAME_KEYS or (block in OBJECT_NAME_BLOCKS and key in ("name", "namespace", "sectionName")):
         return {"pattern": OBJECT_NAME}
-    if key in ("cpu", "memory"):
-        return {"minimum": 0, "pattern": QUANTITY}
+    if key in QUANTITY_KEYS:
+        return {"minimum": 0, "pattern": f"^$|{QUANTITY}" if empty else QUANTITY}
     return {}
 
 
@@ -285,7 +292,17 @@ def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
     definitions: dict[str, Any] = dict(SHARED)
     # Helm hands a chart that is a dependency the key `global`, whether it wants it or not.
     properties: dict[str, Any] = {
-        "global": {"type": "object", "description": "Not used."},
+        "global": {
+            "type": ["object", "null"],
+            "description": "A parent chart's, for all its charts. Of it imageRegistry and imagePullSecrets are read.",
+            "properties": {
+                "imageRegistry": {"type": ["string", "null"]},
+                "imagePullSecrets": {
+                    "type": ["array", "null"],
+                    "items": {"anyOf": [{"$ref": "#/definitions/objectName"}, {"$ref": "#/definitions/named"}]},
+                },
+            },
+        },
         # And the key that a parent chart's `condition` reads.
         "enabled": {"type": "boolean", "description": "For the condition of a parent chart."},
     }

@@ -76,7 +76,7 @@ def objects(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 def test_no_object_of_the_schema_takes_any_key() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
-    # vLLM's own config, checked by vLLM's parser; parts of Kubernetes' API, checked by its server; Helm's own.
+    # vLLM's own config, checked by vLLM's parser; parts of Kubernetes' API, checked by the templates; Helm's own.
     free = {
         "/properties/global",
         *(

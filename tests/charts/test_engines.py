@@ -187,6 +187,7 @@ def test_the_runtime_of_an_engine_is_there_when_it_is_used_or_asked_for() -> Non
 def test_every_value_of_an_engines_runtime_does_something() -> None:
     changes: dict[str, Any] = {
         "name": "other",
+        "registry": "mirror.example.com",
         "images": {"gpu": "r/a:1"},
         "requests": {"cpu": 9},
         "sharedMemory": "3Gi",

@@ -1,12 +1,12 @@
-"""Write charts/kserve-vllm/files/fields.json: the fields that Kubernetes knows in what the chart's values hand on as they are.
+"""Write charts/kserve-vllm/files/fields.json: the fields that Kubernetes knows in what the chart's values hand on.
 
-Usage: python tests/tools/chart_fields.py [--check]
+Usage: python -m tests.tools.chart_fields [--check]
 
-What an InferenceService and its runtime may have is taken from KServe's published CRDs (tests/charts/schemas.json), since
-KServe drops every other field without a word; the rules of a NetworkPolicy, which no CRD has, from the models of the
-Kubernetes package. Equal parts are written once: `nodes` holds them, and `roots` says by the name of a value which one
-describes it. A node has `types`, and with them `fields` and `required` of an object, `each` of a map or `items` of a list
-(indexes into `nodes`), or `choices`.
+What an InferenceService and its runtime may have is taken from KServe's published CRDs (tests/charts/schemas.json),
+since KServe drops every other field without a word; the rules of a NetworkPolicy, which no CRD has, from the models of
+the Kubernetes package. Equal parts are written once: `nodes` holds them, and `roots` says by the name of a value which
+one describes it. A node has `types`, and with them `fields` and `required` of an object, `each` of a map or `items` of
+a list (indexes into `nodes`).
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ class Nodes:
             node["each"] = self.of_crd(schema["additionalProperties"])
         if "items" in schema:
             node["items"] = self.of_crd(schema["items"])
-        if "enum" in schema:
-            node["choices"] = schema["enum"]
         return self.add(node)
 
     def of_model(self, kind: str) -> int:
@@ -104,5 +102,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     raise SystemExit(main(sys.argv[1:]))

@@ -36,8 +36,6 @@ something twice, mounts of no volume. files/fields.json has the fields, by the n
 {{- $kind := include "kserve-vllm.kind" $value }}
 {{- if not (has $kind $node.types) }}
 {{ printf "%s: Kubernetes asks for type %s here, and this is of type %s%s." $at (join " or " $node.types) $kind (ternary "; put it into quotes" "" (and (has "string" $node.types) (not (has $kind (list "object" "array"))))) }}
-{{- else if and $node.choices (not (has $value $node.choices)) }}
-{{ printf "%s: Kubernetes knows %s here, and not %v." $at (join ", " $node.choices) $value }}
 {{- else if eq $kind "array" }}
 {{- range $index, $item := $value }}
 {{- include "kserve-vllm.check.field" (list $nodes $node.items (printf "%s[%d]" $at $index) $item) }}
@@ -98,6 +96,37 @@ initContainers, of which any may be missing).
 {{- range $s.extraVolumeMounts }}
 {{- if and $s.stored (not $s.fetchedAdapters) (eq (trimSuffix "/" .mountPath) "/mnt/models") }}
 {{ printf "%s: extraVolumeMounts mounts %s at /mnt/models, where KServe mounts the model; take another path." (index $ 2) .name }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of extraObjects, whose fields are not known. Takes their texts; one may hold several, or none. */}}
+{{- define "kserve-vllm.check.extraObjects" -}}
+{{- $seen := list -}}
+{{- range $index, $text := . }}
+{{- $at := printf "extraObjects[%d]" $index }}
+{{- range regexSplit "(?m)^---.*$" $text -1 }}
+{{- $object := fromYaml . }}
+{{- $metadata := default dict $object.metadata }}
+{{- $name := default "" $metadata.name }}
+{{- if hasKey $object "Error" }}
+{{ printf "%s: it is no object in YAML: %s." $at $object.Error }}
+{{- else if and $object (not (and $object.apiVersion $object.kind (or $object.items $name $metadata.generateName))) }}
+{{ printf "%s: an object has apiVersion, kind and metadata.name; this one has %s." $at (keys $object | sortAlpha | join ", ") }}
+{{- else if $object }}
+{{- $key := printf "%s %s/%s" $object.kind (default "" $metadata.namespace) $name }}
+{{- if and $name (has $key $seen) }}
+{{ printf "%s: %s is there twice; take one out." $at $key }}
+{{- end }}
+{{- $seen = append $seen $key }}
+{{- range $group := list "labels" "annotations" }}
+{{- range $label, $value := default dict (index $metadata $group) }}
+{{- if not (kindIs "string" $value) }}
+{{ printf "%s: metadata.%s.%s is no text; put it into quotes." $at $group $label }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}

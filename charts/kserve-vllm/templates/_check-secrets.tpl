@@ -63,6 +63,12 @@ runtimes have sentences of their own. */}}
 {{- $value := index . 1 -}}
 {{- if kindIs "map" $value }}
 {{- range $key, $child := $value }}
+{{- if and (has $key (list "memory" "ephemeral-storage" "size" "modelSize" "sizeLimit" "tmpSizeLimit" "sharedMemory")) (regexMatch "^[0-9.]+([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$" (include "kserve-vllm.string" $child)) (not (regexMatch "(?i)(labels|annotations|selector|parameters|speculative)$" $at)) }}
+{{- $bytes := include "kserve-vllm.amount" $child | float64 }}
+{{- if and (gt $bytes 0.0) (lt $bytes 1048576.0) }}
+{{ printf "%s.%s: %s is less than a mebibyte; write a unit of bytes, such as 512Mi or 8Gi (m is a thousandth of one)." $at $key (include "kserve-vllm.string" $child) }}
+{{- end }}
+{{- end }}
 {{- if eq $key "initContainers" }}
 {{- range $child }}
 {{- $container := printf "%s.initContainers.%s" $at .name }}
@@ -98,7 +104,7 @@ runtimes have sentences of their own. */}}
 
 {{/* Of what belongs to the release as a whole. Takes $. */}}
 {{- define "kserve-vllm.check.plainText" -}}
-{{- range $top := list "cluster" "commonLabels" "commonAnnotations" "runtimes" "serviceAccounts" "routes" "monitoring" "image" }}
+{{- range $top := list "cluster" "commonLabels" "commonAnnotations" "runtimes" "serviceAccounts" "routes" "monitoring" "image" "tests" }}
 {{ include "kserve-vllm.check.addresses" (list $top (index $.Values $top)) }}
 {{- end }}
 {{ include "kserve-vllm.check.addresses" (list "proxy.noProxy" .Values.proxy.noProxy) }}

@@ -18,6 +18,7 @@ engineRuntimes (those that are written).
 {{- include "kserve-vllm.load.names" (list . $internal) -}}
 {{- include "kserve-vllm.complete" (list .Values $defaults) -}}
 {{- $_ := set .Values "internal" $internal -}}
+{{- include "kserve-vllm.load.global" . -}}
 {{- $kinds := dict "services" (list "inferenceServices" "inferenceServiceDefaults") "routes" (list "routes" "routeDefaults") "caches" (list "modelCaches" "modelCacheDefaults") "batches" (list "batchJobs" "batchJobDefaults") "rollouts" (list "rolloutJobs" "rolloutJobDefaults") "accounts" (list "serviceAccounts" "serviceAccountDefaults") "extras" (list "runtimes.extra" "extraRuntimeDefaults") -}}
 {{- range $kind, $keys := $kinds -}}
 {{- $entries := dict -}}
@@ -41,6 +42,19 @@ engineRuntimes (those that are written).
 {{- include "kserve-vllm.load.engineRuntimes" $ -}}
 {{/* Where a route leads to, the default last: it matches everything. */}}
 {{- range $internal.routes }}{{ $_ := set . "targets" (append .headerRoutes (dict "inferenceService" .inferenceService)) }}{{ end -}}
+{{- end -}}
+{{- end }}
+
+{{/* What a parent chart says of images to all its charts, under what this one's own values say. */}}
+{{- define "kserve-vllm.load.global" -}}
+{{- $global := default dict .Values.global -}}
+{{- with $global.imageRegistry -}}
+{{- if eq $.Values.image.registry $.Values.internal.defaults.image.registry }}{{ $_ := set $.Values.image "registry" . }}{{ end -}}
+{{- end -}}
+{{- if not .Values.image.pullSecrets -}}
+{{- $names := list -}}
+{{- range $global.imagePullSecrets }}{{ $names = append $names (ternary (get (ternary . dict (kindIs "map" .)) "name") . (kindIs "map" .)) }}{{ end -}}
+{{- $_ := set .Values.image "pullSecrets" $names -}}
 {{- end -}}
 {{- end }}
 
