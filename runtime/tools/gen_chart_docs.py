@@ -255,7 +255,7 @@ def schema_of(value: Value) -> dict[str, Any]:
 
 
 def text_of(path: tuple[str, ...], *, empty: bool) -> dict[str, Any]:
-    """Return the schema's keywords for text that Kubernetes gives a form (names of objects, quantities) or that is `empty`."""
+    """Return the schema's keywords for names of objects and quantities, which may be `empty` text where it says so."""
     *_, block, key = ("", *path)
     if key in OBJECT_NAME_KEYS or (block in OBJECT_NAME_BLOCKS and key in ("name", "namespace", "sectionName")):
         return {"pattern": OBJECT_NAME}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -140,3 +141,37 @@ def test_the_same_values_render_the_same_twice_and_by_the_cluster_not_at_all() -
     assert not re.findall(changing, templates)
     # One place asks the cluster, and cluster.lookup switches it off.
     assert len(re.findall(r"[{=] *lookup ", templates)) == 1
+
+
+def test_what_notes_give_to_paste_is_a_command() -> None:
+    keyed = {"storageUri": "hf://a/b", "apiKeys": {"secretName": "s"}}
+    services: Document = {"keyed": keyed, "open": {"storageUri": "hf://a/b", "task": "embed"}}
+    for values in (
+        {},
+        {"runtimes": {"enabled": False}},
+        {"inferenceServices": services, "rolloutJobs": {"keyed": {"args": ["--seed=1"]}}},
+    ):
+        said = helm("install", "r", str(CHART), "--dry-run=client", "-f", "-", stdin=json.dumps(values))
+        notes = said.split("NOTES:")[1]
+        assert "<" not in notes
+        commands = re.findall(r"^ *(?:kubectl|helm|curl|kserve-vllm |[A-Z_]+=)(?:.*\\\n)*.*$", notes, re.MULTILINE)
+        assert len(commands) > (7 if "inferenceServices" in values else 0)
+        subprocess.run(["bash", "-n", "-c", "\n".join(commands)], check=True)
+        assert ("demo.runtime=RUNTIME" in notes) == ("runtimes" in values)
+        keys = ["$API_KEY" in command for command in commands if "curl" in command]
+        assert keys == ([True, False] if "inferenceServices" in values else [])
+
+
+def test_classes_of_pods_reach_jobs_and_tests() -> None:
+    job = {"priorityClassName": "low", "runtimeClassName": "nvidia"}
+    documents = render(
+        {
+            **service(),
+            "modelCaches": {"m": {**CACHE, "job": job}},
+            "batchJobs": {"b": {"claim": "c", "url": "http://a", "job": job}},
+            "rolloutJobs": {"chat": {"args": ["--seed=1"], "job": job}},
+            "tests": {"priorityClassName": "low"},
+        }
+    )
+    classes = [p.get("runtimeClassName") for _, p in pods_of(documents) if p.get("priorityClassName") == "low"]
+    assert sorted(map(str, classes)) == ["None", "nvidia", "nvidia", "nvidia"]

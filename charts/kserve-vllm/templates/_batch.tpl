@@ -37,6 +37,9 @@ spec:
   nodeSelector:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- with include "kserve-vllm.podClasses" $b.job }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $b.job.tolerations }}
   tolerations:
     {{- include "kserve-vllm.tolerations" . | nindent 4 }}

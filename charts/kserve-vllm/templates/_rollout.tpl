@@ -38,6 +38,9 @@ spec:
   nodeSelector:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- with include "kserve-vllm.podClasses" $r.job }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $r.job.tolerations }}
   tolerations:
     {{- include "kserve-vllm.tolerations" . | nindent 4 }}
