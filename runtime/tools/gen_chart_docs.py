@@ -79,7 +79,7 @@ SHARED: dict[str, Any] = {
         "additionalProperties": False,
         "required": ["name"],
         "properties": {
-            "name": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
+            "name": {"type": "string", "pattern": "^[-._A-Za-z][-._A-Za-z0-9]*$"},
             # A number or true is written as text.
             "value": {"type": ["string", "number", "boolean"]},
             "valueFrom": {
@@ -95,6 +95,16 @@ SHARED: dict[str, Any] = {
                         "additionalProperties": False,
                         "required": ["fieldPath"],
                         "properties": {"fieldPath": {"type": "string"}, "apiVersion": {"type": "string"}},
+                    },
+                    "resourceFieldRef": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["resource"],
+                        "properties": {
+                            "resource": {"type": "string"},
+                            "containerName": {"type": "string"},
+                            "divisor": {"type": "string"},
+                        },
                     },
                 },
             },

@@ -115,6 +115,14 @@ CASES: dict[str, tuple[Document, str]] = {
         ),
         "extraVolumeMounts mounts a at /mnt/models, where KServe mounts the model; take another path",
     ),
+    "an init container with a name that is taken": (
+        cache(huggingFace={"repository": "a/b"}, job={"initContainers": [{"name": "fill", "image": "a:1"}]}),
+        "modelCaches.m.job: initContainers has fill, as another container of the pod is called; give it another name",
+    ),
+    "a volume that Knative refuses": (
+        service(extraVolumes=[{"name": "a", "nfs": {"server": "b", "path": "/c"}}]),
+        "inferenceServices.chat: the volume a is of a kind (nfs) that Knative refuses; set deploymentMode: Standard",
+    ),
     "a volume twice": (
         service(extraVolumes=[{"name": "a", "emptyDir": {}}, {"name": "a", "secret": {"secretName": "s"}}]),
         "extraVolumes has a twice",
@@ -1165,7 +1173,7 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
                 for what in ("DoNotSchedule", "ScheduleAnyway")
             ]
         ),
-        {**service(extraVolumes=[{"name": "a", "newKind": {}}]), "cluster": {"checkFields": False}},
+        {**standard(extraVolumes=[{"name": "a", "newKind": {}}]), "cluster": {"checkFields": False}},
         service(runtime="theirs", extraVolumeMounts=[{"name": "theirs", "mountPath": "/x"}]),
         {"extraObjects": ["{{ if false }}x{{ end }}", "{apiVersion: v1, kind: List, items: [{a: b}]}"]},
         service(labels={"size": "8"}, podAnnotations={"memory": "large"}, affinity={"nodeAffinity": None}),

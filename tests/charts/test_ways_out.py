@@ -126,6 +126,10 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
     ("values", "flag"),
     [
         ({"initContainers": [{"name": "a", "image": "b:1"}]}, "podspec-init-containers"),
+        (
+            {"env": [{"name": "CPUS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}]},
+            "podspec-fieldref",
+        ),
         ({"extraVolumes": [{"name": "a", "hostPath": {"path": "/a"}}]}, "podspec-volumes-hostpath"),
         ({"extraVolumes": [{"name": "a", "csi": {"driver": "d"}}]}, "podspec-volumes-csi"),
         ({"extraVolumes": [{"name": "a", "image": {"reference": "d"}}]}, "podspec-volumes-image"),
@@ -137,7 +141,7 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
             "podspec-persistent-volume-write",
         ),
     ],
-    ids=["init containers", "host path", "CSI", "image", "a claim to write on"],
+    ids=["init containers", "a limit", "host path", "CSI", "image", "a claim to write on"],
 )
 def test_notes_name_the_flags_of_knative_for_what_the_user_adds(values: Document, flag: str) -> None:
     text = helm(

@@ -11,6 +11,11 @@ something twice, mounts of no volume. files/fields.json has the fields, by the n
 {{- range $list, $key := dict "env" "name" "extraVolumes" "name" "extraVolumeMounts" "mountPath" }}
 {{ include "kserve-vllm.check.twice" (list $at $list $key (index $entry $list | default list)) }}
 {{- end }}
+{{- range $entry.initContainers }}
+{{- if has .name (ternary (list "fill" "build") (list "kserve-container" "worker-container" "queue-proxy") (hasPrefix "modelCaches." $at)) }}
+{{ printf "%s: initContainers has %s, as another container of the pod is called; give it another name." $at .name }}
+{{- end }}
+{{- end }}
 {{- if $root.Values.cluster.checkFields }}
 {{- $known := $root.Values.internal.fields }}
 {{- range $name, $node := $known.roots }}
@@ -92,6 +97,14 @@ initContainers, of which any may be missing).
 {{/* The volumes of another release's runtime are not known. */}}
 {{- if $runtime }}
 {{ include "kserve-vllm.check.mounts" (dict "at" (index . 2) "volumes" $there "entry" $s) }}
+{{- end }}
+{{- if $s.knative }}
+{{- range concat ($runtime.extraVolumes | default list) $s.extraVolumes }}
+{{- $taken := pick . "configMap" "csi" "emptyDir" "hostPath" "image" "persistentVolumeClaim" "projected" "secret" }}
+{{- if not $taken }}
+{{ printf "%s: the volume %s is of a kind (%s) that Knative refuses; set deploymentMode: Standard, or take its files from a claim." (index $ 2) .name (keys (omit . "name") | join ", ") }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- range $s.extraVolumeMounts }}
 {{- if and $s.stored (not $s.fetchedAdapters) (eq (trimSuffix "/" .mountPath) "/mnt/models") }}

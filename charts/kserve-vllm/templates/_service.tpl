@@ -160,7 +160,7 @@ and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl).
 {{- if and (has .name $claims) (not .readOnly) }}{{ $flags = append $flags "kubernetes.podspec-persistent-volume-write" }}{{ end -}}
 {{- end -}}
 {{- range concat $s.env $runtime.env -}}
-{{- if and (kindIs "map" .valueFrom) .valueFrom.fieldRef }}{{ $flags = append $flags "kubernetes.podspec-fieldref" }}{{ end -}}
+{{- if and (kindIs "map" .valueFrom) (or .valueFrom.fieldRef .valueFrom.resourceFieldRef) }}{{ $flags = append $flags "kubernetes.podspec-fieldref" }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- $_ := set $s "flags" ($flags | uniq) -}}
