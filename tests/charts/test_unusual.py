@@ -71,7 +71,12 @@ def test_quantities_have_every_form_that_kubernetes_takes() -> None:
     }
     documents = render(
         {
-            **service(resources={"limits": limits, "requests": {"cpu": ".5"}}, sharedMemory=2**30, tmpSizeLimit="1e11"),
+            **service(
+                resources={"limits": limits, "requests": {"cpu": ".5"}},
+                sharedMemory=2**30,
+                tmpSizeLimit="1e11",
+                podLabels={"a": 1e21, "b": 0.5},
+            ),
             "runtimes": {"tmpSizeLimit": 1e11, "cpu": {"sharedMemory": "0.5Gi", "requests": {"cpu": 1.5}}},
             "modelCaches": {"m": {**CACHE, "claim": {"size": "1Pi"}, "job": {"cpu": 0.5, "memory": "1E9"}}},
         }
@@ -79,6 +84,7 @@ def test_quantities_have_every_form_that_kubernetes_takes() -> None:
     assert [problem for document in documents for problem in problems(document)] == []
     found = of_kind(documents, "InferenceService")["chat"]["spec"]["predictor"]
     assert found["model"]["resources"]["limits"]["cpu"] == "1000"
+    assert found["labels"] == {"a": "1000000000000000000000", "b": "0.5"}
     assert [v["emptyDir"]["sizeLimit"] for v in found["volumes"]] == ["100000000000", "1073741824"]
 
 

@@ -132,6 +132,7 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
         ),
         ({"extraVolumes": [{"name": "a", "hostPath": {"path": "/a"}}]}, "podspec-volumes-hostpath"),
         ({"extraVolumes": [{"name": "a", "csi": {"driver": "d"}}]}, "podspec-volumes-csi"),
+        ({"extraVolumes": [{"name": "a", "ephemeral": {}}]}, "podspec-volumes-ephemeral"),
         ({"extraVolumes": [{"name": "a", "image": {"reference": "d"}}]}, "podspec-volumes-image"),
         (
             {
@@ -141,7 +142,7 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
             "podspec-persistent-volume-write",
         ),
     ],
-    ids=["init containers", "a limit", "host path", "CSI", "image", "a claim to write on"],
+    ids=["init containers", "a limit", "host path", "CSI", "a claim of its own", "image", "a claim to write on"],
 )
 def test_notes_name_the_flags_of_knative_for_what_the_user_adds(values: Document, flag: str) -> None:
     text = helm(

@@ -100,7 +100,7 @@ initContainers, of which any may be missing).
 {{- end }}
 {{- if $s.knative }}
 {{- range concat ($runtime.extraVolumes | default list) $s.extraVolumes }}
-{{- $taken := pick . "configMap" "csi" "emptyDir" "hostPath" "image" "persistentVolumeClaim" "projected" "secret" }}
+{{- $taken := pick . "configMap" "csi" "emptyDir" "ephemeral" "hostPath" "image" "persistentVolumeClaim" "projected" "secret" }}
 {{- if not $taken }}
 {{ printf "%s: the volume %s is of a kind (%s) that Knative refuses; set deploymentMode: Standard, or take its files from a claim." (index $ 2) .name (keys (omit . "name") | join ", ") }}
 {{- end }}

@@ -151,7 +151,7 @@ and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl).
 {{- $claims := list -}}
 {{- range concat (default list $runtime.extraVolumes) $s.compiled.volumes $s.extraVolumes -}}
 {{- $volume := . -}}
-{{- range $kind, $flag := dict "persistentVolumeClaim" "persistent-volume-claim" "hostPath" "volumes-hostpath" "csi" "volumes-csi" "image" "volumes-image" -}}
+{{- range $kind, $flag := dict "persistentVolumeClaim" "persistent-volume-claim" "hostPath" "volumes-hostpath" "csi" "volumes-csi" "image" "volumes-image" "ephemeral" "volumes-ephemeral" -}}
 {{- if hasKey $volume $kind }}{{ $flags = append $flags (printf "kubernetes.podspec-%s" $flag) }}{{ end -}}
 {{- end -}}
 {{- if .persistentVolumeClaim }}{{ $claims = append $claims .name }}{{ end -}}
