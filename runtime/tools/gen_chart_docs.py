@@ -73,7 +73,7 @@ SHARED: dict[str, Any] = {
         "maxLength": 63,
         "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$",
     },
-    "quantity": {"type": ["string", "number"], "minimum": 0, "pattern": QUANTITY},
+    "quantity": {"type": ["string", "number", "null"], "minimum": 0, "pattern": QUANTITY},
     "envVar": {
         "type": "object",
         "additionalProperties": False,
@@ -150,7 +150,22 @@ SHARED: dict[str, Any] = {
         "type": "object",
         "additionalProperties": True,
         "required": ["name", "image"],
-        "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}},
+        # What the templates look into.
+        "properties": {
+            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"},
+            "args": {"type": ["array", "null"]},
+            "command": {"type": ["array", "null"]},
+            "env": {
+                "type": ["array", "null"],
+                "items": {
+                    "type": "object",
+                    "additionalProperties": True,
+                    "required": ["name"],
+                    "properties": {"name": {"type": "string"}},
+                },
+            },
+            "volumeMounts": {"type": ["array", "null"], "items": {"$ref": "#/definitions/volumeMount"}},
+        },
     },
     "envFrom": {"type": "object", "additionalProperties": True, "minProperties": 1},
     # A name and one source.
@@ -166,7 +181,7 @@ SHARED: dict[str, Any] = {
         "type": "object",
         "additionalProperties": True,
         "required": ["name", "mountPath"],
-        "properties": {"mountPath": {"type": "string", "pattern": "^/"}},
+        "properties": {"name": {"type": "string"}, "mountPath": {"type": "string", "pattern": "^/"}},
     },
     "quantities": {"type": "object", "additionalProperties": {"$ref": "#/definitions/quantity"}},
 }

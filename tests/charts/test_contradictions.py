@@ -576,7 +576,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a flag of an engine's runtime that is the chart's": (
         {"runtimes": {"engines": {"tgi": {"enabled": True, "extraArgs": ["--port=1"]}}}},
-        "runtimes.engine.tgi.gpu: extraArgs has --port, which belongs to each InferenceService or to the chart.",
+        "runtimes.engines.tgi: extraArgs has --port, which belongs to each InferenceService or to the chart.",
     ),
     "an engine that is not built": (
         cache(huggingFace={"repository": "a/b"}, tensorrtLLM={"tensor": 2}),
@@ -629,7 +629,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "an engine's runtime that is called as the chart's": (
         {**service(engine="sglang"), "runtimes": {"engines": {"sglang": {"name": "kserve-vllm"}}}},
-        "runtimes.engine.sglang.gpu: runtimes.gpu has this name; take another one",
+        "runtimes.engines.sglang: runtimes.gpu has this name; take another one",
     ),
     # Flags.
     "a flag and its value in one word": (
@@ -1176,6 +1176,8 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         {**standard(extraVolumes=[{"name": "a", "newKind": {}}]), "cluster": {"checkFields": False}},
         service(runtime="theirs", extraVolumeMounts=[{"name": "theirs", "mountPath": "/x"}]),
         {"extraObjects": ["{{ if false }}x{{ end }}", "{apiVersion: v1, kind: List, items: [{a: b}]}"]},
+        service(resources={"limits": None, "requests": {"cpu": None}}, env=[{"name": "a.b-c", "value": 1}]),
+        {"runtimes": {"gpu": {"securityContext": {"runAsUser": None}}}},
         service(labels={"size": "8"}, podAnnotations={"memory": "large"}, affinity={"nodeAffinity": None}),
     ],
     ids=[
@@ -1197,6 +1199,8 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         "a field that is newer",
         "a volume of another release's runtime",
         "an object under a condition, and a list",
+        "nothing in the place of a quantity",
+        "nothing in the place of a user",
         "labels that look like sizes",
     ],
 )

@@ -84,6 +84,7 @@ def test_no_object_of_the_schema_takes_any_key() -> None:
             for name in ("anyObject", "wholeObject", "container", "envFrom", "volume", "volumeMount")
         ),
         *(f"/properties/runtimes/properties/{kind}/properties/securityContext" for kind in ("cpu", "gpu", "multinode")),
+        "/definitions/container/properties/env/items",
         "/definitions/extraRuntimeDefaults/properties/securityContext",
         "/definitions/engineRuntimeDefaults/properties/securityContext",
         "/definitions/inferenceServiceDefaults/properties/speculative",

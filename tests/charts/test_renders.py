@@ -163,6 +163,11 @@ MISSHAPEN: dict[str, list[Document]] = {
         {"extraVolumes": [{"name": "a_b", "emptyDir": {}}]},
         {"extraVolumes": [{"name": "a", "emptyDir": {}, "configMap": {"name": "b"}}]},
         {"extraVolumeMounts": [{"name": "a", "mountPath": "x"}]},
+        {"extraVolumeMounts": [{"name": False, "mountPath": "/x"}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "env": {"A": "1"}}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "env": ["A=1"]}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "args": "x"}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "volumeMounts": ["/x"]}]},
         {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "A b", "key": "k"}}}]},
     ],
     "modelCaches": [

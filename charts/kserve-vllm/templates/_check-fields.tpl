@@ -78,8 +78,9 @@ initContainers, of which any may be missing).
 {{- range .entry.initContainers }}{{ $_ := set $mounts (printf "initContainers.%s" .name) (default list .volumeMounts) }}{{ end -}}
 {{- range $place, $list := $mounts }}
 {{- range $list }}
-{{- if and (not (has .name $there)) (not (hasPrefix "kserve-" .name)) }}
-{{ printf "%s: %s mounts the volume %s, and there is none of that name; add it to extraVolumes (there are: %s)." $at $place .name ($there | uniq | sortAlpha | join ", ") }}
+{{- $name := toString .name }}
+{{- if and (not (has $name $there)) (not (hasPrefix "kserve-" $name)) }}
+{{ printf "%s: %s mounts the volume %s, and there is none of that name; add it to extraVolumes (there are: %s)." $at $place $name ($there | uniq | sortAlpha | join ", ") }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -84,7 +84,7 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- if (index $internal.runtimes .).enabled }}
 {{- $name := include "kserve-vllm.runtimeName" (list $ .) }}
 {{- if hasKey $taken $name }}
-{{ printf "runtimes.%s: runtimes.%s has this name; take another one." . (index $taken $name) }}
+{{ printf "%s: %s has this name; take another one." (include "kserve-vllm.runtimePath" .) (include "kserve-vllm.runtimePath" (index $taken $name)) }}
 {{- end }}
 {{- $_ := set $taken $name . }}
 {{- end }}

@@ -62,10 +62,15 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}
 
+{{/* Where the values have a runtime. Takes its key. */}}
+{{- define "kserve-vllm.runtimePath" -}}
+runtimes.{{ regexReplaceAll "^engine[.](.+)[.][a-z]+$" . "engines.${1}" }}
+{{- end }}
+
 {{/* Of one runtime: its arguments and environment, and whether another release has it. Takes (list $ kind). */}}
 {{- define "kserve-vllm.check.runtime" -}}
 {{- $root := index . 0 -}}
-{{- $at := printf "runtimes.%s" (index . 1) -}}
+{{- $at := include "kserve-vllm.runtimePath" (index . 1) -}}
 {{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
 {{- $owned := list "model" "model-id" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "max-num-seqs" "drain-timeout" "drain-delay" "api-key" "config" "ssl-certfile" "ssl-keyfile" -}}
 {{ include "kserve-vllm.check.words" (list $at "extraArgs" $runtime.extraArgs) }}
