@@ -299,16 +299,24 @@ def nullable(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def take_other_names(definition: dict[str, Any], names: list[str], description: str) -> None:
-    """Let `definition`, the schema of an object, take dotted `names` with any content."""
-    for name in names:
+def take_other_names(definition: dict[str, Any], names: dict[str, str], description: str, *, renamed: bool) -> None:
+    """Let `definition`, the schema of an object, take dotted `names`.
+
+    What was `renamed` has the content of the value that it is called now; any other name takes any content.
+    """
+    for name, new in names.items():
+        wanted: dict[str, Any] = {}
+        if renamed:
+            wanted = definition
+            for part in new.split("."):
+                wanted = wanted["properties"][part]
         node = definition
         *parents, last = name.split(".")
         for parent in parents:
             child = {"type": ["object", "null"], "additionalProperties": False, "description": description}
             node = node.setdefault("properties", {}).setdefault(parent, child)
         # A value whose name stays and whose content is another one is described by the new content.
-        node.setdefault("properties", {}).setdefault(last, {"description": description})
+        node.setdefault("properties", {}).setdefault(last, {**wanted, "description": description})
 
 
 def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
@@ -339,9 +347,10 @@ def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
         else:
             properties[name] = schema_of(value)
     for top, renames in names["renamed"].items():
-        take_other_names({**properties, **definitions}[top], list(renames), "An earlier name; still taken.")
+        take_other_names({**properties, **definitions}[top], renames, "An earlier name; still taken.", renamed=True)
     for top, others in names["instead"].items():
-        take_other_names({**properties, **definitions}[top], list(others), "Not a value; the chart says what to write.")
+        meant = "Not a value; the chart says what to write."
+        take_other_names({**properties, **definitions}[top], others, meant, renamed=False)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the kserve-vllm chart",

@@ -590,6 +590,10 @@ def test_an_earlier_name_means_the_new_one_and_notes_say_so() -> None:
             {"inferenceServices": {"chat": MODEL}, "inferenceServiceDefaults": {"sharing": {"keys": {"secret": "s"}}}},
             {"inferenceServices": {"chat": {**MODEL, "apiKeys": {"secretName": "s"}}}},
         ),
+        (
+            {"batchJobDefaults": {"image": "gpu"}, "batchJobs": {"b": {"claim": "c", "serverArgs": ["--demo"]}}},
+            {"batchJobs": {"b": {"claim": "c", "serverArgs": ["--demo"], "serverImage": "gpu"}}},
+        ),
     ]
     tried = set()
     for before, after in pairs:
