@@ -110,6 +110,8 @@ def test_one_registry_and_one_pull_secret_do_for_every_pod() -> None:
             assert [secret["name"] for secret in pod["imagePullSecrets"]] == secrets
             for container in pod["containers"] + pod.get("initContainers", []):
                 assert container["image"].startswith(tuple(f"{host}/" for host in hosts)), container["image"]
+    # What a parent says to all its charts may do nothing in one.
+    assert not render({"global": shared, "runtimes": {"enabled": False}})
     untouched = render({**values, "global": None})
     assert "docker.io/lmsysorg/sglang" in json.dumps(untouched)
 

@@ -109,7 +109,7 @@ EXAMPLES: dict[str, Any] = {
     "envFrom": [{"secretRef": {"name": "s"}}],
     "initContainers": [{"name": "i", "image": "i:1"}],
     "extraVolumes": [{"name": "x", "emptyDir": {}}],
-    "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+    "extraVolumeMounts": [{"name": "tmp", "mountPath": "/x"}],
     "image": "registry.example.com/a:1",
     "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
     "extra": {"mine": {}},
