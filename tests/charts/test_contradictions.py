@@ -131,10 +131,6 @@ CASES: dict[str, tuple[Document, str]] = {
         service(extraVolumeMounts=[{"name": "tmp", "mountPath": "/x"}, {"name": "shm", "mountPath": "/x/"}]),
         "extraVolumeMounts has /x twice",
     ),
-    "a variable twice": (
-        {"runtimes": {"gpu": {"env": [{"name": "A", "value": 1}, {"name": "A", "value": 2}]}}},
-        "runtimes.gpu: env has A twice",
-    ),
     "thousandths of a byte": (
         service(resources={"limits": {"memory": "512m"}}),
         "inferenceServices.chat.resources.limits.memory: 512m is less than a mebibyte",

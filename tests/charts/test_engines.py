@@ -196,7 +196,7 @@ def test_every_value_of_an_engines_runtime_does_something() -> None:
         "securityContext": {"readOnlyRootFilesystem": False},
         "envFrom": [{"secretRef": {"name": "s"}}],
         "extraVolumes": [{"name": "x", "emptyDir": {}}],
-        "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+        "extraVolumeMounts": [{"name": "tmp", "mountPath": "/x"}],
         "nodeSelector": {"a": 1},
         "tolerations": [{"key": "a", "operator": "Exists"}],
     }

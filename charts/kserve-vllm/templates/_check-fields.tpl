@@ -8,7 +8,7 @@ something twice, mounts of no volume. files/fields.json has the fields, by the n
 {{- $root := index . 0 -}}
 {{- $at := index . 1 -}}
 {{- $entry := index . 2 -}}
-{{- range $list, $key := dict "env" "name" "extraVolumes" "name" "extraVolumeMounts" "mountPath" }}
+{{- range $list, $key := dict "extraVolumes" "name" "extraVolumeMounts" "mountPath" }}
 {{ include "kserve-vllm.check.twice" (list $at $list $key (index $entry $list | default list)) }}
 {{- end }}
 {{- range $entry.initContainers }}
