@@ -154,11 +154,12 @@ def test_the_same_values_render_the_same_twice_and_by_the_cluster_not_at_all() -
 def test_what_notes_give_to_paste_is_a_command() -> None:
     keyed = {"storageUri": "hf://a/b", "apiKeys": {"secretName": "s"}}
     services: Document = {"keyed": keyed, "open": {"storageUri": "hf://a/b", "task": "embed"}}
-    for values in (
+    cases: list[Document] = [
         {},
         {"runtimes": {"enabled": False}},
         {"inferenceServices": services, "rolloutJobs": {"keyed": {"args": ["--seed=1"]}}},
-    ):
+    ]
+    for values in cases:
         said = helm("install", "r", str(CHART), "--dry-run=client", "-f", "-", stdin=json.dumps(values))
         notes = said.split("NOTES:")[1]
         assert "<" not in notes
