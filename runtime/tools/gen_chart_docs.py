@@ -53,11 +53,18 @@ OBJECT_NAME_KEYS = {
     "tlsSecretName",
 }
 OBJECT_NAME_BLOCKS = {"gateway", "kedaAuthentication", "tokenSecret"}
+QUANTITY_KEYS = {"cpu", "memory", "modelSize", "sharedMemory", "size", "tmpSizeLimit"}
 QUANTITY = "^([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$"
 
 # Shapes of Kubernetes that appear in several places.
 SHARED: dict[str, Any] = {
     "objectName": {"type": ["string", "number"], "minLength": 1, "pattern": OBJECT_NAME},
+    "named": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name"],
+        "properties": {"name": {"$ref": "#/definitions/objectName"}},
+    },
     "labelKey": {
         "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
     },
@@ -66,13 +73,13 @@ SHARED: dict[str, Any] = {
         "maxLength": 63,
         "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$",
     },
-    "quantity": {"type": ["string", "number"], "minimum": 0, "pattern": QUANTITY},
+    "quantity": {"type": ["string", "number", "null"], "minimum": 0, "pattern": QUANTITY},
     "envVar": {
         "type": "object",
         "additionalProperties": False,
         "required": ["name"],
         "properties": {
-            "name": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
+            "name": {"type": "string", "pattern": "^[-._A-Za-z][-._A-Za-z0-9]*$"},
             # A number or true is written as text.
             "value": {"type": ["string", "number", "boolean"]},
             "valueFrom": {
@@ -88,6 +95,16 @@ SHARED: dict[str, Any] = {
                         "additionalProperties": False,
                         "required": ["fieldPath"],
                         "properties": {"fieldPath": {"type": "string"}, "apiVersion": {"type": "string"}},
+                    },
+                    "resourceFieldRef": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["resource"],
+                        "properties": {
+                            "resource": {"type": "string"},
+                            "containerName": {"type": "string"},
+                            "divisor": {"type": "string"},
+                        },
                     },
                 },
             },
@@ -133,7 +150,22 @@ SHARED: dict[str, Any] = {
         "type": "object",
         "additionalProperties": True,
         "required": ["name", "image"],
-        "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}},
+        # What the templates look into.
+        "properties": {
+            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"},
+            "args": {"type": ["array", "null"]},
+            "command": {"type": ["array", "null"]},
+            "env": {
+                "type": ["array", "null"],
+                "items": {
+                    "type": "object",
+                    "additionalProperties": True,
+                    "required": ["name"],
+                    "properties": {"name": {"type": "string"}},
+                },
+            },
+            "volumeMounts": {"type": ["array", "null"], "items": {"$ref": "#/definitions/volumeMount"}},
+        },
     },
     "envFrom": {"type": "object", "additionalProperties": True, "minProperties": 1},
     # A name and one source.
@@ -149,7 +181,7 @@ SHARED: dict[str, Any] = {
         "type": "object",
         "additionalProperties": True,
         "required": ["name", "mountPath"],
-        "properties": {"mountPath": {"type": "string", "pattern": "^/"}},
+        "properties": {"name": {"type": "string"}, "mountPath": {"type": "string", "pattern": "^/"}},
     },
     "quantities": {"type": "object", "additionalProperties": {"$ref": "#/definitions/quantity"}},
 }
@@ -231,7 +263,7 @@ def schema_of(value: Value) -> dict[str, Any]:
         schema["type"] = "number"
     elif isinstance(default, str):
         schema["type"] = "string" if {"pattern", "enum"} & set(overlay) else ["string", "number"]
-        schema |= text_of(value.path)
+        schema |= text_of(value.path, empty=not default)
     elif isinstance(default, list):
         schema["type"] = "array"
         if "items" not in overlay:
@@ -247,13 +279,13 @@ def schema_of(value: Value) -> dict[str, Any]:
     return nullable(schema | overlay)
 
 
-def text_of(path: tuple[str, ...]) -> dict[str, Any]:
-    """Return the schema's keywords for text that Kubernetes gives a form: names of objects, quantities of a Job."""
+def text_of(path: tuple[str, ...], *, empty: bool) -> dict[str, Any]:
+    """Return the schema's keywords for names of objects and quantities, which may be `empty` text where it says so."""
     *_, block, key = ("", *path)
     if key in OBJECT_NAME_KEYS or (block in OBJECT_NAME_BLOCKS and key in ("name", "namespace", "sectionName")):
         return {"pattern": OBJECT_NAME}
-    if key in ("cpu", "memory"):
-        return {"minimum": 0, "pattern": QUANTITY}
+    if key in QUANTITY_KEYS:
+        return {"minimum": 0, "pattern": f"^$|{QUANTITY}" if empty else QUANTITY}
     return {}
 
 
@@ -267,16 +299,24 @@ def nullable(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def take_other_names(definition: dict[str, Any], names: list[str], description: str) -> None:
-    """Let `definition`, the schema of an object, take dotted `names` with any content."""
-    for name in names:
+def take_other_names(definition: dict[str, Any], names: dict[str, str], description: str, *, renamed: bool) -> None:
+    """Let `definition`, the schema of an object, take dotted `names`.
+
+    What was `renamed` has the content of the value that it is called now; any other name takes any content.
+    """
+    for name, new in names.items():
+        wanted: dict[str, Any] = {}
+        if renamed:
+            wanted = definition
+            for part in new.split("."):
+                wanted = wanted["properties"][part]
         node = definition
         *parents, last = name.split(".")
         for parent in parents:
             child = {"type": ["object", "null"], "additionalProperties": False, "description": description}
             node = node.setdefault("properties", {}).setdefault(parent, child)
         # A value whose name stays and whose content is another one is described by the new content.
-        node.setdefault("properties", {}).setdefault(last, {"description": description})
+        node.setdefault("properties", {}).setdefault(last, {**wanted, "description": description})
 
 
 def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +325,17 @@ def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
     definitions: dict[str, Any] = dict(SHARED)
     # Helm hands a chart that is a dependency the key `global`, whether it wants it or not.
     properties: dict[str, Any] = {
-        "global": {"type": "object", "description": "Not used."},
+        "global": {
+            "type": ["object", "null"],
+            "description": "A parent chart's, for all its charts. Of it imageRegistry and imagePullSecrets are read.",
+            "properties": {
+                "imageRegistry": {"type": ["string", "null"]},
+                "imagePullSecrets": {
+                    "type": ["array", "null"],
+                    "items": {"anyOf": [{"$ref": "#/definitions/objectName"}, {"$ref": "#/definitions/named"}]},
+                },
+            },
+        },
         # And the key that a parent chart's `condition` reads.
         "enabled": {"type": "boolean", "description": "For the condition of a parent chart."},
     }
@@ -297,9 +347,10 @@ def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
         else:
             properties[name] = schema_of(value)
     for top, renames in names["renamed"].items():
-        take_other_names({**properties, **definitions}[top], list(renames), "An earlier name; still taken.")
+        take_other_names({**properties, **definitions}[top], renames, "An earlier name; still taken.", renamed=True)
     for top, others in names["instead"].items():
-        take_other_names({**properties, **definitions}[top], list(others), "Not a value; the chart says what to write.")
+        meant = "Not a value; the chart says what to write."
+        take_other_names({**properties, **definitions}[top], others, meant, renamed=False)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the kserve-vllm chart",

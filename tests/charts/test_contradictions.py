@@ -44,6 +44,110 @@ def only(**values: Any) -> Document:
 
 
 CASES: dict[str, tuple[Document, str]] = {
+    # Kubernetes' own terms.
+    "a volume of no kind": (
+        service(extraVolumes=[{"name": "a", "emptydir": {}}]),
+        "inferenceServices.chat.extraVolumes[0]: Kubernetes has no field emptydir here, but",
+    ),
+    "a field deep down": (
+        service(affinity={"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1}]}}),
+        "podAffinity.preferredDuringSchedulingIgnoredDuringExecution[0]: the field podAffinityTerm is missing",
+    ),
+    "a number where Kubernetes has text": (
+        service(initContainers=[{"name": "a", "image": "b:1", "env": [{"name": "A", "value": 1}]}]),
+        "env[0].value: Kubernetes asks for type string here, and this is of type integer; put it into quotes",
+    ),
+    "text where Kubernetes has a map": (
+        service(networkPolicy={"enabled": True, "restrictEgress": True, "egress": [{"to": ["10.0.0.0/8"]}]}),
+        "networkPolicy.egress[0].to[0]: Kubernetes asks for type object here, and this is of type string.",
+    ),
+    "a selector misspelt": (
+        service(
+            topologySpreadConstraints=[
+                {
+                    "maxSkew": 1,
+                    "topologyKey": "zone",
+                    "whenUnsatisfiable": "DoNotSchedule",
+                    "labelSelector": {"matchLabel": {}},
+                }
+            ]
+        ),
+        "topologySpreadConstraints[0].labelSelector: Kubernetes has no field matchLabel here",
+    ),
+    "a field of the pod in a container": (
+        {"runtimes": {"gpu": {"securityContext": {"fsGroup": 1}}}},
+        "runtimes.gpu.securityContext: Kubernetes has no field fsGroup here",
+    ),
+    "a field of a Job": (
+        cache(huggingFace={"repository": "a/b"}, job={"envFrom": [{"secret": {"name": "s"}}]}),
+        "modelCaches.m.job.envFrom[0]: Kubernetes has no field secret here, but configMapRef, prefix, secretRef",
+    ),
+    "a mount of no volume": (
+        service(extraVolumeMounts=[{"name": "models", "mountPath": "/x"}]),
+        "extraVolumeMounts mounts the volume models, and there is none of that name; add it to extraVolumes",
+    ),
+    "a runtime's mount of no volume": (
+        {"runtimes": {"cpu": {"extraVolumeMounts": [{"name": "a", "mountPath": "/x"}]}}},
+        "runtimes.cpu: extraVolumeMounts mounts the volume a, and there is none of that name",
+    ),
+    "a Job's mount of no volume": (
+        batch(claim="c", url="http://a", job={"extraVolumeMounts": [{"name": "models", "mountPath": "/x"}]}),
+        "batchJobs.b.job: extraVolumeMounts mounts the volume models, and there is none of that name",
+    ),
+    "an init container's mount of no volume": (
+        service(initContainers=[{"name": "a", "image": "b:1", "volumeMounts": [{"name": "c", "mountPath": "/x"}]}]),
+        "initContainers.a mounts the volume c, and there is none of that name",
+    ),
+    "a worker's mount of a front end's file": (
+        standard(
+            storageUri="pvc://c/m",
+            multiNode={"enabled": True},
+            parallelism={"pipeline": 2},
+            apiKeys={"secretName": "s"},
+            extraVolumeMounts=[{"name": "keys", "mountPath": "/x"}],
+        ),
+        "extraVolumeMounts mounts the volume keys, and there is none of that name",
+    ),
+    "a mount over the model": (
+        service(
+            extraVolumes=[{"name": "a", "emptyDir": {}}],
+            extraVolumeMounts=[{"name": "a", "mountPath": "/mnt/models/"}],
+        ),
+        "extraVolumeMounts mounts a at /mnt/models, where KServe mounts the model; take another path",
+    ),
+    "an init container with a name that is taken": (
+        cache(huggingFace={"repository": "a/b"}, job={"initContainers": [{"name": "fill", "image": "a:1"}]}),
+        "modelCaches.m.job: initContainers has fill, as another container of the pod is called; give it another name",
+    ),
+    "a volume that Knative refuses": (
+        service(extraVolumes=[{"name": "a", "nfs": {"server": "b", "path": "/c"}}]),
+        "inferenceServices.chat: the volume a is of a kind (nfs) that Knative refuses; set deploymentMode: Standard",
+    ),
+    "a volume twice": (
+        service(extraVolumes=[{"name": "a", "emptyDir": {}}, {"name": "a", "secret": {"secretName": "s"}}]),
+        "extraVolumes has a twice",
+    ),
+    "two mounts on one path": (
+        service(extraVolumeMounts=[{"name": "tmp", "mountPath": "/x"}, {"name": "shm", "mountPath": "/x/"}]),
+        "extraVolumeMounts has /x twice",
+    ),
+    "thousandths of a byte": (
+        service(resources={"limits": {"memory": "512m"}}),
+        "inferenceServices.chat.resources.limits.memory: 512m is less than a mebibyte",
+    ),
+    "an object of no kind": (
+        {"extraObjects": ["metadata: {name: a}"]},
+        "extraObjects[0]: an object has apiVersion, kind and metadata.name; this one has metadata",
+    ),
+    "an object that is no YAML": ({"extraObjects": ["a: b: c"]}, "extraObjects[0]: it is no object in YAML: "),
+    "an object twice": (
+        {"extraObjects": [{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a"}}] * 2},
+        "extraObjects[1]: Secret /a is there twice",
+    ),
+    "an annotation of an object that is a number": (
+        {"extraObjects": ["{apiVersion: v1, kind: Secret, metadata: {name: a, annotations: {b: 1}}}"]},
+        "extraObjects[0]: metadata.annotations.b is no text; put it into quotes",
+    ),
     # The model.
     "no model": (only(), "give exactly one of storageUri, storage, model and demo; 0 are given"),
     "two models": (service(demo=True), "give exactly one of storageUri, storage, model and demo; 2 are given"),
@@ -468,7 +572,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "a flag of an engine's runtime that is the chart's": (
         {"runtimes": {"engines": {"tgi": {"enabled": True, "extraArgs": ["--port=1"]}}}},
-        "runtimes.engine.tgi.gpu: extraArgs has --port, which belongs to each InferenceService or to the chart.",
+        "runtimes.engines.tgi: extraArgs has --port, which belongs to each InferenceService or to the chart.",
     ),
     "an engine that is not built": (
         cache(huggingFace={"repository": "a/b"}, tensorrtLLM={"tensor": 2}),
@@ -521,7 +625,7 @@ CASES: dict[str, tuple[Document, str]] = {
     ),
     "an engine's runtime that is called as the chart's": (
         {**service(engine="sglang"), "runtimes": {"engines": {"sglang": {"name": "kserve-vllm"}}}},
-        "runtimes.engine.sglang.gpu: runtimes.gpu has this name; take another one",
+        "runtimes.engines.sglang: runtimes.gpu has this name; take another one",
     ),
     # Flags.
     "a flag and its value in one word": (
@@ -1005,6 +1109,7 @@ def test_a_contradiction_fails_with_its_sentence(case: str) -> None:
         "monitoring.",
         "proxy.",
         "caBundle: ",
+        "extraObjects[",
         "enabled",
     )
     assert all(line.startswith(places) for line in said(case).splitlines())
@@ -1058,6 +1163,18 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         service(usageSink="https://sink.example.com/a:b@c", extraArgs=["--max-concurrent=4"]),
         {"inferenceServices": {"a" * 53: DEMO}, "cluster": {"domainTemplate": "{{.Name}}.x"}},
         {"inferenceServices": {"a" * 46: {**DEMO, "tagRouting": True}}},
+        service(
+            topologySpreadConstraints=[
+                {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": what}
+                for what in ("DoNotSchedule", "ScheduleAnyway")
+            ]
+        ),
+        {**standard(extraVolumes=[{"name": "a", "newKind": {}}]), "cluster": {"checkFields": False}},
+        service(runtime="theirs", extraVolumeMounts=[{"name": "theirs", "mountPath": "/x"}]),
+        {"extraObjects": ["{{ if false }}x{{ end }}", "{apiVersion: v1, kind: List, items: [{a: b}]}"]},
+        service(resources={"limits": None, "requests": {"cpu": None}}, env=[{"name": "a.b-c", "value": 1}]),
+        {"runtimes": {"gpu": {"securityContext": {"runAsUser": None}}}},
+        service(labels={"size": "8"}, podAnnotations={"memory": "large"}, affinity={"nodeAffinity": None}),
     ],
     ids=[
         "Knative",
@@ -1074,6 +1191,13 @@ def test_all_sentences_come_at_once_and_from_the_file_of_the_object() -> None:
         "an address without a password",
         "the longest name",
         "the longest tag",
+        "both kinds of a spread",
+        "a field that is newer",
+        "a volume of another release's runtime",
+        "an object under a condition, and a list",
+        "nothing in the place of a quantity",
+        "nothing in the place of a user",
+        "labels that look like sizes",
     ],
 )
 def test_the_neighbours_of_contradictions_are_taken(values: Document) -> None:

@@ -187,6 +187,7 @@ def test_the_runtime_of_an_engine_is_there_when_it_is_used_or_asked_for() -> Non
 def test_every_value_of_an_engines_runtime_does_something() -> None:
     changes: dict[str, Any] = {
         "name": "other",
+        "registry": "mirror.example.com",
         "images": {"gpu": "r/a:1"},
         "requests": {"cpu": 9},
         "sharedMemory": "3Gi",
@@ -195,7 +196,7 @@ def test_every_value_of_an_engines_runtime_does_something() -> None:
         "securityContext": {"readOnlyRootFilesystem": False},
         "envFrom": [{"secretRef": {"name": "s"}}],
         "extraVolumes": [{"name": "x", "emptyDir": {}}],
-        "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+        "extraVolumeMounts": [{"name": "tmp", "mountPath": "/x"}],
         "nodeSelector": {"a": 1},
         "tolerations": [{"key": "a", "operator": "Exists"}],
     }

@@ -163,6 +163,11 @@ MISSHAPEN: dict[str, list[Document]] = {
         {"extraVolumes": [{"name": "a_b", "emptyDir": {}}]},
         {"extraVolumes": [{"name": "a", "emptyDir": {}, "configMap": {"name": "b"}}]},
         {"extraVolumeMounts": [{"name": "a", "mountPath": "x"}]},
+        {"extraVolumeMounts": [{"name": False, "mountPath": "/x"}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "env": {"A": "1"}}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "env": ["A=1"]}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "args": "x"}]},
+        {"initContainers": [{"name": "a", "image": "b:1", "volumeMounts": ["/x"]}]},
         {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "A b", "key": "k"}}}]},
     ],
     "modelCaches": [
@@ -186,6 +191,8 @@ def test_what_an_api_server_would_refuse_the_schema_refuses_first() -> None:
         "commonLabels": {"a": "x y"},
         "image": {"registry": "https://ghcr.io", "repository": "a/b:1", "tag": "a b", "pullSecrets": ["A b"]},
         "monitoring": {"podMonitor": {"interval": "0s"}},
+        # Names of an earlier version have the content of what they are called now.
+        "runtimes": {"labels": 1},
     }
     with pytest.raises(HelmError) as error:
         render({**values, **release})
@@ -195,6 +202,7 @@ def test_what_an_api_server_would_refuse_the_schema_refuses_first() -> None:
     for path in ("commonLabels/a", "image/registry", "image/repository", "image/tag", "image/pullSecrets/0"):
         assert f"'/{path}'" in str(error.value)
     assert "'/monitoring/podMonitor/interval'" in str(error.value)
+    assert "'/runtimes/labels'" in str(error.value)
 
 
 @pytest.mark.skipif(

@@ -109,7 +109,7 @@ EXAMPLES: dict[str, Any] = {
     "envFrom": [{"secretRef": {"name": "s"}}],
     "initContainers": [{"name": "i", "image": "i:1"}],
     "extraVolumes": [{"name": "x", "emptyDir": {}}],
-    "extraVolumeMounts": [{"name": "x", "mountPath": "/x"}],
+    "extraVolumeMounts": [{"name": "tmp", "mountPath": "/x"}],
     "image": "registry.example.com/a:1",
     "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
     "extra": {"mine": {}},
@@ -589,6 +589,10 @@ def test_an_earlier_name_means_the_new_one_and_notes_say_so() -> None:
         (
             {"inferenceServices": {"chat": MODEL}, "inferenceServiceDefaults": {"sharing": {"keys": {"secret": "s"}}}},
             {"inferenceServices": {"chat": {**MODEL, "apiKeys": {"secretName": "s"}}}},
+        ),
+        (
+            {"batchJobDefaults": {"image": "gpu"}, "batchJobs": {"b": {"claim": "c", "serverArgs": ["--demo"]}}},
+            {"batchJobs": {"b": {"claim": "c", "serverArgs": ["--demo"], "serverImage": "gpu"}}},
         ),
     ]
     tried = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,13 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
     ("values", "flag"),
     [
         ({"initContainers": [{"name": "a", "image": "b:1"}]}, "podspec-init-containers"),
+        (
+            {"env": [{"name": "CPUS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}]},
+            "podspec-fieldref",
+        ),
         ({"extraVolumes": [{"name": "a", "hostPath": {"path": "/a"}}]}, "podspec-volumes-hostpath"),
         ({"extraVolumes": [{"name": "a", "csi": {"driver": "d"}}]}, "podspec-volumes-csi"),
+        ({"extraVolumes": [{"name": "a", "ephemeral": {}}]}, "podspec-volumes-ephemeral"),
         ({"extraVolumes": [{"name": "a", "image": {"reference": "d"}}]}, "podspec-volumes-image"),
         (
             {
@@ -136,7 +142,7 @@ def test_init_containers_reach_services_with_their_workers_and_jobs() -> None:
             "podspec-persistent-volume-write",
         ),
     ],
-    ids=["init containers", "host path", "CSI", "image", "a claim to write on"],
+    ids=["init containers", "a limit", "host path", "CSI", "a claim of its own", "image", "a claim to write on"],
 )
 def test_notes_name_the_flags_of_knative_for_what_the_user_adds(values: Document, flag: str) -> None:
     text = helm(
@@ -584,6 +590,22 @@ def test_objectives_move_the_burn_rates_and_only_these() -> None:
     for name in changed:
         old, new = ("0.001", "0.01") if "Availability" in name else ("0.01", "0.05")
         assert plain[name]["expr"].count(f"* {old}") == moved[name]["expr"].count(f"* {new}") == 4
+
+
+def test_a_loose_objective_asks_for_no_more_failures_than_there_are_requests() -> None:
+    for objective in (0.9, 0.5):
+        found = alerts_of(availability=objective, firstToken=objective)
+        for name in ("KServeVllmAvailabilityBurnFast", "KServeVllmFirstTokenBurnFast", "KServeVllmFirstTokenBurnSlow"):
+            for factor, budget in re.findall(r"> ([0-9.]+)(?: [*] ([0-9.]+))?", found[name]["expr"]):
+                assert float(factor) * float(budget or 1) <= 0.9
+
+
+def test_an_alert_takes_every_duration_and_null_for_what_it_has() -> None:
+    plain = alerts_of()["KServeVllmSlowStart"]
+    changes: Document = {"for": None, "severity": None, "enabled": None, "labels": {"team": None}}
+    assert alerts_of(alerts={"KServeVllmSlowStart": changes})["KServeVllmSlowStart"] == plain
+    for given, written in (("1h30m", "1h30m"), (0, "0s"), ("0", "0s")):
+        assert alerts_of(alerts={"KServeVllmSlowStart": {"for": given}})["KServeVllmSlowStart"]["for"] == written
 
 
 @pytest.mark.parametrize(("seconds", "boundary"), [(1, "1.0"), (2.5, "2.5"), (0.25, "0.25"), (30, "30.0")])

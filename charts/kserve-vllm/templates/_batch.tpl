@@ -37,6 +37,9 @@ spec:
   nodeSelector:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- with include "kserve-vllm.podClasses" $b.job }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $b.job.tolerations }}
   tolerations:
     {{- include "kserve-vllm.tolerations" . | nindent 4 }}
@@ -90,7 +93,7 @@ spec:
 {{ printf "%s: serverArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef." $at (include "kserve-vllm.flag" $word) }}
 {{- end }}
 {{- end }}
-{{ include "kserve-vllm.check.job" (list $at $b.job) }}
+{{ include "kserve-vllm.check.job" (list $ $at $b.job (list "files")) }}
 {{ include "kserve-vllm.check.addresses" (list $at $b) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" $at "kind" "batchJobs" "chart" "batchJobDefaults" "entry" $b) }}
 {{- end }}

@@ -38,7 +38,12 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- range $list, $items := dict "lora.adapters" $s.lora.adapters "initContainers" $s.initContainers "resourceClaims" $s.resourceClaims }}
 {{ include "kserve-vllm.check.twice" (list $at $list "name" $items) }}
 {{- end }}
-{{ include "kserve-vllm.check.twice" (list $at "topologySpreadConstraints" "topologyKey" $s.topologySpreadConstraints) }}
+{{/* A key may be there once for each of the two things to do. */}}
+{{- range $what := list "DoNotSchedule" "ScheduleAnyway" }}
+{{- $same := list }}
+{{- range $s.topologySpreadConstraints }}{{ if eq .whenUnsatisfiable $what }}{{ $same = append $same . }}{{ end }}{{ end }}
+{{ include "kserve-vllm.check.twice" (list $at "topologySpreadConstraints" "topologyKey" $same) }}
+{{- end }}
 {{- range $s.lora.adapters }}
 {{- if has .name (append $s.servedNames $s.name) }}
 {{ printf "%s: adapter %s is called as the model itself; give it another name." $at .name }}
@@ -60,10 +65,11 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- $key := index . 2 -}}
 {{- $seen := list -}}
 {{- range index . 3 }}
-{{- if has (index . $key) $seen }}
-{{ printf "%s: %s has %s twice; take one out." (index $ 0) (index $ 1) (index . $key) }}
+{{- $name := index . $key | trimSuffix "/" }}
+{{- if has $name $seen }}
+{{ printf "%s: %s has %s twice; take one out." (index $ 0) (index $ 1) $name }}
 {{- end }}
-{{- $seen = append $seen (index . $key) }}
+{{- $seen = append $seen $name }}
 {{- end }}
 {{- end }}
 
@@ -78,7 +84,7 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- if (index $internal.runtimes .).enabled }}
 {{- $name := include "kserve-vllm.runtimeName" (list $ .) }}
 {{- if hasKey $taken $name }}
-{{ printf "runtimes.%s: runtimes.%s has this name; take another one." . (index $taken $name) }}
+{{ printf "%s: %s has this name; take another one." (include "kserve-vllm.runtimePath" .) (include "kserve-vllm.runtimePath" (index $taken $name)) }}
 {{- end }}
 {{- $_ := set $taken $name . }}
 {{- end }}

@@ -32,7 +32,10 @@
 {{- if and (not $r.serviceAccountName) (hasKey $root.Values.internal.accounts (include "kserve-vllm.rolloutName" $r)) }}
 {{ printf "%s: the account that it writes would be called as serviceAccounts.%s; give that one another name, or name it in serviceAccountName." $at (include "kserve-vllm.rolloutName" $r) }}
 {{- end }}
-{{ include "kserve-vllm.check.job" (list $at $r.job) }}
+{{- $own := list }}
+{{- if $r.prometheus.tokenSecret.name }}{{ $own = append $own "prometheus" }}{{ end }}
+{{- if $r.answers.configMap }}{{ $own = append $own "answers" }}{{ end }}
+{{ include "kserve-vllm.check.job" (list $root $at $r.job $own) }}
 {{ include "kserve-vllm.check.addresses" (list $at $r) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $ "at" $at "kind" "rolloutJobs" "chart" "rolloutJobDefaults" "entry" $r) }}
 {{- end }}

@@ -44,10 +44,16 @@ with credentials, a private key, a signed token, an address that is a secret as 
 {{- end }}
 {{- end }}
 
-{{/* Of a Job. Takes (list at job). */}}
+{{/* Of a Job. Takes (list $ at job volumes): the names of the chart's own volumes beside tmp and ca. */}}
 {{- define "kserve-vllm.check.job" -}}
-{{ include "kserve-vllm.check.plainEnvironment" (list (index . 0) (index . 1).env) }}
-{{ include "kserve-vllm.check.quantities" (list (printf "%s.job.resources" (index . 0)) (index . 1).resources) }}
+{{- $at := printf "%s.job" (index . 1) -}}
+{{- $job := index . 2 -}}
+{{ include "kserve-vllm.check.plainEnvironment" (list (index . 1) $job.env) }}
+{{ include "kserve-vllm.check.quantities" (list (printf "%s.resources" $at) $job.resources) }}
+{{ include "kserve-vllm.check.kubernetes" (list (index . 0) $at $job) }}
+{{- $own := append (index . 3) "tmp" }}
+{{- if include "kserve-vllm.caFile" (index . 0) | fromJson }}{{ $own = append $own "ca" }}{{ end }}
+{{ include "kserve-vllm.check.mounts" (dict "at" $at "volumes" $own "entry" $job) }}
 {{- end }}
 
 {{/* Of text anywhere in values, which objects then show. Takes (list at values). Environment and arguments of services and
@@ -57,6 +63,12 @@ runtimes have sentences of their own. */}}
 {{- $value := index . 1 -}}
 {{- if kindIs "map" $value }}
 {{- range $key, $child := $value }}
+{{- if and (has $key (list "memory" "ephemeral-storage" "size" "modelSize" "sizeLimit" "tmpSizeLimit" "sharedMemory")) (regexMatch "^[0-9.]+([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$" (include "kserve-vllm.string" $child)) (not (regexMatch "(?i)(labels|annotations|selector|parameters|speculative)$" $at)) }}
+{{- $bytes := include "kserve-vllm.amount" $child | float64 }}
+{{- if and (gt $bytes 0.0) (lt $bytes 1048576.0) }}
+{{ printf "%s.%s: %s is less than a mebibyte; write a unit of bytes, such as 512Mi or 8Gi (m is a thousandth of one)." $at $key (include "kserve-vllm.string" $child) }}
+{{- end }}
+{{- end }}
 {{- if eq $key "initContainers" }}
 {{- range $child }}
 {{- $container := printf "%s.initContainers.%s" $at .name }}
@@ -92,7 +104,7 @@ runtimes have sentences of their own. */}}
 
 {{/* Of what belongs to the release as a whole. Takes $. */}}
 {{- define "kserve-vllm.check.plainText" -}}
-{{- range $top := list "cluster" "commonLabels" "commonAnnotations" "runtimes" "serviceAccounts" "routes" "monitoring" "image" }}
+{{- range $top := list "cluster" "commonLabels" "commonAnnotations" "runtimes" "serviceAccounts" "routes" "monitoring" "image" "tests" }}
 {{ include "kserve-vllm.check.addresses" (list $top (index $.Values $top)) }}
 {{- end }}
 {{ include "kserve-vllm.check.addresses" (list "proxy.noProxy" .Values.proxy.noProxy) }}

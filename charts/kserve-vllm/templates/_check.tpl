@@ -21,6 +21,9 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.check.model" $check }}
 {{ include (ternary "kserve-vllm.check.engine" "kserve-vllm.check.arguments" $s.other) $check }}
 {{ include "kserve-vllm.check.environment" $check }}
+{{ include "kserve-vllm.check.kubernetes" (list $ $check.at $s) }}
+{{ include "kserve-vllm.check.kubernetes" (list $ (printf "%s.networkPolicy" $check.at) $s.networkPolicy) }}
+{{ include "kserve-vllm.check.serviceMounts" (list $ $s $check.at) }}
 {{ include "kserve-vllm.check.placement" $check }}
 {{ include "kserve-vllm.check.time" $check }}
 {{ include "kserve-vllm.check.scaling" $check }}
@@ -59,10 +62,15 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}
 
+{{/* Where the values have a runtime. Takes its key. */}}
+{{- define "kserve-vllm.runtimePath" -}}
+runtimes.{{ regexReplaceAll "^engine[.](.+)[.][a-z]+$" . "engines.${1}" }}
+{{- end }}
+
 {{/* Of one runtime: its arguments and environment, and whether another release has it. Takes (list $ kind). */}}
 {{- define "kserve-vllm.check.runtime" -}}
 {{- $root := index . 0 -}}
-{{- $at := printf "runtimes.%s" (index . 1) -}}
+{{- $at := include "kserve-vllm.runtimePath" (index . 1) -}}
 {{- $runtime := index $root.Values.internal.runtimes (index . 1) -}}
 {{- $owned := list "model" "model-id" "model-dir" "model-name" "served-model-name" "demo" "host" "port" "http-port" "grpc-port" "headless" "max-num-seqs" "drain-timeout" "drain-delay" "api-key" "config" "ssl-certfile" "ssl-keyfile" -}}
 {{ include "kserve-vllm.check.words" (list $at "extraArgs" $runtime.extraArgs) }}
@@ -80,6 +88,8 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ printf "%s: extraArgs has --%s with a secret in plain text; give it as environment with valueFrom.secretKeyRef." $at $flag }}
 {{- end }}
 {{- end }}
+{{ include "kserve-vllm.check.kubernetes" (list $root $at $runtime) }}
+{{ include "kserve-vllm.check.mounts" (dict "at" $at "volumes" (list "tmp" "shm") "entry" $runtime) }}
 {{- if contains "{{" (toJson (list $runtime.extraArgs $runtime.env)) }}
 {{ printf "%s: two opening braces in extraArgs or env would be taken for a placeholder of KServe." $at }}
 {{- end }}
@@ -129,7 +139,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{- end }}
 {{ include "kserve-vllm.check.claim" (dict "root" $root "c" $c "at" $at) }}
 {{- end }}
-{{ include "kserve-vllm.check.job" (list $at $c.job) }}
+{{ include "kserve-vllm.check.job" (list $root $at $c.job (list "models")) }}
 {{ include "kserve-vllm.check.addresses" (list $at $c) }}
 {{ include "kserve-vllm.idle.entry" (dict "root" $root "at" $at "kind" "modelCaches" "chart" "modelCacheDefaults" "entry" $c) }}
 {{- end }}

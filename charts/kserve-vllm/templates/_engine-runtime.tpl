@@ -8,9 +8,9 @@
 apiVersion: serving.kserve.io/v1alpha1
 kind: {{ ternary "ClusterServingRuntime" "ServingRuntime" (eq $values.scope "Cluster") }}
 metadata:
-  name: {{ include "kserve-vllm.runtimeName" (list $root $key) }}
+  name: {{ include "kserve-vllm.runtimeName" (list $root $key) | quote }}
   {{- if ne $values.scope "Cluster" }}
-  namespace: {{ $root.Release.Namespace }}
+  namespace: {{ $root.Release.Namespace | quote }}
   {{- end }}
   labels:
     {{- include "kserve-vllm.labels" (list $root) | nindent 4 }}
@@ -81,7 +81,7 @@ spec:
 {{- $host := ternary "[::]" $root.Values.runtimes.host (eq $root.Values.runtimes.host "::") -}}
 {{- range $name, $value := $facts.env }}{{ $_ := set $env $name (replace "HOST" $host $value) }}{{ end -}}
 {{- range $name, $value := $env }}
-- name: {{ $name }}
+- name: {{ $name | quote }}
   value: {{ $value | quote }}
 {{- end }}
 {{- end }}

@@ -23,6 +23,9 @@ chart), context, threads, splits, embed, adapters, grpc, owned and ownedEnv (fla
 {{- range $device, $image := $facts.images -}}
 {{- $runtime := deepCopy $entry -}}
 {{- $_ := set $runtime "name" (printf "%s-%s" (default (printf "kserve-%s" $name) $entry.name) $device) -}}
+{{/* A mirror has the images under their paths, and only those that are not given whole. */}}
+{{- $mirror := $entry.registry | default (default dict $root.Values.global).imageRegistry -}}
+{{- if $mirror }}{{ $image = regexReplaceAll "^[^/]+" $image $mirror }}{{ end -}}
 {{- $_ := set $runtime "image" (index $entry.images $device | default $image) -}}
 {{- $_ := set $runtime "base" $device -}}
 {{- $_ := set $runtime "engine" $name -}}

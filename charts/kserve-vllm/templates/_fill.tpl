@@ -42,6 +42,9 @@ spec:
   nodeSelector:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- with include "kserve-vllm.podClasses" $c.job }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $c.job.tolerations }}
   tolerations:
     {{- include "kserve-vllm.tolerations" . | nindent 4 }}

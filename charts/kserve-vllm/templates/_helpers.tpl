@@ -13,6 +13,13 @@
 {{- include "kserve-vllm.mergeMaps" (list (ternary (dict "kubernetes.io/arch" $architecture) dict (ne $architecture "")) (index . 1)) -}}
 {{- end }}
 
+{{/* Classes of a pod of the chart's own. Takes the block of values that has them. */}}
+{{- define "kserve-vllm.podClasses" -}}
+{{- $classes := dict -}}
+{{- range $name := list "priorityClassName" "runtimeClassName" }}{{ with index $ $name }}{{ $_ := set $classes $name . }}{{ end }}{{ end -}}
+{{- if $classes }}{{ toYaml $classes }}{{ end -}}
+{{- end }}
+
 {{/* `yes` on OpenShift, which gives out users and groups by namespace and refuses pods that name others. */}}
 {{- define "kserve-vllm.openshift" -}}
 {{- $platform := .Values.podSecurity.platform -}}

@@ -171,6 +171,8 @@ does nothing for any entry.
 {{- $found := dict "root" . "table" "release" "values" .Values "chart" .Values.internal.defaults "conditions" $conditions -}}
 {{- include "kserve-vllm.idle" $found -}}
 {{- range $path, $reason := $found.idle }}
+{{- if not (has $path $.Values.internal.inherited) }}
 {{ printf "%s does nothing %s." $path $reason }}
+{{- end }}
 {{- end }}
 {{- end }}

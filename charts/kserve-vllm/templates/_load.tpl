@@ -6,7 +6,7 @@ Every template begins with it: the values are made whole once, and `.Values.inte
   earlier chart (--reuse-values). Numbers become text where the default is text.
 - Entries that are null or have `enabled: false` are left out. The others are laid over their defaults.
 
-`.Values.internal`: defaults (the chart's own), renamed (sentences for NOTES), misnamed (sentences that end the render),
+`.Values.internal`: defaults (the chart's own), fields (what Kubernetes knows, see _check-fields.tpl), renamed (sentences for NOTES), misnamed (sentences that end the render), inherited (values from global),
 services, routes, caches, batches, rollouts, accounts and extras (entries by name; services also with what _service.tpl derives), runtimes (all
 of them by key: cpu, gpu, multinode, extra.NAME, engine.NAME.DEVICE; each with its base), engines (what is known of each) and
 engineRuntimes (those that are written).
@@ -14,10 +14,11 @@ engineRuntimes (those that are written).
 {{- define "kserve-vllm.load" -}}
 {{- if not (hasKey .Values "internal") -}}
 {{- $defaults := .Files.Get "files/defaults.json" | fromJson -}}
-{{- $internal := dict "defaults" $defaults "renamed" list "misnamed" list -}}
+{{- $internal := dict "defaults" $defaults "renamed" list "misnamed" list "inherited" list "fields" (.Files.Get "files/fields.json" | fromJson) -}}
 {{- include "kserve-vllm.load.names" (list . $internal) -}}
 {{- include "kserve-vllm.complete" (list .Values $defaults) -}}
 {{- $_ := set .Values "internal" $internal -}}
+{{- include "kserve-vllm.load.global" . -}}
 {{- $kinds := dict "services" (list "inferenceServices" "inferenceServiceDefaults") "routes" (list "routes" "routeDefaults") "caches" (list "modelCaches" "modelCacheDefaults") "batches" (list "batchJobs" "batchJobDefaults") "rollouts" (list "rolloutJobs" "rolloutJobDefaults") "accounts" (list "serviceAccounts" "serviceAccountDefaults") "extras" (list "runtimes.extra" "extraRuntimeDefaults") -}}
 {{- range $kind, $keys := $kinds -}}
 {{- $entries := dict -}}
@@ -41,6 +42,23 @@ engineRuntimes (those that are written).
 {{- include "kserve-vllm.load.engineRuntimes" $ -}}
 {{/* Where a route leads to, the default last: it matches everything. */}}
 {{- range $internal.routes }}{{ $_ := set . "targets" (append .headerRoutes (dict "inferenceService" .inferenceService)) }}{{ end -}}
+{{- end -}}
+{{- end }}
+
+{{/* What a parent chart says of images to all its charts, under what this one's own values say. */}}
+{{- define "kserve-vllm.load.global" -}}
+{{- $global := default dict .Values.global -}}
+{{- with $global.imageRegistry -}}
+{{- if eq $.Values.image.registry $.Values.internal.defaults.image.registry -}}
+{{- $_ := set $.Values.image "registry" . -}}
+{{- $_ := set $.Values.internal "inherited" (append $.Values.internal.inherited "image.registry") -}}
+{{- end -}}
+{{- end -}}
+{{- if not .Values.image.pullSecrets -}}
+{{- $names := list -}}
+{{- range $global.imagePullSecrets }}{{ $names = append $names (ternary (get (ternary . dict (kindIs "map" .)) "name") . (kindIs "map" .)) }}{{ end -}}
+{{- $_ := set .Values.image "pullSecrets" $names -}}
+{{- $_ := set .Values.internal "inherited" (append .Values.internal.inherited "image.pullSecrets") -}}
 {{- end -}}
 {{- end }}
 

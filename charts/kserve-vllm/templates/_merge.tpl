@@ -1,6 +1,6 @@
 {{/* A scalar as text: a whole number has no exponent. */}}
 {{- define "kserve-vllm.string" -}}
-{{- if kindIs "float64" . }}{{ if eq (float64 (int64 .)) . }}{{ int64 . }}{{ else }}{{ . }}{{ end }}{{ else }}{{ . }}{{ end -}}
+{{- if kindIs "float64" . }}{{ if eq (floor .) . }}{{ printf "%.0f" . }}{{ else }}{{ . }}{{ end }}{{ else }}{{ . }}{{ end -}}
 {{- end }}
 
 {{/* A map with text for values, as labels and annotations must be, without keys that are null. */}}

@@ -56,9 +56,14 @@ one: 100 for each patch, 10,000 for each minor, 1,000,000 for each major version
 {{- $priority -}}
 {{- end }}
 
+{{/* Name of the release, with the alias under which a parent chart has this one: it may have it twice. */}}
+{{- define "kserve-vllm.releaseName" -}}
+{{- .Release.Name -}}{{ if ne .Chart.Name "kserve-vllm" }}-{{ .Chart.Name }}{{ end -}}
+{{- end }}
+
 {{/* Value of the label by which a release's PodMonitor finds the pods of its runtimes, whoever wrote the services. */}}
 {{- define "kserve-vllm.runtimesOf" -}}
-{{- include "kserve-vllm.shorten" (printf "%s.%s" .Release.Namespace .Release.Name) -}}
+{{- include "kserve-vllm.shorten" (printf "%s.%s" .Release.Namespace (include "kserve-vllm.releaseName" .)) -}}
 {{- end }}
 
 {{/* Labels of an object of the chart; labels of the values win. Takes (list $ labels...). */}}
@@ -81,6 +86,6 @@ one: 100 for each patch, 10,000 for each minor, 1,000,000 for each major version
 
 {{- define "kserve-vllm.stableLabels.own" -}}
 app.kubernetes.io/name: kserve-vllm
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}

@@ -12,6 +12,7 @@
 {{- $node = set $node "requiredDuringSchedulingIgnoredDuringExecution" (dict "nodeSelectorTerms" $terms) -}}
 {{- $affinity = set $affinity "nodeAffinity" $node -}}
 {{- end -}}
+{{- range $kind, $terms := $affinity }}{{ if not $terms }}{{ $affinity = omit $affinity $kind }}{{ end }}{{ end -}}
 {{- if $affinity }}{{ toYaml $affinity }}{{ end -}}
 {{- end }}
 

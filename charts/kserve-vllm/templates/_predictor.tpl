@@ -28,7 +28,7 @@ autoScaling:
       external:
         metric:
           backend: prometheus
-          serverAddress: {{ $root.Values.cluster.prometheusAddress }}
+          serverAddress: {{ $root.Values.cluster.prometheusAddress | quote }}
           query: {{ include "kserve-vllm.kedaQuery" (list $root $s) | quote }}
         target:
           type: Value
@@ -37,10 +37,10 @@ autoScaling:
         {{- if .name }}
         authenticationRef:
           {{- with .mode }}
-          authModes: {{ . }}
+          authModes: {{ . | quote }}
           {{- end }}
           authenticationRef:
-            name: {{ .name }}
+            name: {{ .name | quote }}
         {{- end }}
         {{- end }}
   {{- with include "kserve-vllm.scalingBehaviour" $s | trim }}
@@ -88,9 +88,9 @@ storageUris:
   {{- end }}
 {{- end }}
 model:
-  runtime: {{ $s.runtimeName }}
+  runtime: {{ $s.runtimeName | quote }}
   modelFormat:
-    name: {{ $s.format }}
+    name: {{ $s.format | quote }}
   protocolVersion: {{ if $s.other }}{{ first $s.facts.protocols }}{{ else }}v2{{ end }}
   {{- if and $s.storageUri (not $s.fetchedAdapters) }}
   storageUri: {{ ternary $s.canary.storageUri $s.storageUri $new | quote }}

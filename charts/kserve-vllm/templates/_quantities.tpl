@@ -8,6 +8,13 @@
 {{- mulf (trimSuffix $unit $text | float64) (index $factors $unit) -}}
 {{- end }}
 
+{{/* A map without what is null. Gives JSON. */}}
+{{- define "kserve-vllm.given" -}}
+{{- $out := dict -}}
+{{- range $key, $value := . }}{{ if not (kindIs "invalid" $value) }}{{ $_ := set $out $key $value }}{{ end }}{{ end -}}
+{{- $out | toJson -}}
+{{- end }}
+
 {{/* `yes` for a resource whose request is its limit: extended ones (DOMAIN/NAME) and huge pages. */}}
 {{- define "kserve-vllm.whole" -}}
 {{- if or (contains "/" .) (hasPrefix "hugepages-" .) }}yes{{ end -}}
@@ -22,7 +29,7 @@ lowers the chart's request, a request that is given alone raises the chart's lim
 {{- $out := dict "requests" dict "limits" dict -}}
 {{- range $group, $texts := $out -}}
 {{- range $ -}}
-{{- range $name, $quantity := default dict (index . $group) }}{{ $_ := set $texts $name (include "kserve-vllm.string" $quantity) }}{{ end -}}
+{{- range $name, $quantity := include "kserve-vllm.given" (index . $group) | fromJson }}{{ $_ := set $texts $name (include "kserve-vllm.string" $quantity) }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- range $name, $limit := $out.limits -}}
@@ -42,8 +49,9 @@ lowers the chart's request, a request that is given alone raises the chart's lim
 {{- define "kserve-vllm.check.quantities" -}}
 {{- $at := index . 0 -}}
 {{- $given := index . 1 -}}
-{{- range $name, $limit := default dict $given.limits }}
-{{- if hasKey (default dict $given.requests) $name }}
+{{- $given = dict "requests" (include "kserve-vllm.given" $given.requests | fromJson) "limits" (include "kserve-vllm.given" $given.limits | fromJson) -}}
+{{- range $name, $limit := $given.limits }}
+{{- if hasKey $given.requests $name }}
 {{- $request := index $given.requests $name }}
 {{- $asked := include "kserve-vllm.amount" $request | float64 }}
 {{- $allowed := include "kserve-vllm.amount" $limit | float64 }}

@@ -38,6 +38,9 @@ spec:
   nodeSelector:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- with include "kserve-vllm.podClasses" $r.job }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $r.job.tolerations }}
   tolerations:
     {{- include "kserve-vllm.tolerations" . | nindent 4 }}
@@ -124,7 +127,7 @@ a service that this release does not have the mode is not known, so that both mo
 # The rollout's state. What is created has no name yet that RBAC could look at.
 - apiGroups: [""]
   resources: [configmaps]
-  resourceNames: [{{ $r.name }}-rollout]
+  resourceNames: [{{ printf "%s-rollout" $r.name | quote }}]
   verbs: [get, update]
 - apiGroups: [""]
   resources: [configmaps]
@@ -137,11 +140,11 @@ a service that this release does not have the mode is not known, so that both mo
 {{- if or $unknown (not $s.knative) }}
 - apiGroups: [apps]
   resources: [deployments]
-  resourceNames: [{{ include "kserve-vllm.predictorName" $r.name }}, {{ include "kserve-vllm.predictorName" (printf "%s-canary" $r.name) }}]
+  resourceNames: [{{ include "kserve-vllm.predictorName" $r.name | quote }}, {{ include "kserve-vllm.predictorName" (printf "%s-canary" $r.name) | quote }}]
   verbs: [get]
 - apiGroups: [gateway.networking.k8s.io]
   resources: [httproutes]
-  resourceNames: [{{ $r.name | quote }}, {{ include "kserve-vllm.predictorName" $r.name }}]
+  resourceNames: [{{ $r.name | quote }}, {{ include "kserve-vllm.predictorName" $r.name | quote }}]
   verbs: [get]
 {{- end }}
 {{- if $r.answers.configMap }}
@@ -156,7 +159,7 @@ a service that this release does not have the mode is not known, so that both mo
 
 {{/* Of each of its objects, beside the name. Takes $. */}}
 {{- define "kserve-vllm.rolloutMetadata" -}}
-namespace: {{ .Release.Namespace }}
+namespace: {{ .Release.Namespace | quote }}
 labels:
   {{- include "kserve-vllm.labels" (list .) | nindent 2 }}
 {{- with include "kserve-vllm.annotations" (list .) }}

@@ -9,7 +9,7 @@ resources:
     cpu: {{ $runtime.requests.cpu | quote }}
     memory: {{ $runtime.requests.memory | quote }}
 securityContext:
-  {{- mergeOverwrite (include "kserve-vllm.containerSecurityContext" $root | fromYaml) $runtime.securityContext | toYaml | nindent 2 }}
+  {{- mergeOverwrite (include "kserve-vllm.containerSecurityContext" $root | fromYaml) $runtime.securityContext | include "kserve-vllm.given" | fromJson | toYaml | nindent 2 }}
 {{- with $runtime.envFrom }}
 envFrom:
   {{- toYaml . | nindent 2 }}

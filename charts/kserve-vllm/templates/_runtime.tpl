@@ -11,9 +11,9 @@ kind: ClusterServingRuntime
 kind: ServingRuntime
 {{- end }}
 metadata:
-  name: {{ include "kserve-vllm.runtimeName" (list $root $kind) }}
+  name: {{ include "kserve-vllm.runtimeName" (list $root $kind) | quote }}
   {{- if ne $values.scope "Cluster" }}
-  namespace: {{ $root.Release.Namespace }}
+  namespace: {{ $root.Release.Namespace | quote }}
   {{- end }}
   labels:
     {{- include "kserve-vllm.labels" (list $root) | nindent 4 }}

@@ -151,7 +151,7 @@ and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl).
 {{- $claims := list -}}
 {{- range concat (default list $runtime.extraVolumes) $s.compiled.volumes $s.extraVolumes -}}
 {{- $volume := . -}}
-{{- range $kind, $flag := dict "persistentVolumeClaim" "persistent-volume-claim" "hostPath" "volumes-hostpath" "csi" "volumes-csi" "image" "volumes-image" -}}
+{{- range $kind, $flag := dict "persistentVolumeClaim" "persistent-volume-claim" "hostPath" "volumes-hostpath" "csi" "volumes-csi" "image" "volumes-image" "ephemeral" "volumes-ephemeral" -}}
 {{- if hasKey $volume $kind }}{{ $flags = append $flags (printf "kubernetes.podspec-%s" $flag) }}{{ end -}}
 {{- end -}}
 {{- if .persistentVolumeClaim }}{{ $claims = append $claims .name }}{{ end -}}
@@ -160,7 +160,7 @@ and workers alike), args, flags (of Knative) and compiled (see _cold-start.tpl).
 {{- if and (has .name $claims) (not .readOnly) }}{{ $flags = append $flags "kubernetes.podspec-persistent-volume-write" }}{{ end -}}
 {{- end -}}
 {{- range concat $s.env $runtime.env -}}
-{{- if and (kindIs "map" .valueFrom) .valueFrom.fieldRef }}{{ $flags = append $flags "kubernetes.podspec-fieldref" }}{{ end -}}
+{{- if and (kindIs "map" .valueFrom) (or .valueFrom.fieldRef .valueFrom.resourceFieldRef) }}{{ $flags = append $flags "kubernetes.podspec-fieldref" }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- $_ := set $s "flags" ($flags | uniq) -}}
