@@ -23,7 +23,7 @@ import pytest
 REAL = "KSERVE_VLLM_TEST_S3"
 BUCKET = "batches"
 SECRET = "not-to-be-told"
-_PAGE = 3  # so that lists have several
+_PAGE = 10  # so that lists have several
 
 
 class S3Server:

@@ -357,12 +357,14 @@ class _BucketDesk:
         have: set[str] = set()
         for name in (OUTPUT, ERRORS):
             with (self.folder / name).open("xb") as file:
-                for data in self._place.read_all(self._kept(name)):
-                    for line in (data or b"").splitlines(keepends=True):
+                for key in self._kept(name):  # one at a time: all of them may be larger than the memory
+                    for line in (self._place.read(key) or b"").split(b"\n"):
+                        if not line:
+                            continue
                         custom_id = json.loads(line)["custom_id"]
                         if custom_id not in have:
                             have.add(custom_id)
-                            file.write(line)
+                            file.write(line + b"\n")
         self._fetched = True
 
     def append(self, name: str, lines: bytes) -> None:
