@@ -102,6 +102,25 @@ class Folder:
         self.once(" ".join(packages), make)
         return self.path
 
+    def go(self, package: str, version: str) -> Path:
+        """A program of a Go module, built here. Returns it."""
+        if shutil.which("go") is None:
+            raise NotInstalled(f"{package}: there is no Go here to build it with")
+
+        def make() -> None:
+            subprocess.run(
+                ["go", "install", f"{package}@{version}"],
+                cwd=self.path,
+                check=True,
+                capture_output=True,
+                timeout=INSTALL_WITHIN_S,
+                env={**os.environ, "GOBIN": str(self.path / "bin"), "GOFLAGS": "-buildvcs=false"},
+            )
+
+        self.once(f"{package}@{version}", make)
+        (program,) = (self.path / "bin").iterdir()
+        return program
+
     def unpacked(self, requirement: str, *kind: str) -> Path:
         """A package's archive from PyPI, unpacked: its source with `--no-binary :all:`. Returns the folder in it."""
 

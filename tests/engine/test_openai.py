@@ -96,6 +96,7 @@ def test_logprobs_are_given_per_token_and_are_at_most_zero(one: openai.OpenAI) -
     answer = one.chat.completions.create(
         model="demo", messages=QUESTION, temperature=0, max_tokens=4, logprobs=True, top_logprobs=2
     )
+    assert "refusal" in answer.choices[0].logprobs.model_fields_set  # null, which OpenAI's description requires
     tokens = answer.choices[0].logprobs.content
     assert len(tokens) == answer.usage.completion_tokens
     for token in tokens:

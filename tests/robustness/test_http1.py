@@ -89,12 +89,32 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ),
     (
         "9110, 7.8: another protocol may be ignored",
-        GET + HOST + b"Connection: upgrade, HTTP2-Settings\r\n"
+        GET + HOST + b"Connection: close, upgrade, HTTP2-Settings\r\n"
         b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n",
         [200],
     ),
-    ("6455, 4.1: a handshake is a GET", POST + HOST + UPGRADE + b"Content-Length: 2\r\n\r\nab", [200]),
-    ("6455, 4.1: the same without a body", POST + HOST + UPGRADE + b"\r\n", [200]),
+    *(
+        (f"9110, 7.8: {what}", head + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n" + rest, [200, 200])
+        for what, head, rest in (
+            ("and what follows is HTTP/1.1", GET + HOST, b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n"),
+            ("behind a body", POST + HOST, b"Content-Length: 2\r\n\r\nabGET /b HTTP/1.1\r\n" + LAST + b"\r\n"),
+            (
+                "behind chunks",
+                POST + HOST,
+                b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n",
+            ),
+            (
+                "twice",
+                POST + HOST,
+                b"Content-Length: 2\r\n\r\nabPOST /b HTTP/1.1\r\n"
+                + HOST
+                + b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n"
+                b"Content-Length: 2\r\n\r\ncd",
+            ),
+        )
+    ),
+    ("6455, 4.1: a handshake is a GET", POST + LAST + UPGRADE + b"Content-Length: 2\r\n\r\nab", [200]),
+    ("6455, 4.1: the same without a body", POST + LAST + UPGRADE + b"\r\n", [200]),
     ("6455, 4.2.1: a handshake without a key", GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\n\r\n", [400]),
     ("9112, 9.3.2: requests in a row", GET + HOST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n", [200, 200]),
     (
@@ -135,6 +155,28 @@ def test_fields_behind_a_body_are_no_fields_of_the_request(echo: HTTPServer) -> 
     answer = body(ask(echo.port, CHUNKED + b"3\r\nabc\r\n0\r\nAuthorization: Bearer k\r\nX: y\r\n\r\n"))
     assert [name for name, _ in answer["headers"]] == ["host", "connection", "transfer-encoding"]
     assert answer["size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("framing", "sent"),
+    [
+        (b"Content-Length: 300", b"x" * 300),
+        (
+            b"Transfer-Encoding: chunked",
+            b"96\r\n" + b"x" * 150 + b"\r\n96;a=b\r\n" + b"x" * 150 + b"\r\n0\r\nX: y\r\n\r\n",
+        ),
+    ],
+)
+@pytest.mark.parametrize("cut", [0, 1, 200])
+def test_a_client_that_offers_http2_is_heard_out(echo: HTTPServer, framing: bytes, sent: bytes, cut: int) -> None:
+    """Java's client and `curl --http2` offer it with every first request of a connection."""
+    offer = b"Connection: close, Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    head = POST + HOST + offer + framing + b"\r\n\r\n"
+    answer = body(ask(echo.port, head + sent[:cut], sent[cut:], pause_s=0.05))
+    assert (answer["size"], answer["path"], answer["method"]) == (300, "/a", "POST")
+    assert [name for name, _ in answer["headers"]][-1] == framing.partition(b":")[0].decode().lower()
+    oversized = POST + HOST + offer + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+    assert statuses(ask(echo.port, oversized)) == [400]
 
 
 def test_an_absolute_target_is_a_path(echo: HTTPServer) -> None:

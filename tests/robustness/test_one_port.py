@@ -560,11 +560,22 @@ def _calls(channel: grpc.Channel) -> None:
     """grpcurl's list and describe, health, and a call that needs a key."""
     asked = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
-        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
+        *(
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+            for symbol in (
+                SERVICE,
+                f"{SERVICE}.ModelInfer",
+                "inference.ModelInferRequest.id",
+                f"{SERVICE}.Nothing",
+                "inference.ModelInferRequest.nothing",
+                "nothing",
+            )
+        ),
     ]
-    listed, described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asked), timeout=20)
+    listed, *described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asked), timeout=20)
     assert SERVICE in {each.name for each in listed.list_services_response.service}
-    assert described.file_descriptor_response.file_descriptor_proto
+    found = [bool(each.file_descriptor_response.file_descriptor_proto) for each in described]
+    assert found == [True, True, True, False, False, False]
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     infer = channel.unary_unary(INFER)

@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from kserve_vllm.policy.quotas.limiter import Limits
 from kserve_vllm.policy.tenants import Tenants, digest
 from kserve_vllm.protocols.batch.routes import BatchRoutes
 from kserve_vllm.protocols.batch.runner import Runner
-from kserve_vllm.protocols.batch.store import Bounds, Store
+from kserve_vllm.protocols.batch.store import Bounds, Store, place_of
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.protocols.http.routes import _answer_error
 from kserve_vllm.servers.listeners import HTTPServer
@@ -39,6 +39,7 @@ from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
 from tests.support import Routed
+from tests.support_s3 import bucket_url
 
 CHAT = "/v1/chat/completions"
 WINDOW: Any = "24h"
@@ -65,9 +66,10 @@ class Edge:
     Args:
         folder: for keys, and for batches unless they are off.
         on: whether batches are on.
+        where: they are kept, if not in the folder.
     """
 
-    def __init__(self, folder: Path, on: bool = True) -> None:
+    def __init__(self, folder: Path, on: bool = True, where: str | None = None) -> None:
         keys = folder / "keys.json"
         tenants = {"slow": {"limits": {"requests_per_minute": 2}}}
         rows = [{"id": name, "tenant": name, "sha256": digest(f"kv-{name}")} for name in ("gold", "other", "slow")]
@@ -89,7 +91,7 @@ class Edge:
         self.opened: list[openai.AsyncOpenAI] = []
         recorder = RequestRecorder(self.metrics, Tracing(), lifecycle, self.closed.append)
         middleware = RequestMiddleware(lifecycle, self.enforcement, 1 << 20, self.metrics.render, dict, recorder)
-        self.store = Store(str(folder / "batches"), Bounds(10, 1 << 20, 100)) if on else None
+        self.store = Store(place_of(where or str(folder / "batches")), Bounds(10, 1 << 20, 100)) if on else None
         self.runner = (
             Runner(self.store, middleware, lambda: self.enforcement.in_flight, 4, self.metrics)
             if self.store is not None
@@ -110,8 +112,8 @@ class Edge:
 
 
 @asynccontextmanager
-async def running(folder: Path, on: bool = True) -> AsyncIterator[Edge]:
-    edge = Edge(folder, on)
+async def running(folder: Path, on: bool = True, where: str | None = None) -> AsyncIterator[Edge]:
+    edge = Edge(folder, on, where)
     edge.server.start()
     while not edge.server._server.started:  # the port is bound, and nobody listens yet
         await asyncio.sleep(0.01)
@@ -128,11 +130,11 @@ async def running(folder: Path, on: bool = True) -> AsyncIterator[Edge]:
     assert edge.enforcement.in_flight == 0
 
 
-def run(folder: Path, work: Callable[[Edge], Awaitable[None]], on: bool = True) -> None:
+def run(folder: Path, work: Callable[[Edge], Awaitable[None]], on: bool = True, where: str | None = None) -> None:
     """Do something with an edge."""
 
     async def go() -> None:
-        async with asyncio.timeout(60), running(folder, on) as edge:
+        async with asyncio.timeout(60), running(folder, on, where) as edge:
             await work(edge)
 
     asyncio.run(go())
@@ -197,7 +199,8 @@ def test_openais_sdk_keeps_files(tmp_path: Path, prefix: str) -> None:
     run(tmp_path, ask)
 
 
-def test_openais_sdk_runs_a_batch_as_its_tenants_requests(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_openais_sdk_runs_a_batch_as_its_tenants_requests(tmp_path: Path, kind: str) -> None:
     async def ask(edge: Edge) -> None:
         api, other = edge.sdk("gold"), edge.sdk("other")
         lines = [*(line(n) for n in range(30)), line(30, "")]
@@ -235,7 +238,8 @@ def test_openais_sdk_runs_a_batch_as_its_tenants_requests(tmp_path: Path) -> Non
         shown = edge.metrics.render()[0].decode()
         assert 'kserve_vllm_batch_lines_total{outcome="completed"} 30.0' in shown
 
-    run(tmp_path, ask)
+    with bucket_url() if kind == "bucket" else nullcontext((None, None)) as (where, _):
+        run(tmp_path, ask, where=where)
 
 
 def test_what_can_not_be_done_is_said(tmp_path: Path) -> None:
@@ -307,7 +311,9 @@ def test_a_tenants_limit_holds_its_batch_back_and_a_key_that_is_gone_ends_it(tmp
         while (left := edge.store.batch("other", made.id))["status"] != "completed":
             await asyncio.sleep(0.05)
         assert left["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
-        (refused,) = edge.store.content("other", left["error_file_id"]).read_text().splitlines()
+        kept = edge.store.content("other", left["error_file_id"])
+        assert isinstance(kept, Path)
+        (refused,) = kept.read_text().splitlines()
         assert json.loads(refused)["response"]["status_code"] == 401
 
     run(tmp_path, ask)

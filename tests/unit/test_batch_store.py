@@ -6,22 +6,27 @@ import asyncio
 import fcntl
 import io
 import json
+import logging
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kserve_vllm.core.errors import ConfigError, InvalidRequest, NotFound, Unauthenticated
+from kserve_vllm.core.errors import ConfigError, InvalidRequest, NotFound, Unauthenticated, Unavailable
 from kserve_vllm.policy import tenants as keys
 from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.protocols.batch import runner as room
 from kserve_vllm.protocols.batch import store as store_room
+from kserve_vllm.protocols.batch.bucket import LEASE_S, Bucket, Lost
+from kserve_vllm.protocols.batch.places import Folder
 from kserve_vllm.protocols.batch.runner import Runner, check_lines
-from kserve_vllm.protocols.batch.store import KEEP_S, Bounds, Owner, Store
+from kserve_vllm.protocols.batch.store import KEEP_S, Bounds, Owner, Store, place_of
 from kserve_vllm.protocols.http.middleware import OWNER
+from tests.support_s3 import SECRET, S3Server, bucket_url
 
 CHAT = "/v1/chat/completions"
 BOUNDS = Bounds(files=20, size=1 << 20, lines=1000)
@@ -104,7 +109,25 @@ def begin(store: Store, lines: list[Any], window_s: int = 3600) -> str:
 def results(store: Store, file_id: str | None) -> list[dict[str, Any]]:
     """The answers in a results file."""
     assert file_id is not None
-    return [json.loads(each) for each in store.content(OWN.tenant, file_id).read_text().splitlines()]
+    found = store.content(OWN.tenant, file_id)
+    content = found.read_bytes() if isinstance(found, Path) else b"".join(found.pieces)
+    return [json.loads(each) for each in content.splitlines()]
+
+
+def beside(store: Store, clock: Clock) -> Store:
+    """What another process has of the same place."""
+    place = store.place
+    if isinstance(place, Folder):
+        return Store(Folder(str(place.root)), BOUNDS, clock)
+    assert isinstance(place, Bucket)
+    return Store(quick(f"s3://{place._bucket}/{place._prefix}", place.clock), BOUNDS, clock)
+
+
+def quick(url: str, clock: Callable[[], float] = time.monotonic) -> Bucket:
+    """A bucket that is looked at as often as a folder."""
+    made = Bucket(url, clock)
+    made.look_every_s = made.watch_every_s = 0.05
+    return made
 
 
 async def work(store: Store, app: Any, batch_id: str, shown: Shown | None = None, others: int = 0) -> dict[str, Any]:
@@ -125,9 +148,18 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    if request.param == "folder":
+        yield Store(Folder(str(tmp_path / "batches")), BOUNDS, clock)
+        return
+    with bucket_url() as (url, _):
+        yield Store(quick(url), BOUNDS, clock)
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Store:
-    return Store(str(tmp_path / "batches"), BOUNDS, clock)
+def folder(tmp_path: Path, clock: Clock) -> Store:
+    return Store(Folder(str(tmp_path / "batches")), BOUNDS, clock)
 
 
 def test_every_line_is_answered_once_and_the_batch_tells_how_many(store: Store) -> None:
@@ -177,23 +209,25 @@ def test_beside_live_traffic_one_line_is_worked_on_at_a_time(store: Store) -> No
     assert 1 < asyncio.run(ask(0)) <= 4
 
 
-def test_a_crash_loses_no_line_and_answers_none_twice(store: Store, tmp_path: Path, clock: Clock) -> None:
+def test_a_crash_loses_no_line_and_answers_none_twice(folder: Store, tmp_path: Path, clock: Clock) -> None:
+    store, root = folder, tmp_path / "batches"
+
     async def ask() -> None:
         batch_id = begin(store, [line(n) for n in range(30)])
         app = App()
         running = Runner(store, app, lambda: app.at_once, 4, Shown())
         running.start()
-        folder = store.root / "tenants/team-a/batches" / batch_id
+        kept = root / "tenants/team-a/batches" / batch_id / "output.jsonl"
         async with asyncio.timeout(20):
-            while not (folder / "output.jsonl").exists() or (folder / "output.jsonl").stat().st_size < 500:
+            while not kept.exists() or kept.stat().st_size < 500:
                 await asyncio.sleep(0.001)
         # What is on the disk at this moment is all that a machine has which is switched off now.
-        shutil.copytree(store.root, tmp_path / "after")
+        shutil.copytree(root, tmp_path / "after")
         await running.close()
         output = tmp_path / "after/tenants/team-a/batches" / batch_id / "output.jsonl"
         with output.open("ab") as file:
             file.write(b'{"id": "batch_req_half", "custom_id": "id-2')
-        again = Store(str(tmp_path / "after"), BOUNDS, clock)
+        again = Store(Folder(str(tmp_path / "after")), BOUNDS, clock)
         found = await work(again, App(), batch_id)
         assert found["request_counts"] == {"total": 30, "completed": 30, "failed": 0}
         answered = Counter(each["custom_id"] for each in results(again, found["output_file_id"]))
@@ -212,7 +246,7 @@ def test_a_batch_that_was_ending_when_the_process_ended_is_ended(store: Store) -
         answer = {"id": "batch_req_1", "custom_id": "id-0", "response": {"status_code": 200, "body": {}}, "error": None}
         taken.append([{**answer, "custom_id": f"id-{n}"} for n in range(5)])
         taken.set(status="finalizing", finalizing_at=1, _end=["completed", "completed_at"])
-        store.move_results(taken, "output", taken.tree["_output"], None)
+        store.move_results(taken, "output.jsonl", taken.tree["_output"], None)
         taken.release()
         found = await work(store, App(), batch_id)
         assert found["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
@@ -226,7 +260,7 @@ def test_one_process_works_on_a_batch(store: Store, clock: Clock) -> None:
     batch_id = begin(store, [line(0)])
     taken = store.take(OWN.tenant, batch_id)
     assert taken is not None
-    other = Store(str(store.root), BOUNDS, clock)
+    other = beside(store, clock)
     assert other.take(OWN.tenant, batch_id) is None
     taken.release()
     again = other.take(OWN.tenant, batch_id)
@@ -335,16 +369,153 @@ def test_numbers_and_bytes_are_bounded_and_what_has_expired_goes(store: Store, c
     clock.now += KEEP_S + 1
     assert store.list_files("team-a") == []
     store.sweep()
-    assert list(store.root.glob("tenants/*/files/*")) == []
+    assert store.place.entries("tenants/") == []
 
 
 def test_a_folder_that_can_not_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--batch-dir"):
-        Store(str(tmp_path / "file"), BOUNDS)
+        place_of(str(tmp_path / "file"))
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with pytest.raises(ConfigError, match="keeps no locks"):
-        Store(str(tmp_path / "folder"), BOUNDS)
+        place_of(str(tmp_path / "folder"))
+
+
+class Leases:
+    """Two processes at one bucket, with a clock that a test moves."""
+
+    def __init__(self, url: str, clock: Clock) -> None:
+        self.now = 100.0
+        self.first, self.second = (Store(quick(url, lambda: self.now), BOUNDS, clock) for _ in range(2))
+
+
+@pytest.fixture
+def leases(clock: Clock) -> Iterator[Leases]:
+    with bucket_url() as (url, _):
+        yield Leases(url, clock)
+
+
+def answered(number: int) -> dict[str, Any]:
+    """An answer as it stands in the results."""
+    response = {"status_code": 200, "request_id": "r", "body": {"text": str(number)}}
+    return {"id": "batch_req_1", "custom_id": f"id-{number}", "response": response, "error": None}
+
+
+def test_a_bucket_s_batch_is_taken_over_once_its_lock_is_not_renewed(leases: Leases) -> None:
+    """Its holder stands still: its machine is gone, or was held up for long and then goes on."""
+    batch_id = begin(leases.first, [line(n) for n in range(6)])
+    held = leases.first.take(OWN.tenant, batch_id)
+    assert held is not None
+    held.counts.total = 6
+    held.recall()
+    held.set(status="in_progress", model="demo")
+    held.append([answered(n) for n in range(3)])
+    held.append([answered(3)])
+    held.desk._lease._ended.set()  # type: ignore[attr-defined]
+    assert leases.second.take(OWN.tenant, batch_id) is None  # seen for the first time
+    leases.now += LEASE_S - 1
+    assert leases.second.take(OWN.tenant, batch_id) is None
+    with pytest.raises(Lost):  # its holder stops before others may begin
+        held.append([answered(4)])
+    leases.now += 1
+    taken = leases.second.take(OWN.tenant, batch_id)
+    assert taken is not None
+    taken.recall()
+    assert taken.done == {f"id-{n}" for n in range(4)}
+    assert (taken.counts.total, taken.counts.completed) == (6, 4)
+    # What its holder was just writing comes late.
+    held.desk._lease._renewed_at = leases.now  # type: ignore[attr-defined]
+    held.append([answered(4)])
+    taken.set(status="in_progress")
+    with pytest.raises(Lost):
+        held.set(status="completed")
+    taken.append([answered(4), answered(5)])
+    taken.release()
+    held.release()  # does not let go what is another's
+    last = leases.first.take(OWN.tenant, batch_id)
+    assert last is not None
+    last.recall()
+    assert (len(last.done), last.counts.completed) == (6, 6)
+    last.finish("completed", "completed_at")
+    last.release()
+    found = leases.first.batch(OWN.tenant, batch_id)
+    assert found["status"] == "completed"
+    names = [each["custom_id"] for each in results(leases.second, found["output_file_id"])]  # type: ignore[arg-type]
+    assert sorted(names) == [f"id-{n}" for n in range(6)]
+    left = [each.key for each in leases.first.place.entries("") if "/batches/" in each.key or "active/" in each.key]
+    assert [each.rpartition("/")[2] for each in left] == ["batch.json", "lock"]
+
+
+def test_a_lock_that_is_renewed_stays_its_holder_s(leases: Leases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kserve_vllm.protocols.batch.bucket._RENEW_S", 0.01)
+    batch_id = begin(leases.first, [line(0)])
+    held = leases.first.take(OWN.tenant, batch_id)
+    assert held is not None
+    for _ in range(4):
+        renewals = held.desk._lease._renewals  # type: ignore[attr-defined]
+        while held.desk._lease._renewals < renewals + 3:  # type: ignore[attr-defined]
+            time.sleep(0.01)
+        assert leases.second.take(OWN.tenant, batch_id) is None
+        leases.now += LEASE_S / 2
+    held.release()
+
+
+def test_a_bucket_that_does_not_hold_to_conditions_or_is_away_is_refused() -> None:
+    with bucket_url() as (url, server):
+        if server is None:
+            pytest.skip("a real store is not broken for a test")
+        server.conditions = False
+        with pytest.raises(ConfigError, match="does not hold to conditions of writes"):
+            place_of(url)
+        server.conditions = True
+        server.away = True
+        with pytest.raises(ConfigError, match=r"can't be used: .*SlowDown"):
+            place_of(url)
+    for strange in ("s3://", "s3://bucket/?x=1"):
+        with pytest.raises(ConfigError, match="named as s3://BUCKET"):
+            place_of(strange)
+    with pytest.raises(ConfigError) as caught:
+        place_of(f"s3://known:{SECRET}@bucket/where")
+    assert SECRET not in str(caught.value)
+
+
+def test_a_bucket_that_is_away_holds_a_batch_up_and_tells_no_secret(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "_AFTER_FAILURE_S", 0.1)
+    caplog.set_level(logging.DEBUG)
+    with bucket_url() as (url, server):
+        if server is None:
+            pytest.skip("a real store is not broken for a test")
+        store = Store(quick(url), BOUNDS, clock)
+        asyncio.run(_through_an_outage(store, server))
+    assert "SlowDown" in caplog.text
+    assert SECRET not in caplog.text
+    assert "AWS4-HMAC" not in caplog.text
+
+
+async def _through_an_outage(store: Store, server: S3Server) -> None:
+    batch_id = begin(store, [line(n) for n in range(10)])
+    app = App()
+    app.gate.clear()
+    working = asyncio.create_task(work(store, app, batch_id))
+    async with asyncio.timeout(20):
+        while not app.at_once:
+            await asyncio.sleep(0.01)
+        server.away = True
+        app.gate.set()
+        for call in (store.list_files, store.list_batches):
+            with pytest.raises(Unavailable) as caught:
+                await asyncio.to_thread(call, OWN.tenant)
+            assert caught.value.retry_after_s is not None
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        server.away = False
+        # The lock could not be given back, so whoever goes on waits for it.
+        for key in [each.key for each in store.place.entries("tenants/") if each.key.endswith("/lock")]:
+            store.place.remove(key)
+        found = await work(store, app, batch_id)
+    assert found["request_counts"] == {"total": 10, "completed": 10, "failed": 0}
 
 
 def test_a_full_disk_stops_a_batch_and_it_is_taken_up_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,3 +227,31 @@ def test_cut_off_bytes_elements_are_refused(raw: bytes) -> None:
     request.inputs.add(name="x", datatype="BYTES", shape=[1])
     with pytest.raises(InvalidRequest, match="'x'"):
         decoded(tensors.from_grpc(request))
+
+
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"shared_memory_region": "r", "shared_memory_byte_size": 8}, "shared memory is not used here"),
+        ({"classification": 2}, "have no classes"),
+    ],
+)
+def test_what_triton_does_with_a_tensor_beside_its_data_is_refused(
+    where: str, parameters: dict[str, Any], sentence: str
+) -> None:
+    tree: dict[str, Any] = {
+        "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["a"]}],
+        "outputs": [{"name": "text_output"}],
+    }
+    tree[where][0]["parameters"] = parameters
+    with pytest.raises(InvalidRequest, match=rf"{where}\[0\].*{sentence}"):
+        tensors.parse_rest(json.dumps(tree).encode(), None, "m", None)
+    message = MESSAGES.ModelInferRequest(model_name="m")
+    message.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+    message.outputs.add(name="text_output")
+    for name, value in parameters.items():
+        kind = "string_param" if isinstance(value, str) else "int64_param"
+        setattr(getattr(message, where)[0].parameters[name], kind, value)
+    with pytest.raises(InvalidRequest, match=sentence):
+        tensors.from_grpc(message)

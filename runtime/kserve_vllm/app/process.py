@@ -28,7 +28,7 @@ from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.policy.enforcement import Enforcement, SequencePolicy
 from kserve_vllm.protocols.batch.runner import Runner
-from kserve_vllm.protocols.batch.store import Bounds, Store
+from kserve_vllm.protocols.batch.store import Bounds, Store, place_of
 from kserve_vllm.protocols.http import page
 from kserve_vllm.protocols.http.cors import Browsers
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
@@ -194,7 +194,8 @@ class _Process:
         if policy.batch_dir is None:
             return None, None
         store = Store(
-            policy.batch_dir, Bounds(policy.batch_max_files, policy.batch_max_mib << 20, policy.batch_max_lines)
+            place_of(policy.batch_dir),
+            Bounds(policy.batch_max_files, policy.batch_max_mib << 20, policy.batch_max_lines),
         )
         runner = Runner(
             store, self._middleware, lambda: self._enforcement.in_flight, policy.batch_concurrency, self._metrics

@@ -336,8 +336,9 @@ class PolicySettings(_Group):
     )
     batch_dir: str | None = _setting(
         None,
-        "Folder (a claim, which replicas may share) for OpenAI's files and batches: switches /v1/files and /v1/batches "
-        "on. Its file system has to keep locks (flock).",
+        "Folder (a claim, which replicas may share), or s3://BUCKET/PREFIX, for OpenAI's files and batches: switches "
+        "/v1/files and /v1/batches on. A folder's file system has to keep locks (flock), an object store conditions of "
+        "writes.",
     )
     batch_concurrency: int = _setting(
         8,

@@ -160,6 +160,12 @@ class HTTP1(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._head_timed = False
         self._last = b""
+        self._rest = b""
+        """What follows a request that offered another protocol."""
+        self._body_skipped = False
+        """Whether the parser has left out the body of such a request."""
+        self._goes_on = False
+        """Whether a new parser is told where the one before had come to."""
 
     # The connection
 
@@ -198,6 +204,9 @@ class HTTP1(HttpToolsProtocol):
         self._last = data
         try:
             super().data_received(data)
+            while self._rest and self._refusal is None:
+                self._last, self._rest = self._rest, b""
+                super().data_received(self._last)
             if self._in_head:
                 if self._pending > 0 and not self._head_timed:
                     self._head_timed = True
@@ -305,12 +314,16 @@ class HTTP1(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """httptools'."""
+        if self._goes_on:
+            return
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = self._target_bytes = self._body_bytes = self._trailers = self._unread = 0
 
     def on_url(self, url: bytes) -> None:
         """httptools'."""
+        if self._goes_on:
+            return
         self._target_bytes += len(url)
         if self._target_bytes > MAX_TARGET:
             raise Refusal(414, f"the target of the request is longer than {MAX_TARGET >> 10} KiB")
@@ -318,6 +331,8 @@ class HTTP1(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """httptools'. Fields behind the body are no part of the head, and nobody here wants them (RFC 9110, 6.5.1)."""
+        if self._goes_on:
+            return
         if not self._in_head:
             self._trailers += 1
             if self._trailers > MAX_FIELDS:
@@ -336,6 +351,8 @@ class HTTP1(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """httptools'."""
+        if self._goes_on:
+            return
         self._in_head = self._head_timed = False
         # What came behind the head belongs to the body.
         self._pending = max(0, self._pending - self._target_bytes - self._head_bytes - _LINES)
@@ -352,8 +369,8 @@ class HTTP1(HttpToolsProtocol):
             return
         if self.scope["http_version"] == "1.0":
             cycle.__class__ = _UntilClose
-        if self._requests >= MAX_REQUESTS or self.parser.should_upgrade():
-            # What follows a request to upgrade is not parsed as HTTP any more; it is answered without one.
+        self._body_skipped = self.parser.should_upgrade() and bool(self._framing())
+        if self._requests >= MAX_REQUESTS or self.parser.get_method() == b"CONNECT":
             cycle.keep_alive = False
 
     def _check_head(self) -> None:
@@ -393,8 +410,29 @@ class HTTP1(HttpToolsProtocol):
             self.parser.get_method() == b"GET" and self.parser.get_http_version() == "1.1" and super()._should_upgrade()
         )
 
+    def _framing(self) -> bytes:
+        """The field that says where the body ends; empty where there is no body. The parser has checked it."""
+        for name, value in self.headers:
+            if name == b"transfer-encoding" or (name == b"content-length" and int(value)):
+                return b"%b: %b" % (name, value)
+        return b""
+
     def _unsupported_upgrade_warning(self) -> None:
-        """uvicorn's, which is said for every request of a client that offers HTTP/2."""
+        """uvicorn's, for a request that offers another protocol, as Java's client and `curl --http2` do with HTTP/2.
+
+        None is taken up, so HTTP/1.1 goes on, body and all (RFC 9110, 7.8). The parser takes what follows the head for
+        that other protocol; another parser goes on where it has stopped.
+        """
+        upgrade = sys.exc_info()[1]
+        assert isinstance(upgrade, httptools.HttpParserUpgrade)
+        self._rest = self._last[upgrade.args[0] :]
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn has it: data behind the last request of a connection is no error.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        if self._body_skipped:
+            self._body_skipped, self._goes_on = False, True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\nhost: h\r\n%b\r\n\r\n" % self._framing())
+            self._goes_on = False
 
     def on_body(self, body: bytes) -> None:
         """httptools'."""
@@ -408,6 +446,8 @@ class HTTP1(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """httptools'."""
+        if self._body_skipped:
+            return
         super().on_message_complete()
         self._unset_timer()
         # What follows is another request's head.

@@ -24,6 +24,8 @@ from kserve_vllm.servers import http1
 from kserve_vllm.servers.certificates import Certificates
 
 if TYPE_CHECKING:
+    from google.protobuf.descriptor import FileDescriptor
+    from google.protobuf.descriptor_pool import DescriptorPool
     from google.protobuf.message import Message
     from starlette.types import ASGIApp
 
@@ -242,7 +244,7 @@ class GRPCServer:
         pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
-        servicer = reflection.aio.ReflectionServicer(service_names=names, pool=pool)  # type: ignore[attr-defined]
+        servicer = reflection.aio.ReflectionServicer(service_names=names, pool=_Symbols(pool))  # type: ignore[attr-defined]
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, target)
         if self._listen:
             self.port = await listener.open()
@@ -295,6 +297,38 @@ class GRPCServer:
         """Refuse new calls, give open ones `grace_s` seconds, then cancel what is left."""
         if self._listener is not None:
             await self._listener.close(grace_s)
+
+
+class _Symbols:
+    """A pool of descriptors in which methods and fields are found as well, by which ghz and others ask for their file.
+
+    Args:
+        pool: finds services, messages and enums.
+    """
+
+    def __init__(self, pool: DescriptorPool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
+        """The pool's.
+
+        Raises:
+            KeyError: nothing has this name.
+        """
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            within, _, name = symbol.rpartition(".")
+            found = self._pool.FindFileContainingSymbol(within)
+            of_service = found.services_by_name.get(within.rpartition(".")[2])
+            if of_service is not None and of_service.full_name == within and name in of_service.methods_by_name:
+                return found
+            if name not in self._pool.FindMessageTypeByName(within).fields_by_name:
+                raise
+            return found
 
 
 class _OwnListener:

@@ -9,7 +9,10 @@ from tests.compat.suites import (
     comply,
     drain,
     lm_eval,
+    load,
+    object_store,
     open_inference,
+    prism,
     proxies,
     sdk_tests,
 )
@@ -20,16 +23,17 @@ SUITES: list[Suite] = [
     *open_inference.SUITES,
     *clients.SUITES,
     *proxies.SUITES,
+    *prism.SUITES,
+    *load.SUITES,
+    *object_store.SUITES,
     *boofuzz_v2.SUITES,
     *lm_eval.SUITES,
     *drain.SUITES,
 ]
 
 NOT_RUN = {
-    "k6": "PyPI and npm have no program of it; its Go module is under the AGPL, of which nothing is built here. "
-    "V2 over REST and gRPC is put under load by `make bench`.",
-    "Prism": "a mock, and a proxy in front of a server, rather than a suite. What its mock is made for, the tests of "
-    "OpenAI's SDK, runs here against the server itself; llm-comply judges answers by OpenAI's description.",
+    "k6": "its Go module is under the AGPL, of which nothing is built here. What it would ask, V2 over REST and gRPC "
+    "and chats under load with checks of every answer, `vegeta` and `ghz` ask.",
     "Images, reasoning": "no model here sees anything or reasons. What suites ask of that is refused with a sentence, "
     "stands above as what the model lacks, and is not exercised.",
 }

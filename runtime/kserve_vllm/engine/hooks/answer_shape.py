@@ -1,5 +1,7 @@
 """Answers in the shape of the protocols' descriptions, where vLLM writes null for what may only be left out.
 
+And where it leaves out what may only be null: `refusal` beside the log-probabilities of a message.
+
 Fields of chats and of the usage that OpenAI's description does not let be null, and those of responses that Open
 Responses' does not, are left out where vLLM has nothing for them. Clients that check answers against the description
 refuse such an answer whole.
@@ -32,10 +34,11 @@ def leave_out_nulls() -> None:
     _without(chat.ChatMessage, "annotations", "function_call")
     _without(chat.ChatCompletionResponseChoice)
     _without(chat.ChatCompletionResponse, "service_tier")
+    _with_null(chat.ChatCompletionLogProbs, "refusal")
     _without(completion.CompletionResponse, "service_tier")
     _without(ResponseOutputMessage, "phase")
     _without(ResponseTextConfig, "verbosity")
-    _without(responses.ResponsesResponse)
+    _without(responses.ResponsesResponse, "user")
     for event in (
         ResponseOutputItemAddedEvent,
         ResponseOutputItemDoneEvent,
@@ -44,6 +47,16 @@ def leave_out_nulls() -> None:
         responses.ResponseCompletedEvent,
     ):
         _without(event)
+
+
+def _with_null(model: type[BaseModel], name: str) -> None:
+    """Have a class that takes fields beyond its own write this one as null, also where unset fields are left out."""
+    made = model.__init__
+
+    def init(self: BaseModel, /, **fields: object) -> None:
+        made(self, **{name: None, **fields})
+
+    model.__init__ = init  # type: ignore[method-assign]
 
 
 def _without(model: type[BaseModel], *names: str) -> None:

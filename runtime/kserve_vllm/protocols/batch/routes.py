@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
 from kserve_vllm.core.errors import InvalidRequest, NotFound
 from kserve_vllm.core.request_context import current
 from kserve_vllm.policy.tenants import NO_TENANT
+from kserve_vllm.protocols.batch.places import Streamed
 from kserve_vllm.protocols.batch.runner import ENDPOINTS, Runner
 from kserve_vllm.protocols.batch.store import Owner, Store
 from kserve_vllm.protocols.http import openapi as schemas
@@ -70,8 +71,11 @@ class BatchRoutes:
 
     async def content(self, file_id: str) -> Response:
         """A file's content."""
-        path = await asyncio.to_thread(self._store.content, _owner().tenant, file_id)
-        return FileResponse(path, media_type="application/octet-stream")
+        found = await asyncio.to_thread(self._store.content, _owner().tenant, file_id)
+        kind = "application/octet-stream"
+        if isinstance(found, Streamed):
+            return StreamingResponse(found.pieces, headers={"content-length": str(found.size)}, media_type=kind)
+        return FileResponse(found, media_type=kind)
 
     async def delete(self, file_id: str) -> Response:
         """Forget a file."""
@@ -110,22 +114,22 @@ class BatchRoutes:
         wanted = {"input_file_id": source, "endpoint": endpoint, "completion_window": window, "metadata": metadata}
         made = await asyncio.to_thread(store.add_batch, _owner(), wanted, window_s, keep_s)
         self._wake()
-        return _json(made)
+        return _json(_batch(made))
 
     async def batches(self, request: Request) -> Response:
         """The tenant's batches, a page at a time."""
         found = await asyncio.to_thread(self._store.list_batches, _owner().tenant)
-        return _page(request, found, "batches")
+        return _page(request, [_batch(each) for each in found], "batches")
 
     async def batch(self, batch_id: str) -> Response:
         """How a batch is doing."""
-        return _json(await asyncio.to_thread(self._store.batch, _owner().tenant, batch_id))
+        return _json(_batch(await asyncio.to_thread(self._store.batch, _owner().tenant, batch_id)))
 
     async def cancel(self, batch_id: str) -> Response:
         """Answer no more of a batch's requests."""
         found = await asyncio.to_thread(self._store.cancel, _owner().tenant, batch_id)
         self._wake()
-        return _json(found)
+        return _json(_batch(found))
 
     def router(self) -> APIRouter:
         """The routes."""
@@ -232,6 +236,11 @@ def _is_metadata(tree: object) -> bool:
         and len(tree) <= _PAIRS
         and all(isinstance(value, str) and len(name) <= 64 and len(value) <= 512 for name, value in tree.items())
     )
+
+
+def _batch(tree: dict[str, object]) -> dict[str, object]:
+    """A batch without what it has not come to: OpenAI's description lets `metadata` alone be null."""
+    return {name: value for name, value in tree.items() if value is not None or name == "metadata"}
 
 
 def _json(tree: object) -> Response:

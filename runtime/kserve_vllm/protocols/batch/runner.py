@@ -30,11 +30,9 @@ log = logging.getLogger(__name__)
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """What a batch may ask for, where the model does it."""
-_LOOK_EVERY_S = 2.0
 _SWEEP_EVERY_S = 3600.0
 _AFTER_FAILURE_S = 30.0
 _AT_ONCE = 4  # batches
-_SAVE_EVERY_S = 1.0
 _RETRY_MAX_S = 60.0
 _ERRORS_SHOWN = 100
 _AGAIN = (429, 503)
@@ -123,7 +121,7 @@ class Runner:
             except Exception:
                 log.exception("batches can't be looked at; trying again")
             try:
-                await asyncio.wait_for(self._changed.wait(), _LOOK_EVERY_S)
+                await asyncio.wait_for(self._changed.wait(), self._store.place.look_every_s)
             except TimeoutError:
                 continue
 
@@ -148,7 +146,7 @@ class Runner:
             log.exception("batch %s stopped; it is taken up again in %g s", batch_id, _AFTER_FAILURE_S)
             self._later[batch_id] = time.monotonic() + _AFTER_FAILURE_S
         finally:
-            taken.release()
+            await asyncio.to_thread(taken.release)
             self._running.pop(batch_id, None)
             if not self._stopping.is_set():
                 self._changed.set()
@@ -158,7 +156,7 @@ class Runner:
             await asyncio.to_thread(taken.finish, *taken.tree["_end"])
             return
         await asyncio.to_thread(taken.recall)
-        source = taken.folder / "input.jsonl"
+        source = taken.source
         if taken.tree["status"] == "validating":
             total, model, errors = await asyncio.to_thread(
                 check_lines, source, taken.tree["endpoint"], self._store.bounds.lines
@@ -339,13 +337,26 @@ class _Work:
         """See that the batch is cancelled, or late."""
         taken = self._taken
         while self._end is None:
-            if await asyncio.to_thread(lambda: taken.cancelled):
-                self._end = "cancelled", "batch_cancelled", "The batch was cancelled before this request was answered."
-                await asyncio.to_thread(lambda: taken.set(status="cancelling", cancelling_at=int(taken.store.now())))
-            elif taken.store.now() >= taken.tree["expires_at"]:
-                self._end = "expired", "batch_expired", "The completion window ended before this request was answered."
-            else:
-                await asyncio.sleep(_SAVE_EVERY_S)
+            try:
+                if await asyncio.to_thread(lambda: taken.cancelled):
+                    self._end = (
+                        "cancelled",
+                        "batch_cancelled",
+                        "The batch was cancelled before this request was answered.",
+                    )
+                    fields = {"status": "cancelling", "cancelling_at": int(taken.store.now())}
+                    await asyncio.to_thread(taken.set, **fields)
+                elif taken.store.now() >= taken.tree["expires_at"]:
+                    self._end = (
+                        "expired",
+                        "batch_expired",
+                        "The completion window ended before this request was answered.",
+                    )
+                else:
+                    await asyncio.sleep(taken.store.place.watch_every_s)
+            except Exception as error:  # a disk or object store that is away for now: looked at again
+                log.warning("batch %s can't be looked at: %s", taken.batch_id, error)
+                await asyncio.sleep(taken.store.place.watch_every_s)
         self._ended.set()
 
     async def _answer(self, line: Tree) -> None:
@@ -387,7 +398,7 @@ class _Work:
                 self._runner.count(each)
             if None in answers:
                 return
-            if time.monotonic() - saved > _SAVE_EVERY_S and self._end is None:
+            if time.monotonic() - saved > self._taken.store.place.watch_every_s and self._end is None:
                 saved = time.monotonic()
                 await asyncio.to_thread(self._taken.set)
 

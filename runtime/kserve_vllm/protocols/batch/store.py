@@ -1,35 +1,35 @@
-"""Files and batches of each tenant in a folder, which processes and replicas may share.
+"""Files and batches of each tenant in a folder or bucket, which processes and replicas may share.
 
-    DIR/tenants/NAME/files/ID.json, ID.data    a file of a client: what is known of it, and its content
-    DIR/tenants/NAME/batches/ID/batch.json     a batch, replaced as a whole
-                               input.jsonl     its requests: a second link to the file's content
-                               output.jsonl    answers with status 200, appended; becomes a file at the batch's end
-                               errors.jsonl    all others
-                               cancel          there once it is to be cancelled
-                               lock            held by the process that works on it
-    DIR/active/ID                              a batch that is not over; holds its tenant's name
+    tenants/NAME/files/ID.json, ID.data    a file of a client: what is known of it, and its content
+    tenants/NAME/batches/ID/batch.json     a batch, replaced as a whole
+                           input.jsonl     its requests: a copy of the file's content
+                           output.jsonl    answers with status 200, appended; becomes a file at the batch's end
+                           errors.jsonl    all others
+                           cancel          there once it is to be cancelled
+                           lock            held by the process that works on it
+    active/ID                              a batch that is not over; holds its tenant's name
 
-What is written is on the disk (fsync) before anyone is told of it. `batch.json` is written by who holds the lock alone;
-what it counts is counted again from the answers themselves when a batch is taken up. Functions here block: they are
-called in threads.
+In a bucket, which can't append, answers are pieces below `output.jsonl/` and `errors.jsonl/`; see `bucket`.
+
+What is written outlives this process and its machine (fsync, or an object) before anyone is told of it. `batch.json` is
+written by who holds the lock alone; what it counts is counted again from the answers themselves when a batch is taken
+up. Functions here block: they are called in threads.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from kserve_vllm.core.errors import ConfigError, InvalidRequest, NotFound
+from kserve_vllm.core.errors import InvalidRequest, NotFound
+from kserve_vllm.protocols.batch.places import ERRORS, INPUT, OUTPUT, Desk, Entry, Folder, Place, Streamed
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
@@ -41,7 +41,7 @@ _HIDDEN = "_"
 """Fields that begin with it are not shown to clients."""
 
 Tree = dict[str, Any]
-"""What stands in a JSON file of this folder, or in a line of one: written or checked by us, so its fields are known."""
+"""What stands in a JSON file here, or in a line of one: written or checked by us, so its fields are known."""
 
 
 @dataclass(frozen=True)
@@ -114,27 +114,34 @@ class Counts:
         }
 
 
-class Store:
-    """The folder.
-
-    Args:
-        path: of it; made if it is not there.
-        bounds: for each tenant.
-        clock: seconds of the wall clock.
+def place_of(where: str) -> Place:
+    """The place that `--batch-dir` names: a folder, or a bucket by `s3://BUCKET/PREFIX`.
 
     Raises:
-        ConfigError: it can't be written to, or its file system keeps no locks.
+        ConfigError: it can't be used.
+    """
+    if not where.startswith("s3://"):
+        return Folder(where)
+    from kserve_vllm.protocols.batch.bucket import Bucket
+
+    return Bucket(where)
+
+
+class Store:
+    """The files and batches of a place.
+
+    Args:
+        place: where they are kept.
+        bounds: for each tenant.
+        clock: seconds of the wall clock.
     """
 
-    def __init__(self, path: str, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
-        self.root = Path(path)
+    def __init__(self, place: Place, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
+        self.place = place
         self.bounds = bounds
         self._clock = clock
-        try:
-            (self.root / "active").mkdir(parents=True, exist_ok=True)
-            _check_locks(self.root)
-        except OSError as error:
-            raise ConfigError(f"--batch-dir {path} can't be used: {error.strerror}") from error
+        self._tenants: dict[str, str] = {}
+        """Of batches that are not over: whose they are does not change."""
 
     # Files
 
@@ -146,26 +153,22 @@ class Store:
         Raises:
             InvalidRequest: the tenant has as many, or as much, as it may.
         """
-        folder = self._files(tenant)
         content.seek(0, os.SEEK_END)
         size = content.tell()
         content.seek(0)
         self._check_room(tenant, size)
         file_id = f"file-{uuid.uuid4().hex}"
-        with (folder / f"{file_id}.data").open("xb") as kept:
-            shutil.copyfileobj(content, kept, 1 << 20)
-            kept.flush()
-            os.fsync(kept.fileno())
-        return self._describe(tenant, file_id, filename, purpose, keep_s)
+        self.place.keep(_data(tenant, file_id), content)
+        return self._describe(tenant, file_id, filename, purpose, size, keep_s)
 
     def _describe(
-        self, tenant: str, file_id: str, filename: str, purpose: str, keep_s: int | None
+        self, tenant: str, file_id: str, filename: str, purpose: str, size: int, keep_s: int | None
     ) -> dict[str, object]:
         now = self._clock()
         tree = {
             "id": file_id,
             "object": "file",
-            "bytes": (self._files(tenant) / f"{file_id}.data").stat().st_size,
+            "bytes": size,
             "created_at": int(now),
             "expires_at": int(now) + (KEEP_S if keep_s is None else keep_s),
             "filename": filename[:255],
@@ -173,7 +176,7 @@ class Store:
             "status": "processed",
             "_order": now,
         }
-        _write(self._files(tenant) / f"{file_id}.json", tree)
+        self._write(_about(tenant, file_id), tree)
         return _shown(tree)
 
     def file(self, tenant: str, file_id: str) -> dict[str, object]:
@@ -182,35 +185,37 @@ class Store:
         Raises:
             NotFound: the tenant has none of that id.
         """
-        tree = _read(self._files(tenant) / f"{file_id}.json") if FILE_ID.fullmatch(file_id) else None
+        tree = self._read(_about(tenant, file_id)) if FILE_ID.fullmatch(file_id) else None
         if tree is None or tree["expires_at"] <= self._clock():
-            raise NotFound(f"there is no file {file_id[:64]!r}", field="id")
+            raise _no_file(file_id)
         return _shown(tree)
 
-    def content(self, tenant: str, file_id: str) -> Path:
-        """Where a file's content is.
+    def content(self, tenant: str, file_id: str) -> Path | Streamed:
+        """A file's content.
 
         Raises:
             NotFound: the tenant has none of that id.
         """
         self.file(tenant, file_id)
-        return self._files(tenant) / f"{file_id}.data"
+        try:
+            return self.place.content(_data(tenant, file_id))
+        except FileNotFoundError:
+            raise _no_file(file_id) from None
 
     def delete_file(self, tenant: str, file_id: str) -> None:
-        """Forget a file. A batch that works on it goes on: it has a link of its own.
+        """Forget a file. A batch that works on it goes on: it has a copy of its own.
 
         Raises:
             NotFound: the tenant has none of that id.
         """
         self.file(tenant, file_id)
-        for suffix in (".json", ".data"):
-            (self._files(tenant) / f"{file_id}{suffix}").unlink(missing_ok=True)
+        self.place.remove(_about(tenant, file_id), _data(tenant, file_id))
 
     def list_files(self, tenant: str) -> list[dict[str, object]]:
         """All files of a tenant, the newest first."""
         now = self._clock()
-        found = [tree for tree in map(_read, self._files(tenant).glob("file-*.json")) if tree is not None]
-        return [_shown(tree) for tree in _newest_first(found) if tree["expires_at"] > now]
+        keys = [each.key for each in self.place.entries(_files(tenant)) if each.key.endswith(".json")]
+        return [_shown(tree) for tree in _newest_first(self._trees(keys)) if tree["expires_at"] > now]
 
     # Batches
 
@@ -227,21 +232,20 @@ class Store:
             NotFound: the tenant has no such file.
             InvalidRequest: the tenant has as many batches as it may.
         """
-        source = self.content(owner.tenant, wanted["input_file_id"])
+        source: str = wanted["input_file_id"]
+        self.file(owner.tenant, source)
         self._check_room(owner.tenant, 0)
-        batches = self._batches(owner.tenant)
-        if sum(1 for _ in batches.glob("batch_*")) >= self.bounds.files:
+        if len(self._batch_keys(owner.tenant)) >= self.bounds.files:
             raise InvalidRequest(
                 f"there are {self.bounds.files} batches already, as many as are kept (--batch-max-files)"
             )
         now = self._clock()
         batch_id = f"batch_{uuid.uuid4().hex}"
-        folder = batches / batch_id
-        folder.mkdir()
+        key = _batch(owner.tenant, batch_id)
         try:
-            os.link(source, folder / "input.jsonl")
-        except OSError:  # a file system without links
-            shutil.copyfile(source, folder / "input.jsonl")
+            self.place.copy(_data(owner.tenant, source), f"{key}/{INPUT}")
+        except FileNotFoundError:
+            raise _no_file(source) from None
         tree = {
             "id": batch_id,
             "object": "batch",
@@ -256,8 +260,8 @@ class Store:
             "_errors": f"file-{uuid.uuid4().hex}",
             **Counts().shown(),
         }
-        _write(folder / "batch.json", tree)
-        _write(self.root / "active" / batch_id, {"tenant": owner.tenant})
+        self._write(f"{key}/batch.json", tree)
+        self._write(f"active/{batch_id}", {"tenant": owner.tenant})
         return _batch_shown(tree)
 
     def batch(self, tenant: str, batch_id: str) -> dict[str, object]:
@@ -266,20 +270,16 @@ class Store:
         Raises:
             NotFound: the tenant has none of that id.
         """
-        folder = self._batches(tenant) / batch_id
-        tree = _read(folder / "batch.json") if BATCH_ID.fullmatch(batch_id) else None
+        key = _batch(tenant, batch_id)
+        tree = self._read(f"{key}/batch.json") if BATCH_ID.fullmatch(batch_id) else None
         if tree is None:
             raise NotFound(f"there is no batch {batch_id[:64]!r}", field="id")
-        return _batch_shown(_with_cancel(folder, tree))
+        return _batch_shown(self._with_cancel(key, tree))
 
     def list_batches(self, tenant: str) -> list[dict[str, object]]:
         """All batches of a tenant, the newest first."""
-        found = []
-        for path in self._batches(tenant).glob("batch_*/batch.json"):
-            tree = _read(path)
-            if tree is not None:
-                found.append(_with_cancel(path.parent, tree))
-        return [_batch_shown(tree) for tree in _newest_first(found)]
+        found = self._trees(self._batch_keys(tenant))
+        return [_batch_shown(self._with_cancel(_batch(tenant, tree["id"]), tree)) for tree in _newest_first(found)]
 
     def cancel(self, tenant: str, batch_id: str) -> dict[str, object]:
         """Have a batch cancelled by whoever works on it.
@@ -291,58 +291,65 @@ class Store:
         found = self.batch(tenant, batch_id)
         if found["status"] in OVER or found["status"] == "finalizing":
             raise InvalidRequest(f"the batch is {found['status']} and can't be cancelled any more", field="id")
-        path = self._batches(tenant) / batch_id / "cancel"
-        if not path.exists():
-            _write(path, {"at": int(self._clock())})
+        key = f"{_batch(tenant, batch_id)}/cancel"
+        if self.place.read(key) is None:
+            self._write(key, {"at": int(self._clock())})
         return self.batch(tenant, batch_id)
 
     def active(self) -> Iterator[tuple[str, str]]:
         """(tenant, id) of all batches that are not over, of all tenants, the oldest first."""
-        found = []
-        for path in (self.root / "active").iterdir():
-            tree = _read(path) if BATCH_ID.fullmatch(path.name) else None
-            if tree is not None:
-                with suppress(OSError):
-                    found.append((path.stat().st_mtime, tree["tenant"], path.name))
-        for _, tenant, batch_id in sorted(found):
-            yield tenant, batch_id
+        found = [
+            (entry.changed_at, entry.key.rpartition("/")[2])
+            for entry in self.place.entries("active/")
+            if BATCH_ID.fullmatch(entry.key.rpartition("/")[2])
+        ]
+        known = {batch_id: self._tenants.get(batch_id) for _, batch_id in found}
+        new = [batch_id for batch_id, tenant in known.items() if tenant is None]
+        for batch_id, data in zip(new, self.place.read_all(f"active/{each}" for each in new), strict=True):
+            tree = _tree(data)
+            known[batch_id] = None if tree is None else tree["tenant"]
+        self._tenants = {batch_id: tenant for batch_id, tenant in known.items() if tenant is not None}
+        for _, batch_id in sorted(found):
+            if (tenant := self._tenants.get(batch_id)) is not None:
+                yield tenant, batch_id
 
     def take(self, tenant: str, batch_id: str) -> Taken | None:
         """Take up a batch; None where another process works on it, or it is over."""
-        folder = self._batches(tenant) / batch_id
-        try:
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:
+        key = _batch(tenant, batch_id)
+        desk = self.place.desk(key)
+        if desk is None:
             return None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            return None
-        tree = _read(folder / "batch.json")
+            tree = _tree(desk.read())
+        except BaseException:
+            desk.release()
+            raise
         if tree is None or tree["status"] in OVER:
-            (self.root / "active" / batch_id).unlink(missing_ok=True)
-            os.close(lock)
+            self.place.remove(f"active/{batch_id}")
+            desk.release()
             return None
-        return Taken(self, tenant, folder, tree, lock)
+        return Taken(self, tenant, desk, tree)
 
     def sweep(self) -> None:
         """Remove what has expired."""
         now = self._clock()
-        for path in self.root.glob("tenants/*/files/file-*.json"):
-            tree = _read(path)
-            if tree is not None and tree["expires_at"] <= now:
-                path.with_suffix(".data").unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-        for path in self.root.glob("tenants/*/files/file-*.data"):
-            # What an upload left behind that a crash ended.
-            with suppress(OSError):
-                if not path.with_suffix(".json").exists() and path.stat().st_mtime + 86_400 <= now:
-                    path.unlink()
-        for path in self.root.glob("tenants/*/batches/batch_*/batch.json"):
-            tree = _read(path)
+        kept: dict[str, list[Entry]] = {}
+        """What belongs together, by what its keys begin with: a file, or a batch."""
+        for entry in self.place.entries("tenants/"):
+            if entry.key.count("/") >= 3:
+                kept.setdefault(_whole(entry.key), []).append(entry)
+        batches = [f"{name}/batch.json" for name in kept if "/batches/" in name]
+        files = [f"{name}.json" for name in kept if "/files/" in name]
+        for name, data in zip(batches, self.place.read_all(batches), strict=True):
+            tree = _tree(data)
             if tree is not None and tree["status"] in OVER and tree["created_at"] + 2 * KEEP_S <= now:
-                shutil.rmtree(path.parent, ignore_errors=True)
+                self.place.remove(*(entry.key for entry in kept[name.removesuffix("/batch.json")]))
+        for name, data in zip(files, self.place.read_all(files), strict=True):
+            tree, entries = _tree(data), kept[name.removesuffix(".json")]
+            # Without a description, it is what an upload left behind that a crash ended.
+            lost = data is None and all(entry.changed_at + 86_400 <= now for entry in entries)
+            if lost or (tree is not None and tree["expires_at"] <= now):
+                self.place.remove(*(entry.key for entry in entries))
 
     def now(self) -> float:
         """Seconds of the wall clock."""
@@ -350,18 +357,16 @@ class Store:
 
     def move_results(self, taken: Taken, name: str, file_id: str, keep_s: int | None) -> str | None:
         """Make a file of a batch's results; its id, or None where there are none. Again, it does the same."""
-        target = self._files(taken.tenant) / f"{file_id}.data"
-        source = taken.folder / f"{name}.jsonl"
-        if source.exists() and source.stat().st_size:
-            os.replace(source, target)
-        if not target.exists():
+        size = taken.desk.hand_in(name, _data(taken.tenant, file_id))
+        if size is None:
             return None
-        if _read(target.with_suffix(".json")) is None:
-            self._describe(taken.tenant, file_id, f"{taken.folder.name}_{name}.jsonl", "batch_output", keep_s)
+        if self._read(_about(taken.tenant, file_id)) is None:
+            called = f"{taken.batch_id}_{name}"
+            self._describe(taken.tenant, file_id, called, "batch_output", size, keep_s)
         return file_id
 
     def _check_room(self, tenant: str, size: int) -> None:
-        kept = [path.stat().st_size for path in self._files(tenant).glob("file-*.data")]
+        kept = [each.size for each in self.place.entries(_files(tenant)) if each.key.endswith(".data")]
         if len(kept) >= self.bounds.files:
             raise InvalidRequest(
                 f"there are {len(kept)} files already, as many as are kept (--batch-max-files); delete some",
@@ -373,11 +378,26 @@ class Store:
                 field="file",
             )
 
-    def _files(self, tenant: str) -> Path:
-        return _made(self.root / "tenants" / tenant / "files")
+    def _batch_keys(self, tenant: str) -> list[str]:
+        entries = self.place.entries(f"tenants/{tenant}/batches/")
+        return [each.key for each in entries if each.key.endswith("/batch.json")]
 
-    def _batches(self, tenant: str) -> Path:
-        return _made(self.root / "tenants" / tenant / "batches")
+    def _with_cancel(self, key: str, tree: Tree) -> Tree:
+        """A batch whose client has cancelled it, and whose worker has not seen that yet."""
+        if tree["status"] in OVER or tree["status"] == "finalizing":
+            return tree
+        mark = self._read(f"{key}/cancel")
+        return tree if mark is None else {**tree, "status": "cancelling", "cancelling_at": mark["at"]}
+
+    def _read(self, key: str) -> Tree | None:
+        return _tree(self.place.read(key))
+
+    def _trees(self, keys: Iterable[str]) -> list[Tree]:
+        found = map(_tree, self.place.read_all(keys))
+        return [tree for tree in found if tree is not None]
+
+    def _write(self, key: str, tree: Mapping[str, object]) -> None:
+        self.place.write(key, json.dumps(tree).encode())
 
 
 class Taken:
@@ -386,16 +406,13 @@ class Taken:
     Args:
         store: it is of.
         tenant: it is of.
-        folder: of the batch.
+        desk: its files on a disk.
         tree: `batch.json`.
-        lock: open file that holds the lock.
     """
 
-    def __init__(self, store: Store, tenant: str, folder: Path, tree: Tree, lock: int) -> None:
-        self.store, self.tenant, self.folder, self.tree = store, tenant, folder, tree
-        self._lock = lock
-        self._output: IO[bytes] | None = None
-        self._errors: IO[bytes] | None = None
+    def __init__(self, store: Store, tenant: str, desk: Desk, tree: Tree) -> None:
+        self.store, self.tenant, self.desk, self.tree = store, tenant, desk, tree
+        self.batch_id: str = tree["id"]
         counted, used = tree["request_counts"], tree["usage"]
         self.counts = Counts(
             counted["total"],
@@ -417,38 +434,39 @@ class Taken:
         return Owner(self.tenant, self.tree["_key_id"])
 
     @property
+    def source(self) -> Path:
+        """Its requests, once they were recalled."""
+        return self.desk.folder / INPUT
+
+    @property
     def cancelled(self) -> bool:
         """Whether its client wants it ended."""
-        return (self.folder / "cancel").exists()
+        return self.store.place.read(f"{_batch(self.tenant, self.batch_id)}/cancel") is not None
 
     def set(self, **fields: object) -> None:
         """Change what is known of it."""
         self.tree = {**self.tree, **fields, **self.counts.shown()}
-        _write(self.folder / "batch.json", self.tree)
+        self.desk.write(json.dumps(self.tree).encode())
 
     def recall(self) -> None:
         """Read which requests have an answer. What a crash left half written is cut off."""
         self.counts = Counts(total=self.counts.total)
         self.done = set()
-        for name in ("output", "errors"):
-            path = self.folder / f"{name}.jsonl"
-            for answer in whole_lines(path):
+        self.desk.fetch()
+        for name in (OUTPUT, ERRORS):
+            for answer in whole_lines(self.desk.folder / name):
                 self.done.add(answer["custom_id"])
                 self.counts.add(answer)
-        self._output = (self.folder / "output.jsonl").open("ab")
-        self._errors = (self.folder / "errors.jsonl").open("ab")
-        _sync_folder(self.folder)
 
     def append(self, answers: list[Tree]) -> None:
-        """Keep answers; when this returns they are on the disk."""
-        assert self._output is not None
-        assert self._errors is not None
+        """Keep answers; when this returns they outlive this process and its machine."""
+        lines: dict[str, list[bytes]] = {OUTPUT: [], ERRORS: []}
         for answer in answers:
             good = (answer["response"] or {}).get("status_code") == 200
-            (self._output if good else self._errors).write(json.dumps(answer).encode() + b"\n")
-        for file in (self._output, self._errors):
-            file.flush()
-            os.fsync(file.fileno())
+            lines[OUTPUT if good else ERRORS].append(json.dumps(answer).encode() + b"\n")
+        for name, found in lines.items():
+            if found:
+                self.desk.append(name, b"".join(found))
         for answer in answers:
             self.done.add(answer["custom_id"])
             self.counts.add(answer)
@@ -457,30 +475,19 @@ class Taken:
         """Make files of the results, and end the batch."""
         store, keep_s = self.store, self.tree["_keep_s"]
         self.set(status="finalizing", finalizing_at=int(store.now()), _end=[status, at])
-        self._close()
-        output = store.move_results(self, "output", self.tree["_output"], keep_s)
-        errors = store.move_results(self, "errors", self.tree["_errors"], keep_s)
+        output = store.move_results(self, OUTPUT, self.tree["_output"], keep_s)
+        errors = store.move_results(self, ERRORS, self.tree["_errors"], keep_s)
         self.end(status, at, output_file_id=output, error_file_id=errors, **fields)
 
     def end(self, status: str, at: str, **fields: object) -> None:
         """End the batch; `at` names the field that says when."""
         self.set(status=status, **{at: int(self.store.now())}, **fields)
-        for name in ("input.jsonl", "output.jsonl", "errors.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
-        (self.store.root / "active" / self.folder.name).unlink(missing_ok=True)
+        self.desk.clear()
+        self.store.place.remove(f"active/{self.batch_id}")
 
     def release(self) -> None:
         """Let others take it up."""
-        self._close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-    def _close(self) -> None:
-        for file in (self._output, self._errors):
-            if file is not None and not file.closed:
-                with suppress(OSError):
-                    file.close()
+        self.desk.release()
 
 
 def whole_lines(path: Path) -> Iterator[Tree]:
@@ -502,14 +509,6 @@ def whole_lines(path: Path) -> Iterator[Tree]:
         os.fsync(file.fileno())
 
 
-def _with_cancel(folder: Path, tree: Tree) -> Tree:
-    """A batch whose client has cancelled it, and whose worker has not seen that yet."""
-    if tree["status"] in OVER or tree["status"] == "finalizing":
-        return tree
-    mark = _read(folder / "cancel")
-    return tree if mark is None else {**tree, "status": "cancelling", "cancelling_at": mark["at"]}
-
-
 def _batch_shown(tree: Mapping[str, object]) -> dict[str, object]:
     """All of OpenAI's fields, as its SDK has them."""
     times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
@@ -525,53 +524,35 @@ def _newest_first(trees: list[Tree]) -> list[Tree]:
     return sorted(trees, key=lambda tree: (tree["_order"], tree["id"]), reverse=True)
 
 
-def _made(folder: Path) -> Path:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _files(tenant: str) -> str:
+    return f"tenants/{tenant}/files/"
 
 
-def _read(path: Path) -> Tree | None:
+def _about(tenant: str, file_id: str) -> str:
+    return f"{_files(tenant)}{file_id}.json"
+
+
+def _data(tenant: str, file_id: str) -> str:
+    return f"{_files(tenant)}{file_id}.data"
+
+
+def _batch(tenant: str, batch_id: str) -> str:
+    return f"tenants/{tenant}/batches/{batch_id}"
+
+
+def _whole(key: str) -> str:
+    """What the keys of a file, or of a batch, begin with: `tenants/NAME/files/ID` or `tenants/NAME/batches/ID`."""
+    top, tenant, kind, name = key.split("/")[:4]
+    return f"{top}/{tenant}/{kind}/{name.partition('.')[0]}"
+
+
+def _no_file(file_id: str) -> NotFound:
+    return NotFound(f"there is no file {file_id[:64]!r}", field="id")
+
+
+def _tree(data: bytes | None) -> Tree | None:
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        tree = None if data is None else json.loads(data)
+    except ValueError:
         return None
     return tree if isinstance(tree, dict) else None
-
-
-def _write(path: Path, tree: Mapping[str, object]) -> None:
-    """Replace a file as a whole: a reader sees the old or the new one, also after a crash."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with beside.open("xb") as file:
-        file.write(json.dumps(tree).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _check_locks(root: Path) -> None:
-    """Two locks on one file must not both be had, or two replicas would work on one batch.
-
-    Raises:
-        ConfigError: they are.
-    """
-    path = root / f".lock.{uuid.uuid4().hex}"
-    first, second = (os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for _ in range(2))
-    try:
-        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with suppress(BlockingIOError):
-            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            raise ConfigError(f"--batch-dir {root}: its file system keeps no locks (flock)")
-    finally:
-        os.close(first)
-        os.close(second)
-        path.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
         name = _string(item, "name", where)
         datatype = _string(item, "datatype", where).upper()
         shape = _shape(item.get("shape"), where)
-        parameters = _parameters(item, where)
+        parameters = _of_tensor(_parameters(item, where), where)
         tensor = InferInput(name, shape, datatype, parameters=parameters)
         size = parameters.get("binary_data_size")
         if size is not None:
@@ -128,7 +128,9 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
     if offset != len(binary):
         raise InvalidRequest(f"{len(binary) - offset} bytes of binary data belong to no input", field="inputs")
     outputs = [
-        RequestedOutput(_string(item, "name", f"outputs[{i}]"), _parameters(item, f"outputs[{i}]"))
+        RequestedOutput(
+            _string(item, "name", f"outputs[{i}]"), _of_tensor(_parameters(item, f"outputs[{i}]"), f"outputs[{i}]")
+        )
         for i, item in enumerate(_objects(tree, "outputs", required=False))
     ]
     request_id = tree.get("id")
@@ -204,8 +206,10 @@ def from_grpc(request: pb2.ModelInferRequest) -> InferRequest:
     for position, message in enumerate(request.inputs):
         datatype = message.datatype.upper()
         shape = list(message.shape[: _MAX_RANK + 1])
-        tensor = InferInput(message.name, shape, datatype, parameters=grpc_parameters(message.parameters))
-        _shape(tensor.shape, f"inputs[{position}]")
+        where = f"inputs[{position}]"
+        parameters = _of_tensor(grpc_parameters(message.parameters), where)
+        tensor = InferInput(message.name, shape, datatype, parameters=parameters)
+        _shape(tensor.shape, where)
         if raw:
             if message.HasField("contents"):
                 raise InvalidRequest(
@@ -228,7 +232,11 @@ def from_grpc(request: pb2.ModelInferRequest) -> InferRequest:
         from_grpc=True,
         raw_inputs=None,
         parameters=grpc_parameters(request.parameters),
-        request_outputs=[RequestedOutput(o.name, grpc_parameters(o.parameters)) for o in request.outputs] or None,
+        request_outputs=[
+            RequestedOutput(o.name, _of_tensor(grpc_parameters(o.parameters), f"outputs[{i}]"))
+            for i, o in enumerate(request.outputs)
+        ]
+        or None,
         model_version=request.model_version or None,
     )
 
@@ -424,6 +432,22 @@ def _parameters(item: Mapping[str, object], where: str) -> dict[str, object]:
     if len(value) > MAX_PARAMETERS:
         raise InvalidRequest(f"{where}.parameters has more than {MAX_PARAMETERS} entries", field="parameters")
     return value
+
+
+def _of_tensor(parameters: dict[str, object], where: str) -> dict[str, object]:
+    """A tensor's parameters, without those of Triton's that would be answered as if they had not been there.
+
+    Raises:
+        InvalidRequest: one of its extensions is asked for, which are not done here.
+    """
+    if "shared_memory_region" in parameters:
+        raise InvalidRequest(
+            f"{where}: shared memory is not used here; send the data in the request, and take it from the answer",
+            field="shared_memory_region",
+        )
+    if parameters.get("classification"):
+        raise InvalidRequest(f"{where}: the outputs of a text model have no classes", field="classification")
+    return parameters
 
 
 def _short(item: object) -> str:
