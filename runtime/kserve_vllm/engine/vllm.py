@@ -244,7 +244,7 @@ class VLLMEngine:
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
-        guards.check_models(sequences, self._loras.plain)
+        guards.check_models(sequences, self._loras.plain, self.plain)
         self.intake = SubmissionHooks(
             self.client, sequences, prioritized, cache, model, lambda: self.names[0], self._loras.plain
         )
@@ -459,6 +459,10 @@ class VLLMEngine:
                 return ModelInfo(path.name, path.model_path, None, self.served)
         adapter = self.adapters.find(name)
         return None if adapter is None else self._info(adapter)
+
+    def plain(self, name: str) -> str:
+        """A name that was asked for, as lists have it, whether there is such a model or not."""
+        return name if name in self.names else self.adapters.plain(name)
 
     def _info(self, adapter: Adapter) -> ModelInfo:
         declared, loaded = adapter.declared, self.served and adapter.version is not None

@@ -146,19 +146,22 @@ class Permits(Protocol):
     """Says which models a request may use, and may know of."""
 
     def permit(self, context: RequestContext, adapter: str | None, asked: str | None = None) -> None:
-        """Let a request use the base model (None) or an adapter, or raise a `RequestError`."""
+        """Let a request use the base model (None, or one of its names) or an adapter, or raise a `RequestError`."""
 
     def knows_base(self, context: RequestContext) -> bool:
         """Whether the caller of a request may know the names of the base model."""
 
 
-def check_models(permits: Permits, plain: Callable[[str], str]) -> None:
+def check_models(permits: Permits, plain: Callable[[str], str], named: Callable[[str], str]) -> None:
     """Ask `permits` wherever vLLM looks whether a model is there: that is the first thing that its handlers do, also
     those that ask nothing of the engine, as for tokens and their number.
+
+    Who may not use a name is told the same whether there is such a model or not.
 
     Args:
         permits: is asked.
         plain: tells the name of an adapter for its name in the engine.
+        named: tells the name that lists have for one that a client has asked for, whether it is there or not.
     """
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -171,18 +174,17 @@ def check_models(permits: Permits, plain: Callable[[str], str]) -> None:
             context = current.get()
             if context is None:
                 return found
-            if found is not None:
-                if not permits.knows_base(context) and hasattr(found, "error"):
-                    # vLLM's sentence goes on with the names that there are.
-                    found.error.message = f"The model `{request.model}` does not exist."
-                return found
             lora = getattr(self.models, "lora_requests", {}).get(request.model)
+            adapter = plain(lora.lora_name) if lora is not None else named(request.model) if request.model else None
             try:
-                permits.permit(context, plain(lora.lora_name) if lora is not None else None, request.model or None)
+                permits.permit(context, adapter, request.model or None)
             except RequestError as error:
                 context.refusal = error
                 raise
-            return None
+            if found is not None and not permits.knows_base(context) and hasattr(found, "error"):
+                # vLLM's sentence goes on with the names that there are.
+                found.error.message = f"The model `{request.model}` does not exist."
+            return found
 
         return check_model
 
