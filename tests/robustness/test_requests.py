@@ -140,6 +140,26 @@ def generate(**parameters: Any) -> dict[str, Any]:
     return {"text_input": SUM, "parameters": parameters}
 
 
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "demo", "prompt": "a", "max_tokens": 2, **fields}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2, **fields}
+
+
+def formatted(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def tool(schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+
+
+PROPERTIES = {f"p{number}": {"type": "string"} for number in range(800)}
+SLOW = {"type": "object", "properties": PROPERTIES, "minProperties": 200, "maxProperties": 400}
+ODD = {"type": "object", "properties": {"a": {"type": "string"}}, "patternProperties": {"b": {"type": "string"}}}
+
 FAULTS: list[tuple[str, str, Any]] = [
     ("V1: structured_outputs is a text", PREDICT, instance(structured_outputs="x")),
     ("V1: structured_outputs is a list", PREDICT, instance(structured_outputs=[1])),
@@ -167,6 +187,37 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("OpenAI: in the JSON", CHAT, f'{{"model": "demo", "messages": [], "seed": {LONG}}}'),
     ("OpenAI: in a stream's JSON", COMPLETIONS, f'{{"model": "demo", "prompt": "a", "stream": true, "seed": {LONG}}}'),
     ("Anthropic: in the JSON", MESSAGES, f'{{"model": "demo", "messages": [], "max_tokens": {LONG}}}'),
+    ("V1: too many stop strings", PREDICT, instance(stop=["x"] * 129)),
+    ("V2: too many stop strings", INFER, tensor(stop=json.dumps(["x"] * 129))),
+    ("generate: too many forbidden words", GENERATE, generate(bad_words=json.dumps(["x"] * 1001))),
+    ("OpenAI: too many answers", COMPLETIONS, {"model": "demo", "prompt": "a", "n": 129}),
+    ("OpenAI: too many stop strings in a stream", COMPLETIONS, completion(stop=["x"] * 129, stream=True)),
+    ("OpenAI: too many forbidden words in a stream", CHAT, chat(bad_words=["x"] * 1001, stream=True)),
+    ("OpenAI: a bias for too many tokens", CHAT, chat(logit_bias=dict.fromkeys(range(4097), 1))),
+    ("OpenAI: a schema that takes seconds", CHAT, chat(structured_outputs={"json": SLOW})),
+    ("OpenAI: the same as a format", CHAT, chat(response_format=formatted(SLOW), stream=True)),
+    ("OpenAI: the same in a tool that has to be called", CHAT, chat(tools=[tool(SLOW)], tool_choice="required")),
+    ("OpenAI: a schema for a third backend", CHAT, chat(structured_outputs={"json": ODD})),
+    (
+        "OpenAI: a slow schema of a response",
+        RESPONSES,
+        {
+            "model": "demo",
+            "input": "a",
+            "stream": True,
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": SLOW}},
+        },
+    ),
+    (
+        "Anthropic: too many stop strings",
+        MESSAGES,
+        {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "a"}],
+            "max_tokens": 2,
+            "stop_sequences": ["x"] * 129,
+        },
+    ),
     (
         "OpenAI: structured_outputs is a text",
         CHAT,

@@ -358,6 +358,32 @@ TABLE: tuple[Touchpoint, ...] = (
         "InputProcessor._validate_params",
     ),
     *_rows(
+        "what would hold up everybody is refused in front of the engine",
+        "refuse",
+        "exists",
+        "vllm.sampling_params",
+        " ".join(f"SamplingParams.{name}" for name in ("stop", "bad_words", "stop_token_ids", "logit_bias"))
+        + " SamplingParams.structured_outputs "
+        + " ".join(
+            f"StructuredOutputsParams.{name}" for name in ("json", "regex", "choice", "grammar", "structural_tag")
+        ),
+    ),
+    *_rows(
+        "a client does not choose the engine's backend of structured outputs",
+        "refuse",
+        "holds",
+        "vllm.sampling_params",
+        "SamplingParams._validate_structured_outputs",
+        holds="validate_structured_output_request_outlines(self)",
+    ),
+    *_rows(
+        "a client does not choose the engine's backend of structured outputs",
+        "refuse",
+        "exists",
+        "vllm.v1.structured_output.backend_outlines",
+        "validate_structured_output_request_outlines",
+    ),
+    *_rows(
         "what would end the engine is refused in front of it",
         "refuse",
         "signature",

@@ -25,6 +25,7 @@ from kserve_vllm.engine.faults import (
     speaks_python,
     unsendable,
 )
+from kserve_vllm.engine.hooks.costs import check_costs
 from kserve_vllm.engine.hooks.validation_messages import plain_words, sentence_of_a_part, sentence_of_validation
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _NO_FAULT = (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def guard_engine(client: AsyncLLM) -> None:
-    """Refuse, in front of the engine, what would end it or can't be sent to it.
+    """Refuse, in front of the engine, what would end it, hold up all others, or can't be sent to it.
 
     On a CPU, prompt log probabilities of a model with adapters take the logits of every prompt token through a mapping
     that has one row per sequence; the worker dies of it as soon as two sequences run, and with it every request.
@@ -52,12 +53,21 @@ def guard_engine(client: AsyncLLM) -> None:
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
+    from vllm.sampling_params import SamplingParams
 
     processor, core = client.input_processor, client.engine_core
     validate, send = processor._validate_params, core.add_request_async
     no_prompt_logprobs = client.vllm_config.lora_config is not None and current_platform.is_cpu()
 
     def validate_params(params: object, supported_tasks: tuple[str, ...]) -> object:
+        if isinstance(params, SamplingParams):
+            try:
+                check_costs(params)
+            except RequestError as error:
+                if (context := current.get()) is not None:
+                    # A stream's answer may have begun for vLLM, and not for the client.
+                    context.refusal = error
+                raise VLLMValidationError(error.message, parameter=error.field) from error
         if no_prompt_logprobs and getattr(params, "prompt_logprobs", None) is not None:
             raise VLLMValidationError(
                 "prompt_logprobs (and echo with logprobs) can't be had on a CPU together with adapters",
@@ -80,7 +90,29 @@ def guard_engine(client: AsyncLLM) -> None:
             raise VLLMValidationError(f"{name} can't be used: {error}", parameter=name) from error
 
     processor._validate_params, core.add_request_async = validate_params, add_request
+    if client.vllm_config.structured_outputs_config.backend == "auto":
+        leave_out_outlines()
     take_up_whole(client)
+
+
+def leave_out_outlines() -> None:
+    """Refuse a schema which neither of the backends takes that are chosen by request.
+
+    vLLM goes on to a third one, outlines, whose expressions grow with the square of a schema's properties, and are read
+    on the event loop. The engine has one backend, that of its first request: from then on it would refuse every other's
+    `json_object` and grammar.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.structured_output import backend_outlines
+
+    def refuse(params: SamplingParams) -> None:
+        raise VLLMValidationError(
+            "structured_outputs: this schema has parts that are not understood, such as patternProperties beside "
+            "properties (--structured-outputs-config with the backend outlines may take it)",
+            parameter="structured_outputs",
+        )
+
+    backend_outlines.validate_structured_output_request_outlines = refuse
 
 
 def take_up_whole(client: AsyncLLM) -> None:
