@@ -43,6 +43,7 @@ PAGE = (ROOT / "docs/reference/bounds.md").read_text()
             "squares of the properties of each object that may be left out, times `minProperties` or `maxProperties`",
             [costs.MAX_ORDERS],
         ),
+        ("`minItems`, `maxItems` and their like in a schema, together", [costs.MAX_ITEMS]),
         ("structures of a structural tag", [costs.MAX_TAGS]),
     ],
 )

@@ -158,6 +158,7 @@ def tool(schema: Any) -> dict[str, Any]:
 
 PROPERTIES = {f"p{number}": {"type": "string"} for number in range(800)}
 SLOW = {"type": "object", "properties": PROPERTIES, "minProperties": 200, "maxProperties": 400}
+ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000_000_000}
 ODD = {"type": "object", "properties": {"a": {"type": "string"}}, "patternProperties": {"b": {"type": "string"}}}
 
 FAULTS: list[tuple[str, str, Any]] = [
@@ -197,6 +198,14 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("OpenAI: a schema that takes seconds", CHAT, chat(structured_outputs={"json": SLOW})),
     ("OpenAI: the same as a format", CHAT, chat(response_format=formatted(SLOW), stream=True)),
     ("OpenAI: the same in a tool that has to be called", CHAT, chat(tools=[tool(SLOW)], tool_choice="required")),
+    ("OpenAI: a schema of items without end", CHAT, chat(structured_outputs={"json": ENDLESS})),
+    (
+        "OpenAI: an error that repeats 40 KiB",
+        CHAT,
+        chat(structured_outputs={"regex": "(" * 20_000 + "a" + ")" * 20_000}),
+    ),
+    ("OpenAI: a name of 100 KiB", CHAT, chat(model="x" * 100_000)),
+    ("V2: a schema of items without end", INFER, tensor(structured_outputs=json.dumps({"json": ENDLESS}))),
     ("OpenAI: a schema for a third backend", CHAT, chat(structured_outputs={"json": ODD})),
     (
         "OpenAI: a slow schema of a response",
@@ -232,6 +241,7 @@ def test_a_clients_fault_is_no_fault_of_ours(server: Server, promise: str, path:
     answer = httpx.post(server.url + path, content=content, headers={"content-type": "application/json"}, timeout=60)
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]
+    assert len(answer.text) < 2000
 
 
 def test_a_length_of_thousands_of_digits_is_refused(server: Server) -> None:

@@ -63,6 +63,11 @@ GRAMMARS: list[tuple[str, Any, Any]] = [
     ("json", {"anyOf": [optional(500), optional(500)]}, {"anyOf": [optional(500), {"items": optional(501)}]}),
     ("json", optional(100, maxProperties=50), optional(100, maxProperties=51)),
     ("json", optional(7, minProperties=10_000), optional(8, minProperties=10_000)),
+    ("json", {"maxItems": 50_000}, {"maxItems": 50_001}),
+    ("json", {"minItems": 25_000, "maxItems": 25_000, "items": {"minItems": 25_000}}, {"minItems": 10_000_000_000}),
+    ("json", {"anyOf": [{"maxItems": 5_000}] * 10}, {"anyOf": [{"maxItems": 5_000}] * 11}),
+    ("json", {"minItems": 2.0}, {"minItems": 1e300}),
+    ("json", optional(1, minProperties=2.0), optional(1, minProperties=1e300)),
     ("json", {"anyOf": [{}] * 5_000}, {"$defs": {"a": {"allOf": [{"oneOf": [{}] * 5_000}]}}}),
     ("structural_tag", {"structures": [TAG] * 500, "triggers": ["<a"]}, {"structures": [TAG] * 501, "triggers": []}),
 ]
@@ -82,7 +87,17 @@ def test_what_an_answer_has_to_match_is_bounded(name: str, taken: Any, over: Any
 
 @pytest.mark.parametrize(
     "value",
-    [1, "{", "[" * 5000, [], [1], {"enum": 1, "properties": [], "required": {}, "minProperties": "x"}, {"anyOf": "x"}],
+    [
+        1,
+        "{",
+        "[" * 5000,
+        [],
+        [1],
+        {"maxItems": "x"},
+        {"maxItems": None, "minItems": [1]},
+        {"enum": 1, "properties": [], "required": {}, "minProperties": "x"},
+        {"anyOf": "x"},
+    ],
 )
 def test_what_has_another_form_is_left_to_vllm(value: Any) -> None:
     grammar(json=value, structural_tag=value)

@@ -38,6 +38,8 @@ _READS_REQUESTS = (
     "vllm.v1.engine.input_processor",
     "vllm.v1.structured_output.",
 )
+_FETCHES = "vllm.connections"
+_NO_FILES = "Cannot load local files"
 _PYTHON = re.compile(
     r"object (is|of|has|does)\b|\bNoneType\b|unhashable|subscriptable|indices must be|operand|not supported between"
     r"|argument|expected (str|bytes|int)|int too large|must be (str|real number)|sequence item"
@@ -55,9 +57,13 @@ def sentence_of_client_fault(error: BaseException, taken_up: bool) -> tuple[str,
         error: an exception that vLLM has no answer of its own for.
         taken_up: whether the engine has taken up any part of the request.
     """
+    if isinstance(error, RuntimeError) and str(error).startswith(_NO_FILES):
+        return "files of the server are not read: send the medium itself, as a data URL", None
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in _frames(error)]
+    if _FETCHES in modules and _is_of_fetching(error):
+        return "a medium can't be fetched from the URL that the request names", None
     if not isinstance(error, _OF_WRONG_DATA) and not is_template_error(error):
         return None
-    modules = [str(frame.f_globals.get("__name__", "")) for frame in _frames(error)]
     reading = any(f"{name}.".startswith(_READS_REQUESTS) or name.startswith(_READS_REQUESTS) for name in modules)
     if not taken_up:
         reading |= any(name.startswith("vllm.entrypoints.") and name.endswith(_READS_BOTH) for name in modules)
@@ -145,6 +151,11 @@ class ClientFaults(logging.Filter):
                 record.msg, record.args = f"{record.getMessage().splitlines()[0]} ({type(error).__name__})", ()
             record.exc_info = record.exc_text = None
         return True
+
+
+def _is_of_fetching(error: BaseException) -> bool:
+    """Whether another server did not answer, or not as it should; aiohttp is not imported for it."""
+    return isinstance(error, OSError) or any(cls.__module__.startswith("aiohttp.") for cls in type(error).__mro__)
 
 
 def is_template_error(error: BaseException) -> bool:

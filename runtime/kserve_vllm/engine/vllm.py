@@ -36,6 +36,7 @@ from kserve_vllm.engine.hooks import guards
 from kserve_vllm.engine.hooks.accounting import TokenAccounting
 from kserve_vllm.engine.hooks.answer_shape import leave_out_nulls
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
+from kserve_vllm.engine.hooks.media import fetch_from_outside
 from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
 from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
@@ -181,6 +182,9 @@ class VLLMEngine:
         self._loras = loras = LoRAs(client, shared=self._channel is not None)
         self.accounts = TokenAccounting(client.output_processor, lambda: self.names[0], loras)
         guards.guard_engine(client)
+        from vllm.connections import global_http_connection
+
+        fetch_from_outside(global_http_connection, client.model_config.allowed_media_domains or ())
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())

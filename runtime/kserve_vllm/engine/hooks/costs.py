@@ -47,8 +47,13 @@ MAX_PROPERTIES = 5_000
 MAX_ORDERS = 500_000
 """Of every object of a schema the square of the properties that may be left out, times `minProperties` or
 `maxProperties` where it has one; together. As many take 1 to 2 s to compile, and 0.1 s of the event loop."""
+MAX_ITEMS = 50_000
+"""`minItems`, `maxItems` and their like in a schema, together. guidance lays out each item: as many take 0.2 s of the
+event loop and 100 MiB. Ten thousand million, in 60 bytes, ended the process."""
 MAX_TAGS = 500
 """Structures of a structural tag."""
+
+_COUNTS = ("minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties")
 
 
 def check_costs(params: SamplingParams) -> None:
@@ -98,7 +103,7 @@ def check_grammar(outputs: StructuredOutputsParams) -> None:
 
 
 def _check_schema(name: str, tree: object) -> None:
-    trees, properties, choices, orders, tags = [tree], 0, 0, 0, 0
+    trees, properties, choices, orders, tags, items = [tree], 0, 0, 0, 0, 0
     while trees:
         node = trees.pop()
         if isinstance(node, list):
@@ -108,6 +113,7 @@ def _check_schema(name: str, tree: object) -> None:
             continue
         trees.extend(each for each in node.values() if isinstance(each, dict | list))
         choices += _length(node.get("enum"))
+        items += max(_number(node.get(each)) for each in _COUNTS)
         properties += sum(_length(node.get(each)) for each in ("anyOf", "oneOf", "allOf", "prefixItems"))
         tags += sum(_length(node.get(each)) for each in ("structures", "tags"))
         for each in ("properties", "patternProperties"):
@@ -119,6 +125,7 @@ def _check_schema(name: str, tree: object) -> None:
         (properties, MAX_PROPERTIES, "properties and alternatives"),
         (choices, MAX_CHOICES, "values to choose from"),
         (tags, MAX_TAGS, "structures"),
+        (items, MAX_ITEMS, "items, by its minItems and maxItems"),
     ):
         if found > most:
             raise _over(f"{name} has {found} {what}", most)
@@ -132,12 +139,16 @@ def _check_schema(name: str, tree: object) -> None:
 
 def _orders(node: Mapping[str, object], properties: Mapping[str, object]) -> int:
     """In how many ways one property may follow another, about."""
-    counts = [value for each in ("minProperties", "maxProperties") if isinstance(value := node.get(each), int)]
+    counts = [value for each in ("minProperties", "maxProperties") if isinstance(value := node.get(each), int | float)]
     if counts:
-        return len(properties) ** 2 * max(1, *counts)
+        return int(min(len(properties) ** 2 * max(1, *counts), MAX_ORDERS + 1))
     required = node.get("required")
     named = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
     return len(properties.keys() - named) ** 2
+
+
+def _number(value: object) -> int | float:
+    return value if isinstance(value, int | float) else 0
 
 
 def _length(value: object) -> int:

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.coroutines import resume
-from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_path, openai_code
+from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_path, openai_code, shortened
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.engine_request import EngineRequest
 from kserve_vllm.engine.faults import (
@@ -265,9 +265,11 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
 
     def shaped(message: str | Exception, *args: object, **kwargs: object) -> ErrorResponse:
         reply = original(message, *args, **kwargs)
+        # Before anything looks through it: it may repeat all that a client has written.
+        reply.error.message = shortened(reply.error.message)
         if isinstance(message, VLLMValidationError):
             # Its text repeats the field and the value as Python writes them.
-            reply.error.message = error_response.sanitize_message(str(message.args[0]))
+            reply.error.message = error_response.sanitize_message(shortened(str(message.args[0])))
         if "\n" in reply.error.message:
             # Some parsers of grammars draw the place of the fault below it.
             reply.error.message = " ".join(reply.error.message.split())
