@@ -299,11 +299,26 @@ def test_a_clients_fault_is_written_at_level_info() -> None:
             "Error in chat_completion_full_generator - cannot determine if tools should be extracted.",
             None,
         ),
-        # A tool call that `max_tokens` has cut off.
-        filtered("vllm.tool_parsers.hermes_tool_parser", "Error in extracting tool call from response.", KeyError("a")),
-        filtered("vllm.reasoning.abs", "Error", None),
+        # In the engine's process, which knows no request.
+        filtered("vllm.v1.structured_output", "Failed to compile grammar for request %s", RuntimeError("a")),
     ):
         assert (spoken.levelno, spoken.exc_info) == (logging.INFO, None)
+    parser = "vllm.tool_parsers.hermes_tool_parser"
+    failed = "Error in extracting tool call from response."
+    token = current.set(RequestContext("r", "openai", "/v1/chat/completions"))
+    try:
+        # A tool call that `max_tokens` has cut off, or that is none.
+        for error in (KeyError("a"), AttributeError("a"), SyntaxError("a"), TimeoutError("a"), None):
+            assert filtered(parser, failed, error).levelno == logging.INFO
+        assert filtered("vllm.reasoning.abs", "Error", None).levelno == logging.INFO
+        for error in (ImportError("a"), NameError("a"), NotImplementedError("a"), MemoryError("a")):
+            assert filtered(parser, failed, error).levelno == logging.ERROR
+    finally:
+        current.reset(token)
+    # Nobody has asked for anything: the parser itself does not work.
+    assert filtered(parser, "no such token", None).levelno == logging.ERROR
+    assert filtered(parser, failed, KeyError("a")).levelno == logging.ERROR
+    assert filtered("vllm.v1.structured_output", "Failed to compile grammar for request %s", ImportError("a")).exc_info
     for record in (
         filtered("vllm.entrypoints.anthropic.api_router", "Error", RuntimeError("a")),
         filtered("kserve_vllm.app.process", "Error", VLLMClientError("a")),

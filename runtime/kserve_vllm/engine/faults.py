@@ -131,7 +131,11 @@ class ClientFaults(logging.Filter):
     )
     """Begin such lines that come without an exception."""
     _READ_ANSWERS = ("vllm.tool_parsers.", "vllm.reasoning.", "vllm.parser.")
-    """Loggers of what reads a model's text, which `max_tokens` may cut off anywhere; it is answered as it is then."""
+    """Loggers of what reads a model's text, which `max_tokens` may cut off anywhere, and which a client can have
+    written in any form; it is answered as it is then. What they say outside of a request, and what no text can bring
+    about, such as a parser that lacks a module or a method, is for who runs the server."""
+    _COMPILES = "Failed to compile grammar for request"
+    """Begins a line of the engine's process about a grammar that it can't use; its request is refused."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Lets every line through."""
@@ -140,7 +144,9 @@ class ClientFaults(logging.Filter):
         context = current.get()
         error = record.exc_info[1] if record.exc_info else None
         if record.name.startswith(self._READ_ANSWERS):
-            fault = True
+            fault = context is not None and (error is None or self._comes_of_text(error))
+        elif str(record.msg).startswith(self._COMPILES):
+            fault = not isinstance(error, (ImportError, OSError, MemoryError))
         elif error is not None:
             fault = is_client_fault(error, taken_up=context is None or context.engine.sequences > 0)
         else:
@@ -151,6 +157,13 @@ class ClientFaults(logging.Filter):
                 record.msg, record.args = f"{record.getMessage().splitlines()[0]} ({type(error).__name__})", ()
             record.exc_info = record.exc_text = None
         return True
+
+    def _comes_of_text(self, error: BaseException) -> bool:
+        """Whether text of another form than a parser reads can raise this."""
+        if isinstance(error, NotImplementedError):
+            return False
+        own = f"{type(error).__module__}.".startswith(self._READ_ANSWERS)
+        return own or isinstance(error, (*_OF_WRONG_DATA, SyntaxError, TimeoutError))
 
 
 def _is_of_fetching(error: BaseException) -> bool:
