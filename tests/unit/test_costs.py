@@ -95,12 +95,22 @@ def test_what_an_answer_has_to_match_is_bounded(name: str, taken: Any, over: Any
         [1],
         {"maxItems": "x"},
         {"maxItems": None, "minItems": [1]},
+        {"maxItems": float("nan")},
+        optional(3, maxProperties=float("-inf")),
         {"enum": 1, "properties": [], "required": {}, "minProperties": "x"},
         {"anyOf": "x"},
     ],
 )
 def test_what_has_another_form_is_left_to_vllm(value: Any) -> None:
     grammar(json=value, structural_tag=value)
+
+
+def test_what_is_nested_too_deeply_to_be_written_is_refused() -> None:
+    deep: Any = {}
+    for _ in range(20_000):
+        deep = {"a": deep}
+    with pytest.raises(InvalidRequest, match="nested"):
+        grammar(json=deep)
 
 
 def test_a_schema_of_any_depth_is_looked_at() -> None:

@@ -63,7 +63,7 @@ OWN = {"type": "function", "name": "f", "parameters": {}}
         ([OWN, HOSTED], "web_search"),
         ([HOSTED, {"type": "mcp", "server_label": "a"}, HOSTED], "mcp, web_search"),
         ([OWN, {"type": "custom", "name": "c"}, {"type": "namespace", "name": "n", "tools": []}], None),
-        ([{"type": "no\r\nheader: 1"}, {"type": 1}, {"type": None}, {}, 3, {"type": "x" * 65}], None),
+        ([{"type": "no\r\nheader: 1"}, {"type": 1}, {"type": None}, {"type": []}, {}, 3, {"type": "x" * 65}], None),
         ("web_search", None),
         (None, None),
     ],

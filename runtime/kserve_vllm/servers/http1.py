@@ -221,7 +221,7 @@ class HTTP1(HttpToolsProtocol):
         except Refusal as refusal:
             self._refuse(refusal)
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """asyncio's. The client has ended its side (RFC 9293, 3.6): what it has asked for is answered, unless it is
         gone altogether, which looks the same from here.
 

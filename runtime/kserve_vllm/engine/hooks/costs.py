@@ -82,7 +82,12 @@ def check_grammar(outputs: StructuredOutputsParams) -> None:
     """
     for name, most in MAX_GRAMMAR.items():
         value = getattr(outputs, name)
-        size = len(value) if isinstance(value, str) else 0 if value is None else len(json.dumps(value))
+        try:
+            size = len(value) if isinstance(value, str) else 0 if value is None else len(json.dumps(value))
+        except RecursionError:
+            raise InvalidRequest(
+                f"structured_outputs.{name} is nested too deeply", field="structured_outputs"
+            ) from None
         if size > most:
             raise _over(f"structured_outputs.{name} has {size} characters", most)
     choices = outputs.choice
@@ -139,16 +144,18 @@ def _check_schema(name: str, tree: object) -> None:
 
 def _orders(node: Mapping[str, object], properties: Mapping[str, object]) -> int:
     """In how many ways one property may follow another, about."""
-    counts = [value for each in ("minProperties", "maxProperties") if isinstance(value := node.get(each), int | float)]
-    if counts:
-        return int(min(len(properties) ** 2 * max(1, *counts), MAX_ORDERS + 1))
+    if "minProperties" in node or "maxProperties" in node:
+        return len(properties) ** 2 * max(1, _number(node.get("minProperties")), _number(node.get("maxProperties")))
     required = node.get("required")
     named = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
     return len(properties.keys() - named) ** 2
 
 
-def _number(value: object) -> int | float:
-    return value if isinstance(value, int | float) else 0
+def _number(value: object) -> int:
+    """A number that is given as a count, as far as it matters; 0 for anything else, as NaN."""
+    if not isinstance(value, int | float) or not value > 0:
+        return 0
+    return int(value) if value <= MAX_ITEMS else MAX_ITEMS + 1
 
 
 def _length(value: object) -> int:

@@ -150,8 +150,8 @@ class Mender:
             InvalidRequest: one of them has to be called; or any, where that is wanted.
         """
         tools = tree.get("tools")
-        kinds = {tool.get("type") for tool in tools if isinstance(tool, dict)} if isinstance(tools, list) else set()
-        left_out = sorted(kind for kind in kinds - _CALLED if isinstance(kind, str) and _WORD.fullmatch(kind))
+        kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+        left_out = sorted({kind for kind in kinds if isinstance(kind, str) and _WORD.fullmatch(kind)} - _CALLED)
         if not left_out:
             return
         names = ", ".join(left_out[:_MOST_NAMED])
