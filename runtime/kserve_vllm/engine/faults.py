@@ -43,6 +43,7 @@ _NO_FILES = "Cannot load local files"
 _PYTHON = re.compile(
     r"object (is|of|has|does)\b|\bNoneType\b|unhashable|subscriptable|indices must be|operand|not supported between"
     r"|argument|expected (str|bytes|int)|int too large|must be (str|real number)|sequence item"
+    r"|Numerical result out of range|math (domain|range) error"
 )
 _MOST_VALUES = 64
 """Elements of a list or an object that is looked at once more, to say what is wrong with it."""
