@@ -236,6 +236,30 @@ def test_who_is_gone_is_not_taken_for_one_that_has_ended_its_side() -> None:
         assert app.gone.wait(10)
 
 
+def test_who_leaves_a_stream_is_missed_with_its_next_part() -> None:
+    gone, sent = threading.Event(), 0
+
+    async def streams(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        left = asyncio.ensure_future(receive())
+        while not left.done():
+            await send({"type": "http.response.body", "body": b"part", "more_body": True})
+            sent += 1
+            await asyncio.wait([left], timeout=1.5)
+        gone.set()
+
+    with served(streams) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(GET + HOST + b"\r\n")
+            assert statuses(sock.recv(4096)) == [200]
+            time.sleep(0.2)
+            before = sent
+        assert gone.wait(10)
+        assert sent <= before + 1, "the part after the next one would have told, too"
+
+
 def test_half_a_head_is_not_kept(echo: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1, "HEAD_TIMEOUT_S", 0.3)
     for part in (b"G", GET + HOST + b"", GET + HOST + b"A"):

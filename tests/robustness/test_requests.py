@@ -157,6 +157,7 @@ def tool(schema: Any) -> dict[str, Any]:
 
 
 PROPERTIES = {f"p{number}": {"type": "string"} for number in range(800)}
+WORDS = [f"word {number}" for number in range(1001)]  # vLLM takes equal ones for one
 SLOW = {"type": "object", "properties": PROPERTIES, "minProperties": 200, "maxProperties": 400}
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000_000_000}
 ODD = {"type": "object", "properties": {"a": {"type": "string"}}, "patternProperties": {"b": {"type": "string"}}}
@@ -190,10 +191,10 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("Anthropic: in the JSON", MESSAGES, f'{{"model": "demo", "messages": [], "max_tokens": {LONG}}}'),
     ("V1: too many stop strings", PREDICT, instance(stop=["x"] * 129)),
     ("V2: too many stop strings", INFER, tensor(stop=json.dumps(["x"] * 129))),
-    ("generate: too many forbidden words", GENERATE, generate(bad_words=json.dumps(["x"] * 1001))),
+    ("generate: too many forbidden words", GENERATE, generate(bad_words=json.dumps(WORDS))),
     ("OpenAI: too many answers", COMPLETIONS, {"model": "demo", "prompt": "a", "n": 129}),
     ("OpenAI: too many stop strings in a stream", COMPLETIONS, completion(stop=["x"] * 129, stream=True)),
-    ("OpenAI: too many forbidden words in a stream", CHAT, chat(bad_words=["x"] * 1001, stream=True)),
+    ("OpenAI: too many forbidden words in a stream", CHAT, chat(bad_words=WORDS, stream=True)),
     ("OpenAI: a bias for too many tokens", CHAT, chat(logit_bias=dict.fromkeys(range(4097), 1))),
     ("OpenAI: a schema that takes seconds", CHAT, chat(structured_outputs={"json": SLOW})),
     ("OpenAI: the same as a format", CHAT, chat(response_format=formatted(SLOW), stream=True)),

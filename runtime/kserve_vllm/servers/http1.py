@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from http import HTTPStatus
@@ -43,13 +44,14 @@ MAX_UNREAD = 16 << 20
 """Bytes that are still read of a body whose request has been answered, before the connection is closed."""
 UNREAD_TIMEOUT_S = 10.0
 """Seconds for which they are read."""
-ASK_AFTER_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+ASK_AFTER_S = (0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5)
 """Seconds between the questions whether a client is still there that has sent all it has; the last is repeated."""
 
 WEBSOCKET_VERSION = b"13"
 """Of the protocol of websockets: RFC 6455's."""
 _SPOKEN = ((b"sec-websocket-version", WEBSOCKET_VERSION), (b"upgrade", b"websocket"), (b"connection", b"upgrade"))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_TCP_CLOSE = 7  # of a connection that is reset: Linux' net/tcp_states.h
 _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
@@ -244,16 +246,31 @@ class HTTP1(HttpToolsProtocol):
     def _ask(self) -> None:
         """Find out whether a client that has ended its side is still there, and forget its requests if it is not.
 
-        Its kernel says so when something is sent to it, and not before; the next thing that is written fails then. An
-        interim answer is the one thing that may be sent while there is no answer (RFC 9110, 15.2), though not in
-        HTTP/1.0, and changes nothing. An answer that has begun finds it out by itself.
+        Its kernel says so when something is sent to it, and not before. An interim answer is the one thing that may be
+        sent while there is no answer (RFC 9110, 15.2), though not in HTTP/1.0, and changes nothing. Where an answer has
+        begun, its next part asks.
         """
         cycle = self.cycle
         if self._asking is None or self.transport.is_closing() or cycle.response_complete:
             return
+        if self._turned_down():
+            self.transport.abort()
+            return
         if not self.pipeline and not cycle.response_started and cycle.scope["http_version"] == "1.1":
             self.transport.write(_CONTINUE)
         self._set_timer(next(self._asking), self._ask)
+
+    def _turned_down(self) -> bool:
+        """Whether the client's kernel has ended the connection, where this one tells; the event loop would find out
+        with the next thing that it writes."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sys.platform != "linux":
+            return False
+        try:
+            state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return False
+        return state == _TCP_CLOSE
 
     def _hand_on(self, data: bytes) -> None:
         """This is a connection of HTTP/2."""
