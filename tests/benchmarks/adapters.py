@@ -24,7 +24,7 @@ from kserve_vllm.engine.hooks.accounting import TokenAccounting
 from kserve_vllm.engine.hooks.submission import SubmissionHooks
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.policy.enforcement import Enforcement, Policies, SequencePolicy
+from kserve_vllm.policy.enforcement import Policies, SequencePolicy
 from kserve_vllm.telemetry.metrics import Metrics
 from tests.benchmarks.policies import RUNS, TIMES
 
@@ -88,7 +88,7 @@ class Site:
         lifecycle, policies = Lifecycle(), Policies()
         SubmissionHooks(
             self.client,
-            SequencePolicy(Enforcement(lifecycle, policies), policies, self.engine),
+            SequencePolicy(policies, self.engine),
             False,
             plain=loras.plain,
         )

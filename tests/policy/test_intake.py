@@ -17,7 +17,7 @@ from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.core.request_context import Access, RequestContext, current
 from kserve_vllm.core.types import Priority, Work
 from kserve_vllm.engine.hooks.submission import SubmissionHooks
-from kserve_vllm.policy.enforcement import Enforcement, Policies
+from kserve_vllm.policy.enforcement import Policies
 from kserve_vllm.policy.enforcement import SequencePolicy as TheDoor
 from kserve_vllm.policy.tenants import Caller
 from kserve_vllm.telemetry.metrics import Metrics
@@ -134,13 +134,14 @@ class Names:
         (["upper"], "french", False, False),
         (["served-alias"], None, True, True),
         (["served*"], "upper", False, True),
+        (["served-alias"], "served", True, True),
     ],
 )
 def test_a_key_uses_and_knows_the_models_that_it_is_limited_to(
     models: list[str], adapter: str | None, allowed: bool, knows: bool
 ) -> None:
     policies = Policies()
-    sequences = TheDoor(Enforcement(Lifecycle(), policies), policies, Names())
+    sequences = TheDoor(policies, Names())
     context = RequestContext("r", "openai", "/tokenize", access=Access(caller=Caller(models=(tuple(models),))))
     assert sequences.knows_base(context) == knows
     if allowed:

@@ -189,6 +189,29 @@ def test_a_tenant_has_tokens_made_and_counted_by_its_models_only(shared: Shared,
     assert base.status_code == 200
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_work_with_a_model_of_others_is_refused_as_with_one_that_is_not_there(shared: Shared, protocol: str) -> None:
+    answers = [call(shared, protocol, UPPER, model=model) for model in ("french", "fresno", "demo:french", "demo:none")]
+    for answer, model in zip(answers, ("french", "fresno", "demo:french", "demo:none"), strict=True):
+        assert answer.status == (0 if protocol == "grpc-stream" else 403), answer.body
+        assert f"may not use the model '{model}'" in answer.body
+    told = [(each.headers.get("x-refusal-reason"), sorted(each.headers)) for each in answers]
+    assert told == told[:1] * 4
+    assert call(shared, protocol, GOLD, model="fresno").status == (0 if protocol == "grpc-stream" else 404)
+
+
+@pytest.mark.parametrize("path", ["infer", "generate", "generate_stream", "versions/1/infer"])
+def test_nor_does_a_wrong_request_tell_which_models_there_are(shared: Shared, path: str) -> None:
+    headers = {"authorization": f"Bearer {UPPER}"}
+    for body in ({}, {"inputs": 1}, {"text_input": 1}):
+        answers = [
+            httpx.post(f"{shared.url}/v2/models/{model}/{path}", json=body, headers=headers)
+            for model in ("french", "fresno")
+        ]
+        assert [answer.status_code for answer in answers] == [403, 403]
+        assert answers[0].text == answers[1].text.replace("fresno", "french")
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/messages"])
 def test_a_model_that_is_not_there_tells_nobody_what_is(shared: Shared, path: str) -> None:
     body = {"model": "none", "prompt": "x", "max_tokens": 1}
@@ -198,7 +221,7 @@ def test_a_model_that_is_not_there_tells_nobody_what_is(shared: Shared, path: st
         answer = httpx.post(
             shared.url + path, json={**body, "stream": stream}, headers={"authorization": f"Bearer {UPPER}"}
         )
-        assert answer.status_code == 404, answer.text
+        assert answer.status_code == 403, answer.text
         assert "demo" not in answer.text
 
 

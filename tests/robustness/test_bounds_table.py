@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kserve_vllm.config.settings import ServerSettings
+from kserve_vllm.engine import items
+from kserve_vllm.engine.hooks import costs
 from kserve_vllm.grpc_server import calls as grpc_calls
 from kserve_vllm.grpc_server import http2
 from kserve_vllm.protocols import moderation as moderated
@@ -17,6 +19,38 @@ TABLE = dict(
     for line in (ROOT / "docs/operations/threat-model.md").read_text().split("## Bounds")[1].splitlines()
     if line.startswith("| ") and not line.startswith("|---")
 )
+
+
+PAGE = (ROOT / "docs/reference/bounds.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("what", "numbers"),
+    [
+        ("prompts of a completion, or conversations of a batch of chats, times `n`", [items.MAX_PROMPTS]),
+        ("`stop`; `bad_words`; `stop_token_ids`; `logit_bias`: entries", list(costs.MAX_LISTED.values())),
+        ("one entry of `stop` or `bad_words`, characters", [costs.MAX_WORD]),
+        (
+            "a regular expression or grammar; a schema or structural tag, characters",
+            [most >> 10 for most in costs.MAX_GRAMMAR.values()],
+        ),
+        (
+            "values to choose from (`choice`, `enum`), together; characters of `choice`",
+            [costs.MAX_CHOICES, costs.MAX_CHOICE_TEXT >> 10],
+        ),
+        ("properties and alternatives of a schema, with all that is in it", [costs.MAX_PROPERTIES]),
+        (
+            "squares of the properties of each object that may be left out, times `minProperties` or `maxProperties`",
+            [costs.MAX_ORDERS],
+        ),
+        ("`minItems`, `maxItems` and their like in a schema, together", [costs.MAX_ITEMS]),
+        ("structures of a structural tag", [costs.MAX_TAGS]),
+    ],
+)
+def test_a_bound_of_a_request_is_what_its_page_says(what: str, numbers: list[int]) -> None:
+    cell = PAGE.split(f"| {what} |")[1].split("|")[0]
+    for number in numbers:
+        assert f"{number:,}" in cell
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -116,6 +118,17 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ("6455, 4.1: a handshake is a GET", POST + LAST + UPGRADE + b"Content-Length: 2\r\n\r\nab", [200]),
     ("6455, 4.1: the same without a body", POST + LAST + UPGRADE + b"\r\n", [200]),
     ("6455, 4.2.1: a handshake without a key", GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 13\r\n\r\n", [400]),
+    (
+        "6455, 4.4: another version of websockets",
+        GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 8\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        [426],
+    ),
+    (
+        "6455, 4.4: two versions of websockets",
+        GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 8, 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        [426],
+    ),
+    ("a version of websockets is nothing without a handshake", GET + LAST + b"Sec-WebSocket-Version: 8\r\n\r\n", [200]),
     ("9112, 9.3.2: requests in a row", GET + HOST + b"\r\nGET /b HTTP/1.1\r\n" + LAST + b"\r\n", [200, 200]),
     (
         "9112, 9.3.2: the first is answered before the second is refused",
@@ -194,6 +207,99 @@ def test_http_1_0_gets_no_chunks(echo: HTTPServer) -> None:
     assert b"transfer-encoding: chunked" in head.lower()
     head = ask(echo.port, b"HEAD /stream HTTP/1.0\r\n\r\n")
     assert head.endswith(b"\r\n\r\n")
+
+
+def test_a_version_of_websockets_that_is_not_spoken_is_told_the_one_that_is(echo: HTTPServer) -> None:
+    # RFC 6455, 4.4; RFC 9110, 15.5.22 and 7.8.
+    head = ask(echo.port, GET + HOST + UPGRADE + b"Sec-WebSocket-Version: 25\r\n\r\n").partition(b"\r\n\r\n")[0].lower()
+    for field in (b"sec-websocket-version: 13", b"upgrade: websocket", b"connection: upgrade", b"connection: close"):
+        assert b"\r\n" + field in head
+
+
+class Patient:
+    """Answers when it is told to, or notes that its client is gone."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer, self.gone = threading.Event(), threading.Event(), threading.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        self.asked.set()
+        gone = asyncio.ensure_future(receive())
+        while not self.answer.is_set() and not gone.done():
+            await asyncio.sleep(0.01)
+        if gone.done():
+            self.gone.set()
+            return
+        gone.cancel()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+SMALL = POST + HOST + b"Content-Length: 2\r\n\r\nab"
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (SMALL, [200]),
+        (SMALL + SMALL, [200, 200]),
+        (SMALL + b"GET /a HT", [200]),
+        (GET + HOST + b"\r\n", [200]),
+        (b"GET /a HTTP/1.0\r\n\r\n", [200]),
+        (b"POST /a HTTP/1.0\r\nContent-Length: 2\r\n\r\nab", []),  # it can't be found out whether its client is gone
+        (POST + HOST + b"Content-Length: 3\r\n\r\nab", []),
+    ],
+    ids=["a body", "two in a row", "and half a head", "no body", "1.0", "1.0 with a body", "half a body"],
+)
+def test_who_ends_its_side_is_answered_what_it_has_asked(sent: bytes, expected: list[int]) -> None:
+    # RFC 9293, 3.6: a connection has two sides, each ended by who sends on it.
+    app = Patient()
+    with served(app) as server, socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+        sock.sendall(sent)
+        sock.shutdown(socket.SHUT_WR)
+        if expected:
+            assert app.asked.wait(10)
+            time.sleep(0.5)
+            assert not app.gone.is_set()
+        else:
+            assert app.gone.wait(10)
+        app.answer.set()
+        assert [status for status in statuses(read_all(sock)) if status != 100] == expected
+
+
+def test_who_is_gone_is_not_taken_for_one_that_has_ended_its_side() -> None:
+    app = Patient()
+    with served(app) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(SMALL)
+            assert app.asked.wait(10)
+        assert app.gone.wait(10)
+
+
+def test_who_leaves_a_stream_is_missed_with_its_next_part() -> None:
+    gone, sent = threading.Event(), 0
+
+    async def streams(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        left = asyncio.ensure_future(receive())
+        while not left.done():
+            await send({"type": "http.response.body", "body": b"part", "more_body": True})
+            sent += 1
+            await asyncio.wait([left], timeout=1.5)
+        gone.set()
+
+    with served(streams) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(GET + HOST + b"\r\n")
+            assert statuses(sock.recv(4096)) == [200]
+            time.sleep(0.2)
+            before = sent
+        assert gone.wait(10)
+        assert sent <= before + 1, "the part after the next one would have told, too"
 
 
 def test_half_a_head_is_not_kept(echo: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,26 @@ def test_a_wrong_item_is_named_and_ends_it(endpoint: str, items: list[Any], name
     assert time.process_time() - began < 1.0
 
 
+@pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/completions/render", "/v1/chat/completions/batch"])
+def test_so_many_prompts_are_taken_at_once(endpoint: str) -> None:
+    field = "messages" if endpoint.startswith("/v1/chat") else "prompt"
+    one: Any = [ITEM] if field == "messages" else "a"
+    for many, n, taken in (
+        (1024, None, True),
+        (1025, None, False),
+        (8, 128, True),
+        (9, 128, False),
+        (1025, "x", False),
+    ):
+        found = refusal(endpoint, **{field: [one] * many, "n": n})
+        assert (found is None) is taken
+        assert taken or found.startswith(f"{field}: at most")  # type: ignore[union-attr]
+    assert refusal(endpoint, **{field: [5] * 100_000, "n": 128}) is None, "one prompt as tokens"
+    nan = json.dumps({field: [one] * 1025, "temperature": float("nan")}).encode()
+    with pytest.raises(InvalidRequest):
+        asyncio.run(check_items(endpoint, nan))
+
+
 @pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES])
 def test_right_items_pass_and_the_rest_is_left_to_vllm(endpoint: str) -> None:
     field = "input" if endpoint == RESPONSES else "messages"

@@ -43,7 +43,7 @@ def classes() -> list[Any]:
 def permits(classes: list[Any]) -> Iterator[Permits]:
     before = [cls.__dict__["_check_model"] for cls in classes]
     asked = Permits()
-    guards.check_models(asked, lambda key: key.partition("@")[0])
+    guards.check_models(asked, lambda key: key.partition("@")[0], lambda name: name.removeprefix("served:"))
     yield asked
     for cls, original in zip(classes, before, strict=True):
         cls._check_model = original
@@ -77,11 +77,24 @@ def test_a_model_that_is_there_is_permitted_or_not(classes: list[Any], permits: 
         with pytest.raises(Forbidden):
             look(classes[which], model, context)
         assert isinstance(context.refusal, Forbidden)
-    assert permits.asked == [("upper", "upper"), ("french", "french"), (None, "served"), (None, None), (None, None)]
+    assert permits.asked == [("upper", "upper"), ("french", "french"), ("served", "served"), (None, None), (None, None)]
     assert look(classes[which], "served", None) is None, "a request of the server's own"
 
 
-def test_a_model_that_is_not_there_names_no_other(classes: list[Any], permits: Permits) -> None:
+def test_a_model_that_is_not_there_names_no_other(
+    classes: list[Any], permits: Permits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(permits, "permit", lambda *_: None)
     found = look(classes[0], "none", RequestContext("r", "openai", "/tokenize"))
     assert found.error.code == 404
     assert found.error.message == "The model `none` does not exist."
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["generating", "pooling"])
+def test_a_model_that_is_not_there_is_permitted_or_not_as_one_that_is(
+    classes: list[Any], permits: Permits, which: int
+) -> None:
+    for model in ("none", "served:none"):
+        with pytest.raises(Forbidden):
+            look(classes[which], model, RequestContext("r", "openai", "/tokenize"))
+    assert permits.asked == [("none", "none"), ("none", "served:none")]

@@ -140,6 +140,28 @@ def generate(**parameters: Any) -> dict[str, Any]:
     return {"text_input": SUM, "parameters": parameters}
 
 
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "demo", "prompt": "a", "max_tokens": 2, **fields}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2, **fields}
+
+
+def formatted(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def tool(schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+
+
+PROPERTIES = {f"p{number}": {"type": "string"} for number in range(800)}
+WORDS = [f"word {number}" for number in range(1001)]  # vLLM takes equal ones for one
+SLOW = {"type": "object", "properties": PROPERTIES, "minProperties": 200, "maxProperties": 400}
+ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000_000_000}
+ODD = {"type": "object", "properties": {"a": {"type": "string"}}, "patternProperties": {"b": {"type": "string"}}}
+
 FAULTS: list[tuple[str, str, Any]] = [
     ("V1: structured_outputs is a text", PREDICT, instance(structured_outputs="x")),
     ("V1: structured_outputs is a list", PREDICT, instance(structured_outputs=[1])),
@@ -167,6 +189,45 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("OpenAI: in the JSON", CHAT, f'{{"model": "demo", "messages": [], "seed": {LONG}}}'),
     ("OpenAI: in a stream's JSON", COMPLETIONS, f'{{"model": "demo", "prompt": "a", "stream": true, "seed": {LONG}}}'),
     ("Anthropic: in the JSON", MESSAGES, f'{{"model": "demo", "messages": [], "max_tokens": {LONG}}}'),
+    ("V1: too many stop strings", PREDICT, instance(stop=["x"] * 129)),
+    ("V2: too many stop strings", INFER, tensor(stop=json.dumps(["x"] * 129))),
+    ("generate: too many forbidden words", GENERATE, generate(bad_words=json.dumps(WORDS))),
+    ("OpenAI: too many answers", COMPLETIONS, {"model": "demo", "prompt": "a", "n": 129}),
+    ("OpenAI: too many stop strings in a stream", COMPLETIONS, completion(stop=["x"] * 129, stream=True)),
+    ("OpenAI: too many forbidden words in a stream", CHAT, chat(bad_words=WORDS, stream=True)),
+    ("OpenAI: a bias for too many tokens", CHAT, chat(logit_bias=dict.fromkeys(range(4097), 1))),
+    ("OpenAI: a schema that takes seconds", CHAT, chat(structured_outputs={"json": SLOW})),
+    ("OpenAI: the same as a format", CHAT, chat(response_format=formatted(SLOW), stream=True)),
+    ("OpenAI: the same in a tool that has to be called", CHAT, chat(tools=[tool(SLOW)], tool_choice="required")),
+    ("OpenAI: a schema of items without end", CHAT, chat(structured_outputs={"json": ENDLESS})),
+    (
+        "OpenAI: an error that repeats 40 KiB",
+        CHAT,
+        chat(structured_outputs={"regex": "(" * 20_000 + "a" + ")" * 20_000}),
+    ),
+    ("OpenAI: a name of 100 KiB", CHAT, chat(model="x" * 100_000)),
+    ("V2: a schema of items without end", INFER, tensor(structured_outputs=json.dumps({"json": ENDLESS}))),
+    ("OpenAI: a schema for a third backend", CHAT, chat(structured_outputs={"json": ODD})),
+    (
+        "OpenAI: a slow schema of a response",
+        RESPONSES,
+        {
+            "model": "demo",
+            "input": "a",
+            "stream": True,
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": SLOW}},
+        },
+    ),
+    (
+        "Anthropic: too many stop strings",
+        MESSAGES,
+        {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "a"}],
+            "max_tokens": 2,
+            "stop_sequences": ["x"] * 129,
+        },
+    ),
     (
         "OpenAI: structured_outputs is a text",
         CHAT,
@@ -181,6 +242,7 @@ def test_a_clients_fault_is_no_fault_of_ours(server: Server, promise: str, path:
     answer = httpx.post(server.url + path, content=content, headers={"content-type": "application/json"}, timeout=60)
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]
+    assert len(answer.text) < 2000
 
 
 def test_a_length_of_thousands_of_digits_is_refused(server: Server) -> None:

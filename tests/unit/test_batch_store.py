@@ -325,6 +325,22 @@ def test_a_file_that_can_not_be_used_fails_the_batch_with_the_line(
     assert (error["code"], error["line"]) == (code, number)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"[" + b"{}," * 20_000 + b"{}]", "objects and lists"),
+        (b'["a"' + b',"a"' * 60_000 + b"]", "strings"),
+        (b'"' + b"a" * (20 << 20) + b'"', "20 MiB"),
+    ],
+)
+def test_a_line_that_would_hold_everybody_up_is_not_read(tmp_path: Path, text: bytes, why: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(json.dumps(line(0)).encode() + b"\n" + text + b"\n")
+    *_, (error, *_) = check_lines(path, CHAT, 5)
+    assert (error["code"], error["line"]) == ("invalid_json_line", 2)
+    assert why in str(error["message"])
+
+
 def test_a_failed_batch_says_what_is_wrong(store: Store) -> None:
     found = asyncio.run(work(store, App(), begin(store, [line(0), line(0)])))
     assert found["status"] == "failed"

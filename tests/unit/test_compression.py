@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kserve_vllm.core.errors import InvalidRequest, UnsupportedCoding
+from kserve_vllm.protocols.http import compression
 from kserve_vllm.protocols.http.compression import Compressed, inflated, wanted
 
 TEXT = b"".join(b"%d " % n for n in range(500_000))  # more than one part
@@ -82,6 +83,29 @@ def test_a_body_that_is_not_what_it_says_is_refused(coding: str) -> None:
         with pytest.raises(InvalidRequest) as refused:
             asyncio.run(read(scope_of(coding), [wrong]))
         assert "body" in refused.value.message
+
+
+def test_members_without_end_are_refused_and_hold_nobody_up() -> None:
+    empty = gzip.compress(b"")
+    most = compression.MAX_MEMBERS - 1
+    assert asyncio.run(read(scope_of("gzip"), [empty * most + gzip.compress(b"{}")])) == b"{}"
+
+    async def beside() -> int:
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.ensure_future(others())
+        with pytest.raises(InvalidRequest, match="members"):
+            await read(scope_of("gzip"), [empty * 10_000])
+        task.cancel()
+        return turns
+
+    assert asyncio.run(beside()) >= most // 16
 
 
 def test_any_bytes_are_read_or_refused() -> None:

@@ -76,6 +76,7 @@ KNOW_VLLM = {
         "hooks/anthropic_repair",
         "hooks/cache_codec",
         "hooks/guards",
+        "hooks/media",
         "hooks/request_repair",
         "hooks/responses_repair",
         "hooks/stat_logger",

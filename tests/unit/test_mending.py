@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from kserve_vllm.core.errors import InvalidRequest, NotFound, Unavailable
+from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.faults import ClientFaults, is_client_fault
 from kserve_vllm.engine.hooks import anthropic_repair, responses_repair
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
@@ -50,6 +51,71 @@ def test_a_request_names_its_model_where_that_is_asked_for(named: dict[str, Any]
     assert refused.value.field == "model"
     strict.mend(path, {**body, "model": "demo"})
     strict.mend("/plain", dict(body))
+
+
+HOSTED = {"type": "web_search", "search_context_size": "low"}
+OWN = {"type": "function", "name": "f", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "left_out"),
+    [
+        ([OWN, HOSTED], "web_search"),
+        ([HOSTED, {"type": "mcp", "server_label": "a"}, HOSTED], "mcp, web_search"),
+        ([OWN, {"type": "custom", "name": "c"}, {"type": "namespace", "name": "n", "tools": []}], None),
+        ([{"type": "no\r\nheader: 1"}, {"type": 1}, {"type": None}, {"type": []}, {}, 3, {"type": "x" * 65}], None),
+        ("web_search", None),
+        (None, None),
+    ],
+)
+def test_tools_that_the_server_would_run_are_left_out_and_the_answer_says_so(tools: Any, left_out: str | None) -> None:
+    route = {"/v1/responses": Route(frozenset({"model", "input", "tools", "tool_choice"}), frozenset())}
+    body = {"model": "demo", "input": "a", "tools": tools}
+
+    def headers(mender: Mender) -> list[tuple[str, str]]:
+        context = RequestContext("r", "openai", "/v1/responses")
+        token = current.set(context)
+        try:
+            for _ in range(2):  # a body that is mended is looked at twice
+                mender.mend("/v1/responses", copy.deepcopy(body))
+        finally:
+            current.reset(token)
+        return context.answer_headers
+
+    assert headers(Mender(route, "auto", False)) == ([("x-ignored-tools", left_out)] if left_out else [])
+    assert headers(Mender(route, "auto", False, strict=True, has_tools=True)) == []
+    strict = Mender(route, "auto", False, strict=True)
+    if left_out is None:
+        assert headers(strict) == []
+        return
+    with pytest.raises(InvalidRequest, match=left_out) as refused:
+        strict.mend("/v1/responses", body)
+    assert refused.value.field == "tools"
+    for choice, field in (({"type": "web_search"}, "tool_choice"), ("auto", None), ({"type": "function"}, None)):
+        asked = {**body, "tool_choice": choice}
+        if field is None:
+            Mender(route, "auto", False).mend("/v1/responses", asked)
+        else:
+            with pytest.raises(InvalidRequest, match="run by the server") as refused:
+                Mender(route, "auto", False).mend("/v1/responses", asked)
+            assert refused.value.field == field
+
+
+def test_the_log_says_once_which_tools_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    mender = Mender({"/v1/responses": Route(frozenset({"tools"}), frozenset())}, "auto", False)
+    for number in range(200):
+        mender.mend("/v1/responses", {"tools": [HOSTED, {"type": f"made_up_{number}"}]})
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "web_search" in told[0]
+    assert len(told) < 40
+    context = RequestContext("r", "openai", "/v1/responses")
+    token = current.set(context)
+    try:
+        mender.mend("/v1/responses", {"tools": [{"type": f"made_up_{number}"} for number in range(200)]})
+    finally:
+        current.reset(token)
+    assert len(context.answer_headers[0][1]) < 1024
 
 
 MENDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -233,11 +299,26 @@ def test_a_clients_fault_is_written_at_level_info() -> None:
             "Error in chat_completion_full_generator - cannot determine if tools should be extracted.",
             None,
         ),
-        # A tool call that `max_tokens` has cut off.
-        filtered("vllm.tool_parsers.hermes_tool_parser", "Error in extracting tool call from response.", KeyError("a")),
-        filtered("vllm.reasoning.abs", "Error", None),
+        # In the engine's process, which knows no request.
+        filtered("vllm.v1.structured_output", "Failed to compile grammar for request %s", RuntimeError("a")),
     ):
         assert (spoken.levelno, spoken.exc_info) == (logging.INFO, None)
+    parser = "vllm.tool_parsers.hermes_tool_parser"
+    failed = "Error in extracting tool call from response."
+    token = current.set(RequestContext("r", "openai", "/v1/chat/completions"))
+    try:
+        # A tool call that `max_tokens` has cut off, or that is none.
+        for error in (KeyError("a"), AttributeError("a"), SyntaxError("a"), TimeoutError("a"), None):
+            assert filtered(parser, failed, error).levelno == logging.INFO
+        assert filtered("vllm.reasoning.abs", "Error", None).levelno == logging.INFO
+        for error in (ImportError("a"), NameError("a"), NotImplementedError("a"), MemoryError("a")):
+            assert filtered(parser, failed, error).levelno == logging.ERROR
+    finally:
+        current.reset(token)
+    # Nobody has asked for anything: the parser itself does not work.
+    assert filtered(parser, "no such token", None).levelno == logging.ERROR
+    assert filtered(parser, failed, KeyError("a")).levelno == logging.ERROR
+    assert filtered("vllm.v1.structured_output", "Failed to compile grammar for request %s", ImportError("a")).exc_info
     for record in (
         filtered("vllm.entrypoints.anthropic.api_router", "Error", RuntimeError("a")),
         filtered("kserve_vllm.app.process", "Error", VLLMClientError("a")),

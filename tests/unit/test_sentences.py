@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from kserve_vllm.core.errors import InvalidRequest
 from kserve_vllm.engine.faults import sentence_of_wrong_data
 from kserve_vllm.engine.hooks.validation_messages import plain_words, sentence_of_a_part, sentence_of_validation
 
@@ -126,6 +127,14 @@ def test_a_part_whose_place_is_not_known_is_named_by_its_field() -> None:
 )
 def test_a_sentence_of_vllms_is_told_in_words_of_json(said: str, told: str) -> None:
     assert plain_words(said) == told
+
+
+def test_what_a_client_wrote_makes_no_error_of_any_length() -> None:
+    # To look through 160 KiB of brackets took 8 s.
+    assert len(plain_words("Grammar error: " + "(" * 160_000)) < 1100
+    error = InvalidRequest("x" * 5000, field="y" * 5000)
+    assert (len(error.message), len(error.field or "")) == (1003, 1003)
+    assert InvalidRequest("x" * 1000).message == "x" * 1000
 
 
 class Checked(BaseModel):

@@ -332,7 +332,7 @@ class _Process:
         if self._assembly.decides:
             assert engine.accounts is not None
             cache = self._assembly.build_cache(engine.accounts.hand_over)
-            engine.stand_before(SequencePolicy(self._enforcement, policies, engine), cache)
+            engine.stand_before(SequencePolicy(policies, engine), cache)
         server = self._settings.server
         shortcuts = self._shortcuts
         engine.shorten(shortcuts)

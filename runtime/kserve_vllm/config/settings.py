@@ -73,8 +73,9 @@ class ModelSettings(_Group):
     )
     strict_openai: bool = _setting(
         False,
-        "Refuse what OpenAI refuses and vLLM does not: a chat, completion, response or embedding without `model`, "
-        "which the served model answers otherwise.",
+        "Refuse what vLLM does not and OpenAI does, or does in another way: a chat, completion, response or embedding "
+        "without `model`, which the served model answers otherwise; tools of a response that the server would run "
+        "(web_search, ...), which are left out otherwise.",
     )
     adapters_file: str | None = _setting(
         None,

@@ -29,6 +29,13 @@ from collections.abc import Sequence
 
 OPENAI_ALIAS = "/openai"
 MODEL_NOT_FOUND = "model_not_found"
+MAX_MESSAGE = 1_000
+"""Characters of a message: what a client wrote, and is told of, may have any length."""
+
+
+def shortened(message: str) -> str:
+    """A message as it may be logged, looked through and sent."""
+    return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
 
 
 class KServeVLLMError(Exception):
@@ -68,10 +75,10 @@ class RequestError(KServeVLLMError):
         reason: str | None = None,
     ) -> None:
         # Half of a surrogate pair, which JSON may bring, has no UTF-8: it could not be answered over any protocol.
-        message = message.encode("utf-8", "replace").decode()
+        message = shortened(message).encode("utf-8", "replace").decode()
         super().__init__(message)
         self.message = message
-        self.field = field if field is None else field.encode("utf-8", "replace").decode()
+        self.field = field if field is None else shortened(field).encode("utf-8", "replace").decode()
         self.retry_after_s = retry_after_s
         self.close = close
         self.reason = reason

@@ -57,6 +57,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # A serving runtime reports to nobody unless asked to.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Answers to one prompt, as many as OpenAI makes. vLLM's own 16,384 would fill the engine with one request.
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", "128")
 
 
 def _cli_args() -> ModuleType:

@@ -358,6 +358,62 @@ TABLE: tuple[Touchpoint, ...] = (
         "InputProcessor._validate_params",
     ),
     *_rows(
+        "what would hold up everybody is refused in front of the engine",
+        "refuse",
+        "exists",
+        "vllm.sampling_params",
+        " ".join(f"SamplingParams.{name}" for name in ("stop", "bad_words", "stop_token_ids", "logit_bias"))
+        + " SamplingParams.structured_outputs "
+        + " ".join(
+            f"StructuredOutputsParams.{name}" for name in ("json", "regex", "choice", "grammar", "structural_tag")
+        ),
+    ),
+    *_rows(
+        "media are fetched from the public internet, and from hosts that the operator names",
+        "refuse",
+        "source",
+        "vllm.connections",
+        "HTTPConnection.get_async_client HTTPConnection.get_sync_client",
+    ),
+    *_rows(
+        "media are fetched from the public internet, and from hosts that the operator names",
+        "refuse",
+        "holds",
+        "vllm.multimodal.media.connector",
+        "MediaConnector.__init__",
+        holds="connection: HTTPConnection = global_http_connection",
+    ),
+    *_rows(
+        "media are fetched from the public internet, and from hosts that the operator names",
+        "refuse",
+        "exists",
+        "vllm.connections",
+        "global_http_connection",
+    ),
+    *_rows(
+        "a client's fault is told from ours",
+        "warn",
+        "holds",
+        "vllm.multimodal.media.connector",
+        "MediaConnector._load_file_url",
+        holds="Cannot load local files",
+    ),
+    *_rows(
+        "a client does not choose the engine's backend of structured outputs",
+        "refuse",
+        "holds",
+        "vllm.sampling_params",
+        "SamplingParams._validate_structured_outputs",
+        holds="validate_structured_output_request_outlines(self)",
+    ),
+    *_rows(
+        "a client does not choose the engine's backend of structured outputs",
+        "refuse",
+        "exists",
+        "vllm.v1.structured_output.backend_outlines",
+        "validate_structured_output_request_outlines",
+    ),
+    *_rows(
         "what would end the engine is refused in front of it",
         "refuse",
         "signature",

@@ -38,9 +38,12 @@ _READS_REQUESTS = (
     "vllm.v1.engine.input_processor",
     "vllm.v1.structured_output.",
 )
+_FETCHES = "vllm.connections"
+_NO_FILES = "Cannot load local files"
 _PYTHON = re.compile(
     r"object (is|of|has|does)\b|\bNoneType\b|unhashable|subscriptable|indices must be|operand|not supported between"
     r"|argument|expected (str|bytes|int)|int too large|must be (str|real number)|sequence item"
+    r"|Numerical result out of range|math (domain|range) error"
 )
 _MOST_VALUES = 64
 """Elements of a list or an object that is looked at once more, to say what is wrong with it."""
@@ -55,9 +58,13 @@ def sentence_of_client_fault(error: BaseException, taken_up: bool) -> tuple[str,
         error: an exception that vLLM has no answer of its own for.
         taken_up: whether the engine has taken up any part of the request.
     """
+    if isinstance(error, RuntimeError) and str(error).startswith(_NO_FILES):
+        return "files of the server are not read: send the medium itself, as a data URL", None
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in _frames(error)]
+    if _FETCHES in modules and _is_of_fetching(error):
+        return "a medium can't be fetched from the URL that the request names", None
     if not isinstance(error, _OF_WRONG_DATA) and not is_template_error(error):
         return None
-    modules = [str(frame.f_globals.get("__name__", "")) for frame in _frames(error)]
     reading = any(f"{name}.".startswith(_READS_REQUESTS) or name.startswith(_READS_REQUESTS) for name in modules)
     if not taken_up:
         reading |= any(name.startswith("vllm.entrypoints.") and name.endswith(_READS_BOTH) for name in modules)
@@ -125,7 +132,11 @@ class ClientFaults(logging.Filter):
     )
     """Begin such lines that come without an exception."""
     _READ_ANSWERS = ("vllm.tool_parsers.", "vllm.reasoning.", "vllm.parser.")
-    """Loggers of what reads a model's text, which `max_tokens` may cut off anywhere; it is answered as it is then."""
+    """Loggers of what reads a model's text, which `max_tokens` may cut off anywhere, and which a client can have
+    written in any form; it is answered as it is then. What they say outside of a request, and what no text can bring
+    about, such as a parser that lacks a module or a method, is for who runs the server."""
+    _COMPILES = "Failed to compile grammar for request"
+    """Begins a line of the engine's process about a grammar that it can't use; its request is refused."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Lets every line through."""
@@ -134,7 +145,9 @@ class ClientFaults(logging.Filter):
         context = current.get()
         error = record.exc_info[1] if record.exc_info else None
         if record.name.startswith(self._READ_ANSWERS):
-            fault = True
+            fault = context is not None and (error is None or self._comes_of_text(error))
+        elif str(record.msg).startswith(self._COMPILES):
+            fault = not isinstance(error, (ImportError, OSError, MemoryError))
         elif error is not None:
             fault = is_client_fault(error, taken_up=context is None or context.engine.sequences > 0)
         else:
@@ -145,6 +158,18 @@ class ClientFaults(logging.Filter):
                 record.msg, record.args = f"{record.getMessage().splitlines()[0]} ({type(error).__name__})", ()
             record.exc_info = record.exc_text = None
         return True
+
+    def _comes_of_text(self, error: BaseException) -> bool:
+        """Whether text of another form than a parser reads can raise this."""
+        if isinstance(error, NotImplementedError):
+            return False
+        own = f"{type(error).__module__}.".startswith(self._READ_ANSWERS)
+        return own or isinstance(error, (*_OF_WRONG_DATA, SyntaxError, TimeoutError))
+
+
+def _is_of_fetching(error: BaseException) -> bool:
+    """Whether another server did not answer, or not as it should; aiohttp is not imported for it."""
+    return isinstance(error, OSError) or any(cls.__module__.startswith("aiohttp.") for cls in type(error).__mro__)
 
 
 def is_template_error(error: BaseException) -> bool:

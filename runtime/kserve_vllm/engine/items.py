@@ -10,6 +10,7 @@ Written against vLLM 0.32.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 MAX_INPUT_ITEMS = 1_000
 """Items of `input` of the Responses API: each takes a tenth of a millisecond to validate."""
 
+MAX_PROMPTS = 1_024
+"""Prompts, or conversations, of one request, times `n`: each is a sequence of the engine's."""
+
 _SLICE = 16
+_SEVERAL: Mapping[str, str] = {
+    "/v1/completions": "prompt",
+    "/v1/completions/render": "prompt",
+    "/v1/chat/completions/batch": "messages",
+}
 _FIELDS: Mapping[str, str] = {
     "/v1/chat/completions": "messages",
     "/v1/chat/completions/render": "messages",
@@ -45,6 +54,8 @@ async def check_items(endpoint: str, body: bytes) -> None:
     Raises:
         InvalidRequest: names the item.
     """
+    if (several := _SEVERAL.get(endpoint)) is not None:
+        _check_prompts(several, body)
     field = _FIELDS.get(endpoint)
     # So few bytes can't hold more items than one slice.
     if field is None or len(body) < 2 * _SLICE:
@@ -68,6 +79,33 @@ async def check_items(endpoint: str, body: bytes) -> None:
             raise InvalidRequest(f"{field}[{at}].content holds a part that is no object", field=field)
     if len(items) > _SLICE:
         await _check_slices(endpoint, field, items)
+
+
+def _check_prompts(field: str, body: bytes) -> None:
+    """Refuse a request that is thousands of them.
+
+    Raises:
+        InvalidRequest: it is.
+    """
+    if b"[" not in body:
+        return
+    try:
+        tree = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        try:
+            # vLLM's parser takes some of what this one does not.
+            tree = json.loads(body)
+        except (ValueError, RecursionError):
+            return
+    prompts = tree.get(field) if isinstance(tree, dict) else None
+    if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
+        return
+    many = tree.get("n")
+    if len(prompts) * (many if isinstance(many, int) and many > 0 else 1) > MAX_PROMPTS:
+        raise InvalidRequest(
+            f"{field}: at most {MAX_PROMPTS}, times n, are taken at once; send them in parts, or as a batch",
+            field=field,
+        )
 
 
 async def _check_slices(endpoint: str, field: str, items: list[object]) -> None:

@@ -36,6 +36,7 @@ from kserve_vllm.engine.hooks import guards
 from kserve_vllm.engine.hooks.accounting import TokenAccounting
 from kserve_vllm.engine.hooks.answer_shape import leave_out_nulls
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
+from kserve_vllm.engine.hooks.media import fetch_from_outside
 from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
 from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
@@ -181,6 +182,9 @@ class VLLMEngine:
         self._loras = loras = LoRAs(client, shared=self._channel is not None)
         self.accounts = TokenAccounting(client.output_processor, lambda: self.names[0], loras)
         guards.guard_engine(client)
+        from vllm.connections import global_http_connection
+
+        fetch_from_outside(global_http_connection, client.model_config.allowed_media_domains or ())
         # Not before the engine runs: these want the event loop.
         await client.reset_mm_cache()
         self._tasks = tuple(await client.get_supported_tasks())
@@ -244,7 +248,7 @@ class VLLMEngine:
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
-        guards.check_models(sequences, self._loras.plain)
+        guards.check_models(sequences, self._loras.plain, self.plain)
         self.intake = SubmissionHooks(
             self.client, sequences, prioritized, cache, model, lambda: self.names[0], self._loras.plain
         )
@@ -459,6 +463,10 @@ class VLLMEngine:
                 return ModelInfo(path.name, path.model_path, None, self.served)
         adapter = self.adapters.find(name)
         return None if adapter is None else self._info(adapter)
+
+    def plain(self, name: str) -> str:
+        """A name that was asked for, as lists have it, whether there is such a model or not."""
+        return name if name in self.names else self.adapters.plain(name)
 
     def _info(self, adapter: Adapter) -> ModelInfo:
         declared, loaded = adapter.declared, self.served and adapter.version is not None

@@ -13,7 +13,7 @@ from kserve.protocol.infer_type import InferRequest, InferResponse
 from kserve_vllm.core.errors import NotFound, Unavailable
 from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.policy.enforcement import may_see
+from kserve_vllm.policy.enforcement import check_permitted, may_see
 from kserve_vllm.protocols.http.routes import trace_headers
 from kserve_vllm.protocols.oip import text as v2
 from kserve_vllm.protocols.oip.text import V2Text
@@ -197,8 +197,10 @@ class EngineDataPlane(DataPlane):  # type: ignore[misc]
         """Whether a model answers requests now.
 
         Raises:
+            Forbidden: the key of the running request may not use it, whether there is one or not.
             NotFound: no such model.
         """
+        check_permitted(self._engine, model_name, self._engine.plain(model_name))
         model = self._models.get_model(model_name)
         if model is None:
             raise NotFound(f"no model named {model_name!r}", field="model_name")

@@ -249,15 +249,6 @@ class Enforcement:
         if self._policies.tenants.has_file and not caller.admin:
             raise Forbidden("this call needs a key that is marked `admin` in the key file", reason="not_admin")
 
-    def check_model(self, caller: Rights, names: list[str]) -> None:
-        """Let a caller use only the models and adapters that its key and tenant allow.
-
-        Raises:
-            Forbidden: it is none of them.
-        """
-        if caller.models and not caller.may_use(names):
-            raise Forbidden(f"this key may not use the model {names[0]!r}", field="model", reason="model_not_allowed")
-
     async def admit(
         self,
         context: RequestContext,
@@ -340,13 +331,11 @@ class SequencePolicy:
     """What the engine asks before it takes up a sequence: the same for every protocol.
 
     Args:
-        enforcement: knows the policies.
         policies: as enforcement's.
         engine: for the names of the base model.
     """
 
-    def __init__(self, enforcement: Enforcement, policies: Policies, engine: Names) -> None:
-        self._enforcement = enforcement
+    def __init__(self, policies: Policies, engine: Names) -> None:
         self._policies = policies
         self._engine = engine
 
@@ -371,7 +360,7 @@ class SequencePolicy:
 
         Args:
             request context: of the request.
-            adapter: None for the base model.
+            adapter: or a name of the base model; None for that, too. It need not be there.
             asked: the model's name as the client wrote it, where it is known.
 
         Raises:
@@ -380,12 +369,9 @@ class SequencePolicy:
         caller = context.access.caller
         if caller is None or not caller.models:
             return
-        if adapter is not None:
-            self._enforcement.check_model(caller, [adapter])
-        elif not caller.may_use(self._engine.names):
-            # No name but the one that was asked for: the caller may not know the others.
-            what = "the base model" if asked is None else f"the model {asked!r}"
-            raise Forbidden(f"this key may not use {what}", field="model", reason="model_not_allowed")
+        base = self._engine.names
+        if not caller.may_use(base if adapter is None or adapter in base else [adapter]):
+            raise _not_allowed(asked or adapter)
 
     def knows_base(self, context: RequestContext) -> bool:
         """Whether the caller of a request may know the names of the base model."""
@@ -421,6 +407,28 @@ def may_see(engine: Names, name: str) -> bool:
     if caller is None or not caller.models or caller.admin:
         return True
     return caller.may_use(engine.names if name in engine.names else [name])
+
+
+def check_permitted(engine: Names, name: str, plain: str) -> None:
+    """Let the caller of the running request ask a model for work, by its name, before anybody looks whether it is
+    there: else the answers would tell which of the others are.
+
+    Args:
+        engine: for the names of the base model, which is allowed under any of them.
+        name: as it was asked for.
+        plain: the same as lists have it.
+
+    Raises:
+        Forbidden: its key is limited to others.
+    """
+    if not may_see(engine, plain):
+        raise _not_allowed(name)
+
+
+def _not_allowed(name: str | None) -> Forbidden:
+    """The refusal of a model, with no name but the one that was asked for: the caller may not know the others."""
+    what = "the base model" if name is None else f"the model {name!r}"
+    return Forbidden(f"this key may not use {what}", field="model", reason="model_not_allowed")
 
 
 def headers_of(values: Mapping[str, str]) -> tuple[str | None, str | None]:

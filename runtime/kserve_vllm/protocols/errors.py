@@ -24,6 +24,7 @@ __all__ = [
     "check_single",
     "error_body",
     "error_headers",
+    "in_anthropics_shape",
     "is_anthropic_path",
     "is_form",
     "is_kserve_path",
@@ -116,6 +117,24 @@ def error_body(path: str, error: RequestError, request_id: str | None = None) ->
             code = MODEL_NOT_FOUND
         tree = {"error": {"message": error.message, "type": error.openai_type, "param": error.field, "code": code}}
     return orjson.dumps(tree)
+
+
+def in_anthropics_shape(status: int, body: bytes, request_id: str) -> bytes | None:
+    """An error in OpenAI's shape in that of Anthropic's clients; None where it is none.
+
+    Args:
+        status: of HTTP.
+        body: JSON, `{"error": {"message": ...}}`.
+        request_id: as for `error_body`.
+    """
+    try:
+        tree = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    error = tree.get("error") if isinstance(tree, dict) and tree.get("type") != "error" else None
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return None
+    return orjson.dumps({**anthropic_error(status, error["message"]), "request_id": request_id})
 
 
 def error_headers(error: RequestError, request_id: str) -> list[tuple[bytes, bytes]]:

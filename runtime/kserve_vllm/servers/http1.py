@@ -10,9 +10,11 @@ httptools 0.9.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
+import socket
 import sys
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -42,7 +44,14 @@ MAX_UNREAD = 16 << 20
 """Bytes that are still read of a body whose request has been answered, before the connection is closed."""
 UNREAD_TIMEOUT_S = 10.0
 """Seconds for which they are read."""
+ASK_AFTER_S = (0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5)
+"""Seconds between the questions whether a client is still there that has sent all it has; the last is repeated."""
 
+WEBSOCKET_VERSION = b"13"
+"""Of the protocol of websockets: RFC 6455's."""
+_SPOKEN = ((b"sec-websocket-version", WEBSOCKET_VERSION), (b"upgrade", b"websocket"), (b"connection", b"upgrade"))
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_TCP_CLOSE = 7  # of a connection that is reset: Linux' net/tcp_states.h
 _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
@@ -56,12 +65,14 @@ class Refusal(Exception):
     Args:
         status: of the answer.
         sentence: says why.
+        fields: further ones of the answer.
     """
 
-    def __init__(self, status: int, sentence: str) -> None:
+    def __init__(self, status: int, sentence: str, fields: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(sentence)
         self.status = status
         self.sentence = sentence
+        self.fields = tuple(fields)
 
     def answer(self, target: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Fields and body of the answer to a request for `target`."""
@@ -70,7 +81,8 @@ class Refusal(Exception):
         if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             error.openai_type = "ServiceUnavailableError"
         body = wire.error_body(_path(target), error)
-        return [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))], body
+        fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *self.fields]
+        return fields, body
 
 
 class Held(Protocol):
@@ -166,6 +178,8 @@ class HTTP1(HttpToolsProtocol):
         """Whether the parser has left out the body of such a request."""
         self._goes_on = False
         """Whether a new parser is told where the one before had come to."""
+        self._asking: Iterator[float] | None = None
+        """When to ask a client that has ended its side whether it is still there; None while its side is open."""
 
     # The connection
 
@@ -217,6 +231,55 @@ class HTTP1(HttpToolsProtocol):
                 raise Refusal(400, "the body is sent in too many and too small chunks, or with too much beside it")
         except Refusal as refusal:
             self._refuse(refusal)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """asyncio's. The client has ended its side (RFC 9293, 3.6): what it has asked for is answered, unless it is
+        gone altogether, which looks the same from here.
+
+        Over TLS nobody can end one side alone in asyncio; the connection is closed then.
+        """
+        cycle = self.cycle  # of the newest request, which is the last one now
+        waits = cycle is not None and not cycle.response_complete and not cycle.more_body
+        if self._refusal is not None or self._asking is not None:
+            return waits
+        if not waits or self.scheme == "https":
+            return False
+        if cycle.scope["http_version"] == "1.0" and cycle.scope["method"] not in ("GET", "HEAD"):
+            # It can't be asked, see `_ask`, and a model is not to work for nobody.
+            return False
+        cycle.keep_alive = False
+        self._asking = itertools.chain(ASK_AFTER_S, itertools.repeat(ASK_AFTER_S[-1]))
+        self._ask()
+        return True
+
+    def _ask(self) -> None:
+        """Find out whether a client that has ended its side is still there, and forget its requests if it is not.
+
+        Its kernel says so when something is sent to it, and not before. An interim answer is the one thing that may be
+        sent while there is no answer (RFC 9110, 15.2), though not in HTTP/1.0, and changes nothing. Where an answer has
+        begun, its next part asks.
+        """
+        cycle = self.cycle
+        if self._asking is None or self.transport.is_closing() or cycle.response_complete:
+            return
+        if self._turned_down():
+            self.transport.abort()
+            return
+        if not self.pipeline and not cycle.response_started and cycle.scope["http_version"] == "1.1":
+            self.transport.write(_CONTINUE)
+        self._set_timer(next(self._asking), self._ask)
+
+    def _turned_down(self) -> bool:
+        """Whether the client's kernel has ended the connection, where this one tells; the event loop would find out
+        with the next thing that it writes."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sys.platform != "linux":
+            return False
+        try:
+            state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return False
+        return state == _TCP_CLOSE
 
     def _hand_on(self, data: bytes) -> None:
         """This is a connection of HTTP/2."""
@@ -378,12 +441,14 @@ class HTTP1(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise Refusal(505, "this is answered in HTTP/1.1 and HTTP/1.0")
-        hosts, coding = [], []
+        hosts, coding, of_websocket = [], [], []
         for name, value in self.headers:
             if name == b"host":
                 hosts.append(value)
             elif name == b"transfer-encoding":
                 coding.append(value.lower())
+            elif name == b"sec-websocket-version":
+                of_websocket.append(value)
             elif name == b"expect" and version != "1.0" and value.lower() != b"100-continue":
                 raise Refusal(417, "only 100-continue can be expected")
         # RFC 9112, 3.2.
@@ -396,6 +461,14 @@ class HTTP1(HttpToolsProtocol):
             raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding")
         if coding and coding != [b"chunked"]:
             raise Refusal(501, "the only Transfer-Encoding that is understood is chunked")
+        # RFC 6455, 4.4; RFC 9110, 15.5.22. A handshake without a version is refused as one.
+        if (
+            of_websocket
+            and of_websocket != [WEBSOCKET_VERSION]
+            and self.parser.should_upgrade()
+            and self._should_upgrade()
+        ):
+            raise Refusal(426, "the only version of websockets that is spoken is 13", _SPOKEN)
         # RFC 9112, 3.2.2: an absolute target's path may be empty.
         if (origin := _PATH_AND_QUERY.match(self.url)) is not None:
             self.url = self.url[origin.end() :]

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol
 
 from kserve_vllm.core.coroutines import resume
-from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_path, openai_code
+from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_path, openai_code, shortened
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.engine_request import EngineRequest
 from kserve_vllm.engine.faults import (
@@ -25,6 +25,7 @@ from kserve_vllm.engine.faults import (
     speaks_python,
     unsendable,
 )
+from kserve_vllm.engine.hooks.costs import check_costs
 from kserve_vllm.engine.hooks.validation_messages import plain_words, sentence_of_a_part, sentence_of_validation
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _NO_FAULT = (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def guard_engine(client: AsyncLLM) -> None:
-    """Refuse, in front of the engine, what would end it or can't be sent to it.
+    """Refuse, in front of the engine, what would end it, hold up all others, or can't be sent to it.
 
     On a CPU, prompt log probabilities of a model with adapters take the logits of every prompt token through a mapping
     that has one row per sequence; the worker dies of it as soon as two sequences run, and with it every request.
@@ -52,12 +53,21 @@ def guard_engine(client: AsyncLLM) -> None:
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
+    from vllm.sampling_params import SamplingParams
 
     processor, core = client.input_processor, client.engine_core
     validate, send = processor._validate_params, core.add_request_async
     no_prompt_logprobs = client.vllm_config.lora_config is not None and current_platform.is_cpu()
 
     def validate_params(params: object, supported_tasks: tuple[str, ...]) -> object:
+        if isinstance(params, SamplingParams):
+            try:
+                check_costs(params)
+            except RequestError as error:
+                if (context := current.get()) is not None:
+                    # A stream's answer may have begun for vLLM, and not for the client.
+                    context.refusal = error
+                raise VLLMValidationError(error.message, parameter=error.field) from error
         if no_prompt_logprobs and getattr(params, "prompt_logprobs", None) is not None:
             raise VLLMValidationError(
                 "prompt_logprobs (and echo with logprobs) can't be had on a CPU together with adapters",
@@ -80,7 +90,29 @@ def guard_engine(client: AsyncLLM) -> None:
             raise VLLMValidationError(f"{name} can't be used: {error}", parameter=name) from error
 
     processor._validate_params, core.add_request_async = validate_params, add_request
+    if client.vllm_config.structured_outputs_config.backend == "auto":
+        leave_out_outlines()
     take_up_whole(client)
+
+
+def leave_out_outlines() -> None:
+    """Refuse a schema which neither of the backends takes that are chosen by request.
+
+    vLLM goes on to a third one, outlines, whose expressions grow with the square of a schema's properties, and are read
+    on the event loop. The engine has one backend, that of its first request: from then on it would refuse every other's
+    `json_object` and grammar.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.structured_output import backend_outlines
+
+    def refuse(params: SamplingParams) -> None:
+        raise VLLMValidationError(
+            "structured_outputs: this schema has parts that are not understood, such as patternProperties beside "
+            "properties (--structured-outputs-config with the backend outlines may take it)",
+            parameter="structured_outputs",
+        )
+
+    backend_outlines.validate_structured_output_request_outlines = refuse
 
 
 def take_up_whole(client: AsyncLLM) -> None:
@@ -146,19 +178,22 @@ class Permits(Protocol):
     """Says which models a request may use, and may know of."""
 
     def permit(self, context: RequestContext, adapter: str | None, asked: str | None = None) -> None:
-        """Let a request use the base model (None) or an adapter, or raise a `RequestError`."""
+        """Let a request use the base model (None, or one of its names) or an adapter, or raise a `RequestError`."""
 
     def knows_base(self, context: RequestContext) -> bool:
         """Whether the caller of a request may know the names of the base model."""
 
 
-def check_models(permits: Permits, plain: Callable[[str], str]) -> None:
+def check_models(permits: Permits, plain: Callable[[str], str], named: Callable[[str], str]) -> None:
     """Ask `permits` wherever vLLM looks whether a model is there: that is the first thing that its handlers do, also
     those that ask nothing of the engine, as for tokens and their number.
+
+    Who may not use a name is told the same whether there is such a model or not.
 
     Args:
         permits: is asked.
         plain: tells the name of an adapter for its name in the engine.
+        named: tells the name that lists have for one that a client has asked for, whether it is there or not.
     """
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -171,18 +206,17 @@ def check_models(permits: Permits, plain: Callable[[str], str]) -> None:
             context = current.get()
             if context is None:
                 return found
-            if found is not None:
-                if not permits.knows_base(context) and hasattr(found, "error"):
-                    # vLLM's sentence goes on with the names that there are.
-                    found.error.message = f"The model `{request.model}` does not exist."
-                return found
             lora = getattr(self.models, "lora_requests", {}).get(request.model)
+            adapter = plain(lora.lora_name) if lora is not None else named(request.model) if request.model else None
             try:
-                permits.permit(context, plain(lora.lora_name) if lora is not None else None, request.model or None)
+                permits.permit(context, adapter, request.model or None)
             except RequestError as error:
                 context.refusal = error
                 raise
-            return None
+            if found is not None and not permits.knows_base(context) and hasattr(found, "error"):
+                # vLLM's sentence goes on with the names that there are.
+                found.error.message = f"The model `{request.model}` does not exist."
+            return found
 
         return check_model
 
@@ -231,9 +265,11 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
 
     def shaped(message: str | Exception, *args: object, **kwargs: object) -> ErrorResponse:
         reply = original(message, *args, **kwargs)
+        # Before anything looks through it: it may repeat all that a client has written.
+        reply.error.message = shortened(reply.error.message)
         if isinstance(message, VLLMValidationError):
             # Its text repeats the field and the value as Python writes them.
-            reply.error.message = error_response.sanitize_message(str(message.args[0]))
+            reply.error.message = error_response.sanitize_message(shortened(str(message.args[0])))
         if "\n" in reply.error.message:
             # Some parsers of grammars draw the place of the fault below it.
             reply.error.message = " ".join(reply.error.message.split())

@@ -10,16 +10,21 @@ Written against vLLM 0.32. What a route takes is read from the models of the ins
 from __future__ import annotations
 
 import json
+import logging
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from kserve_vllm.core.errors import InvalidRequest
+from kserve_vllm.core.request_context import current
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from pydantic import BaseModel
+
+log = logging.getLogger(__name__)
 
 LEAST_TOP_P = 1e-6
 """Stands for a `top_p` of 0, which means the likeliest token alone, and which vLLM refuses."""
@@ -40,8 +45,21 @@ _GUIDED = {
 _BACKEND = "guided_decoding_backend"
 
 
+_MOST_NAMED = 16
+"""Types of tools that one answer names."""
+_MOST_TOLD = 32
+"""Types of tools that the log says are left out; a client may make up any."""
+
 _NAME_A_MODEL = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
 """Where OpenAI's description requires `model`, and vLLM takes the served one without it."""
+
+
+_RESPONSES = "/v1/responses"
+_CALLED = frozenset({"function", "custom", "namespace"})
+"""Types of a response's tools that the model is told of, and that the client runs."""
+_WORD = re.compile("[a-z0-9_]{1,64}")
+LEFT_OUT = "x-ignored-tools"
+"""Header of an answer that names the types of tools which the model was not told of."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +86,24 @@ class Mender:
         routes: by path.
         backend: of structured outputs, as the server is configured.
         knows_developer: whether chat templates here have the role `developer`; else it becomes `system`.
-        strict: whether a request has to name its model where OpenAI's has to.
+        strict: whether a request has to name its model where OpenAI's has to, and may not have tools left out.
+        has_tools: whether vLLM runs tools by itself (`--tool-server`).
     """
 
-    def __init__(self, routes: Mapping[str, Route], backend: str, knows_developer: bool, strict: bool = False) -> None:
+    def __init__(
+        self,
+        routes: Mapping[str, Route],
+        backend: str,
+        knows_developer: bool,
+        strict: bool = False,
+        has_tools: bool = False,
+    ) -> None:
         self._routes = routes
         self._backend = backend
         self._knows_developer = knows_developer
         self._strict = strict
+        self._has_tools = has_tools
+        self._told: set[str] = set()
 
     def covers(self, path: str) -> bool:
         """Whether bodies for this path are mended."""
@@ -92,6 +120,8 @@ class Mender:
             return False
         if self._strict and path in _NAME_A_MODEL and tree.get("model") in (None, ""):
             raise InvalidRequest("model is missing: name one of those that /v1/models lists", field="model")
+        if path == _RESPONSES and not self._has_tools:
+            self._look_at_tools(tree)
         dropped = [name for name, value in tree.items() if value is None and name in route.not_null]
         for name in dropped:
             del tree[name]
@@ -111,6 +141,35 @@ class Mender:
             del tree["suffix"]
             changed = True
         return changed
+
+    def _look_at_tools(self, tree: Mapping[str, object]) -> None:
+        """Say which tools of a response are left out: OpenAI runs those by itself, vLLM tells the model nothing of
+        them. Refused by default they would keep clients away that always send one, as Codex does.
+
+        Raises:
+            InvalidRequest: one of them has to be called; or any, where that is wanted.
+        """
+        tools = tree.get("tools")
+        kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+        left_out = sorted({kind for kind in kinds if isinstance(kind, str) and _WORD.fullmatch(kind)} - _CALLED)
+        if not left_out:
+            return
+        names = ", ".join(left_out[:_MOST_NAMED])
+        choice = tree.get("tool_choice")
+        wanted = choice.get("type") if isinstance(choice, dict) else None
+        if self._strict or wanted in left_out:
+            field = "tools" if wanted not in left_out else "tool_choice"
+            raise InvalidRequest(f"{field}: {names} would be run by the server, which runs no tools", field=field)
+        if (context := current.get()) is not None and not any(name == LEFT_OUT for name, _ in context.answer_headers):
+            context.answer_headers.append((LEFT_OUT, names))
+        if len(self._told) < _MOST_TOLD and (new := [kind for kind in left_out if kind not in self._told]):
+            self._told.update(new)
+            log.info(
+                "tools of the types %s are left out of responses: this server runs none (said once; answers say it in "
+                "the header %s, and --strict-openai true refuses such requests)",
+                ", ".join(new),
+                LEFT_OUT,
+            )
 
     def _mend_message(self, message: dict[str, object]) -> bool:
         """A message as an SDK writes back what it was answered has null in every field that was not set."""
@@ -257,7 +316,9 @@ def mender_of(app: FastAPI, backend: str, template: str | None, strict: bool = F
         models = [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
         if models:
             routes[getattr(route, "path", "")] = _route(models)
-    return Mender(routes, backend, template is None or "developer" in template, strict)
+    responses = getattr(app.state, "openai_serving_responses", None)
+    has_tools = getattr(responses, "tool_server", None) is not None
+    return Mender(routes, backend, template is None or "developer" in template, strict, has_tools)
 
 
 def _models(annotation: object) -> list[object]:

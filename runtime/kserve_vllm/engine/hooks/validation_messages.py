@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kserve_vllm.core.errors import shortened
+
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
@@ -122,7 +124,7 @@ def sentence_of_a_part(errors: Sequence[ErrorDetails], field: str | None) -> tup
 def plain_words(text: str) -> str:
     """A sentence of vLLM's without what only Python's readers can read: dictionaries are left out, and the words for
     true, false and null are JSON's."""
-    text = _DICTIONARY.sub("", text)
+    text = _DICTIONARY.sub("", shortened(text))
     for word, json in _JSON_WORDS:
         text = word.sub(json, text)
     return text

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kserve_vllm.protocols.batch.store import Store, Taken, Tree
+from kserve_vllm.protocols.http import bounds
 from kserve_vllm.protocols.http.middleware import OWNER
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 """What a batch may ask for, where the model does it."""
 _SWEEP_EVERY_S = 3600.0
 _AFTER_FAILURE_S = 30.0
+_LONGEST = 20 << 20  # bytes of a line: as much JSON as a request may have (--max-json-mib)
 _AT_ONCE = 4  # batches
 _RETRY_MAX_S = 60.0
 _ERRORS_SHOWN = 100
@@ -447,6 +449,11 @@ def check_lines(source: Path, endpoint: str, most: int) -> tuple[int, str | None
             if len(seen) >= most:
                 wrong(number, "too_many_tasks", f"the file holds more than {most} requests (--batch-max-lines)")
                 break
+            # Python's parser lets no other thread run, and the event loop is one.
+            too_much = "it is longer than 20 MiB" if len(text) > _LONGEST else bounds.excess(text)
+            if too_much is not None:
+                wrong(number, "invalid_json_line", f"this line can't be read: {too_much}")
+                continue
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):

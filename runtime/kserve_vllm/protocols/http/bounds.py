@@ -94,6 +94,13 @@ async def check_values(body: bytes | memoryview) -> float:
     return _hold_s(counts)
 
 
+def excess(body: bytes) -> str | None:
+    """Why JSON holds more than is read, or None; for who has a thread of its own for it. As `check_values`."""
+    if len(body) <= _SMALL or _sentence(_count_roughly(body)) is None:
+        return None
+    return _sentence(_count(body))
+
+
 async def check_unicode(body: bytes) -> None:
     """Refuse JSON with half of a surrogate pair.
 

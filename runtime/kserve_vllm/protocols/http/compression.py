@@ -24,6 +24,8 @@ Header = tuple[bytes, bytes]
 CODINGS = ("gzip", "deflate")
 _PART = 1 << 20
 """Most bytes that are inflated at once."""
+MAX_MEMBERS = 1_024
+"""Members of a body in gzip, which may all be empty: the rest of what has come is copied for each."""
 _LEAST = 1024
 """Answers below this many bytes fit into one packet as they are."""
 _IN_A_THREAD = 1 << 16
@@ -76,6 +78,7 @@ class _Inflated:
         self._more = True
         self._full = False
         self._over = False
+        self._members = 1
 
     async def __call__(self) -> Message:
         """The next part.
@@ -87,10 +90,10 @@ class _Inflated:
             return await self._receive()
         part = b""
         while not part and not self._over:
-            if self._full:
-                # Others have their turn while a small body becomes a large one.
+            if self._full or self._members % 16 == 0:
+                # Others have their turn while a small body becomes a large one, or nothing at all.
                 await asyncio.sleep(0)
-            elif not self._rest and self._more:
+            if not self._full and not self._rest and self._more:
                 message = await self._receive()
                 if message["type"] != "http.request":
                     return message
@@ -114,6 +117,9 @@ class _Inflated:
         elif self._zlib.eof:
             if self._coding != "gzip":
                 raise zlib.error("something follows its end")
+            self._members += 1
+            if self._members > MAX_MEMBERS:
+                raise zlib.error(f"it has more than {MAX_MEMBERS} members")
             # gzip's format lets one member follow the other.
             self._zlib = zlib.decompressobj(31)
         part: bytes = self._zlib.decompress(self._rest, _PART)

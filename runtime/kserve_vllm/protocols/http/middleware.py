@@ -13,6 +13,7 @@ import re
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 
 import orjson
@@ -450,7 +451,8 @@ class _Guard:
 
     vLLM answers 501 to a request for what the model can't do. That is the request's fault, not the server's, and V2
     and V1 say 400: so does this. What the engine refuses is answered with its own error, whatever vLLM made of
-    it; the start of a stream is held back for that until its first piece is there.
+    it; the start of a stream is held back for that until its first piece is there. What vLLM refuses in OpenAI's shape
+    at a path of Anthropic's is told in theirs.
     """
 
     def __init__(self, send: Send, request_id: str, path: str, trace: str | None) -> None:
@@ -475,7 +477,11 @@ class _Guard:
                 return self._refuse(self.context.refusal)
             if self.status == 500:
                 return self._refuse(InternalError(self.request_id))
-            if self.status == 501 or _is_stream(message):
+            if (
+                self.status == 501
+                or _is_stream(message)
+                or (self.status >= HTTPStatus.BAD_REQUEST and wire.is_anthropic_path(self._path))
+            ):
                 self._held = message
                 return _nothing()
             self.answered = True
@@ -495,8 +501,18 @@ class _Guard:
             await self._refuse(InvalidRequest(_openai_message(message.get("body", b""))))
         else:
             self.answered = True
+            if start["status"] >= HTTPStatus.BAD_REQUEST and wire.is_anthropic_path(self._path):
+                start, message = self._as_anthropics(start, message)
             await self._send(self._dressed(start))
             await self._send(message)
+
+    def _as_anthropics(self, start: Message, message: Message) -> tuple[Message, Message]:
+        """An error in Anthropic's envelope, where it is one whole in OpenAI's."""
+        body = wire.in_anthropics_shape(start["status"], message.get("body", b""), self.request_id)
+        if body is None or message.get("more_body"):
+            return start, message
+        kept = [(name, value) for name, value in start.get("headers", ()) if name != b"content-length"]
+        return {**start, "headers": [*kept, (b"content-length", b"%d" % len(body))]}, {**message, "body": body}
 
     def _refuse(self, error: RequestError) -> Awaitable[None]:
         """Answer an error instead of what vLLM answers."""

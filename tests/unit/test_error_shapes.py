@@ -1,0 +1,75 @@
+"""What vLLM refuses at Anthropic's paths is told in Anthropic's shape, whichever of its routes did."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from kserve_vllm.core.errors import Forbidden
+from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.protocols.http.middleware import _Guard
+
+THEIRS = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
+OPENAIS = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": None}}
+
+
+def answered(
+    path: str, status: int, *parts: bytes, refusal: Forbidden | None = None
+) -> tuple[dict[bytes, bytes], bytes]:
+    """Headers and body that a client gets of an answer in these parts."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        guard = _Guard(send, "r", path, None)
+        guard.context = RequestContext("r", "openai", path)
+        guard.context.refusal = refusal
+        length = sum(map(len, parts))
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
+        await guard.send({"type": "http.response.start", "status": status, "headers": headers})
+        for number, part in enumerate(parts):
+            await guard.send({"type": "http.response.body", "body": part, "more_body": number < len(parts) - 1})
+
+    asyncio.run(run())
+    body = b"".join(message["body"] for message in sent[1:])
+    headers = dict(sent[0]["headers"])
+    assert headers[b"content-length"] == b"%d" % len(body)
+    return headers, body
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/render", "/openai/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, "invalid_request_error"), (404, "not_found_error"), (429, "rate_limit_error")]
+)
+def test_an_error_at_anthropics_paths_has_their_shape(path: str, status: int, kind: str) -> None:
+    headers, body = answered(path, status, json.dumps(OPENAIS).encode())
+    assert json.loads(body) == {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "r"}
+    assert headers[b"request-id"] == b"r"
+
+
+def test_so_has_a_refusal() -> None:
+    tree = json.loads(
+        answered("/v1/messages/render", 400, json.dumps(OPENAIS).encode(), refusal=Forbidden("not you"))[1]
+    )
+    assert (tree["type"], tree["error"]) == ("error", {"type": "permission_error", "message": "not you"})
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "parts"),
+    [
+        ("/v1/messages", 400, [json.dumps(THEIRS).encode()]),
+        ("/v1/messages", 200, [json.dumps(OPENAIS).encode()]),
+        ("/v1/chat/completions", 400, [json.dumps(OPENAIS).encode()]),
+        ("/v1/messages", 400, [b"no JSON"]),
+        ("/v1/messages", 400, [b'{"error": 1}']),
+        ("/v1/messages", 400, [b"[]"]),
+        ("/v1/messages", 400, [b'{"error": {"message":', b' "a"}}']),
+    ],
+)
+def test_other_answers_are_left_alone(path: str, status: int, parts: list[bytes]) -> None:
+    assert answered(path, status, *parts)[1] == b"".join(parts)
