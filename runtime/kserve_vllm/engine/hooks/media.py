@@ -14,12 +14,13 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from urllib.request import getproxies
 
 if TYPE_CHECKING:
     import aiohttp
     from aiohttp.abc import ResolveResult
+    from aiohttp.connector import AddrInfoType
     from vllm.connections import HTTPConnection
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _client(named: frozenset[str]) -> aiohttp.ClientSession:
                 check(each["host"], host)
             return found
 
-    def connect(info: tuple[Any, ...]) -> socket.socket:
+    def connect(info: AddrInfoType) -> socket.socket:
         """A socket for an address, which may have come without a name."""
         family, kind, protocol, _, address = info
         if str(address[0]) in named:

@@ -435,7 +435,7 @@ def _read_gguf(path: Path) -> Model:
     return Model(architecture, replace(weights, source=f"tensor table of {path.name}"), ("gguf",))
 
 
-def _scalar(value: Any) -> int:
+def _scalar(value: int | list[int]) -> int:
     return max(value) if isinstance(value, list) else int(value)
 
 
