@@ -24,13 +24,13 @@ _HTTP: dict[str, tuple[str, dict[str, object], Callable[[bytes], bool]]] = {
         "/v2/models/{model}/infer",
         {
             "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": [_QUESTION]}],
-            "parameters": {"max_tokens": 8},
+            "parameters": {"max_tokens": 8, "ignore_eos": True},
         },
         lambda body: bool(json.loads(body)["outputs"][0]["data"][0]),
     ),
     "V2 generate": (
         "/v2/models/{model}/generate",
-        {"text_input": _QUESTION, "parameters": {"max_tokens": 8}},
+        {"text_input": _QUESTION, "parameters": {"max_tokens": 8, "ignore_eos": True}},
         lambda body: bool(json.loads(body)["text_output"]),
     ),
     "a chat": (
