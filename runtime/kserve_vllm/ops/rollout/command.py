@@ -48,8 +48,9 @@ The state is kept in the ConfigMap NAME-rollout, which the InferenceService owns
 Rights: get and patch on inferenceservices; get on revisions, deployments and httproutes; get, create and update on
 configmaps; for --answers also list on pods and create on pods/proxy.
 
-Exit codes: 0 promoted, 1 rolled back, 2 an argument can't be used, 3 stopped, or the cluster was away (run it again to
-go on), 4 paused, or taken over by another process (look at it first).
+Exit codes: 0 promoted, 1 rolled back, 2 an argument can't be used, 3 stopped, on the way back for longer than its
+deadline, or the cluster was away (run it again to go on), 4 paused, or taken over by another process (look at it
+first).
 """
 _FLAG_DEFAULTS = Options()
 _T = Thresholds()
