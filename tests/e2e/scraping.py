@@ -20,16 +20,44 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 import yaml
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from tests.e2e.cluster import Cluster, Object, wait
+from tests.e2e.releases import POD_MONITOR
 
 
 def binary() -> str | None:
     """Path of Prometheus; None where it is not installed."""
     return shutil.which("prometheus")
+
+
+def skip_unless_possible(cluster: Cluster, address: str = "127.0.0.1") -> None:
+    """Skip a case where no Prometheus can read what the chart's PodMonitor says.
+
+    Args:
+        cluster: that is to be read.
+        address: where Prometheus would listen; "" where it has to be told and was not.
+    """
+    if binary() is None or not cluster.has_kind(*POD_MONITOR):
+        pytest.skip("NOT RUN: no Prometheus is installed here, or the cluster has no kind PodMonitor")
+    if not address:
+        pytest.skip("NOT RUN: it needs a Prometheus here at an address that the cluster reaches (--reachable)")
+
+
+def of_namespace(
+    cluster: Cluster, namespace: str, folder: Path, address: str = "127.0.0.1", rules: bool = False
+) -> Scraper:
+    """A Prometheus that reads what the one PodMonitor of a namespace says, with the rules of its one PrometheusRule."""
+    where = f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}"
+    (monitor,) = cluster.get(f"{where}/podmonitors")["items"]
+    groups: list[Object] = []
+    if rules:
+        (rule,) = cluster.get(f"{where}/prometheusrules")["items"]
+        groups = rule["spec"]["groups"]
+    return Scraper(cluster, folder, monitor, groups, address)
 
 
 def _snake(tree: Any) -> Any:

@@ -229,12 +229,8 @@ def test_what_is_scraped_is_what_rules_and_dashboards_ask_for(
     service: Service, cluster: Cluster, tmp_path: Path, record: Record
 ) -> None:
     """A Prometheus of the suite's own reads the pods as the PodMonitor says, with the PrometheusRule's rules."""
-    if scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
-        pytest.skip("NOT RUN: no Prometheus is installed here, or the cluster has no kind PodMonitor")
-    where = f"/apis/monitoring.coreos.com/v1/namespaces/{service.namespace}"
-    (monitor,) = cluster.get(f"{where}/podmonitors")["items"]
-    (rule,) = cluster.get(f"{where}/prometheusrules")["items"]
-    prometheus = scraping.Scraper(cluster, tmp_path, monitor, rule["spec"]["groups"])
+    scraping.skip_unless_possible(cluster)
+    prometheus = scraping.of_namespace(cluster, service.namespace, tmp_path, rules=True)
     try:
         seen = lambda: json.dumps(prometheus.get("targets")["activeTargets"])[:1500]  # noqa: E731
         (up,) = wait("a pod that is scraped", lambda: prometheus.query("up == 1"), 60, seen=seen)

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e import scraping
 from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import MODEL, MONITORED, POD_MONITOR, Values, merged, of_model, small
+from tests.e2e.releases import MODEL, MONITORED, Values, merged, of_model, small
 from tests.e2e.traffic import PROMPT, Load
 
 NAME = "chat"
@@ -51,10 +51,7 @@ def test_keda_scales_by_the_engine_s_queue(
 ) -> None:
     """One sequence at a time and six clients: five requests wait, and one for each pod is wanted."""
     address = request.config.option.reachable
-    if not address or scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
-        pytest.skip(
-            "NOT RUN: it needs a Prometheus here at an address that KEDA reaches (--reachable), and PodMonitors"
-        )
+    scraping.skip_unless_possible(cluster, address)
     namespace = suite.namespace("keda")
     scaling = {"class": "keda", "metric": "queue-depth", "target": 1, "minReplicas": 1, "maxReplicas": 2}
     values: Values = {
@@ -65,8 +62,7 @@ def test_keda_scales_by_the_engine_s_queue(
     release = suite.release("keda", namespace, values)
     release.install()
     cluster.wait_ready(namespace, NAME)
-    (monitor,) = cluster.get(f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors")["items"]
-    prometheus = scraping.Scraper(cluster, tmp_path_factory.mktemp("prometheus"), monitor, [], address)
+    prometheus = scraping.of_namespace(cluster, namespace, tmp_path_factory.mktemp("prometheus"), address)
     try:
         release.upgrade(
             {

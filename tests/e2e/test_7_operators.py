@@ -20,7 +20,7 @@ import pytest
 from tests.e2e import scraping
 from tests.e2e.cluster import Cluster, wait
 from tests.e2e.conftest import Record, Suite
-from tests.e2e.releases import MODEL, MONITORED, OTHER_MODEL, POD_MONITOR, Values, of_model
+from tests.e2e.releases import MODEL, MONITORED, OTHER_MODEL, Release, Values, of_model
 from tests.e2e.traffic import Load, Target, fingerprint
 
 pytestmark = pytest.mark.needs("knative")
@@ -48,22 +48,26 @@ class Service:
         return self.command("rollout", CHAT, *arguments, *quick, "--prometheus", self.prometheus)
 
 
-@pytest.fixture(scope="module")
-def service(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """`chat` on one pod, read by a Prometheus as the chart's PodMonitor says."""
-    if scraping.binary() is None or not suite.cluster.has_kind(*POD_MONITOR):
-        pytest.skip("NOT RUN: no Prometheus is installed here, or the cluster has no kind PodMonitor")
-    namespace = suite.namespace("op")
+def _installed(suite: Suite, word: str) -> tuple[str, Release]:
+    """Namespace and release of `chat` on one pod in Knative mode, ready, with a PodMonitor."""
+    namespace = suite.namespace(word)
     values: Values = {
         "cluster": {"deploymentMode": "Knative"},
         "inferenceServices": {CHAT: of_model(MODEL)},
         "monitoring": MONITORED,
     }
-    release = suite.release("op", namespace, values)
+    release = suite.release(word, namespace, values)
     release.install()
     suite.cluster.wait_ready(namespace, CHAT)
-    (monitor,) = suite.cluster.get(f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors")["items"]
-    prometheus = scraping.Scraper(suite.cluster, tmp_path_factory.mktemp("prometheus"), monitor, [])
+    return namespace, release
+
+
+@pytest.fixture(scope="module")
+def service(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`chat` on one pod, read by a Prometheus as the chart's PodMonitor says."""
+    scraping.skip_unless_possible(suite.cluster)
+    namespace, release = _installed(suite, "op")
+    prometheus = scraping.of_namespace(suite.cluster, namespace, tmp_path_factory.mktemp("prometheus"))
     try:
         yield Service(namespace, suite.target(namespace, CHAT), prometheus.url)
     finally:
@@ -166,21 +170,11 @@ def test_a_job_of_the_chart_rolls_out(
 ) -> None:
     """With the rights of its own Role alone: a worse model is taken back, then a good one is promoted."""
     address = request.config.option.reachable
-    if not address or scraping.binary() is None or not cluster.has_kind(*POD_MONITOR):
-        pytest.skip("NOT RUN: it needs a Prometheus here at an address that pods reach (--reachable), and PodMonitors")
-    namespace = suite.namespace("job")
-    values: Values = {
-        "cluster": {"deploymentMode": "Knative"},
-        "inferenceServices": {CHAT: of_model(MODEL)},
-        "monitoring": MONITORED,
-    }
-    release = suite.release("job", namespace, values)
-    release.install()
-    cluster.wait_ready(namespace, CHAT)
+    scraping.skip_unless_possible(cluster, address)
+    namespace, release = _installed(suite, "job")
     target = suite.target(namespace, CHAT)
     stable = fingerprint(target)
-    (monitor,) = cluster.get(f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors")["items"]
-    prometheus = scraping.Scraper(cluster, tmp_path_factory.mktemp("prometheus"), monitor, [], address)
+    prometheus = scraping.of_namespace(cluster, namespace, tmp_path_factory.mktemp("prometheus"), address)
     rollout: Values = {
         "model": OTHER_MODEL,
         "steps": [50, 100],

@@ -268,15 +268,21 @@ def test_one_process_works_on_a_batch(store: Store, clock: Clock) -> None:
     again.release()
 
 
+async def under_way(store: Store, app: App, batch_id: str) -> asyncio.Task[None]:
+    """Who works on a batch, once it has begun: the app has questions, and answers none before its gate is opened."""
+    app.gate.clear()
+    working = asyncio.create_task(work(store, app, batch_id))
+    while not app.at_once:
+        await asyncio.sleep(0.01)
+    return working
+
+
 def test_a_cancelled_batch_ends_with_what_it_has(store: Store) -> None:
     async def ask() -> None:
         batch_id = begin(store, [line(n) for n in range(20)])
         app = App()
-        app.gate.clear()
-        working = asyncio.create_task(work(store, app, batch_id))
         async with asyncio.timeout(20):
-            while not app.at_once:
-                await asyncio.sleep(0.01)
+            working = await under_way(store, app, batch_id)
         found = store.cancel(OWN.tenant, batch_id)
         assert found["status"] == "cancelling"
         assert found["cancelling_at"]
@@ -513,11 +519,8 @@ def test_a_bucket_that_is_away_holds_a_batch_up_and_tells_no_secret(
 async def _through_an_outage(store: Store, server: S3Server) -> None:
     batch_id = begin(store, [line(n) for n in range(10)])
     app = App()
-    app.gate.clear()
-    working = asyncio.create_task(work(store, app, batch_id))
     async with asyncio.timeout(20):
-        while not app.at_once:
-            await asyncio.sleep(0.01)
+        working = await under_way(store, app, batch_id)
         server.away = True
         app.gate.set()
         for call in (store.list_files, store.list_batches):
