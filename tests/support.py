@@ -20,6 +20,8 @@ import psutil
 import pytest
 from starlette.routing import Route
 
+from tests.zygote import ForkedProcess
+
 ROOT = Path(__file__).resolve().parents[1]
 READY_WITHIN_S = 300.0
 DEMO = ["--demo"]
@@ -58,7 +60,10 @@ def wait_until(done: Callable[[], bool], timeout_s: float, what: str | Callable[
         time.sleep(0.1)
 
 
-def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+Process = subprocess.Popen[bytes] | ForkedProcess
+
+
+def end(process: Process, timeout_s: float) -> None:
     """End a process: SIGTERM, then SIGKILL after `timeout_s`; and whatever it started and left behind."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     if process.poll() is None:
@@ -79,34 +84,30 @@ class Server:
     Args:
         arguments: further arguments; `--demo` where none is given.
         env: further variables.
+        fresh: in an interpreter of its own, for tests of the start; else a copy of one that has imported vLLM.
     """
 
-    def __init__(self, arguments: Sequence[str] = ("--demo",), env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str] = ("--demo",), env: Mapping[str, str] | None = None, fresh: bool = False
+    ) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
         self.one_port_address = f"127.0.0.1:{self.http_port}"
         self._log_file = tempfile.NamedTemporaryFile("w+", prefix="kserve-vllm-", suffix=".log")  # noqa: SIM115
-        command = [
-            sys.executable,
-            "-m",
-            "kserve_vllm",
-            "serve",
-            *arguments,
-            "--host",
-            "127.0.0.1",
-            "--http-port",
-            str(self.http_port),
-            "--grpc-port",
-            str(self.grpc_port),
-        ]
+        ports = ["--host", "127.0.0.1", "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
+        command = ["serve", *arguments, *ports]
+        variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})}
         self.started_at = time.monotonic()
-        self.process = subprocess.Popen(
-            command,
-            stdout=self._log_file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})},
-            start_new_session=False,
+        self.process: Process = (
+            subprocess.Popen(
+                [sys.executable, "-m", "kserve_vllm", *command],
+                stdout=self._log_file,
+                stderr=subprocess.STDOUT,
+                env=variables,
+            )
+            if fresh or "--api-server-count" in arguments  # prometheus_client looks at once whether there are several
+            else ForkedProcess(command, variables, self._log_file.fileno())
         )
 
     @property
@@ -164,7 +165,7 @@ class Server:
         """End the server as a kubelet does: SIGTERM, then SIGKILL after `timeout_s`. Returns its exit code."""
         end(self.process, timeout_s)
         self._log_file.close()
-        return int(self.process.returncode)
+        return self.process.wait()
 
 
 class Routed:

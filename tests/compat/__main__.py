@@ -84,7 +84,7 @@ def _target(options: argparse.Namespace, tools: bool) -> Iterator[Target]:
             [str(tools_model.build(options.tools)), *tools_model.FLAGS, *tools_model.STRICT] if tools else ["--demo"]
         )
         print(f"starting a server on {'the model that calls tools' if tools else 'the demo model'}", flush=True)
-        server = Server([*model, "--batch-dir", batches], {"VLLM_ENABLE_RESPONSES_API_STORE": "1"})
+        server = Server([*model, "--batch-dir", batches], {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}, fresh=True)
         try:
             server.wait_ready()
             yield Target(server.url, server.grpc_address, name, server.process.pid)

@@ -128,7 +128,7 @@ def fresh() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(*arguments: str) -> Server:
-        servers.append(Server([*DEMO, "--max-model-len", "1024", *arguments]))
+        servers.append(Server([*DEMO, "--max-model-len", "1024", *arguments], fresh=True))
         return servers[-1]
 
     yield start

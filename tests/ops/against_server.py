@@ -99,7 +99,7 @@ async def main() -> int:
         "1024",
         "--no-enable-prefix-caching",
     ]
-    server = Server(arguments).wait_ready()
+    server = Server(arguments, fresh=True).wait_ready()
     try:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
             await asyncio.gather(*(stream(client, 32, 16) for _ in range(8)))

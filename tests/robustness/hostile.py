@@ -266,7 +266,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         server = Server(
-            [*DEMO, "--max-model-len", "1024", "--max-body-mib", "4", "--keys-file", str(keys(Path(folder)))]
+            [*DEMO, "--max-model-len", "1024", "--max-body-mib", "4", "--keys-file", str(keys(Path(folder)))],
+            fresh=True,
         ).wait_ready()
         try:
             return compare(server, options.seconds)
