@@ -106,7 +106,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=variables,
             )
-            if fresh or "--api-server-count" in arguments  # prometheus_client looks at once whether there are several
+            if fresh
             else ForkedProcess(command, variables, self._log_file.fileno())
         )
 

@@ -24,14 +24,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from multiprocessing import resource_tracker, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _MOST_BYTES = 1 << 20
-_COPIER = "from multiprocessing.forkserver import main"
-"""How the command begins with which `multiprocessing` starts the process that others are copied from."""
+_THREADS = "/proc/self/task"
 _IMPORTED = (
     "vllm.entrypoints.launchers.api_server.app_state",
     "vllm.entrypoints.launchers.app",
@@ -184,7 +183,7 @@ def _serve(request: bytes, log: int) -> None:
     tempfile.tempdir = None
     sys.path[1:1] = [each for each in env.get("PYTHONPATH", "").split(os.pathsep) if each not in {"", *sys.path}]
     _log_as_vllm_would()
-    _fork_the_copier()
+    _fork_what_is_started()
     code = 1
     try:
         from kserve_vllm.cli import main as command
@@ -218,32 +217,49 @@ def _log_as_vllm_would() -> None:
     logs.configure = configure_both
 
 
-def _fork_the_copier() -> None:
-    """Fork the process that vLLM's are copied from, where `multiprocessing` starts an interpreter for it."""
+def _fork_what_is_started() -> None:
+    """Fork what `multiprocessing` starts an interpreter for: the process that vLLM's are copied from, and front ends.
+
+    Only while there is no thread, which a fork would lose and whose locks it would keep.
+    """
     start: Any = util.spawnv_passfds
 
     def fork(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
-        if not str(args[-1]).startswith(_COPIER):
+        words = [*map(os.fsdecode, args)]
+        if "multiprocessing" not in words[-1] + words[-2] or "tracker" in words[-1] or len(os.listdir(_THREADS)) > 1:
             return int(start(path, args, passfds))
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            util.spawnv_passfds = start
-            kept = {0, 1, 2, *passfds}
-            for fd in map(int, os.listdir("/proc/self/fd")):
-                if fd not in kept:
-                    with contextlib.suppress(OSError):
-                        os.close(fd)
-            tracker: Any = resource_tracker._resource_tracker
-            tracker._fd = tracker._pid = None
-            exec(args[-1], {})
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(0)
+        return os.fork() or _be(words[words.index("-c") + 1 :], {*passfds})
 
     util.spawnv_passfds = fork
+
+
+def _be(command: Sequence[str], kept: Set[int]) -> NoReturn:
+    """Run what would stand behind `python -c`, with no more open than an interpreter that was started for it has."""
+    from prometheus_client import values
+
+    chosen: Any = values.get_value_class
+    code = 1
+    try:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        tracker: Any = resource_tracker._resource_tracker
+        tracker._fd = tracker._pid = None
+        # It looks once, when it is imported, whether several processes count.
+        values.ValueClass = chosen()
+        sys.argv = ["-c", *command[1:]]
+        exec(command[0], {})
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
