@@ -69,3 +69,14 @@ def test_an_operators_own_variable_wins() -> None:
     chat = {"model": "org/a", "env": [{"name": "VLLM_CACHE_ROOT", "value": "/mine"}], **CACHED}
     env = predictor({"inferenceServices": {"chat": chat}})["model"]["env"]
     assert [each["value"] for each in env if each["name"] == "VLLM_CACHE_ROOT"] == ["/mine"]
+
+
+def test_caches_may_lie_on_the_node() -> None:
+    cache = {"coldStart": {"cache": {"nodePath": "/var/lib/kserve-vllm/cache"}}}
+    values = {"inferenceServices": {"chat": {"model": "org/a", **cache}}}
+    found = predictor(values)
+    path = {"path": "/var/lib/kserve-vllm/cache", "type": "Directory"}
+    assert [each["hostPath"] for each in found["volumes"] if each["name"] == "compiled"] == [path]
+    assert {"name": "compiled", "mountPath": BELOW} in found["model"]["volumeMounts"]
+    in_a_claim = predictor({"inferenceServices": {"chat": {"model": "org/a", **CACHED}}})
+    assert folders(found["model"]) == folders(in_a_claim["model"])

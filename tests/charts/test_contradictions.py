@@ -508,6 +508,10 @@ CASES: dict[str, tuple[Document, str]] = {
         "a model in `storage` has no canary",
     ),
     "a cache in no Redis": (service(responseCache="redis"), "responseCache redis needs the address of a Redis"),
+    "compiled in two places": (
+        service(coldStart={"cache": {"claim": "compiled", "nodePath": "/cache"}}),
+        "coldStart.cache has both claim and nodePath",
+    ),
     "GPUs among the other resources": (
         service(resources={"limits": {"nvidia.com/gpu": 2}}),
         "resources.limits has nvidia.com/gpu; set gpu.count instead",

@@ -76,6 +76,7 @@ EXAMPLES: dict[str, Any] = {
     "accessModes": ["ReadOnlyMany"],
     "directory": "there",
     "repository": "org/other",
+    "nodePath": "/var/cache/compiled",
     "endpoint": "https://hub.example.com",
     "exclude": ["*.bin"],
     "files": [{"url": "https://a.example.com/b", "sha256": "0" * 64, "path": "b"}],

@@ -25,6 +25,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.check.kubernetes" (list $ (printf "%s.networkPolicy" $check.at) $s.networkPolicy) }}
 {{ include "kserve-vllm.check.serviceMounts" (list $ $s $check.at) }}
 {{ include "kserve-vllm.check.placement" $check }}
+{{ include "kserve-vllm.check.coldStart" $check }}
 {{ include "kserve-vllm.check.time" $check }}
 {{ include "kserve-vllm.check.scaling" $check }}
 {{ include "kserve-vllm.check.canary" $check }}

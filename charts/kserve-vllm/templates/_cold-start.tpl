@@ -1,6 +1,6 @@
 {{/*
 What a pod needs to find what was compiled for it before: environment, volume and mount of coldStart.cache. All are empty
-without a claim. The caches of vLLM and Triton lie in a folder of their own for each image, model and set of engine
+without a claim or a folder of the node. The caches of vLLM and Triton lie in a folder of their own for each image, model and set of engine
 flags, so that pods of two revisions never share one.
 */}}
 
@@ -9,7 +9,10 @@ flags, so that pods of two revisions never share one.
 {{- $root := index . 0 -}}
 {{- $s := index . 1 -}}
 {{- $out := dict "env" list "volumes" list "mounts" list -}}
-{{- with $s.coldStart.cache.claim -}}
+{{- $cache := $s.coldStart.cache -}}
+{{- $place := dict "persistentVolumeClaim" (dict "claimName" $cache.claim) -}}
+{{- if $cache.nodePath }}{{ $place = dict "hostPath" (dict "path" $cache.nodePath "type" "Directory") }}{{ end -}}
+{{- if or $cache.claim $cache.nodePath -}}
 {{- $image := $s.runtimeName -}}
 {{- range $key := list $s.kind (printf "extra.%s" $s.runtime) -}}
 {{- with index $root.Values.internal.runtimes $key -}}
@@ -26,8 +29,17 @@ flags, so that pods of two revisions never share one.
 {{- $env = append $env (dict "name" $name "value" (printf "%s/%s" $folder $below)) -}}
 {{- end -}}
 {{- $_ := set $out "env" $env -}}
-{{- $_ := set $out "volumes" (list (dict "name" "compiled" "persistentVolumeClaim" (dict "claimName" .))) -}}
+{{- $_ := set $out "volumes" (list (merge (dict "name" "compiled") $place)) -}}
 {{- $_ := set $out "mounts" (list (dict "name" "compiled" "mountPath" "/var/cache/kserve-vllm")) -}}
 {{- end -}}
 {{- $_ := set $s "compiled" $out -}}
+{{- end }}
+
+{{/* Takes a dict with s and at. */}}
+{{- define "kserve-vllm.check.coldStart" -}}
+{{- with .s.coldStart.cache }}
+{{- if and .claim .nodePath }}
+{{ printf "%s: coldStart.cache has both claim and nodePath; give the one that the caches are to lie in." $.at }}
+{{- end }}
+{{- end }}
 {{- end }}
