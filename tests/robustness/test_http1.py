@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -275,6 +276,20 @@ def test_who_is_gone_is_not_taken_for_one_that_has_ended_its_side() -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
             sock.sendall(SMALL)
             assert app.asked.wait(10)
+        assert app.gone.wait(10)
+
+
+@pytest.mark.parametrize("behind", [SMALL, SMALL + SMALL[:40], b"no request\r\n\r\n"], ids=["two", "three", "garbage"])
+@pytest.mark.parametrize("abruptly", [False, True])
+def test_who_leaves_requests_behind_is_missed(behind: bytes, abruptly: bool) -> None:
+    """Nothing is read while one waits behind another, so the kernel has to be asked."""
+    app = Patient()
+    with served(app) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(SMALL + behind)
+            assert app.asked.wait(10)
+            if abruptly:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         assert app.gone.wait(10)
 
 

@@ -909,6 +909,20 @@ TABLE: tuple[Touchpoint, ...] = (
         "RequestResponseCycle.response_complete RequestResponseCycle.transport",
         "chunks",
     ),
+    *_rows(
+        "websockets are read in turns, after their handshake is accepted",
+        "warn",
+        "exists",
+        "uvicorn.protocols.websockets.websockets_sansio_impl",
+        "WebSocketsSansIOProtocol.data_received WebSocketsSansIOProtocol.handle_ping "
+        "WebSocketsSansIOProtocol.handle_pong WebSocketsSansIOProtocol.handle_text "
+        "WebSocketsSansIOProtocol.handle_bytes WebSocketsSansIOProtocol.handle_cont "
+        "WebSocketsSansIOProtocol.send_receive_event_to_app WebSocketsSansIOProtocol.handle_parser_exception "
+        "WebSocketsSansIOProtocol.receive WebSocketsSansIOProtocol.send WebSocketsSansIOProtocol.read_paused "
+        "WebSocketsSansIOProtocol.handshake_initiated WebSocketsSansIOProtocol.handshake_complete "
+        "WebSocketsSansIOProtocol.writable WebSocketsSansIOProtocol.disconnected "
+        "WebSocketsSansIOProtocol.frames",
+    ),
     # ---- shortcut: a gRPC server of our own on h2
     *_rows(
         "frames of data are written past h2",

@@ -51,7 +51,8 @@ WEBSOCKET_VERSION = b"13"
 """Of the protocol of websockets: RFC 6455's."""
 _SPOKEN = ((b"sec-websocket-version", WEBSOCKET_VERSION), (b"upgrade", b"websocket"), (b"connection", b"upgrade"))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_TCP_CLOSE = 7  # of a connection that is reset: Linux' net/tcp_states.h
+# Of a connection that is reset, and of one whose client has ended its side: Linux' net/tcp_states.h.
+_TCP_CLOSE, _TCP_CLOSE_WAIT = 7, 8
 _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
@@ -178,6 +179,9 @@ class HTTP1(HttpToolsProtocol):
         """Whether the parser has left out the body of such a request."""
         self._goes_on = False
         """Whether a new parser is told where the one before had come to."""
+        self._running: RequestResponseCycle | None = None
+        """The request that is being answered; `cycle` is the newest one."""
+        self._watcher: asyncio.TimerHandle | None = None
         self._asking: Iterator[float] | None = None
         """When to ask a client that has ended its side whether it is still there; None while its side is open."""
 
@@ -196,6 +200,12 @@ class HTTP1(HttpToolsProtocol):
         """asyncio's."""
         self._unset_timer()
         self._open.remove(self)
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if (running := self._running) is not None and not running.response_complete:
+            # uvicorn tells the newest one, which may wait behind it.
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -240,7 +250,7 @@ class HTTP1(HttpToolsProtocol):
         """
         cycle = self.cycle  # of the newest request, which is the last one now
         waits = cycle is not None and not cycle.response_complete and not cycle.more_body
-        if self._refusal is not None or self._asking is not None:
+        if self._asking is not None:
             return waits
         if not waits or self.scheme == "https":
             return False
@@ -259,27 +269,59 @@ class HTTP1(HttpToolsProtocol):
         sent while there is no answer (RFC 9110, 15.2), though not in HTTP/1.0, and changes nothing. Where an answer has
         begun, its next part asks.
         """
-        cycle = self.cycle
-        if self._asking is None or self.transport.is_closing() or cycle.response_complete:
+        if self._asking is None or not self._answers:
             return
         if self._turned_down():
             self.transport.abort()
             return
-        if not self.pipeline and not cycle.response_started and cycle.scope["http_version"] == "1.1":
-            self.transport.write(_CONTINUE)
+        self._say_continue()
         self._set_timer(next(self._asking), self._ask)
+
+    def _watch(self) -> None:
+        """Look now and then whether the client is still there. While another request waits behind the one that is
+        answered, nothing may be read, and nobody says that it has left."""
+        if self._watcher is None:
+            self._watcher = self.loop.call_later(ASK_AFTER_S[-1], self._look)
+
+    def _look(self) -> None:
+        self._watcher = None
+        if self._asking is not None or not self._answers:
+            return
+        state = self._state()
+        if state == _TCP_CLOSE:
+            self.transport.abort()
+            return
+        if state == _TCP_CLOSE_WAIT:
+            self._say_continue()
+        self._watch()
+
+    @property
+    def _answers(self) -> bool:
+        """Whether a request is being answered."""
+        running = self._running
+        return running is not None and not running.response_complete and not self.transport.is_closing()
+
+    def _say_continue(self) -> None:
+        """The interim answer, where the answer has not begun."""
+        running = self._running
+        if running is not None and not running.response_started and running.scope["http_version"] == "1.1":
+            self.transport.write(_CONTINUE)
 
     def _turned_down(self) -> bool:
         """Whether the client's kernel has ended the connection, where this one tells; the event loop would find out
         with the next thing that it writes."""
+        return self._state() == _TCP_CLOSE
+
+    def _state(self) -> int | None:
+        """The kernel's state of the connection, where it tells."""
         sock = self.transport.get_extra_info("socket")
         if sock is None or sys.platform != "linux":
-            return False
+            return None
         try:
             state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         except OSError:
-            return False
-        return state == _TCP_CLOSE
+            return None
+        return state
 
     def _hand_on(self, data: bytes) -> None:
         """This is a connection of HTTP/2."""
@@ -326,6 +368,7 @@ class HTTP1(HttpToolsProtocol):
             # It is answered behind the answer to the request before, or cut off behind the one to itself.
             cycle.keep_alive = not cycle.more_body
             self.flow.pause_reading()
+            self._watch()
 
     def _answer_refusal(self) -> None:
         if self.transport.is_closing() or self._refusal is None:
@@ -345,6 +388,11 @@ class HTTP1(HttpToolsProtocol):
         """
         super().handle_websocket_upgrade()
         taken_by: Any = self.transport.get_protocol()
+        if not taken_by.handshake_initiated:
+            # Its parser has bounds of its own, and would say nothing more.
+            taken_by.connections.discard(taken_by)
+            self.transport.set_protocol(self)
+            raise Refusal(431, "the handshake has a line of more than 8 KiB, or too many fields")
         lost, send = taken_by.connection_lost, taken_by.send
 
         def connection_lost(exc: Exception | None) -> None:
@@ -430,6 +478,10 @@ class HTTP1(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is before:  # a websocket's handshake, which is answered elsewhere
             return
+        if self.pipeline:
+            self._watch()
+        else:
+            self._running = cycle
         if self.scope["http_version"] == "1.0":
             cycle.__class__ = _UntilClose
         self._body_skipped = self.parser.should_upgrade() and bool(self._framing())
@@ -533,7 +585,11 @@ class HTTP1(HttpToolsProtocol):
         if self._refusal is not None:
             self._answer_refusal()
             return
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
         super().on_response_complete()
+        if self.pipeline:
+            self._watch()
         if self.transport.is_closing():
             return
         if not self._in_head:

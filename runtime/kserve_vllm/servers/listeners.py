@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -22,6 +23,7 @@ from kserve_vllm.protocols.oip.grpc_enforcement import Metadata, Screened
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
 from kserve_vllm.servers import http1
 from kserve_vllm.servers.certificates import Certificates
+from kserve_vllm.servers.websocket import Turns, WebSocket
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FileDescriptor
@@ -40,7 +42,6 @@ _MAX_STREAMS = 1000
 # Longer than the idle timeout of the proxies in front (Envoy: 60 s), so that they close first.
 _KEEP_ALIVE_S = 75
 _MAX_WEBSOCKET_MESSAGE = 16 << 20  # a second of audio has 64 KiB
-_MAX_WEBSOCKET_QUEUE = 32
 
 
 class _QuietServer(uvicorn.Server):
@@ -84,8 +85,10 @@ class HTTPServer:
         config = uvicorn.Config(
             app,
             http=self._connect,  # type: ignore[arg-type]
+            ws=partial(WebSocket, Turns()),  # type: ignore[arg-type]
             ws_max_size=_MAX_WEBSOCKET_MESSAGE,
-            ws_max_queue=_MAX_WEBSOCKET_QUEUE,
+            # A message of 15 MiB can come in as many KiB.
+            ws_per_message_deflate=False,
             log_config=None,
             access_log=settings.access_log,
             interface="asgi3",
