@@ -175,6 +175,30 @@ def test_what_stands_across_parts_is_refused(redact: Moderation, refuse: Moderat
     assert passed(refuse, parts("fine", "text")) == parts("fine", "text")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["a fal", "con"],
+        ["a fal", {"type": "text", "text": "con"}],
+        [{"type": "text", "text": "a fal"}, {"type": "refusal", "refusal": "con"}],
+        [{"type": "thinking", "thinking": "a fal"}, {"type": "text", "text": "con"}],
+    ],
+)
+def test_parts_are_joined_of_whatever_kind_they_are(redact: Moderation, content: list[Any]) -> None:
+    spoken = {"model": "m", "messages": [{"role": "assistant", "content": content}]}
+    for body in (spoken, {**spoken, "messages": [spoken["messages"]]}):
+        with pytest.raises(Refused):
+            passed(redact, body)
+
+
+def test_arguments_name_each_field_once(redact: Moderation) -> None:
+    """Of two values one is looked at, and the text may be handed on as it is."""
+    for hidden in ('{"q": "a falcon", "q": "x"}', '{"q": {"a": "a falcon", "a": 1}}', '[{"a": 1, "a": 2}]'):
+        body = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": hidden}}]}]}
+        with pytest.raises(InvalidRequest, match="names a field twice"):
+            passed(redact, body)
+
+
 PICTURE = "falcon" + "iVBORw0KGgo" * 40
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}}
 MEDIA = {
@@ -266,6 +290,10 @@ def test_texts_beside_media_are_replaced(redact: Moderation) -> None:
         ({"messages": [], "not_known_yet": [[5]]}, "not_known_yet"),
         ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds"),
         (said([{"type": "prompt_embeds", "data": "AAAA"}]), "prompt_embeds"),
+        (said([{"type": "text", "text": "x", "uuid": "u", "prompt_embeds": 1, "data": "AAAA"}]), "prompt_embeds"),
+        # Another prompt than the messages, for routers of disaggregated prefill.
+        (said("x", kv_transfer_params={"prompt_token_ids": [5]}), "kv_transfer_params"),
+        (said("x", not_known_yet={"more": {"token_ids": [[5]]}}), "not_known_yet"),
         ({"messages": [[{"role": "user", "content": [{"type": "prompt_embeds", "data": "A"}]}]]}, "prompt_embeds"),
         (said("x", chat_template="{{ 'fal' ~ 'con' }}"), "chat_template"),
         (said("x", chat_template_kwargs={"chat_template": "{{ 1 }}"}), "chat_template"),

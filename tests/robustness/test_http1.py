@@ -46,6 +46,8 @@ ROWS: list[tuple[str, bytes, list[int]]] = [
     ("9112, 3.2: HTTP/1.0 needs no Host", b"GET /a HTTP/1.0\r\n\r\n", [200]),
     ("9112, 3.2: two Hosts in HTTP/1.0", b"GET /a HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", [400]),
     ("9112, 3.2.2: absolute target", b"GET http://x/a HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
+    ("9110, 4.2.1: absolute target without a host", b"GET http:///a HTTP/1.1\r\n" + LAST + b"\r\n", [400]),
+    ("9110, 4.2.4: absolute target with a user", b"GET http://u:p@x/a HTTP/1.1\r\n" + LAST + b"\r\n", [400]),
     ("9112, 3.2.2: absolute target without a path", b"GET http://x HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
     ("9112, 3.2.2: the same with a query", b"GET http://x?a=b HTTP/1.1\r\n" + LAST + b"\r\n", [200]),
     ("9112, 3.2.3: this is no proxy", b"CONNECT x:443 HTTP/1.1\r\n" + HOST + b"\r\n", [400]),

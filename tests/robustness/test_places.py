@@ -29,6 +29,19 @@ BODY = json.dumps({"model": "demo"}).encode()
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n".encode()
 
 
+def test_a_place_is_given_back_whatever_can_not_be_counted() -> None:
+    """A figure that the engine got wrong must not cost a place, nor the answer of the next request."""
+    lifecycle, given, recorded = Lifecycle(), [], []
+    metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
+    requests = RequestRecorder(metrics, Tracing(), lifecycle, recorded.append)
+    with requests.open("openai", CHAT, "r", {}) as context:
+        context.engine.sequences, context.engine.cached_tokens, context.status = 1, -5, 200
+        context.engine.finished = 1
+        context.closers.append(lambda _: given.append(1))
+    assert given == [1]
+    assert [each.outcome for each in recorded] == ["ok"]
+
+
 def middleware(**policies: Any) -> RequestMiddleware:
     """An edge before an app that answers at once."""
     lifecycle = Lifecycle()

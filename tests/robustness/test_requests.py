@@ -66,9 +66,15 @@ ROWS: list[tuple[str, bytes, int]] = [
     ("9110, 15.5.6: POST of a list", message("/v1/models"), 405),
     ("9110, 9.3.2: HEAD where GET is", message("/v1/models", method=b"HEAD", body=b""), 200),
     ("9110, 9.3.2: HEAD of V2", message("/v2/models/demo", method=b"HEAD", body=b""), 200),
+    ("9110, 15.5.6: of what no route answers", message("/", body=b""), 405),
+    ("9110, 15.5.6: of metrics", message("/metrics", method=b"DELETE", body=b""), 405),
+    ("9110, 9.3.8: TRACE", message("/version", method=b"TRACE", body=b""), 405),
+    ("KServe's verb that is not served", message("/v1/models/demo:explain"), 404),
+    ("batched CloudEvents", message(PREDICT, b"Content-Type: application/cloudevents-batch+json", body=b"[]"), 415),
     ("/v2/ is /v2", message("/v2/", method=b"GET", body=b""), 200),
     ("a name with an encoded slash", message("/v2/models/org%2Fdemo", method=b"GET", body=b""), 200),
     ("its probe", message("/v2/models/org%2Fdemo/ready", method=b"GET", body=b""), 200),
+    ("which engine answers is not for clients to say", message(CHAT, b"X-Data-Parallel-Rank: 0"), 400),
     ("a closed route of vLLM", message("/metrics/x", method=b"GET", body=b""), 404),
 ]
 
@@ -243,6 +249,36 @@ def test_a_clients_fault_is_no_fault_of_ours(server: Server, promise: str, path:
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]
     assert len(answer.text) < 2000
+
+
+SAID = {"do_remote_prefill": True, "remote_prefill_cached_tokens": -5, "prompt_token_ids": [5]}
+PROMPT = {"model": "demo", "prompt": "a", "max_tokens": 2}
+TALK = {"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+TRANSFERS: list[tuple[str, str, bytes]] = [
+    ("of a chat", CHAT, json.dumps({**TALK, "kv_transfer_params": SAID}).encode()),
+    ("of a streamed chat", CHAT, json.dumps({**TALK, "stream": True, "kv_transfer_params": SAID}).encode()),
+    ("of an encoder", CHAT, json.dumps({**TALK, "ec_transfer_params": SAID}).encode()),
+    ("of a completion", COMPLETIONS, json.dumps({**PROMPT, "kv_transfer_params": SAID}).encode()),
+    ("of a message", MESSAGES, json.dumps({**TALK, "kv_transfer_params": SAID}).encode()),
+    ("of a response", RESPONSES, json.dumps({"model": "demo", "input": "a", "kv_transfer_params": SAID}).encode()),
+    ("by way of SageMaker", "/invocations", json.dumps({**TALK, "kv_transfer_params": SAID}).encode()),
+    ("in UTF-16", CHAT, json.dumps({**TALK, "kv_transfer_params": SAID}).encode("utf-16-le")),
+    ("beside what is no JSON", CHAT, json.dumps({**TALK, "x": float("nan"), "kv_transfer_params": SAID}).encode()),
+    (
+        "among vLLM's arguments",
+        COMPLETIONS,
+        json.dumps({**PROMPT, "vllm_xargs": {"kv_transfer_params": "x", "ec_transfer_params": [1]}}).encode(),
+    ),
+]
+
+
+@pytest.mark.parametrize(("promise", "path", "body"), TRANSFERS, ids=[row[0] for row in TRANSFERS])
+def test_a_client_does_not_say_where_caches_are_nor_another_prompt(
+    server: Server, promise: str, path: str, body: bytes
+) -> None:
+    answer = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"}, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert "--allow-transfer-params" in answer.text
 
 
 def test_a_length_of_thousands_of_digits_is_refused(server: Server) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from kserve_vllm.core.errors import Forbidden
+from kserve_vllm.core.errors import Forbidden, NotFound
 from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.protocols import errors as wire
 from kserve_vllm.protocols.http.middleware import _Guard
 
-THEIRS = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
+THEIRS = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}, "request_id": "r"}
 OPENAIS = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": None}}
 
 
@@ -49,6 +50,9 @@ def answered(
 def test_an_error_at_anthropics_paths_has_their_shape(path: str, status: int, kind: str) -> None:
     headers, body = answered(path, status, json.dumps(OPENAIS).encode())
     assert json.loads(body) == {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "r"}
+    without = json.dumps({"type": "error", "error": {"type": kind, "message": "no"}}).encode()
+    assert json.loads(wire.in_anthropics_shape(status, without, "r") or b"") == json.loads(body)
+    assert wire.in_anthropics_shape(status, body, "r") is None
     assert headers[b"request-id"] == b"r"
 
 
@@ -73,3 +77,10 @@ def test_so_has_a_refusal() -> None:
 )
 def test_other_answers_are_left_alone(path: str, status: int, parts: list[bytes]) -> None:
     assert answered(path, status, *parts)[1] == b"".join(parts)
+
+
+@pytest.mark.parametrize("field", ["model", "model_name"])
+def test_a_model_that_is_not_there_is_named_as_openais_field(field: str) -> None:
+    for path in ("/v1/chat/completions", "/openai/v1/models/nope"):
+        error = json.loads(wire.error_body(path, NotFound("no such model", field=field)))["error"]
+        assert (error["param"], error["code"]) == ("model", "model_not_found")

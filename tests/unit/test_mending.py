@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import logging
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from kserve_vllm.core.errors import InvalidRequest, NotFound, Unavailable
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.faults import ClientFaults, is_client_fault
-from kserve_vllm.engine.hooks import anthropic_repair, responses_repair
+from kserve_vllm.engine.hooks import anthropic_repair, responses_repair, stored_responses
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.request_repair import Mender, Route, mender_of, with_null_usage
 
@@ -51,6 +52,21 @@ def test_a_request_names_its_model_where_that_is_asked_for(named: dict[str, Any]
     assert refused.value.field == "model"
     strict.mend(path, {**body, "model": "demo"})
     strict.mend("/plain", dict(body))
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+def test_where_a_cache_is_may_be_said_by_a_router_alone(name: str) -> None:
+    told = {"model": "demo", "messages": [], name: {"do_remote_prefill": True}}
+    router = Mender(ROUTES, "auto", False, transfers=True)
+    assert not router.mend("/chat", dict(told))
+    with pytest.raises(InvalidRequest, match=f"{name} must be an object"):
+        router.mend("/chat", {**told, name: "x"})
+    for path in ("/chat", "/completion", "/response", "/message"):
+        with pytest.raises(InvalidRequest, match="--allow-transfer-params") as refused:
+            mender().mend(path, dict(told))
+        assert refused.value.field == name
+        for nothing in (None, {}):
+            mender().mend(path, {**told, name: nothing})
 
 
 HOSTED = {"type": "web_search", "search_context_size": "low"}
@@ -419,6 +435,58 @@ def test_what_follows_a_stored_response_sees_its_calls(monkeypatch: pytest.Monke
     for outputs, harmony in (([text], False), (None, False), ([call], True)):
         kept = asked(outputs, harmony)
         assert (kept["previous_response_outputs"], len(kept["previous_messages"])) == (outputs, 1)
+
+
+def test_a_stored_response_is_its_tenants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps them by id, which a client may choose, for whoever names it, and forgets none."""
+    monkeypatch.setattr(stored_responses, "MOST", 2)
+
+    class Handler:
+        enable_store = True
+
+        def __init__(self) -> None:
+            self.response_store: dict[str, str] = {}
+            self.msg_store: dict[str, str] = {}
+            self.event_store: dict[str, str] = {}
+
+        async def create_responses(self, request: Any, raw: Any = None) -> str:
+            self.response_store[request.request_id] = self.msg_store[request.request_id] = "kept"
+            return "made"
+
+        async def retrieve_responses(self, response_id: str, starting_after: Any, stream: Any) -> str:
+            return self.response_store[response_id]
+
+        async def cancel_responses(self, response_id: str) -> str:
+            return self.response_store[response_id]
+
+    handler = Handler()
+    app = SimpleNamespace(state=SimpleNamespace(openai_serving_responses=handler))
+    stored_responses.keep_apart(app)  # type: ignore[arg-type]
+
+    def ask(tenant: str, number: str, before: str | None = None, store: bool = True) -> Any:
+        wanted = SimpleNamespace(request_id=number, previous_response_id=before, store=store)
+        return by(tenant, handler.create_responses(wanted))
+
+    def by(tenant: str, work: Any) -> Any:
+        context = RequestContext("r", "openai", "/v1/responses")
+        context.access.tenant = tenant
+        current.set(context)
+        with contextlib.suppress(InvalidRequest, NotFound):
+            return asyncio.run(work)
+        assert context.refusal is not None
+        return context.refusal.http_status
+
+    def read(tenant: str, number: str) -> Any:
+        return by(tenant, handler.retrieve_responses(number, starting_after=None, stream=False))
+
+    assert ask("a", "1") == "made"
+    assert (read("a", "1"), read("b", "1"), read("b", "nope")) == ("kept", 404, 404)
+    assert (by("a", handler.cancel_responses("1")), by("b", handler.cancel_responses("1"))) == ("kept", 404)
+    assert (ask("b", "1"), ask("a", "1")) == (400, 400)
+    assert (ask("b", "2", before="1"), ask("a", "2", before="1"), ask("b", "x", store=False)) == (404, "made", "made")
+    assert ask("a", "3") == "made"
+    assert (read("a", "1"), read("a", "3")) == (404, "kept")
+    assert set(handler.response_store) == set(handler.msg_store) == {"2", "3", "x"}
 
 
 def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,7 @@ class _Process:
             body_timeout_s=server.body_timeout,
             page=page.load() if server.ui else None,
             max_json=server.max_json_mib << 20,
+            routers=server.allow_transfer_params,
         )
         self._servicer = Servicer(self._lifecycle, self._enforcement, self._requests)
         shared = channel is not None
@@ -294,7 +295,7 @@ class _Process:
     async def _load(self) -> None:
         self._lifecycle.to(State.LOADING)
         settings = self._settings
-        own = settings.model.compact_json, settings.model.strict_openai
+        own = settings.model.compact_json, settings.model.strict_openai, settings.server.allow_transfer_params
         args = await asyncio.to_thread(parse_engine_args, settings.engine_argv(), *own)
         # Reads some sixty files; in front of the engine, which may not be one that this can work with.
         await asyncio.to_thread(self._shortcuts.check, {row.package for row in TABLE})

@@ -191,6 +191,12 @@ class ServerSettings(_Group):
         "Where there is no key file: let every client load and unload models and adapters, and make the other calls "
         "that change the server's state. With a key file those need a key marked `admin`.",
     )
+    allow_transfer_params: bool = _setting(
+        False,
+        "Take kv_transfer_params and ec_transfer_params, by which a router of disaggregated prefill says where a "
+        "prompt's cache and token ids are, and X-data-parallel-rank. Whoever sends them chooses which hosts the engine "
+        "connects to and whose cache it reads: only where no client reaches this server past that router.",
+    )
     api_key: list[SecretStr] = _setting(
         [],
         "Key that every request must carry as `Authorization: Bearer KEY`; may be given several times. "

@@ -11,6 +11,7 @@
         ├── MethodNotAllowed   405  UNIMPLEMENTED
         ├── BodyTimeout        408  DEADLINE_EXCEEDED
         ├── BodyTooLarge       413  RESOURCE_EXHAUSTED
+        ├── UnsupportedMedia   415  INVALID_ARGUMENT    the body is of a type that is not read here
         ├── UnsupportedCoding  415  INVALID_ARGUMENT    the body is compressed in a way that is not inflated
         ├── RateLimited        429  RESOURCE_EXHAUSTED  over a limit, or no room in the queue
         ├── Unavailable        503  UNAVAILABLE         loading, draining, unloaded, overloaded
@@ -156,6 +157,14 @@ class BodyTooLarge(RequestError):
     http_status = 413
     grpc_status = "RESOURCE_EXHAUSTED"
     openai_type = "RequestEntityTooLargeError"
+
+
+class UnsupportedMedia(RequestError):
+    """The request's body is of a type that is not read here."""
+
+    http_status = 415
+    grpc_status = "INVALID_ARGUMENT"
+    openai_type = "UnsupportedMediaTypeError"
 
 
 class UnsupportedCoding(RequestError):

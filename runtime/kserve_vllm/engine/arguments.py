@@ -103,7 +103,7 @@ def _explain_flag(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def parse_engine_args(
-    argv: Sequence[str], compact_json: bool = True, strict_openai: bool = False
+    argv: Sequence[str], compact_json: bool = True, strict_openai: bool = False, allow_transfer_params: bool = False
 ) -> argparse.Namespace:
     """Check engine flags with vLLM's own parser.
 
@@ -111,6 +111,7 @@ def parse_engine_args(
         argv: the flags.
         compact_json: whether JSON under a schema has no white space between its parts.
         strict_openai: whether a request has to name its model where OpenAI's has to.
+        allow_transfer_params: whether clients are routers of disaggregated serving.
 
     Raises:
         ConfigError: an unknown flag (with the nearest names), a bad value, or a flag of vLLM's own server that would
@@ -129,6 +130,7 @@ def parse_engine_args(
         raise ConfigError(f"vLLM does not take these flags: {error}") from error
     args.api_server_count = None
     args.compact_json, args.strict_openai = compact_json, strict_openai
+    args.allow_transfer_params = allow_transfer_params
     return args
 
 

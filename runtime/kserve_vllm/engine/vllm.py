@@ -39,6 +39,7 @@ from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.media import fetch_from_outside
 from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
+from kserve_vllm.engine.hooks.stored_responses import keep_apart
 from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
@@ -181,7 +182,7 @@ class VLLMEngine:
         self._client = client = await asyncio.to_thread(self._start_client, addresses)
         self._loras = loras = LoRAs(client, shared=self._channel is not None)
         self.accounts = TokenAccounting(client.output_processor, lambda: self.names[0], loras)
-        guards.guard_engine(client)
+        guards.guard_engine(client, self._args.allow_transfer_params)
         from vllm.connections import global_http_connection
 
         fetch_from_outside(global_http_connection, client.model_config.allowed_media_domains or ())
@@ -199,9 +200,11 @@ class VLLMEngine:
         guards.check_before_stream(self._app, client, self._tasks)
         leave_out_nulls()
         mend_responses(self._app)
+        keep_apart(self._app)
         mend_messages(self._app)
         backend = client.vllm_config.structured_outputs_config.backend
-        self.mender = mender_of(self._app, backend, self._chat_template(), self._args.strict_openai)
+        own = self._args.strict_openai, self._args.allow_transfer_params
+        self.mender = mender_of(self._app, backend, self._chat_template(), *own)
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = AdapterRegistry(loras, 1 if self._channel is None else self._channel.count)
 

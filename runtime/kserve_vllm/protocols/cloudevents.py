@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 
 import orjson
 
-from kserve_vllm.core.errors import InvalidRequest
+from kserve_vllm.core.errors import InvalidRequest, UnsupportedMedia
 
 _REQUIRED = ("specversion", "id", "source", "type")
 _STRUCTURED = "application/cloudevents+json"
+_ANY = "application/cloudevents"
 _PREFIX = "ce-"
 
 
@@ -57,9 +58,14 @@ def event_of(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Event | No
 
     Raises:
         InvalidRequest: an event lacks what it must have.
+        UnsupportedMedia: there are several in one request, or one in another form than JSON.
     """
-    if headers.get("content-type", "").split(";", 1)[0].strip().lower() == _STRUCTURED:
+    kind = headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    if kind == _STRUCTURED:
         return _structured(body)
+    if kind.startswith(_ANY):
+        # CloudEvents' HTTP binding, 3.2 and 3.3: a batch that is not taken is answered 415.
+        raise UnsupportedMedia(f"{kind[:64]} is not read here; send each event in a request, as {_STRUCTURED}")
     if f"{_PREFIX}specversion" in headers:
         attributes = {name.removeprefix(_PREFIX): value for name, value in headers.items() if name.startswith(_PREFIX)}
         _check(attributes)

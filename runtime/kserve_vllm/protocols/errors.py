@@ -13,6 +13,7 @@ from kserve_vllm.core.errors import (
     InvalidRequest,
     MethodNotAllowed,
     RequestError,
+    UnsupportedCoding,
     anthropic_error,
     is_anthropic_path,
 )
@@ -112,15 +113,15 @@ def error_body(path: str, error: RequestError, request_id: str | None = None) ->
         if request_id is not None:
             tree["request_id"] = request_id
     else:
-        code = error.openai_code
-        if code is None and error.http_status == 404 and error.field in ("model", "model_name"):
-            code = MODEL_NOT_FOUND
-        tree = {"error": {"message": error.message, "type": error.openai_type, "param": error.field, "code": code}}
+        code, field = error.openai_code, error.field
+        if code is None and error.http_status == 404 and field in ("model", "model_name"):
+            code, field = MODEL_NOT_FOUND, "model"
+        tree = {"error": {"message": error.message, "type": error.openai_type, "param": field, "code": code}}
     return orjson.dumps(tree)
 
 
 def in_anthropics_shape(status: int, body: bytes, request_id: str) -> bytes | None:
-    """An error in OpenAI's shape in that of Anthropic's clients; None where it is none.
+    """An error in OpenAI's shape in that of Anthropic's clients, or one of theirs with its id; None for all else.
 
     Args:
         status: of HTTP.
@@ -131,6 +132,8 @@ def in_anthropics_shape(status: int, body: bytes, request_id: str) -> bytes | No
         tree = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
+    if isinstance(tree, dict) and tree.get("type") == "error" and "request_id" not in tree:
+        return orjson.dumps({**tree, "request_id": request_id})
     error = tree.get("error") if isinstance(tree, dict) and tree.get("type") != "error" else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         return None
@@ -148,7 +151,7 @@ def error_headers(error: RequestError, request_id: str) -> list[tuple[bytes, byt
         headers.append((b"connection", b"close"))
     if isinstance(error, MethodNotAllowed) and error.allow:
         headers.append((b"allow", ", ".join(error.allow).encode()))
-    if error.http_status == 415:
+    if isinstance(error, UnsupportedCoding):
         headers.append((b"accept-encoding", b"gzip, deflate"))
     if error.http_status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

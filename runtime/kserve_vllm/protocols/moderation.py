@@ -11,9 +11,10 @@ suffixes, schemas and choices for structured output, arguments of chat templates
 - Whole numbers of seven digits and more are looked at as text, except settings (`seed`) and lists of numbers. A number
   that has to change becomes a string.
 - `arguments` of a tool call is JSON in a string; it is decoded, since vLLM decodes it, and what it holds is looked at.
-- Texts of parts that follow each other in one list are looked at one by one, then together, joined as vLLM and chat
-  templates do (with a line break and without). What matches only then is refused, also where a hook would redact: it
-  can't be said which part the replacement belongs to.
+  One that names a field twice is refused.
+- Texts of parts that follow each other in one list, of whatever kind, are looked at one by one, then together, joined
+  as vLLM and chat templates do (with a line break and without). What matches only then is refused, also where a hook
+  would redact: it can't be said which part the replacement belongs to.
 
 Not looked at:
 - fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on: `_APART`);
@@ -24,10 +25,10 @@ Not looked at:
 - `/tokenize`, `/detokenize` and the counting of tokens, which put nothing to a model;
 - text that is split over several messages, or spelled some other way (look-alike letters, another encoding).
 
-Refused with 400, since it can't be read: prompts given as token ids (a list of numbers in any
-  field at the top that is not known to choose among tokens: `_NUMBERS`), as embeddings
-(`prompt_embeds`, as a field or a part), and chat templates of the client's own, which can compute any text; forms
-(transcriptions) and bodies that are not JSON.
+Refused with 400, since it can't be read: prompts given as token ids (a list of numbers in any field at the top that is
+not known to choose among tokens: `_NUMBERS`; or in a field called `token_ids` inside of another, as in
+`kv_transfer_params`), as embeddings (`prompt_embeds`, as a field or a part), and chat templates of the client's own,
+which can compute any text; forms (transcriptions) and bodies that are not JSON.
 """
 
 from __future__ import annotations
@@ -403,10 +404,18 @@ def _rebuild_object(
 
 def _decoded(text: str) -> object:
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict | list) else None
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose names are each there once: of two values one would be looked at, and both may be handed on."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InvalidRequest("prompts are moderated here, and arguments names a field twice", field="arguments")
+    return found
 
 
 def _number(value: int | float) -> str:
@@ -482,6 +491,10 @@ def _check_readable(body: object) -> None:
     for field, value in body.items():
         if field not in _NUMBERS and _holds_numbers(value):
             raise InvalidRequest(f"prompts are moderated here, so {field} must be text and not token ids", field=field)
+        if isinstance(value, Mapping) and (name := _token_ids_in(value)) is not None:
+            raise InvalidRequest(
+                f"prompts are moderated here, so they must be text and not {field}.{name}", field=field
+            )
     kwargs = body.get("chat_template_kwargs")
     own_template = body.get("chat_template") or (isinstance(kwargs, Mapping) and kwargs.get("chat_template"))
     if own_template:
@@ -500,10 +513,22 @@ def _holds_numbers(value: object, depth: int = 0) -> bool:
     return False
 
 
+def _token_ids_in(fields: Mapping[str, object]) -> str | None:
+    """The path of a field that holds a text as token ids, as `kv_transfer_params.prompt_token_ids` does; or None."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            if (inner := _token_ids_in(value)) is not None:
+                return f"{name}.{inner}"
+        elif isinstance(name, str) and name.endswith("token_ids") and name not in _NUMBERS and _holds_numbers(value):
+            return name
+    return None
+
+
 def _embeds(value: object) -> bool:
     """Whether a conversation, or several, holds a part of the type `prompt_embeds`."""
     if isinstance(value, Mapping):
-        return value.get("type") == "prompt_embeds" or _embeds(value.get("content"))
+        # vLLM goes by the name where a part has no type, or an id.
+        return value.get("type") == "prompt_embeds" or "prompt_embeds" in value or _embeds(value.get("content"))
     return isinstance(value, list | tuple) and any(_embeds(item) for item in value)
 
 
@@ -512,7 +537,10 @@ def _joinable(locations: Sequence[Location]) -> Iterator[list[int]]:
     groups: dict[tuple[str | int, ...], list[int]] = {}
     for index, at in enumerate(locations):
         if len(at) > 2 and at[-1] in _PART_TEXTS and isinstance(at[-2], int):
-            groups.setdefault((*at[:-2], at[-1]), []).append(index)
+            groups.setdefault(at[:-2], []).append(index)
+        elif len(at) > 2 and at[-2] == "content" and isinstance(at[-1], int):
+            # A part may be a text by itself.
+            groups.setdefault(at[:-1], []).append(index)
     return (group for group in groups.values() if len(group) > 1)
 
 

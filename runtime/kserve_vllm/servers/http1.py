@@ -57,7 +57,8 @@ _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]{0,5})?")
-_PATH_AND_QUERY = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+# RFC 9110, 4.2.1 and 4.2.4: an authority, and no user's name in it.
+_PATH_AND_QUERY = re.compile(rb"https?://[^/?#@]+(?=[/?#]|$)", re.IGNORECASE)
 
 
 class Refusal(Exception):

@@ -132,16 +132,20 @@ class RequestRecorder:
 
     def _close(self, context: RequestContext, duration: float) -> None:
         outcome, reason = self._outcome(context)
-        self._metrics.count(context, outcome, duration)
-        if reason is not None:
-            self._metrics.reject(context.protocol, reason)
-        self._tracing.close(context, outcome)
         context.outcome, context.duration_s = outcome, duration
+        # First of all: a place that is not given back is lost for good.
         for closer in context.closers:
             try:
                 closer(context)
             except Exception:
                 log.exception("request %s: not everything was given back", context.request_id)
+        try:
+            self._metrics.count(context, outcome, duration)
+            if reason is not None:
+                self._metrics.reject(context.protocol, reason)
+        except Exception:
+            log.exception("request %s: not everything was counted", context.request_id)
+        self._tracing.close(context, outcome)
         self._record(context)
         self._write(context, outcome, reason, duration)
 

@@ -184,7 +184,8 @@ def _book(context: RequestContext, state: RequestState) -> None:
     figures = context.engine
     if state.parent_req is None or state.request_index == 0:
         figures.prompt_tokens += state.prompt_len
-        figures.cached_tokens += state.num_cached_tokens
+        # A router may have named any number (`--allow-transfer-params`).
+        figures.cached_tokens += min(max(0, state.num_cached_tokens), state.prompt_len)
     stats = state.stats
     figures.output_tokens += _output_tokens(state)
     if stats is None:  # --disable-log-stats

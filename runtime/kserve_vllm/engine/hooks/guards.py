@@ -26,6 +26,7 @@ from kserve_vllm.engine.faults import (
     unsendable,
 )
 from kserve_vllm.engine.hooks.costs import check_costs
+from kserve_vllm.engine.hooks.transfers import check_transfers
 from kserve_vllm.engine.hooks.validation_messages import plain_words, sentence_of_a_part, sentence_of_validation
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 _NO_FAULT = (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def guard_engine(client: AsyncLLM) -> None:
+def guard_engine(client: AsyncLLM, transfers: bool = False) -> None:
     """Refuse, in front of the engine, what would end it, hold up all others, or can't be sent to it.
 
     On a CPU, prompt log probabilities of a model with adapters take the logits of every prompt token through a mapping
@@ -50,6 +51,10 @@ def guard_engine(client: AsyncLLM) -> None:
 
     The engine is another process: a number beyond 64 bits or a text that is no Unicode can't be sent. vLLM has the
     request on its books by then and would keep it there for ever.
+
+    Args:
+        client: of vLLM.
+        transfers: whether clients may say where caches are; see `transfers`.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
@@ -63,6 +68,8 @@ def guard_engine(client: AsyncLLM) -> None:
         if isinstance(params, SamplingParams):
             try:
                 check_costs(params)
+                if params.extra_args:
+                    check_transfers(params.extra_args, transfers)
             except RequestError as error:
                 if (context := current.get()) is not None:
                     # A stream's answer may have begun for vLLM, and not for the client.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, ge
 
 from kserve_vllm.core.errors import InvalidRequest
 from kserve_vllm.core.request_context import current
+from kserve_vllm.engine.hooks.transfers import check_transfers
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -88,6 +89,7 @@ class Mender:
         knows_developer: whether chat templates here have the role `developer`; else it becomes `system`.
         strict: whether a request has to name its model where OpenAI's has to, and may not have tools left out.
         has_tools: whether vLLM runs tools by itself (`--tool-server`).
+        transfers: whether clients are routers, which say where caches are (`--allow-transfer-params`).
     """
 
     def __init__(
@@ -97,17 +99,27 @@ class Mender:
         knows_developer: bool,
         strict: bool = False,
         has_tools: bool = False,
+        transfers: bool = False,
     ) -> None:
         self._routes = routes
         self._backend = backend
         self._knows_developer = knows_developer
         self._strict = strict
         self._has_tools = has_tools
+        self._transfers = transfers
         self._told: set[str] = set()
 
     def covers(self, path: str) -> bool:
         """Whether bodies for this path are mended."""
         return path in self._routes
+
+    def check(self, tree: Mapping[str, object]) -> None:
+        """Refuse what clients may not say, on whatever path.
+
+        Raises:
+            InvalidRequest: names the field.
+        """
+        check_transfers(tree, self._transfers)
 
     def mend(self, path: str, tree: dict[str, object]) -> bool:
         """Mend a parsed body in place. Returns whether anything was changed.
@@ -115,6 +127,7 @@ class Mender:
         Raises:
             InvalidRequest: a field asks for what is not done here; the sentence names it.
         """
+        self.check(tree)
         route = self._routes.get(path)
         if route is None:
             return False
@@ -296,14 +309,16 @@ def with_null_usage(frame: bytes) -> bytes:
     return frame[:end] + NULL_USAGE + frame[end:]
 
 
-def mender_of(app: FastAPI, backend: str, template: str | None, strict: bool = False) -> Mender:
+def mender_of(
+    app: FastAPI, backend: str, template: str | None, strict: bool = False, transfers: bool = False
+) -> Mender:
     """The mender for the routes of vLLM's app.
 
     Args:
         app: vLLM's.
         backend: of structured outputs.
         template: the text of the chat templates; None where messages are rendered without one.
-        strict: see `Mender`.
+        strict, transfers: see `Mender`.
     """
     from pydantic import BaseModel
 
@@ -318,7 +333,7 @@ def mender_of(app: FastAPI, backend: str, template: str | None, strict: bool = F
             routes[getattr(route, "path", "")] = _route(models)
     responses = getattr(app.state, "openai_serving_responses", None)
     has_tools = getattr(responses, "tool_server", None) is not None
-    return Mender(routes, backend, template is None or "developer" in template, strict, has_tools)
+    return Mender(routes, backend, template is None or "developer" in template, strict, has_tools, transfers)
 
 
 def _models(annotation: object) -> list[object]:

@@ -218,7 +218,8 @@ class Endpoints:
         return found
 
     def _ask(self, method: str, path: str) -> Target:
-        if path in _NOT_A_NAME:
+        # KServe's verb beside `:predict`; a model's name may hold a colon, but a POST to a name is no request to it.
+        if path in _NOT_A_NAME or (method == "POST" and path.endswith(":explain")):
             return Target()
         asked = [method, "GET"] if method == "HEAD" else [method]
         allow: set[str] = set()

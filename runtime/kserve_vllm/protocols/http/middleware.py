@@ -13,12 +13,20 @@ import re
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 
 import orjson
 
-from kserve_vllm.core.errors import BodyTooLarge, InternalError, InvalidRequest, NotFound, RequestError
+from kserve_vllm.core.errors import (
+    BodyTooLarge,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+)
 from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.engine.items import check_items
@@ -42,11 +50,15 @@ T = TypeVar("T")
 
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
+_METRICS = {"/metrics", "/metrics/"}
+_READ_ONLY = Target(method="", refusal=MethodNotAllowed, allow=("GET", "HEAD"))
+"""What is answered before any route is asked."""
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
 _OURS = re.compile(r"^/v2(/(models|repository|health)(/.*)?)?$|^/v1/(models|adapters|queue|files|batches)(/.*)?$")
 OWNER = "kserve_vllm.owner"
 """Key of an ASGI scope that no client makes: tenant and key id of who asked for this before, as in a batch."""
 _LENGTHS = (b"content-length", b"transfer-encoding")
+_RANK = b"x-data-parallel-rank"
 _BODIES = 16  # of the largest size, in all
 _EVENT_STREAM = b"text/event-stream"
 
@@ -65,6 +77,7 @@ class RequestMiddleware:
         body_timeout_s: seconds that a client may take to send a body; 0: no limit.
         page: the files of the page for people, by path; answered where metrics are.
         max_json: largest JSON of a request in bytes; None: as `max_body`.
+        routers: whether clients are routers, which may choose among engines (`--allow-transfer-params`).
     """
 
     def __init__(
@@ -79,6 +92,7 @@ class RequestMiddleware:
         body_timeout_s: float = 0.0,
         page: Mapping[str, Asset] | None = None,
         max_json: int | None = None,
+        routers: bool = False,
     ) -> None:
         self._lifecycle = lifecycle
         self._enforcement = enforcement
@@ -86,6 +100,7 @@ class RequestMiddleware:
         self._max_body = max_body
         self._max_json = max_body if max_json is None else min(max_json, max_body)
         self._body_timeout_s = body_timeout_s
+        self._routers = routers
         self._metrics = metrics
         self._version = version
         self._page = page or {}
@@ -133,6 +148,8 @@ class RequestMiddleware:
             return
         request_id, headers = _request_id(scope)
         target = Target() if path is None else self._endpoints.find(scope["method"], path)
+        if target.refusal is NotFound and (path in _LIVE or path == "/version" or (operators and path in _METRICS)):
+            target = replace(_READ_ONLY, method=scope["method"])
         with of_http(self._requests, target, scope, headers, request_id) as context:
             guard = _Guard(send, request_id, written, self._requests.response_header(context))
             guard.body_send = plain_send  # of a stream, which is not compressed
@@ -159,6 +176,11 @@ class RequestMiddleware:
                 await self._app_for(scope["path"])(scope, receive, guard.send)
                 return
             wire.check_single(scope["headers"], headers)
+            if _RANK in headers and not self._routers:
+                raise InvalidRequest(
+                    "x-data-parallel-rank is taken from routers alone (--allow-transfer-params)",
+                    field="x-data-parallel-rank",
+                )
             arrival = _Arrival(self, scope, headers, receive, context, target.app is self._vllm)
             async with self._enforcement.enforce(
                 context,
@@ -257,7 +279,7 @@ class RequestMiddleware:
             await _answer(send, 200 if life.live else 503, orjson.dumps({**life.report(), "status": _alive(life)}))
         elif path in _READY:
             await _answer(send, 200 if life.probed() else 503, orjson.dumps(life.report()))
-        elif operators and (path == "/metrics" or path == "/metrics/"):
+        elif operators and path in _METRICS:
             accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
             body, content_type = self._metrics(accept.decode("latin-1"))
             await _answer(send, 200, body, content_type.encode())

@@ -37,15 +37,15 @@ def to_request(tree: Mapping[str, object], model: str, version: str | None, stre
     if not isinstance(parameters, dict):
         raise InvalidRequest("parameters must be an object", field="parameters")
     for where in (tree, parameters):
-        if not isinstance(where.get("stream", False), bool):
+        if not isinstance(where.get("stream"), bool | None):
             raise InvalidRequest("stream must be true or false", field="stream")
-    details = parameters.get("details", False)
+    details = False if parameters.get("details") is None else parameters["details"]
     if not isinstance(details, bool):
         raise InvalidRequest("details must be true or false", field="details")
     parameters = {**parameters, "stream": stream}
     inputs = [InferInput("text_input", [1], "BYTES", data=[text])]
     for name, value in tree.items():
-        if name in _RESERVED or name in ("text_input", "stream"):
+        if value is None or name in _RESERVED or name in ("text_input", "stream"):
             continue
         if name == "sampling_parameters":
             try:

@@ -49,6 +49,7 @@ class MendedApp:
         body = b"".join(message.get("body", b"") for message in messages)
         tree = _object(body)
         if tree is not None and path == _SAGEMAKER:
+            self._mender.check(tree)
             _name_model(scope, tree)
         elif tree is not None:
             if self._mender.mend(scope["path"], tree):
@@ -98,8 +99,12 @@ def _has_json(scope: Scope) -> bool:
 
 
 def _object(body: bytes) -> dict[str, object] | None:
+    """A body that is an object: of all that vLLM's parser takes, which is more than JSON (UTF-16, NaN)."""
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return None
+        try:
+            tree = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
     return tree if isinstance(tree, dict) else None
