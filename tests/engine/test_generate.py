@@ -37,12 +37,6 @@ def test_a_prompt_is_continued(server: Server, path: str) -> None:
     assert "42" in answer["text_output"]
 
 
-def test_what_is_null_is_left_out(server: Server) -> None:
-    nothing = {"stream": None, "sampling_parameters": None, "id": None}
-    asked = {**body(stream=None, details=None, temperature=0), **nothing}
-    assert "42" in post(server, PATHS[0], asked).json()["text_output"]
-
-
 @pytest.mark.parametrize("path", [f"{path}_stream" for path in PATHS])
 def test_pieces_are_streamed_as_events(server: Server, path: str) -> None:
     pieces = list(events(server, path, body(max_tokens=20, ignore_eos=True)))

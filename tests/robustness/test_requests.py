@@ -262,7 +262,6 @@ TRANSFERS: list[tuple[str, str, bytes]] = [
     ("of a message", MESSAGES, json.dumps({**TALK, "kv_transfer_params": SAID}).encode()),
     ("of a response", RESPONSES, json.dumps({"model": "demo", "input": "a", "kv_transfer_params": SAID}).encode()),
     ("by way of SageMaker", "/invocations", json.dumps({**TALK, "kv_transfer_params": SAID}).encode()),
-    ("in UTF-16", CHAT, json.dumps({**TALK, "kv_transfer_params": SAID}).encode("utf-16-le")),
     ("beside what is no JSON", CHAT, json.dumps({**TALK, "x": float("nan"), "kv_transfer_params": SAID}).encode()),
     (
         "among vLLM's arguments",

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from kserve.protocol.infer_type import InferRequest, InferResponse, RequestedOutput
 
 from kserve_vllm.core.errors import InvalidRequest
-from kserve_vllm.protocols.oip import tensors
+from kserve_vllm.protocols.oip import generate, tensors
 from kserve_vllm.protocols.oip.grpc_servicer import Messages
 
 MESSAGES = Messages()
@@ -255,3 +255,11 @@ def test_what_triton_does_with_a_tensor_beside_its_data_is_refused(
         setattr(getattr(message, where)[0].parameters[name], kind, value)
     with pytest.raises(InvalidRequest, match=sentence):
         tensors.from_grpc(message)
+
+
+def test_what_is_null_for_generate_is_left_out() -> None:
+    parameters = {"stream": None, "details": None, "temperature": None, "max_tokens": 4}
+    tree = {"text_input": "x", "stream": None, "sampling_parameters": None, "id": None, "parameters": parameters}
+    request, details = generate.to_request(tree, "m", None, False)
+    assert (request.parameters, details) == ({"max_tokens": 4, "stream": False}, False)
+    assert [each.name for each in request.inputs] == ["text_input"]

@@ -42,7 +42,8 @@ def to_request(tree: Mapping[str, object], model: str, version: str | None, stre
     details = False if parameters.get("details") is None else parameters["details"]
     if not isinstance(details, bool):
         raise InvalidRequest("details must be true or false", field="details")
-    parameters = {**parameters, "stream": stream}
+    given = {name: value for name, value in parameters.items() if value is not None}
+    parameters = {**given, "stream": stream}
     inputs = [InferInput("text_input", [1], "BYTES", data=[text])]
     for name, value in tree.items():
         if value is None or name in _RESERVED or name in ("text_input", "stream"):
