@@ -416,7 +416,7 @@ class StreamHandler:
             names: dict[Kind, str] = {"chat": "openai_serving_chat", "completion": "openai_serving_completion"}
             for kind, name in names.items():
                 handler = getattr(state, name, None)
-                if handler is not None and _handler_is_plain(kind, handler):
+                if handler is not None and handler_is_plain(kind, handler):
                     self._handlers[kind] = self._without_last_step(kind, handler)
 
     def serves(self, kind: Kind) -> bool:
@@ -756,7 +756,7 @@ def _app_is_plain(engine: VLLMEngine) -> bool:
     )
 
 
-def _handler_is_plain(kind: str, handler: Handler) -> bool:
+def handler_is_plain(kind: str, handler: Handler) -> bool:
     """Whether a handler is vLLM's own, and no parser of it rewrites text where a request brings no tools."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
