@@ -84,6 +84,7 @@ KNOW_VLLM = {
         "patches/inline_rendering",
         "patches/late_text",
         "patches/openai_stream",
+        "patches/plain_chats",
         "patches/plain_outputs",
         "patches/prompt_tokens",
     )

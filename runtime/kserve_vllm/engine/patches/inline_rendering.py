@@ -31,7 +31,24 @@ _AT_ONCE = 8 * SHORT
 _OTHER = 8  # for a part of a request that is no text
 
 
-def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> None:
+class ShortPrompts:
+    """What short prompts are made with.
+
+    Args:
+        place: where they are.
+        tokens: tokenizes them; None where vLLM's tokenizer does.
+    """
+
+    def __init__(self, place: _Place, tokens: PromptTokens | None) -> None:
+        self._place = place
+        self.tokens = tokens
+
+    def has_room(self, size: int) -> bool:
+        """Whether a chat of so many characters can be rendered and tokenized now; then it has to be."""
+        return self._place.has_room(size, works=2)
+
+
+def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> ShortPrompts | None:
     """Let `client` do so. Only where the seam to vLLM's renderers is as known: see `compat`.
 
     Args:
@@ -59,7 +76,7 @@ def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> 
 
     renderer._tokenize_prompt_async = tokenize
     if foreign_templates or type(renderer) is not HfRenderer:
-        return
+        return None
     render_elsewhere: Callable[..., Awaitable[object]] = renderer._apply_chat_template_async
 
     def render(config: object, tokenizer: object, conversation: object, **options: object) -> Awaitable[object]:
@@ -70,6 +87,7 @@ def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> 
 
     renderer._apply_chat_template_async = render
     _chat_in_place(renderer, place)
+    return ShortPrompts(place, tokens)
 
 
 class _Tokenize(Protocol):

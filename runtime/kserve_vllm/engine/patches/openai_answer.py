@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kserve_vllm.engine.patches.answer_bytes import BytesAnswer, wants_text_alone, with_bytes
 from kserve_vllm.engine.patches.openai_stream import Handler, Kind, OpenAIRequest, app_is_bare, validated
+from kserve_vllm.engine.patches.plain_chats import with_plain_chats
 from kserve_vllm.engine.vllm import VLLMEngine
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class AnswerHandler:
                 "completion": getattr(state, "openai_serving_completion", None),
             }
             self._handlers = {kind: with_bytes(kind, handler) for kind, handler in found.items() if handler is not None}
+            if (chats := self._handlers.get("chat")) is not None:
+                self._handlers["chat"] = with_plain_chats(chats, engine.short_prompts)
 
     def serves(self, kind: Kind) -> bool:
         """Whether answers of this kind can be given here at all."""

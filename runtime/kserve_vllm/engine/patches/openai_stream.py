@@ -27,6 +27,7 @@ from kserve_vllm.core.request_context import current
 from kserve_vllm.core.types import TextJob
 from kserve_vllm.engine.hooks.request_repair import with_null_usage
 from kserve_vllm.engine.hooks.submission import ASKED, Lookup, SubmissionHooks
+from kserve_vllm.engine.patches.plain_chats import with_plain_chats
 from kserve_vllm.engine.patches.plain_outputs import send_to
 from kserve_vllm.engine.vllm import VLLMEngine, is_for_browsers
 
@@ -480,7 +481,7 @@ class StreamHandler:
 
     def _without_last_step(self, kind: Kind, handler: Handler) -> Handler:
         """A copy of vLLM's handler that returns what it would have streamed from."""
-        twin = copy.copy(handler)
+        twin = copy.copy(with_plain_chats(handler, self._engine.short_prompts) if kind == "chat" else handler)
         twin.engine_client = _Catcher(self.client)
 
         def prepared(
