@@ -113,8 +113,8 @@ def vllm_bench(server: Running, concurrency: int, requests: int, args: argparse.
     }
 
 
-def measure(server: Running, mode: str, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One cell: a warm-up, then the load."""
+def measure(server: Running, number: int, mode: str, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One cell: a warm-up, then the load. Prompts of `intake` are new in each round, so that nobody remembers them."""
     # Few streams take longer for a token. Whole waves, since all requests are of one length.
     tokens = args.tokens_per_cell * min(1.0, (concurrency + 2) / 32)
     requests = max(4 if concurrency == 1 else 1, round(tokens / args.tokens / concurrency)) * concurrency
@@ -123,8 +123,9 @@ def measure(server: Running, mode: str, concurrency: int, args: argparse.Namespa
         # One token each: as many requests as take about as long.
         requests *= 4
         options = dict(zip(options, SIZES[mode], strict=True))
-        server.load(mode, concurrency, max(2, requests // 4), seed=1, **options)
-        return server.load(mode, concurrency, requests, seed=1 if mode == "prefix-hot" else 2, **options)
+        seeds = (1, 1) if mode == "prefix-hot" else (2 * number + 2, 2 * number + 3)
+        server.load(mode, concurrency, max(2, requests // 4), seed=seeds[0], **options)
+        return server.load(mode, concurrency, requests, seed=seeds[1], **options)
     own = "chat-stream" if mode == "chat-stream-vllm-bench" else mode
     server.load(own, concurrency, max(2, min(requests // 4, concurrency)), seed=1, **options)
     if mode == "chat-stream-vllm-bench":
@@ -173,7 +174,7 @@ def offline(args: argparse.Namespace) -> dict[str, Any]:
 def load(server: Running, number: int, mode: str, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
     """Run one load against a server that runs; its cell."""
     name = server.configuration.name
-    figures = measure(server, mode, concurrency, args)
+    figures = measure(server, number, mode, concurrency, args)
     say(f"  {name:9} {mode:22} x{concurrency:<4}" + "".join(f" {key} {figures[key]:.1f}" for key in _SHOWN))
     return {"round": number, "server": name, "mode": mode, "concurrency": concurrency, **figures}
 

@@ -80,10 +80,13 @@ KNOW_VLLM = {
         "hooks/request_repair",
         "hooks/responses_repair",
         "hooks/stat_logger",
+        "patches/answer_bytes",
         "patches/inline_rendering",
         "patches/late_text",
         "patches/openai_stream",
+        "patches/plain_chats",
         "patches/plain_outputs",
+        "patches/prompt_tokens",
     )
 }
 

@@ -54,7 +54,7 @@ def renderer(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(rendering._Place, "_rest", next_pass)
     monkeypatch.setattr(hf, "safe_apply_chat_template", noted(hf.safe_apply_chat_template))
-    made._tokenize_prompt = noted(made._tokenize_prompt)
+    made._build_tokens_prompt = noted(made._build_tokens_prompt)
     made._apply_chat_template_async = make_async(hf.safe_apply_chat_template, executor=made._executor)
     made._tokenize_prompt_async = make_async(made._tokenize_prompt, executor=made._executor)
     yield made
@@ -125,7 +125,7 @@ def test_a_failure_is_raised_where_it_is_awaited(renderer: Any, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise ValueError("no such token")
 
-    monkeypatch.setattr(renderer, "_tokenize_prompt", fail)
+    monkeypatch.setattr(renderer, "_build_tokens_prompt", fail)
     with pytest.raises(ValueError, match="no such token"):
         in_place(renderer, tokens(renderer, said("2 + 2")))
 

@@ -14,7 +14,7 @@ import uvicorn
 
 from kserve_vllm.engine.patches.openai_stream import Hub
 from kserve_vllm.grpc_server.http2 import Connection, Connections
-from kserve_vllm.protocols.http.chunks import chunks_of
+from kserve_vllm.protocols.http.chunks import chunks_of, one_write
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -217,3 +217,62 @@ def test_the_connections_of_a_pass_are_written_in_a_row_and_one_that_fails_stops
         assert not connections
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+@pytest.mark.parametrize("close", [False, True])
+def test_a_head_and_its_body_are_one_write(http: str, close: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b'{"answer": 42}'
+
+    async def run() -> list[bytes]:
+        written: list[bytes] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            cycle = send.__self__
+            write = cycle.transport.write
+            if http == "httptools":
+                monkeypatch.setattr(cycle.transport, "write", lambda data: (written.append(data), write(data)))
+            with one_write(send):
+                headers = [(b"content-length", b"%d" % len(body)), *([(b"connection", b"close")] if close else [])]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send(part(body, more=False))
+            if http == "httptools":
+                assert "_Held" not in type(cycle.transport).__name__
+                monkeypatch.undo()
+
+        async with serving(app, http) as port, httpx.AsyncClient(trust_env=False) as client:
+            for _ in range(2):
+                answer = await client.get(f"http://127.0.0.1:{port}/")
+                assert answer.content == body
+        return written
+
+    written = asyncio.run(run())
+    if http == "httptools":
+        assert len(written) == 2  # one for each request
+        assert all(each.startswith(b"HTTP/1.1 200 OK") and each.endswith(body) for each in written)
+
+
+def test_a_head_whose_body_does_not_come_is_written_all_the_same() -> None:
+    async def run() -> bytes:
+        async def app(_: Any, receive: Any, send: Any) -> None:
+            await receive()
+            with one_write(send):
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+
+        async with serving(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+            return head
+
+    assert asyncio.run(run()).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_what_is_not_uvicorns_is_sent_as_it_is() -> None:
+    async def send(_: Any) -> None:
+        return
+
+    with one_write(send):
+        pass

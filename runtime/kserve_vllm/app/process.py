@@ -357,7 +357,7 @@ class _Process:
         ):
             if not applies:
                 shortcuts.does_not_apply(name)
-        if not shortcuts.takes("streams"):
+        if not (shortcuts.takes("streams") or shortcuts.takes("answers")):
             shortcuts.does_not_apply("chunks")
         self._browsers.allow(*engine.take_browser_rules())
         mended = MendedApp(engine.app, engine.mender, engine.always_usage)

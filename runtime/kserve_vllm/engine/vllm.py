@@ -42,7 +42,7 @@ from kserve_vllm.engine.hooks.responses_repair import mend_responses
 from kserve_vllm.engine.hooks.stored_responses import keep_apart
 from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
 from kserve_vllm.engine.loras import LoRAs
-from kserve_vllm.engine.patches.inline_rendering import render_short_prompts_in_place
+from kserve_vllm.engine.patches.inline_rendering import ShortPrompts, render_short_prompts_in_place
 from kserve_vllm.engine.patches.late_text import make_texts_at_the_end
 from kserve_vllm.engine.patches.plain_outputs import process_plain_outputs_apart
 from kserve_vllm.engine.requests import (
@@ -165,6 +165,8 @@ class VLLMEngine:
         """Mends what clients send to vLLM's routes; only after `start`."""
         self.intake: SubmissionHooks[Lookup] | None = None
         """Before the engine, where policies stand before it."""
+        self.short_prompts: ShortPrompts | None = None
+        """What short prompts are made with, where that is not vLLM's alone."""
         self.served = True
         """False while the base model is unloaded through the repository API."""
 
@@ -234,7 +236,8 @@ class VLLMEngine:
     def shorten(self, shortcuts: Shortcuts) -> None:
         """Do the work of vLLM's front end on fewer detours, those that are taken. Before the first request."""
         if shortcuts.takes("rendering"):
-            render_short_prompts_in_place(self.client, foreign_templates=bool(self._args.trust_request_chat_template))
+            foreign = bool(self._args.trust_request_chat_template)
+            self.short_prompts = render_short_prompts_in_place(self.client, foreign_templates=foreign)
         if shortcuts.takes("texts") and not make_texts_at_the_end(self.client):
             shortcuts.does_not_apply("texts")
         if shortcuts.takes("outputs") and not process_plain_outputs_apart(self.client):

@@ -16,7 +16,8 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -273,10 +274,48 @@ def formatter(chosen: str = "json") -> logging.Formatter:
         last: list[Processor] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
     else:
         last = [structlog.processors.format_exc_info, _order, structlog.processors.JSONRenderer(serializer=_dumps)]
-    return structlog.stdlib.ProcessorFormatter(
+    made = structlog.stdlib.ProcessorFormatter if chosen == "console" else _JSONFormatter
+    return made(
         foreign_pre_chain=before,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
     )
+
+
+def write_event(logger: logging.Logger, level: int, name: str, fields: Mapping[str, object]) -> None:
+    """Write what structlog's loggers would, without its chain of processors and a search of the stack for the caller:
+    for the line that each request has.
+
+    Args:
+        logger: of the standard library.
+        level: its number.
+        name: of the event.
+        fields: of the line, beside those that every line has.
+    """
+    if not logger.isEnabledFor(level):
+        return
+    word = logging.getLevelName(level)
+    event: dict[str, object] = {
+        "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+        "level": word.lower(),
+        "logger": logger.name,
+        "event": name,
+        **fields,
+    }
+    record = logging.LogRecord(logger.name, level, "", 0, _add_request(logger, name, event), None, None)
+    # By these structlog's formatter knows that the message is a dictionary.
+    record._logger, record._name = logger, word.lower()
+    record.in_order = True
+    logger.handle(record)
+
+
+class _JSONFormatter(structlog.stdlib.ProcessorFormatter):
+    """structlog's, with a short way for `write_event`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """logging's."""
+        if getattr(record, "in_order", False):
+            return _dumps(record.msg)
+        return super().format(record)
 
 
 def _add_request(logger: object, name: str, event: Event) -> Event:

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import structlog
-
 from kserve_vllm.core.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -25,6 +23,7 @@ from kserve_vllm.core.errors import (
 )
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.core.request_context import RequestContext, current
+from kserve_vllm.telemetry.logs import write_event
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.tracing import Tracing
 
@@ -75,7 +74,7 @@ class RequestRecorder:
         self._tracing = tracing
         self._lifecycle = lifecycle
         self._late: dict[RequestContext, float] = {}
-        self._log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("kserve_vllm.request")
+        self._log = logging.getLogger("kserve_vllm.request")
 
     @contextmanager
     def open(
@@ -153,6 +152,8 @@ class RequestRecorder:
         level = logging.DEBUG if context.quiet and outcome in ("ok", "client_error") else logging.INFO
         if outcome == "server_error":
             level = logging.ERROR
+        if not self._log.isEnabledFor(level):
+            return
         fields: dict[str, object] = {
             "protocol": context.protocol,
             "endpoint": context.endpoint,
@@ -182,7 +183,7 @@ class RequestRecorder:
                     fields[name] = round(value, 6)
             if context.engine.preemptions:
                 fields["preemptions"] = context.engine.preemptions
-        self._log.log(level, "request", **fields)
+        write_event(self._log, level, "request", fields)
 
     def _outcome(self, context: RequestContext) -> tuple[str, str | None]:
         """What became of a request, and why it was turned away if it was."""

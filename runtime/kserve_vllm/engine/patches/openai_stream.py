@@ -27,6 +27,7 @@ from kserve_vllm.core.request_context import current
 from kserve_vllm.core.types import TextJob
 from kserve_vllm.engine.hooks.request_repair import with_null_usage
 from kserve_vllm.engine.hooks.submission import ASKED, Lookup, SubmissionHooks
+from kserve_vllm.engine.patches.plain_chats import with_plain_chats
 from kserve_vllm.engine.patches.plain_outputs import send_to
 from kserve_vllm.engine.vllm import VLLMEngine, is_for_browsers
 
@@ -416,7 +417,7 @@ class StreamHandler:
             names: dict[Kind, str] = {"chat": "openai_serving_chat", "completion": "openai_serving_completion"}
             for kind, name in names.items():
                 handler = getattr(state, name, None)
-                if handler is not None and _handler_is_plain(kind, handler):
+                if handler is not None and handler_is_plain(kind, handler):
                     self._handlers[kind] = self._without_last_step(kind, handler)
 
     def serves(self, kind: Kind) -> bool:
@@ -480,7 +481,7 @@ class StreamHandler:
 
     def _without_last_step(self, kind: Kind, handler: Handler) -> Handler:
         """A copy of vLLM's handler that returns what it would have streamed from."""
-        twin = copy.copy(handler)
+        twin = copy.copy(with_plain_chats(handler, self._engine.short_prompts) if kind == "chat" else handler)
         twin.engine_client = _Catcher(self.client)
 
         def prepared(
@@ -756,7 +757,7 @@ def _app_is_plain(engine: VLLMEngine) -> bool:
     )
 
 
-def _handler_is_plain(kind: str, handler: Handler) -> bool:
+def handler_is_plain(kind: str, handler: Handler) -> bool:
     """Whether a handler is vLLM's own, and no parser of it rewrites text where a request brings no tools."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion

@@ -9,6 +9,7 @@ replayed, and so is a body that vLLM refuses. To a client the two are the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Generator
 from functools import partial
@@ -21,7 +22,7 @@ from kserve_vllm.engine.patches.openai_answer import AnswerHandler, Question
 from kserve_vllm.engine.patches.openai_stream import Kind, OpenAIStream, StreamHandler, headers
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.protocols import errors as wire
-from kserve_vllm.protocols.http.chunks import chunks_of
+from kserve_vllm.protocols.http.chunks import chunks_of, one_write
 from kserve_vllm.protocols.http.disconnect import resume, until_disconnect
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class FastPath:
         mend: mends a parsed body for a path.
         stream_headers, answer_headers: at the head of every stream and of every whole answer.
         count: told for every request whether it was answered here (`fast`) or by vLLM (`vllm`).
-        chunks: whether chunks of streams may be written past uvicorn's `send`.
+        chunks: whether chunks of streams, and heads with their bodies, may be written past uvicorn's `send`.
     """
 
     def __init__(
@@ -115,9 +116,9 @@ class FastPath:
                 if stream is not None:
                     return await self._stream(stream, scope["path"], receive, send, body_send)
         elif tree is not None and not tree.get("stream") and self._answers is not None:
-            question = self._answers.take(self._kind, tree, scope)
+            question = self._answers.take(self._kind, tree, scope, streamable(self._kind, tree))
             if question is not None:
-                return await self._answer(question, receive, send)
+                return await self._answer(question, receive, send, body_send)
         self._count("vllm")
         return await self._vllm(scope, _replay(body, receive), send)
 
@@ -128,12 +129,13 @@ class FastPath:
         finally:
             await stream.close()
 
-    async def _answer(self, question: Question, receive: Receive, send: Send) -> None:
+    async def _answer(self, question: Question, receive: Receive, send: Send, body_send: Send) -> None:
         self._count("fast")
         answer = await until_disconnect(receive, question.answer())
         head = [(b"content-length", b"%d" % len(answer.body)), *self._answer_headers]
-        await send({"type": "http.response.start", "status": answer.status, "headers": head})
-        await send({"type": "http.response.body", "body": answer.body})
+        with one_write(body_send) if self._chunks else contextlib.nullcontext():
+            await send({"type": "http.response.start", "status": answer.status, "headers": head})
+            await send({"type": "http.response.body", "body": answer.body})
 
 
 async def fast_paths(
@@ -175,7 +177,7 @@ def _parsed(body: bytes) -> dict[str, object] | None:
 
 
 def streamable(kind: Kind, tree: dict[str, object]) -> bool:
-    """Whether a stream can be written here; else vLLM's own handler has to."""
+    """Whether a stream, or a whole answer, can be written here; else vLLM's own code has to."""
     if not _ALLOWED[kind].issuperset(tree):
         return False
     if tree.get("n", 1) not in (None, 1) or isinstance(tree.get("n"), bool):
