@@ -81,14 +81,13 @@ def test_no_object_of_the_schema_takes_any_key() -> None:
         "/properties/global",
         *(
             f"/definitions/{name}"
-            for name in ("anyObject", "wholeObject", "container", "envFrom", "volume", "volumeMount")
+            for name in ("affinityTerms", "anyObject", "wholeObject", "container", "envFrom", "volume", "volumeMount")
         ),
         *(f"/properties/runtimes/properties/{kind}/properties/securityContext" for kind in ("cpu", "gpu", "multinode")),
         "/definitions/container/properties/env/items",
         "/definitions/extraRuntimeDefaults/properties/securityContext",
         "/definitions/engineRuntimeDefaults/properties/securityContext",
         "/definitions/inferenceServiceDefaults/properties/speculative",
-        "/definitions/inferenceServiceDefaults/properties/affinity/additionalProperties",
         "/definitions/inferenceServiceDefaults/properties/topologySpreadConstraints/items/properties/labelSelector",
     }
     open_objects = {at for at, schema in objects(schema) if schema.get("additionalProperties", True) is True}
