@@ -131,6 +131,7 @@ EXAMPLES: dict[str, Any] = {
     "availability": 0.99,
     "firstToken": 0.9,
     "firstTokenSeconds": 1,
+    "runbookURL": "https://wiki.example.com/runbook",
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},
 }
 # Numbers that may not be just one more than the default.

@@ -600,6 +600,20 @@ def test_a_loose_objective_asks_for_no_more_failures_than_there_are_requests() -
                 assert float(factor) * float(budget or 1) <= 0.9
 
 
+def test_each_alert_leads_to_its_paragraph_of_the_runbook() -> None:
+    home = load(CHART / "Chart.yaml")["home"]
+    anchors = {
+        line[3:].lower() for line in (CHART / "files" / "RUNBOOK.md").read_text().splitlines() if line[:3] == "## "
+    }
+    for base, settings in (
+        (f"{home}/blob/main/charts/kserve-vllm/files/RUNBOOK.md", {}),
+        ("https://wiki.example.com/runbook", {"runbookURL": "https://wiki.example.com/runbook"}),
+    ):
+        found = alerts_of(**settings)
+        assert {alert["annotations"]["runbook_url"] for alert in found.values()} == {f"{base}#{a}" for a in anchors}
+        assert not [name for name, alert in found.items() if "runbook" in alert["annotations"]]
+
+
 def test_an_alert_takes_every_duration_and_null_for_what_it_has() -> None:
     plain = alerts_of()["KServeVllmSlowStart"]
     changes: Document = {"for": None, "severity": None, "enabled": None, "labels": {"team": None}}
