@@ -79,14 +79,16 @@ def main(arguments: Sequence[str]) -> int:
     if args.save:
         result.writable(args.save)  # before the load, too
     rows: list[result.Row] = []
+    content: dict[str, object] = {}
     try:
-        content = asyncio.run(_bench(args, target, points, slo, rows))
+        asyncio.run(_bench(args, target, points, slo, rows, content))
     except clients.Unreachable as error:
         print(f"kserve-vllm: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         if rows:
             print(f"\nstopped; complete: {', '.join(map(result.load_name, rows))}", file=sys.stderr)
+            print(json.dumps(content, indent=1) if args.json else _human(content, slo))
         return 130
     print(json.dumps(content, indent=1) if args.json else _human(content, slo))
     if args.picture:
@@ -265,9 +267,14 @@ def _points(args: argparse.Namespace) -> list[Point]:
 
 
 async def _bench(
-    args: argparse.Namespace, target: clients.Target, points: Sequence[Point], slo: result.SLO, rows: list[result.Row]
-) -> dict[str, object]:
-    """Ask, warm up, play each point; `rows` grows as they end."""
+    args: argparse.Namespace,
+    target: clients.Target,
+    points: Sequence[Point],
+    slo: result.SLO,
+    rows: list[result.Row],
+    content: dict[str, object],
+) -> None:
+    """Ask, warm up, play each point; `rows`, and the result in `content`, grow as they end."""
     if not target.model:
         client = clients.connect(target)
         try:
@@ -288,7 +295,6 @@ async def _bench(
             "time_s": args.time,
             "timeout_s": args.timeout,
         }
-        content: dict[str, object] = {}
         sent = 0
         for number, point in enumerate(points):
             progress.begin(number, len(points), point)
@@ -296,10 +302,9 @@ async def _bench(
             sent += len(played.answers)
             rows.append(result.row(played, slo))
             progress.end(rows[-1])
-            content = result.result(target.url, target.model, target.protocol, workload, slo, rows)
+            content |= result.result(target.url, target.model, target.protocol, workload, slo, rows)
             if args.save:
                 result.save(args.save, content)
-        return content
     finally:
         await client.close()
 
