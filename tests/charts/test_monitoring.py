@@ -209,3 +209,16 @@ def test_the_pod_monitor_finds_pods_of_both_modes_by_the_runtimes_label() -> Non
     assert "namespaceSelector" not in monitor["spec"]
     (monitor,) = of_kind(render({"monitoring": {"podMonitor": {"enabled": True}}}), "PodMonitor").values()
     assert monitor["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_dashboards_name_no_objective_as_fixed_that_values_move() -> None:
+    for path in DASHBOARDS.glob("*.json"):
+        assert not re.findall(r'"title": "[^"]*\d+ (?:ms|s|%)', path.read_text()), path.name
+
+
+def test_notes_say_which_panels_stay_empty_without_the_rules() -> None:
+    for rules in (False, True):
+        on = {"dashboards": {"enabled": True}, "prometheusRule": {"enabled": rules}}
+        text = json.dumps({"monitoring": on})
+        said = helm("install", "r", str(CHART), "--dry-run=client", "-f", "-", stdin=text).split("NOTES:")[1]
+        assert ("panels of the dashboards that show its recordings stay empty" in said) != rules
