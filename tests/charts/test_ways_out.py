@@ -258,6 +258,18 @@ def test_common_labels_and_annotations_are_on_every_object_and_lose_against_its_
         assert annotations["helm.sh/resource-policy"] == ("keep" if keep else "none")
 
 
+def test_flux_can_be_kept_from_all_that_has_text_like_its_variables() -> None:
+    key = "kustomize.toolkit.fluxcd.io/substitute"
+    values: Document = {
+        **service(engine="llama-cpp", device="cpu", storageUri="s3://b/m.gguf"),
+        "monitoring": {"dashboards": {"enabled": True}},
+        "commonAnnotations": {key: "disabled"},
+    }
+    like = [d for d in render(values) if "${" in json.dumps(d)]
+    assert {d["kind"] for d in like} == {"ConfigMap", "ClusterServingRuntime"}
+    assert {d["metadata"]["annotations"][key] for d in like} == {"disabled"}
+
+
 def test_extra_objects_are_maps_or_text_and_may_be_templates() -> None:
     made = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: '{{ .Release.Name }}-text'}\n"
     as_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Namespace }}-map"}}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kserve_vllm.cli import main
 from kserve_vllm.ops.operations import COMMANDS
 from kserve_vllm.ops.tables import bar, spark
 from kserve_vllm.telemetry import logs
@@ -49,6 +51,14 @@ def run(*arguments: str, stdout: int = subprocess.PIPE, **variables: str) -> sub
 
 def test_every_command_is_tried() -> None:
     assert PRINTS.keys() >= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_s_help_names_its_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert re.search(r"Exit codes:? 0 .*2 an argument|Exit codes: 0 .*2 a file", capsys.readouterr().out, re.DOTALL)
 
 
 @pytest.mark.parametrize("command", PRINTS)

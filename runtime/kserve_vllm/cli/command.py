@@ -72,7 +72,9 @@ def _dispatch(arguments: list[str]) -> int:
         prog="kserve-vllm",
         description="Serve a language model on KServe: OpenAI, Open Inference Protocol V2 (REST, gRPC) and V1 from one "
         "vLLM engine.",
-        epilog="Start with `kserve-vllm serve --demo`; `kserve-vllm COMMAND --help` explains each command.",
+        epilog="Start with `kserve-vllm serve --demo`; `kserve-vllm COMMAND --help` explains each command. Exit codes "
+        "of all: 0 done (or yes), 1 not (of serve: the engine failed), 2 an argument or setting can't be used, 130 "
+        "after Ctrl-C, 141 where a pipe's reader has left; those of a command's own stand in its help.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"kserve-vllm {version('kserve-vllm')}")

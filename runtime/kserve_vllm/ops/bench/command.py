@@ -42,7 +42,8 @@ the last byte. Answers have exactly --output tokens unless --let-end; each promp
 cache has only what --shared-prefix says. Percentiles are of answered requests; the SLO counts failed ones as missed.
 
 Exit codes: 0 the SLO was kept by some load (without one: every request was answered), 1 it was not, 2 an argument can't
-be used, 3 nothing could be asked. 130 after Ctrl-C, with the loads that were complete in --save.
+be used, 3 nothing could be asked. 130 after Ctrl-C, with the
+loads that were complete.
 docs/guides/benchmarking.md says how to read it, and what the file holds.
 """
 _EPILOG_COMPARE = """
