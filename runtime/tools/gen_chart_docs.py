@@ -263,8 +263,9 @@ def schema_of(value: Value) -> dict[str, Any]:
     if "entries" in overlay:
         names = {"pattern": overlay.pop("namePattern"), "maxLength": overlay.pop("nameMaxLength")}
         schema |= {"type": "object", "propertyNames": names}
-        entry = {"$ref": f"#/definitions/{overlay.pop('entries')}"}
-        schema["additionalProperties"] = {"anyOf": [entry, {"type": "null"}]}
+        # The definition takes null itself: of a choice of two, helm would name both in its refusals. Inside of `allOf`
+        # it names the entry even where it is the name of a property that is wrong.
+        schema["additionalProperties"] = {"allOf": [{"$ref": f"#/definitions/{overlay.pop('entries')}"}]}
     elif isinstance(default, bool):
         schema["type"] = "boolean"
     elif isinstance(default, int):
@@ -373,6 +374,7 @@ def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
+        "patternProperties": {"^x-": {"description": "The user's own, to put YAML anchors on. It is not read."}},
         "definitions": definitions,
     }
 

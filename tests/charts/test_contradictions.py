@@ -668,12 +668,6 @@ CASES: dict[str, tuple[Document, str]] = {
         service(podAnnotations={"autoscaling.knative.dev/initial-scale": 0}),
         "an annotation has autoscaling.knative.dev/initial-scale; set autoscaling.knative.initialScale instead",
     ),
-    "a window by value and annotation": (
-        service(
-            autoscaling={"knative": {"windowSeconds": 30}}, podAnnotations={"autoscaling.knative.dev/window": "9s"}
-        ),
-        "an annotation has autoscaling.knative.dev/window, for which autoscaling.knative has a value too; take one out",
-    ),
     "zones that are wished for and have to be": (
         service(topologySpreadConstraints=[{**ZONES, "whenUnsatisfiable": "ScheduleAnyway", "minDomains": 2}]),
         "minDomains is for whenUnsatisfiable DoNotSchedule alone",

@@ -43,8 +43,8 @@
 {{- end }}
 
 {{/*
-Of annotations that say what a value says, under any spelling that Knative takes (min-scale, minScale). Takes a dict with
-root, s and at.
+Of annotations that say what a value says and other values are derived from, under any spelling that Knative takes
+(min-scale, minScale); the other annotations win over the values. Takes a dict with root, s and at.
 */}}
 {{- define "kserve-vllm.check.annotations" -}}
 {{- $s := .s -}}
@@ -60,13 +60,10 @@ root, s and at.
   "autoscaling.knative.dev/initial-scale" "autoscaling.knative.initialScale"
   "autoscaling.knative.dev/target" "autoscaling.target"
   "autoscaling.knative.dev/metric" "autoscaling.metric" -}}
-{{- $knobs := include "kserve-vllm.knativeAnnotations" $s | fromYaml -}}
 {{- range $key := concat (keys $s.annotations) (keys $s.podAnnotations) (keys .root.Values.commonAnnotations) | uniq | sortAlpha }}
 {{- $name := printf "%s/%s" (dir $key) (base $key | kebabcase) }}
 {{- if hasKey $owned $name }}
 {{ printf "%s: an annotation has %s; set %s instead, other values are derived from it." $at $key (index $owned $name) }}
-{{- else if hasKey $knobs $name }}
-{{ printf "%s: an annotation has %s, for which autoscaling.knative has a value too; take one out." $at $key }}
 {{- end }}
 {{- end }}
 {{- end }}
