@@ -71,7 +71,8 @@ BOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
             Panel(
                 "Failing requests, share of the accepted",
                 "percentunit",
-                "The objective is 0.1 %. Refused and cancelled requests do not count.",
+                "The objective is 0.1 %, where the rules' values say nothing else. Refused and cancelled requests do "
+                "not count.",
                 {
                     "last hour": "inferenceservice:kserve_vllm_requests:error_ratio_rate1h{$in}",
                     "last 5 minutes": "inferenceservice:kserve_vllm_requests:error_ratio_rate5m{$in}",
@@ -90,9 +91,9 @@ BOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
                 _quantiles("kserve_vllm_time_to_first_token_seconds"),
             ),
             Panel(
-                "First tokens over 500 ms",
+                "First tokens out of time",
                 "percentunit",
-                "The objective is 1 %.",
+                "Later than after 500 ms, of which 1 % may be, where the rules' values say nothing else.",
                 {
                     "last hour": "inferenceservice:kserve_vllm_first_tokens:slow_ratio_rate1h{$in}",
                     "last 5 minutes": "inferenceservice:kserve_vllm_first_tokens:slow_ratio_rate5m{$in}",

@@ -53,12 +53,21 @@ OBJECT_NAME_KEYS = {
     "tlsSecretName",
 }
 OBJECT_NAME_BLOCKS = {"gateway", "kedaAuthentication", "tokenSecret"}
+NAMESPACE = "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+# The largest whole number of Kubernetes' fields that have 32 bits, as most have.
+WHOLE_NUMBER = 2**31 - 1
 QUANTITY_KEYS = {"cpu", "memory", "modelSize", "sharedMemory", "size", "tmpSizeLimit"}
 QUANTITY = "^([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$"
 
 # Shapes of Kubernetes that appear in several places.
 SHARED: dict[str, Any] = {
-    "objectName": {"type": ["string", "number"], "minLength": 1, "pattern": OBJECT_NAME},
+    "objectName": {
+        "type": ["string", "number"],
+        "minimum": 0,
+        "minLength": 1,
+        "maxLength": 253,
+        "pattern": OBJECT_NAME,
+    },
     "named": {
         "type": "object",
         "additionalProperties": False,
@@ -140,6 +149,7 @@ SHARED: dict[str, Any] = {
         },
     },
     # Parts of Kubernetes' API, which its server checks.
+    "affinityTerms": {"type": ["object", "null"], "additionalProperties": True},
     "anyObject": {"type": ["object", "string"], "additionalProperties": True},
     "wholeObject": {
         "type": ["object", "string"],
@@ -253,8 +263,9 @@ def schema_of(value: Value) -> dict[str, Any]:
     if "entries" in overlay:
         names = {"pattern": overlay.pop("namePattern"), "maxLength": overlay.pop("nameMaxLength")}
         schema |= {"type": "object", "propertyNames": names}
-        entry = {"$ref": f"#/definitions/{overlay.pop('entries')}"}
-        schema["additionalProperties"] = {"anyOf": [entry, {"type": "null"}]}
+        # The definition takes null itself: of a choice of two, helm would name both in its refusals. Inside of `allOf`
+        # it names the entry even where it is the name of a property that is wrong.
+        schema["additionalProperties"] = {"allOf": [{"$ref": f"#/definitions/{overlay.pop('entries')}"}]}
     elif isinstance(default, bool):
         schema["type"] = "boolean"
     elif isinstance(default, int):
@@ -276,14 +287,20 @@ def schema_of(value: Value) -> dict[str, Any]:
             raise ValuesError(f"{'.'.join(value.path)} is an empty map; its @schema must say what is in it")
     elif "type" not in overlay:
         raise ValuesError(f"{'.'.join(value.path)} is null by default; its @schema must have a type")
-    return nullable(schema | overlay)
+    schema |= overlay
+    if "integer" in schema["type"] and "enum" not in schema:
+        schema.setdefault("maximum", WHOLE_NUMBER)
+    return nullable(schema)
 
 
 def text_of(path: tuple[str, ...], *, empty: bool) -> dict[str, Any]:
     """Return the schema's keywords for names of objects and quantities, which may be `empty` text where it says so."""
     *_, block, key = ("", *path)
-    if key in OBJECT_NAME_KEYS or (block in OBJECT_NAME_BLOCKS and key in ("name", "namespace", "sectionName")):
-        return {"pattern": OBJECT_NAME}
+    if key == "namespace" or key.endswith("Namespace"):
+        # An unquoted name of digits alone is a number to YAML.
+        return {"minimum": 0, "multipleOf": 1, "pattern": NAMESPACE}
+    if key in OBJECT_NAME_KEYS or (block in OBJECT_NAME_BLOCKS and key in ("name", "sectionName")):
+        return {"minimum": 0, "maxLength": 253, "pattern": OBJECT_NAME}
     if key in QUANTITY_KEYS:
         return {"minimum": 0, "pattern": f"^$|{QUANTITY}" if empty else QUANTITY}
     return {}
@@ -357,6 +374,7 @@ def build_schema(values: list[Value], names: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
+        "patternProperties": {"^x-": {"description": "The user's own, to put YAML anchors on. It is not read."}},
         "definitions": definitions,
     }
 

@@ -13,6 +13,7 @@ from tests.charts.support import CHART, Document, HelmError, refused, render, se
 GATEWAY: Document = {"cluster": {"gatewayAPI": True}}
 DEMO: Document = {"demo": True, "device": "cpu"}
 NEW: Document = {"storageUri": "hf://org/new"}
+ZONES: Document = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
 PAIR: Document = {
     "chat": {"storageUri": "hf://org/model"},
     "here": {"storageUri": "hf://org/model", "deploymentMode": "Standard"},
@@ -646,6 +647,46 @@ CASES: dict[str, tuple[Document, str]] = {
     "a minimum by its annotation": (
         service(podAnnotations={"autoscaling.knative.dev/min-scale": 3}),
         "an annotation has autoscaling.knative.dev/min-scale; set autoscaling.minReplicas instead",
+    ),
+    "a minimum by the annotation's earlier spelling": (
+        service(annotations={"autoscaling.knative.dev/minScale": 3}),
+        "an annotation has autoscaling.knative.dev/minScale; set autoscaling.minReplicas instead",
+    ),
+    "another autoscaler of Knative by its annotation": (
+        service(annotations={"autoscaling.knative.dev/class": "hpa.autoscaling.knative.dev"}),
+        "an annotation has autoscaling.knative.dev/class; set autoscaling.class instead",
+    ),
+    "a deadline below the startup probe by its annotation": (
+        service(podAnnotations={"serving.knative.dev/progress-deadline": "60s"}),
+        "an annotation has serving.knative.dev/progress-deadline; set progressDeadlineSeconds instead",
+    ),
+    "tags by their annotation": (
+        service(annotations={"serving.kserve.io/enable-tag-routing": "true"}),
+        "an annotation has serving.kserve.io/enable-tag-routing; set tagRouting instead",
+    ),
+    "no pods at first by the annotation": (
+        service(podAnnotations={"autoscaling.knative.dev/initial-scale": 0}),
+        "an annotation has autoscaling.knative.dev/initial-scale; set autoscaling.knative.initialScale instead",
+    ),
+    "zones that are wished for and have to be": (
+        service(topologySpreadConstraints=[{**ZONES, "whenUnsatisfiable": "ScheduleAnyway", "minDomains": 2}]),
+        "minDomains is for whenUnsatisfiable DoNotSchedule alone",
+    ),
+    "a label of a spread twice": (
+        service(
+            topologySpreadConstraints=[
+                {**ZONES, "labelSelector": {"matchLabels": {"a": "b"}}, "matchLabelKeys": ["a"]},
+            ]
+        ),
+        "topologySpreadConstraints: a is in matchLabelKeys and in labelSelector",
+    ),
+    "an affinity of a Job that Kubernetes does not know": (
+        batch(claim="c", url="http://a", job={"affinity": {"nodeAffinity": {"required": []}}}),
+        "batchJobs.b.job.affinity.nodeAffinity: Kubernetes has no field required here",
+    ),
+    "an affinity of the tests that Kubernetes does not know": (
+        {**service(), "tests": {"affinity": {"nodeAffinity": {"required": []}}}},
+        "tests.affinity.nodeAffinity: Kubernetes has no field required here",
     ),
     "a share of the cache in percent": (
         standard(autoscaling={"class": "keda", "metric": "kv-cache", "target": 80}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.charts.support import CHART, ROOT
+from tests.charts.support import CHART, ROOT, Document, load, render
 
 GENERATOR = ROOT / "runtime" / "tools" / "gen_chart_docs.py"
 
@@ -81,15 +83,43 @@ def test_no_object_of_the_schema_takes_any_key() -> None:
         "/properties/global",
         *(
             f"/definitions/{name}"
-            for name in ("anyObject", "wholeObject", "container", "envFrom", "volume", "volumeMount")
+            for name in ("affinityTerms", "anyObject", "wholeObject", "container", "envFrom", "volume", "volumeMount")
         ),
         *(f"/properties/runtimes/properties/{kind}/properties/securityContext" for kind in ("cpu", "gpu", "multinode")),
         "/definitions/container/properties/env/items",
         "/definitions/extraRuntimeDefaults/properties/securityContext",
         "/definitions/engineRuntimeDefaults/properties/securityContext",
         "/definitions/inferenceServiceDefaults/properties/speculative",
-        "/definitions/inferenceServiceDefaults/properties/affinity/additionalProperties",
         "/definitions/inferenceServiceDefaults/properties/topologySpreadConstraints/items/properties/labelSelector",
     }
     open_objects = {at for at, schema in objects(schema) if schema.get("additionalProperties", True) is True}
     assert open_objects == free
+
+
+def values_in_docs() -> Iterator[Any]:
+    """Every block of the documentation that is values of the chart, as a parameter with its file for a name."""
+    tops = load(CHART / "values.yaml").keys()
+    pages = [ROOT / "README.md", CHART / "README.md", ROOT / "inferenceservices" / "README.md"]
+    for page in [*pages, *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = page.read_text()
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        blocks += re.findall(r"^\$ cat \S*values\S*\n(.*?)(?=^\$ |^```)", text, re.MULTILINE | re.DOTALL)
+        for block in blocks:
+            try:
+                values = yaml.safe_load(block)
+            except yaml.YAMLError:
+                continue
+            if isinstance(values, dict) and values.keys() and values.keys() <= tops:
+                yield pytest.param(values, id=f"{page.relative_to(ROOT)}: {' '.join(values)}")
+
+
+@pytest.mark.parametrize("values", list(values_in_docs()))
+def test_values_in_the_documentation_are_taken(values: Document) -> None:
+    for service in values.get("inferenceServices", {}).values():
+        if not service.keys() & {"storageUri", "storage", "model", "demo"}:
+            service["storageUri"] = "hf://org/model"
+    assert render(values)
+
+
+def test_there_are_values_in_the_documentation() -> None:
+    assert len(list(values_in_docs())) > 3

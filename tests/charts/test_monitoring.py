@@ -15,6 +15,7 @@ from tests.charts.support import CHART, helm, load, load_all, of_kind, predictor
 
 RULES = CHART / "files" / "rules"
 DASHBOARDS = CHART / "files" / "dashboards"
+RUNBOOK = "https://github.com/kserve-vllm/kserve-vllm/blob/main/charts/kserve-vllm/files/RUNBOOK.md"
 SCENARIO = CHART / "ci" / "monitoring-values.yaml"
 # Prometheus' own, its client library's, and those of NVIDIA's DCGM exporter.
 OTHER = {"up", "process_start_time_seconds", "DCGM_FI_DEV_FB_FREE", "DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_GPU_UTIL"}
@@ -118,6 +119,9 @@ def test_every_recorded_series_is_used() -> None:
 def test_the_rules_reach_the_cluster_as_they_are_in_the_files() -> None:
     (rule,) = of_kind(render_ci(SCENARIO), "PrometheusRule").values()
     groups = [group for path in sorted(RULES.glob("*.yaml")) for group in load(path)["groups"]]
+    for each in (each for group in groups for each in group["rules"] if "alert" in each):
+        # A file's own link becomes one that leads there from anywhere.
+        each["annotations"]["runbook_url"] = f"{RUNBOOK}#{each['annotations'].pop('runbook').partition('#')[2]}"
     assert rule["spec"]["groups"] == groups
     assert rule["metadata"]["labels"]["release"] == "prometheus"
 
@@ -205,3 +209,16 @@ def test_the_pod_monitor_finds_pods_of_both_modes_by_the_runtimes_label() -> Non
     assert "namespaceSelector" not in monitor["spec"]
     (monitor,) = of_kind(render({"monitoring": {"podMonitor": {"enabled": True}}}), "PodMonitor").values()
     assert monitor["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_dashboards_name_no_objective_as_fixed_that_values_move() -> None:
+    for path in DASHBOARDS.glob("*.json"):
+        assert not re.findall(r'"title": "[^"]*\d+ (?:ms|s|%)', path.read_text()), path.name
+
+
+def test_notes_say_which_panels_stay_empty_without_the_rules() -> None:
+    for rules in (False, True):
+        on = {"dashboards": {"enabled": True}, "prometheusRule": {"enabled": rules}}
+        text = json.dumps({"monitoring": on})
+        said = helm("install", "r", str(CHART), "--dry-run=client", "-f", "-", stdin=text).split("NOTES:")[1]
+        assert ("panels of the dashboards that show its recordings stay empty" in said) != rules

@@ -171,16 +171,28 @@ def test_what_notes_give_to_paste_is_a_command() -> None:
         assert keys == ([True, False] if "inferenceServices" in values else [])
 
 
-def test_classes_of_pods_reach_jobs_and_tests() -> None:
-    job = {"priorityClassName": "low", "runtimeClassName": "nvidia"}
+def test_classes_and_places_of_pods_reach_jobs_and_tests() -> None:
+    here: Document = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": []}]}}
+    place: Document = {
+        "priorityClassName": "low",
+        "nodeSelector": {"pool": 1},
+        "tolerations": [{"key": "a", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": here, "podAffinity": None},
+    }
+    job = {**place, "runtimeClassName": "nvidia"}
     documents = render(
         {
             **service(),
             "modelCaches": {"m": {**CACHE, "job": job}},
             "batchJobs": {"b": {"claim": "c", "url": "http://a", "job": job}},
             "rolloutJobs": {"chat": {"args": ["--seed=1"], "job": job}},
-            "tests": {"priorityClassName": "low"},
+            "tests": place,
+            "image": {"architecture": "amd64"},
         }
     )
-    classes = [p.get("runtimeClassName") for _, p in pods_of(documents) if p.get("priorityClassName") == "low"]
-    assert sorted(map(str, classes)) == ["None", "nvidia", "nvidia", "nvidia"]
+    mine = [pod for _, pod in pods_of(documents) if pod.get("priorityClassName") == "low"]
+    for pod in mine:
+        assert pod["nodeSelector"] == {"pool": "1", "kubernetes.io/arch": "amd64"}
+        assert pod["tolerations"] == place["tolerations"]
+        assert pod["affinity"] == {"nodeAffinity": here}
+    assert sorted(str(pod.get("runtimeClassName")) for pod in mine) == ["None", "nvidia", "nvidia", "nvidia"]

@@ -131,6 +131,7 @@ EXAMPLES: dict[str, Any] = {
     "availability": 0.99,
     "firstToken": 0.9,
     "firstTokenSeconds": 1,
+    "runbookURL": "https://wiki.example.com/runbook",
     "alerts": {"KServeVllmSlowFirstToken": {"enabled": False}},
 }
 # Numbers that may not be just one more than the default.
@@ -522,6 +523,23 @@ def test_null_takes_back_what_the_defaults_of_the_values_say() -> None:
     assert (found["chat"]["maxReplicas"], found["other"]["maxReplicas"]) == (3, 9)
     assert "--max-model-len=5" in found["other"]["model"]["args"]
     assert "--max-model-len=5" not in found["chat"]["model"]["args"]
+
+
+def test_a_refusal_of_the_schema_names_the_one_thing_that_is_wrong() -> None:
+    for top, entry in (("inferenceServices", {"maxModelLen": "32"}), ("routes", {"timeoutSeconds": "9"})):
+        with pytest.raises(HelmError) as refusal:
+            render({top: {"chat": entry}})
+        wrong = [line.strip() for line in str(refusal.value).splitlines() if ": got " in line]
+        assert wrong == [f"- at '/{top}/chat/{next(iter(entry))}': got string, want null or integer"]
+
+
+def test_a_values_file_may_have_anchors_on_keys_of_its_own() -> None:
+    text = "x-large: &large {storageUri: 'hf://a/b', maxModelLen: 5}\n"
+    text += "inferenceServices: {chat: {<<: *large, maxModelLen: 6}}"
+    (chat,) = [
+        d for d in load_all(helm("template", "r", str(CHART), "-f", "-", stdin=text)) if "predictor" in d["spec"]
+    ]
+    assert "--max-model-len=6" in chat["spec"]["predictor"]["model"]["args"]
 
 
 def test_an_entry_that_is_null_or_switched_off_is_not_there() -> None:

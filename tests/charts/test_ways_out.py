@@ -258,6 +258,18 @@ def test_common_labels_and_annotations_are_on_every_object_and_lose_against_its_
         assert annotations["helm.sh/resource-policy"] == ("keep" if keep else "none")
 
 
+def test_flux_can_be_kept_from_all_that_has_text_like_its_variables() -> None:
+    key = "kustomize.toolkit.fluxcd.io/substitute"
+    values: Document = {
+        **service(engine="llama-cpp", device="cpu", storageUri="s3://b/m.gguf"),
+        "monitoring": {"dashboards": {"enabled": True}},
+        "commonAnnotations": {key: "disabled"},
+    }
+    like = [d for d in render(values) if "${" in json.dumps(d)]
+    assert {d["kind"] for d in like} == {"ConfigMap", "ClusterServingRuntime"}
+    assert {d["metadata"]["annotations"][key] for d in like} == {"disabled"}
+
+
 def test_extra_objects_are_maps_or_text_and_may_be_templates() -> None:
     made = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: '{{ .Release.Name }}-text'}\n"
     as_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Namespace }}-map"}}
@@ -598,6 +610,20 @@ def test_a_loose_objective_asks_for_no_more_failures_than_there_are_requests() -
         for name in ("KServeVllmAvailabilityBurnFast", "KServeVllmFirstTokenBurnFast", "KServeVllmFirstTokenBurnSlow"):
             for factor, budget in re.findall(r"> ([0-9.]+)(?: [*] ([0-9.]+))?", found[name]["expr"]):
                 assert float(factor) * float(budget or 1) <= 0.9
+
+
+def test_each_alert_leads_to_its_paragraph_of_the_runbook() -> None:
+    home = load(CHART / "Chart.yaml")["home"]
+    anchors = {
+        line[3:].lower() for line in (CHART / "files" / "RUNBOOK.md").read_text().splitlines() if line[:3] == "## "
+    }
+    for base, settings in (
+        (f"{home}/blob/main/charts/kserve-vllm/files/RUNBOOK.md", {}),
+        ("https://wiki.example.com/runbook", {"runbookURL": "https://wiki.example.com/runbook"}),
+    ):
+        found = alerts_of(**settings)
+        assert {alert["annotations"]["runbook_url"] for alert in found.values()} == {f"{base}#{a}" for a in anchors}
+        assert not [name for name, alert in found.items() if "runbook" in alert["annotations"]]
 
 
 def test_an_alert_takes_every_duration_and_null_for_what_it_has() -> None:

@@ -17,7 +17,7 @@ import pytest
 from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import simulate
-from kserve_vllm.ops.bench import clients, compare, load, result
+from kserve_vllm.ops.bench import clients, command, compare, load, result
 from kserve_vllm.ops.bench.clients import Answer, Target
 from kserve_vllm.ops.bench.load import Played, Point
 from kserve_vllm.ops.bench.prompts import FromFile, Prompt, Shape, WordCount
@@ -364,3 +364,20 @@ def test_a_second_interrupt_ends_without_a_trace(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(simulate, "main", twice)
     assert cli.main(["simulate"]) == 130
+
+
+def test_what_was_measured_before_an_interrupt_is_shown(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = command.play
+
+    async def once(client: clients.Client, prompts: Any, point: Point, *rest: Any) -> Played:
+        if point.concurrency == 2:
+            raise KeyboardInterrupt
+        return await real(client, prompts, point, *rest)
+
+    monkeypatch.setattr(command, "play", once)
+    assert bench(stub, "--concurrency", "1,2", "--requests", "3", "--json") == 130
+    shown = capsys.readouterr()
+    assert [row["max_concurrency"] for row in json.loads(shown.out)["results"]] == [1]
+    assert "stopped; complete: 1 at once" in shown.err

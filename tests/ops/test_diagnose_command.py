@@ -135,6 +135,40 @@ def test_no_kubeconfig_is_a_sentence(
     assert "no cluster is configured" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["diagnose", "a"], ["top", "a", "--once"], ["restart", "a"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\x00", "can't decode"),
+        (b"[1,\n2", "expected ',' or ']'"),
+        (b"- a\n", "list"),
+        (None, "Is a directory"),
+        # A cloud's plug-in raises errors of its own.
+        ({"name": "u", "user": {"auth-provider": {"name": "gcp", "config": {}}}}, "credentials"),
+        ({"name": "u", "user": {"tokenFile": "/nonexistent"}}, "No such file"),
+    ],
+    ids=["not text", "cut off", "a list", "a folder", "a plug-in without credentials", "no token"],
+)
+def test_a_kubeconfig_that_is_none_is_a_sentence(
+    command: list[str], content: Any, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "config"
+    if isinstance(content, dict):
+        context = {"name": "k", "context": {"cluster": "c", "user": "u"}}
+        cluster = {"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}
+        tree = {"clusters": [cluster], "users": [content], "contexts": [context], "current-context": "k"}
+        content = json.dumps(tree).encode()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    assert main([*command, "--kubeconfig", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("kserve-vllm: the kubeconfig can't be used: ")
+    assert len(said.splitlines()) == 1
+    assert words in said
+
+
 def test_without_the_client_a_sentence_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['kubernetes'] = None\n"

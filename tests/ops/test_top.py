@@ -71,6 +71,28 @@ def test_what_is_missing_is_said() -> None:
     assert "--admin-port" in found.error
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "vllm:kv_cache_usage_perc NaN\nvllm:num_requests_running +Inf\nkserve_vllm_output_tokens_total NaN\n",
+        'kserve_vllm_time_to_first_token_seconds_bucket{le="+Inf"} 5\n',
+        'kserve_vllm_time_to_first_token_seconds_bucket{le="soon"} 5\n'
+        "kserve_vllm_time_to_first_token_seconds_bucket 3\n",
+        "<html>\n{}{}\na b c\n",
+    ],
+    ids=["no number", "one bucket", "no bound", "a page"],
+)
+def test_what_another_server_says_is_left_out(page: str) -> None:
+    def get(path: str) -> tuple[int, str]:
+        odd = {"ready": True, "state": None, "seconds": "soon"}
+        return 200, json.dumps(odd) if path.endswith("ready") else page
+
+    before = read(lambda path: (200, "kserve_vllm_output_tokens_total 0\n" if path == "/metrics" else "{}"))
+    seen = view([(before, read(get))])
+    assert (seen.kv_used, seen.running, seen.first_token_s, seen.state_s) == (None, None, {}, 0.0)
+    json.dumps(seen.machine(), allow_nan=False)
+
+
 def test_shares_of_both_modes() -> None:
     traffic = [{"revisionName": "a-1", "percent": 90}, {"revisionName": "a-2", "percent": 10, "latestRevision": True}]
     knative: dict[str, Any] = {"status": {"components": {"predictor": {"traffic": traffic}}}}

@@ -33,16 +33,8 @@ spec:
   imagePullSecrets:
     {{- include "kserve-vllm.secretNames" . | nindent 4 }}
   {{- end }}
-  {{- with include "kserve-vllm.nodeSelector" (list $root $b.job.nodeSelector) }}
-  nodeSelector:
-    {{- . | nindent 4 }}
-  {{- end }}
-  {{- with include "kserve-vllm.podClasses" $b.job }}
+  {{- with include "kserve-vllm.placement" (list $root $b.job) }}
   {{- . | nindent 2 }}
-  {{- end }}
-  {{- with $b.job.tolerations }}
-  tolerations:
-    {{- include "kserve-vllm.tolerations" . | nindent 4 }}
   {{- end }}
   containers:
     - name: batch

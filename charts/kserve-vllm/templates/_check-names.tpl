@@ -44,6 +44,17 @@ canary; Knative's tags `prev-NAME-predictor` and `latest-NAME-predictor`; the fi
 {{- range $s.topologySpreadConstraints }}{{ if eq .whenUnsatisfiable $what }}{{ $same = append $same . }}{{ end }}{{ end }}
 {{ include "kserve-vllm.check.twice" (list $at "topologySpreadConstraints" "topologyKey" $same) }}
 {{- end }}
+{{- range $s.topologySpreadConstraints }}
+{{- if and .minDomains (eq .whenUnsatisfiable "ScheduleAnyway") }}
+{{ printf "%s: topologySpreadConstraints: minDomains is for whenUnsatisfiable DoNotSchedule alone, and the API server refuses it here; take it out." $at }}
+{{- end }}
+{{- $selector := .labelSelector | default dict }}
+{{- range .matchLabelKeys }}
+{{- if hasKey ($selector.matchLabels | default dict) . }}
+{{ printf "%s: topologySpreadConstraints: %s is in matchLabelKeys and in labelSelector, which the API server refuses; take one out." $at . }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- range $s.lora.adapters }}
 {{- if has .name (append $s.servedNames $s.name) }}
 {{ printf "%s: adapter %s is called as the model itself; give it another name." $at .name }}

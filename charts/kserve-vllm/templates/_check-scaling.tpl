@@ -4,11 +4,7 @@
 {{- $s := .s -}}
 {{- $at := .at -}}
 {{- $a := $s.autoscaling -}}
-{{- range $key, $value := dict "serving.kserve.io/deploymentMode" "deploymentMode" "serving.kserve.io/autoscalerClass" "autoscaling.class" "autoscaling.knative.dev/min-scale" "autoscaling.minReplicas" "autoscaling.knative.dev/max-scale" "autoscaling.maxReplicas" "autoscaling.knative.dev/target" "autoscaling.target" "autoscaling.knative.dev/metric" "autoscaling.metric" }}
-{{- if or (hasKey $s.annotations $key) (hasKey $s.podAnnotations $key) (hasKey $root.Values.commonAnnotations $key) }}
-{{ printf "%s: an annotation has %s; set %s instead, other values are derived from it." $at $key $value }}
-{{- end }}
-{{- end }}
+{{ include "kserve-vllm.check.annotations" . }}
 {{- if eq $s.class "kpa" }}
 {{ printf "%s: KServe refuses kpa as autoscalerClass. Knative's autoscaler needs none: leave autoscaling.class empty in Knative mode." $at }}
 {{- end }}
@@ -43,5 +39,31 @@
 {{- end }}
 {{- if and (not $s.knative) (eq (int $s.min) 0) }}
 {{ printf "%s: only Knative scales to zero: without a pod there is no metric that could bring one back. Set autoscaling.minReplicas to 1." $at }}
+{{- end }}
+{{- end }}
+
+{{/*
+Of annotations that say what a value says and other values are derived from, under any spelling that Knative takes
+(min-scale, minScale); the other annotations win over the values. Takes a dict with root, s and at.
+*/}}
+{{- define "kserve-vllm.check.annotations" -}}
+{{- $s := .s -}}
+{{- $at := .at -}}
+{{- $owned := dict
+  "serving.kserve.io/deployment-mode" "deploymentMode"
+  "serving.kserve.io/autoscaler-class" "autoscaling.class"
+  "serving.kserve.io/enable-tag-routing" "tagRouting"
+  "serving.knative.dev/progress-deadline" "progressDeadlineSeconds"
+  "autoscaling.knative.dev/class" "autoscaling.class"
+  "autoscaling.knative.dev/min-scale" "autoscaling.minReplicas"
+  "autoscaling.knative.dev/max-scale" "autoscaling.maxReplicas"
+  "autoscaling.knative.dev/initial-scale" "autoscaling.knative.initialScale"
+  "autoscaling.knative.dev/target" "autoscaling.target"
+  "autoscaling.knative.dev/metric" "autoscaling.metric" -}}
+{{- range $key := concat (keys $s.annotations) (keys $s.podAnnotations) (keys .root.Values.commonAnnotations) | uniq | sortAlpha }}
+{{- $name := printf "%s/%s" (dir $key) (base $key | kebabcase) }}
+{{- if hasKey $owned $name }}
+{{ printf "%s: an annotation has %s; set %s instead, other values are derived from it." $at $key (index $owned $name) }}
+{{- end }}
 {{- end }}
 {{- end }}

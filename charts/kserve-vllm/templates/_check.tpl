@@ -59,6 +59,7 @@ do: all of them at once, from the file of the object that they are about. A chec
 {{ include "kserve-vllm.check.engines" . }}
 {{ include "kserve-vllm.check.alerts" . }}
 {{ include "kserve-vllm.check.quantities" (list "tests.resources" .Values.tests.resources) }}
+{{ include "kserve-vllm.check.kubernetes" (list . "tests" .Values.tests) }}
 {{ include "kserve-vllm.check.plainText" . }}
 {{ include "kserve-vllm.idle.release" . }}
 {{- end }}

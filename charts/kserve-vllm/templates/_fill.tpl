@@ -38,16 +38,8 @@ spec:
   imagePullSecrets:
     {{- include "kserve-vllm.secretNames" . | nindent 4 }}
   {{- end }}
-  {{- with include "kserve-vllm.nodeSelector" (list $root $c.job.nodeSelector) }}
-  nodeSelector:
-    {{- . | nindent 4 }}
-  {{- end }}
-  {{- with include "kserve-vllm.podClasses" $c.job }}
+  {{- with include "kserve-vllm.placement" (list $root $c.job) }}
   {{- . | nindent 2 }}
-  {{- end }}
-  {{- with $c.job.tolerations }}
-  tolerations:
-    {{- include "kserve-vllm.tolerations" . | nindent 4 }}
   {{- end }}
   containers:
     {{- if $c.tensorrtLLM.model }}

@@ -13,11 +13,15 @@
 {{- include "kserve-vllm.mergeMaps" (list (ternary (dict "kubernetes.io/arch" $architecture) dict (ne $architecture "")) (index . 1)) -}}
 {{- end }}
 
-{{/* Classes of a pod of the chart's own. Takes the block of values that has them. */}}
-{{- define "kserve-vllm.podClasses" -}}
-{{- $classes := dict -}}
-{{- range $name := list "priorityClassName" "runtimeClassName" }}{{ with index $ $name }}{{ $_ := set $classes $name . }}{{ end }}{{ end -}}
-{{- if $classes }}{{ toYaml $classes }}{{ end -}}
+{{/* Where a pod of the chart's own runs, and its classes. Takes (list $ block), the block of values that has them. */}}
+{{- define "kserve-vllm.placement" -}}
+{{- $given := index . 1 -}}
+{{- $where := dict -}}
+{{- with include "kserve-vllm.nodeSelector" (list (index . 0) $given.nodeSelector) }}{{ $_ := set $where "nodeSelector" (fromYaml .) }}{{ end -}}
+{{- range $name := list "priorityClassName" "runtimeClassName" }}{{ with index $given $name }}{{ $_ := set $where $name . }}{{ end }}{{ end -}}
+{{- with $given.tolerations }}{{ $_ := set $where "tolerations" (include "kserve-vllm.tolerations" . | fromYamlArray) }}{{ end -}}
+{{- with include "kserve-vllm.affinity" (dict "affinity" $given.affinity "gpu" (dict "products" list)) }}{{ $_ := set $where "affinity" (fromYaml .) }}{{ end -}}
+{{- if $where }}{{ toYaml $where }}{{ end -}}
 {{- end }}
 
 {{/* `yes` on OpenShift, which gives out users and groups by namespace and refuses pods that name others. */}}

@@ -34,16 +34,8 @@ spec:
   imagePullSecrets:
     {{- include "kserve-vllm.secretNames" . | nindent 4 }}
   {{- end }}
-  {{- with include "kserve-vllm.nodeSelector" (list $root $r.job.nodeSelector) }}
-  nodeSelector:
-    {{- . | nindent 4 }}
-  {{- end }}
-  {{- with include "kserve-vllm.podClasses" $r.job }}
+  {{- with include "kserve-vllm.placement" (list $root $r.job) }}
   {{- . | nindent 2 }}
-  {{- end }}
-  {{- with $r.job.tolerations }}
-  tolerations:
-    {{- include "kserve-vllm.tolerations" . | nindent 4 }}
   {{- end }}
   containers:
     - name: rollout

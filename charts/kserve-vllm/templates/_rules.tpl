@@ -28,6 +28,7 @@
 {{- $change := dict -}}
 {{- if $rule.alert }}{{ $change = index $settings.alerts $rule.alert | default dict }}{{ end -}}
 {{- if not (kindIs "invalid" $change.for) }}{{ $_ := set $rule "for" (ternary "0s" (toString $change.for) (eq (toString $change.for) "0")) }}{{ end -}}
+{{- with $rule.annotations }}{{ $_ := set . "runbook_url" (printf "%s#%s" $settings.runbookURL (splitList "#" .runbook | last)) }}{{ $_ = unset . "runbook" }}{{ end -}}
 {{- if $change.severity }}{{ $_ := set $rule.labels "severity" $change.severity }}{{ end -}}
 {{- range $key, $value := default dict $change.labels }}{{ if not (kindIs "invalid" $value) }}{{ $_ := set $rule.labels $key (include "kserve-vllm.string" $value) }}{{ end }}{{ end -}}
 {{- if ne (toJson $change.enabled) "false" }}{{ $rules = append $rules $rule }}{{ end -}}

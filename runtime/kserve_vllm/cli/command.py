@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from kserve_vllm.cli import terminal
 from kserve_vllm.config import demo
 from kserve_vllm.config import settings as tree
 from kserve_vllm.config.profiles import PROFILES
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # kserve parses sys.argv when it is imported, and takes flags that begin like its own.
     sys.argv = sys.argv[:1]
     try:
-        return _dispatch(arguments)
+        if arguments[:1] == ["serve"]:
+            return _serve(arguments[1:])
+        return terminal.printing(lambda: _dispatch(arguments))
     except ConfigError as error:
         print(f"kserve-vllm: {error}", file=sys.stderr)
         return 2
@@ -69,7 +72,9 @@ def _dispatch(arguments: list[str]) -> int:
         prog="kserve-vllm",
         description="Serve a language model on KServe: OpenAI, Open Inference Protocol V2 (REST, gRPC) and V1 from one "
         "vLLM engine.",
-        epilog="Start with `kserve-vllm serve --demo`; `kserve-vllm COMMAND --help` explains each command.",
+        epilog="Start with `kserve-vllm serve --demo`; `kserve-vllm COMMAND --help` explains each command. Exit codes "
+        "of all: 0 done (or yes), 1 not (of serve: the engine failed), 2 an argument or setting can't be used, 130 "
+        "after Ctrl-C, 141 where a pipe's reader has left; those of a command's own stand in its help.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"kserve-vllm {version('kserve-vllm')}")
@@ -85,8 +90,6 @@ def _dispatch(arguments: list[str]) -> int:
     commands.add_parser("keys", help="make, hash and list API keys", add_help=False)
     commands.add_parser("profiles", help="print the profiles and the engine flags that each one sets")
     operations.register(commands)
-    if arguments[:1] == ["serve"]:
-        return _serve(arguments[1:])
     if arguments[:1] == ["config"]:
         return _print_config(arguments[1:])
     if arguments[:1] == ["keys"]:

@@ -10,7 +10,7 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlencode
 
 from kserve_vllm.core.errors import ConfigError
@@ -99,16 +99,16 @@ class Cluster:
         try:
             config.load_kube_config(chosen, context, client_configuration=settings)  # type: ignore[no-untyped-call]
             self.default_namespace = _namespace_of(config, chosen, context)
-        except (ConfigException, OSError, TypeError) as error:
+        except Exception as error:  # a file of another kind, a cut one, a cloud's plug-in: each has errors of its own
             if context or kubeconfig:
-                raise ConfigError(f"the kubeconfig can't be used: {str(error).rstrip('.')}") from error
+                raise ConfigError(f"the kubeconfig can't be used: {_one_line(error)}") from error
             try:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-                with open(NAMESPACE_FILE) as file:
+                with open(NAMESPACE_FILE, encoding="utf-8") as file:
                     self.default_namespace = file.read().strip()
             except (ConfigException, OSError) as inside:
                 raise ConfigError(
-                    f"no cluster is configured: {str(error).rstrip('.')}. Set KUBECONFIG or give --kubeconfig; for a "
+                    f"no cluster is configured: {_one_line(error)}. Set KUBECONFIG or give --kubeconfig; for a "
                     "server without a cluster: kserve-vllm diagnose --url http://localhost:8080, or kserve-vllm top "
                     "http://localhost:8080"
                 ) from inside
@@ -212,9 +212,12 @@ class Cluster:
     ) -> Json:
         _, text = self._text(method, path, query or {}, body, headers)
         try:
-            return cast(Json, json.loads(text))
-        except ValueError as error:
-            raise Unreadable(0, f"{self.server}{path} did not answer in JSON") from error
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Unreadable(0, f"{self.server}{path} did not answer in JSON as Kubernetes does")
+        return answer
 
     def _text(
         self,
@@ -248,6 +251,11 @@ class Cluster:
         if status >= 400 and not any_status:
             raise Unreadable(status, _message(text))
         return status, text
+
+
+def _one_line(error: Exception) -> str:
+    """An error in one line; of one without words, its kind."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _words(body: object) -> str:

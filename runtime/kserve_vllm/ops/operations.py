@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 
-# 128 and SIGPIPE.
-_NO_READER = 141
 _INTERRUPTED = 130
 COMMANDS = {
     "plan": ("GPUs, parallel sizes, replicas and cost for a model and its traffic", "kserve_vllm.ops.plan"),
@@ -33,17 +29,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one of them; returns its exit code, or what a shell says of a reader that went away (`| head`)."""
+    """Run one of them; returns its exit code."""
     try:
-        code = int(importlib.import_module(COMMANDS[arguments[0]][1]).main(list(arguments[1:])))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would try to flush once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _NO_READER
+        return int(importlib.import_module(COMMANDS[arguments[0]][1]).main(list(arguments[1:])))
     except KeyboardInterrupt:  # a second Ctrl-C comes while a command tidies up after the first
         return _INTERRUPTED
-    return code
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:

@@ -259,6 +259,11 @@ class NoProbes(logging.Filter):
         return "/health" not in path and path.rstrip("/") not in ("", "/ping", "/metrics")
 
 
+def _coloured() -> bool:
+    """Whether a person's lines have colours: on a terminal that has them, unless NO_COLOR says no (no-color.org)."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def formatter(chosen: str = "json") -> logging.Formatter:
     """A formatter for lines of structlog's loggers and of every other."""
     # Here, because in vLLM's processes nothing else of ours runs.
@@ -271,7 +276,7 @@ def formatter(chosen: str = "json") -> logging.Formatter:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if chosen == "console":
-        last: list[Processor] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+        last: list[Processor] = [structlog.dev.ConsoleRenderer(colors=_coloured(), pad_event_to=0)]
     else:
         last = [structlog.processors.format_exc_info, _order, structlog.processors.JSONRenderer(serializer=_dumps)]
     made = structlog.stdlib.ProcessorFormatter if chosen == "console" else _JSONFormatter

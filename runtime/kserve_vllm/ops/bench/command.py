@@ -42,7 +42,8 @@ the last byte. Answers have exactly --output tokens unless --let-end; each promp
 cache has only what --shared-prefix says. Percentiles are of answered requests; the SLO counts failed ones as missed.
 
 Exit codes: 0 the SLO was kept by some load (without one: every request was answered), 1 it was not, 2 an argument can't
-be used, 3 nothing could be asked. 130 after Ctrl-C, with the loads that were complete in --save.
+be used, 3 nothing could be asked. 130 after Ctrl-C, with the
+loads that were complete.
 docs/guides/benchmarking.md says how to read it, and what the file holds.
 """
 _EPILOG_COMPARE = """
@@ -79,14 +80,16 @@ def main(arguments: Sequence[str]) -> int:
     if args.save:
         result.writable(args.save)  # before the load, too
     rows: list[result.Row] = []
+    content: dict[str, object] = {}
     try:
-        content = asyncio.run(_bench(args, target, points, slo, rows))
+        asyncio.run(_bench(args, target, points, slo, rows, content))
     except clients.Unreachable as error:
         print(f"kserve-vllm: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         if rows:
             print(f"\nstopped; complete: {', '.join(map(result.load_name, rows))}", file=sys.stderr)
+            print(json.dumps(content, indent=1) if args.json else _human(content, slo))
         return 130
     print(json.dumps(content, indent=1) if args.json else _human(content, slo))
     if args.picture:
@@ -265,9 +268,14 @@ def _points(args: argparse.Namespace) -> list[Point]:
 
 
 async def _bench(
-    args: argparse.Namespace, target: clients.Target, points: Sequence[Point], slo: result.SLO, rows: list[result.Row]
-) -> dict[str, object]:
-    """Ask, warm up, play each point; `rows` grows as they end."""
+    args: argparse.Namespace,
+    target: clients.Target,
+    points: Sequence[Point],
+    slo: result.SLO,
+    rows: list[result.Row],
+    content: dict[str, object],
+) -> None:
+    """Ask, warm up, play each point; `rows`, and the result in `content`, grow as they end."""
     if not target.model:
         client = clients.connect(target)
         try:
@@ -288,7 +296,6 @@ async def _bench(
             "time_s": args.time,
             "timeout_s": args.timeout,
         }
-        content: dict[str, object] = {}
         sent = 0
         for number, point in enumerate(points):
             progress.begin(number, len(points), point)
@@ -296,10 +303,9 @@ async def _bench(
             sent += len(played.answers)
             rows.append(result.row(played, slo))
             progress.end(rows[-1])
-            content = result.result(target.url, target.model, target.protocol, workload, slo, rows)
+            content |= result.result(target.url, target.model, target.protocol, workload, slo, rows)
             if args.save:
                 result.save(args.save, content)
-        return content
     finally:
         await client.close()
 

@@ -132,8 +132,8 @@ def _manifest(path: Path, name: str) -> Json:
         ConfigError: there is none of this name.
     """
     try:
-        documents = [d for d in yaml.safe_load_all(path.read_text()) if isinstance(d, dict)]
-    except (OSError, yaml.YAMLError) as error:
+        documents = [d for d in yaml.safe_load_all(path.read_text("utf-8")) if isinstance(d, dict)]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
     for document in documents:
         if document.get("kind") == "InferenceService" and (document.get("metadata") or {}).get("name") == name:

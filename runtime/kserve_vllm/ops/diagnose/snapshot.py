@@ -54,7 +54,7 @@ class Snapshot:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, for a colleague or a bug report. Secrets were hidden when it was taken."""
-        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def read(path: Path) -> Snapshot:

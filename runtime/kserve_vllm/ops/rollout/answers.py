@@ -60,8 +60,8 @@ def read_prompts(path: Path) -> list[Any]:
         ConfigError: it can't be read, or has none.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
     if not lines:
         raise ConfigError(f"{path} has no prompts")

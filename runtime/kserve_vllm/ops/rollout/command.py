@@ -345,8 +345,8 @@ def _options(args: argparse.Namespace, steps: int) -> Options:
 
 def _token(path: Path | None) -> str:
     try:
-        return path.read_text().strip() if path else ""
-    except OSError as error:
+        return path.read_text("utf-8").strip() if path else ""
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prometheus-token-file can't be read: {error}") from error
 
 

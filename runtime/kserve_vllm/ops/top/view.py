@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -64,6 +65,8 @@ def read(get: Callable[[str], tuple[int, str]], group: str = "") -> Reading:
         return Reading(at, health, error=error, group=group)
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for name, labels, value in samples(page):
+        if not math.isfinite(value):  # a gauge that has nothing to tell
+            continue
         key = name, tuple(sorted(labels.items()))
         found[key] = found.get(key, 0.0) + value
     return Reading(at, health, found, group=group)
@@ -154,7 +157,8 @@ def _state(now: Sequence[Reading]) -> tuple[str, float]:
         return "gone", 0.0
     state = str(worst.health.get("state", "unknown"))
     reason = worst.health.get("reason")
-    return (f"{state}: {reason}" if reason else state), float(worst.health.get("seconds") or 0)
+    seconds = worst.health.get("seconds")
+    return (f"{state}: {reason}" if reason else state), float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 def _sum(now: Sequence[Reading], name: str) -> float | None:
@@ -201,9 +205,10 @@ def _quantiles(pairs: Sequence[tuple[Reading, Reading]], name: str) -> dict[str,
     upto: dict[float, float] = defaultdict(float)
     for before, after in pairs:
         for labels, grown in _increase(before, after, f"{name}_bucket"):
-            upto[float(labels["le"])] += grown
+            with contextlib.suppress(KeyError, ValueError):
+                upto[float(labels["le"])] += grown
     bounds = sorted(upto)
-    if not bounds or not upto[bounds[-1]]:
+    if not bounds or not upto[bounds[-1]] or not math.isfinite(bounds[0]):
         return {}
     counts = [upto[bound] - (upto[bounds[at - 1]] if at else 0.0) for at, bound in enumerate(bounds)]
     finite = [bound for bound in bounds if math.isfinite(bound)]

@@ -410,7 +410,7 @@ class _EndpointHook(_WindowHook):
         """Read at every call: a mounted key may be rotated."""
         if self._endpoint.api_key_file is None:
             return {}
-        key = Path(self._endpoint.api_key_file).read_text().strip()
+        key = Path(self._endpoint.api_key_file).read_text("utf-8").strip()
         if not key or not key.isascii() or not key.isprintable():
             raise ValueError("it holds no key")
         return {"authorization": f"Bearer {key}"}
