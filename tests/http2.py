@@ -11,6 +11,8 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
 from h2.settings import SettingCodes, Settings
 
+from tests.robustness.wire import connect
+
 _opened: list[socket.socket] = []
 
 
@@ -33,7 +35,7 @@ class Client:
     """Speaks HTTP/2 as it likes: headers go out as they are given."""
 
     def __init__(self, port: int, window: int | None = None) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock = connect(port)
         self.h2 = H2Connection(
             H2Configuration(
                 client_side=True,

@@ -18,9 +18,16 @@ from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.servers.listeners import HTTPServer
 
 
+def connect(port: int, timeout_s: float = 20.0) -> socket.socket:
+    """A connection on which each part goes out at once, and does not wait until the one before was acknowledged."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 def ask(port: int, *parts: bytes, within_s: float = 20.0, pause_s: float = 0.0, eof: bool = False) -> bytes:
     """Send the parts, and read until the server closes the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=within_s) as sock:
+    with connect(port, within_s) as sock:
         for number, part in enumerate(parts):
             if number:
                 time.sleep(pause_s)

@@ -46,6 +46,7 @@ from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer
 from tests.accounting import recorder
+from tests.robustness.wire import connect
 from tests.support import self_signed
 
 LIMIT = 1 << 20
@@ -382,7 +383,7 @@ class Raw:
     """A client that sends what it likes."""
 
     def __init__(self, port: int, window: int | None = None) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self.sock = connect(port, 30)
         self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         if window is not None:
             self.h2.local_settings = Settings(client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window})
