@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,15 +10,7 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
 from h2.settings import SettingCodes, Settings
 
-from tests.robustness.wire import connect
-
-_opened: list[socket.socket] = []
-
-
-def close_clients() -> None:
-    """Close the sockets of all clients that were made."""
-    while _opened:
-        _opened.pop().close()
+from tests.robustness.wire import connect, opened
 
 
 class Answer(NamedTuple):
@@ -49,7 +40,7 @@ class Client:
             self.h2.local_settings = Settings(client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window})
         self.h2.initiate_connection()
         self.found: list[Event] = []
-        _opened.append(self.sock)
+        opened.append(self.sock)
         self.flush()
 
     def flush(self) -> None:

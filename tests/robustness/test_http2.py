@@ -22,7 +22,7 @@ from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.grpc_server import http2
 from kserve_vllm.servers import http1
 from kserve_vllm.servers.listeners import HTTPServer
-from tests.robustness.wire import connect, echo
+from tests.robustness.wire import connect, echo, listening
 from tests.unit.test_grpc_server import LIMIT, Running, framed
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -157,8 +157,7 @@ async def _beside_http(running: Running) -> HTTPServer:
     assert http._http2 is not None
     http._http2.take_calls(running.services.accept)
     http.start()
-    while not http._server.started:
-        await asyncio.sleep(0.01)
+    await listening(http)
     running.port = http.port
     return http
 

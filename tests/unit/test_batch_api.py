@@ -38,6 +38,7 @@ from kserve_vllm.servers.listeners import HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
+from tests.robustness.wire import listening
 from tests.support import Routed
 from tests.support_s3 import bucket_url
 
@@ -115,8 +116,7 @@ class Edge:
 async def running(folder: Path, on: bool = True, where: str | None = None) -> AsyncIterator[Edge]:
     edge = Edge(folder, on, where)
     edge.server.start()
-    while not edge.server._server.started:  # the port is bound, and nobody listens yet
-        await asyncio.sleep(0.01)
+    await listening(edge.server)
     if edge.runner is not None:
         edge.runner.start()
     try:

@@ -31,6 +31,7 @@ from kserve_vllm.servers.listeners import HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
+from tests.robustness.wire import listening
 from tests.support import Routed
 
 CHAT, MESSAGES, EMBEDDINGS, PREDICT = "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/models/m:predict"
@@ -119,6 +120,8 @@ class Served:
         reading = asyncio.ensure_future(reader.read())
         for part in parts:
             await asyncio.sleep(every_s)
+            for _ in range(5):  # what the server, on this loop, did meanwhile is read before more is sent
+                await asyncio.sleep(0)
             if reading.done():
                 break
             writer.write(part)
@@ -135,8 +138,7 @@ class Served:
 async def serving(limit_s: float = LIMIT_S) -> AsyncIterator[Served]:
     served = Served(limit_s)
     served.server.start()
-    while not served.server._server.started:  # the port is bound, and nobody listens yet
-        await asyncio.sleep(0.01)
+    await listening(served.server)
     try:
         yield served
         assert served.nothing_is_held()
