@@ -384,7 +384,6 @@ def test_a_rollout_that_is_killed_after_any_write_goes_on(
 
 def test_two_at_a_time_the_older_one_ends(api: FakeApi) -> None:
     FakeKnative(api)
-    first, driver, _ = rollout(api, lambda: GOOD)
 
     def intrude() -> Sample:
         store = Store(Cluster(kubeconfig=str(api.kubeconfig)), NAMESPACE, NAME)
@@ -393,7 +392,7 @@ def test_two_at_a_time_the_older_one_ends(api: FakeApi) -> None:
         store.save(state, driver.isvc())
         return GOOD
 
-    first._prometheus = Scripted(intrude, driver.stable())  # type: ignore[assignment]
+    first, driver, _ = rollout(api, intrude)
     with pytest.raises(Superseded):
         first.run(begin(driver, [10, 100]))
 
