@@ -61,6 +61,12 @@ def losses(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR and "lost" in r.getMessage()]
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again sooner than a server does."""
+    monkeypatch.setattr("kserve_vllm.policy.usage._RETRY_FIRST_S", 0.02)
+
+
 @pytest.fixture
 def receiver() -> Receiver:
     return Receiver()
