@@ -261,8 +261,7 @@ def test_who_ends_its_side_is_answered_what_it_has_asked(sent: bytes, expected: 
         sock.shutdown(socket.SHUT_WR)
         if expected:
             assert app.asked.wait(10)
-            time.sleep(0.5)
-            assert not app.gone.is_set()
+            assert not app.gone.wait(0.2)
         else:
             assert app.gone.wait(10)
         app.answer.set()

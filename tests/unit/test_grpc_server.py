@@ -331,7 +331,7 @@ def test_requests_larger_than_a_window_are_read(channel: grpc.Channel) -> None:
 def test_a_reader_that_is_slow_holds_up_the_handler(channel: grpc.Channel, running: Running) -> None:
     call = channel.unary_stream("/test.Test/count")(b"200 1000000", timeout=60)
     next(call)
-    time.sleep(1)
+    time.sleep(0.3)
     assert len(running.handlers.taken) < 100
     assert sum(1 for _ in call) == 199
 
@@ -766,7 +766,7 @@ def test_a_part_may_take_longer_while_it_is_the_server_that_does_not_read(ours: 
     client = Raw(ours.port)
     client.ask("deaf", framed(b"whole") + framed(b"cut")[:-1], end=False)
     until(lambda: len(inbox(ours)._messages) == 1)
-    time.sleep(1)
+    time.sleep(0.6)
     assert len(ours.services.open_calls) == 1
     client.sock.close()
 
