@@ -7,6 +7,7 @@ Prometheus is in test_rollout_prometheus.py.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,13 @@ def test_stopping_keeps_the_weight_and_the_place(api: FakeApi) -> None:
     assert "stopped at 50 %" in lines[-1]
     again, _, store = rollout(api, lambda: GOOD)
     assert again.run(store.load()) == PROMOTED  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command looks at the cluster again sooner than it would."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
 
 
 def command(api: FakeApi, *arguments: str) -> int:
