@@ -6,6 +6,7 @@ Prometheus is in test_rollout_prometheus.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -438,7 +439,12 @@ def test_stopping_keeps_the_weight_and_the_place(api: FakeApi) -> None:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command looks at the cluster again sooner than it would."""
     sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
+
+    def shorter(seconds: float) -> None:
+        sleep(min(seconds, 0.05))
+
+    monkeypatch.setattr(time, "sleep", shorter)
+    monkeypatch.setattr("kserve_vllm.ops.rollout.command.Rollout", functools.partial(Rollout, sleep=shorter))
 
 
 def command(api: FakeApi, *arguments: str) -> int:
