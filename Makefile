@@ -74,9 +74,11 @@ docs: python
 	@test -x .tools/docs/bin/mkdocs || { $(PYTHON) -m venv .tools/docs && .tools/docs/bin/pip install -q -r runtime/requirements/lock-docs.txt; }
 	@NO_MKDOCS_2_WARNING=1 .tools/docs/bin/mkdocs build --quiet --strict
 
+# Three processes: they wait for timers and threads about as long as they work.
 .PHONY: test-unit
 test-unit: setup-dev
-	$(BIN)/python -m pytest -q -n 2 --no-engine -m "not integration and not slow" --ignore=tests/charts --ignore=tests/ops $(TESTS)
+	$(BIN)/python -m pytest -q -n 3 --no-engine -p no:schemathesis -m "not integration and not slow" \
+		--ignore=tests/charts --ignore=tests/ops $(TESTS)
 
 .PHONY: bench
 bench: setup-dev

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,13 +10,7 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
 from h2.settings import SettingCodes, Settings
 
-_opened: list[socket.socket] = []
-
-
-def close_clients() -> None:
-    """Close the sockets of all clients that were made."""
-    while _opened:
-        _opened.pop().close()
+from tests.robustness.wire import connect, opened
 
 
 class Answer(NamedTuple):
@@ -33,7 +26,7 @@ class Client:
     """Speaks HTTP/2 as it likes: headers go out as they are given."""
 
     def __init__(self, port: int, window: int | None = None) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock = connect(port)
         self.h2 = H2Connection(
             H2Configuration(
                 client_side=True,
@@ -47,7 +40,7 @@ class Client:
             self.h2.local_settings = Settings(client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window})
         self.h2.initiate_connection()
         self.found: list[Event] = []
-        _opened.append(self.sock)
+        opened.append(self.sock)
         self.flush()
 
     def flush(self) -> None:

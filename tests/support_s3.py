@@ -7,6 +7,7 @@ own variables (`AWS_ENDPOINT_URL`, ...) to a real store, the same tests run agai
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import threading
@@ -18,7 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+import botocore.session
 import pytest
+from botocore.loaders import Loader, create_loader
 
 REAL = "KSERVE_VLLM_TEST_S3"
 BUCKET = "batches"
@@ -63,6 +66,7 @@ class S3Server:
 class _Handler(BaseHTTPRequestHandler):
     store: S3Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body waits 40 ms behind its head otherwise
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -146,6 +150,12 @@ def _error(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>as a test wants it</Message></Error>".encode()
 
 
+@functools.cache
+def _loader(search_path: str | None) -> Loader:
+    """What reads boto3's descriptions of services, megabytes of JSON: once for all clients."""
+    return create_loader(search_path)
+
+
 @contextmanager
 def bucket_url() -> Iterator[tuple[str, S3Server | None]]:
     """A place in a bucket for `--batch-dir`, and the fake that it is in; None for a real store. boto3 finds either."""
@@ -160,6 +170,7 @@ def bucket_url() -> Iterator[tuple[str, S3Server | None]]:
         "AWS_MAX_ATTEMPTS": "1",
     }
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(botocore.session, "create_loader", _loader)
         for name, value in variables.items():
             patched.setenv(name, value)
         try:

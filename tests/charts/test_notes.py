@@ -110,7 +110,7 @@ def discovery(path: str) -> Document | None:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     server = Cluster()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

@@ -97,7 +97,7 @@ def hub() -> Iterator[Hub]:
         "model.safetensors": bytes(range(256)) * 4096,
         "original/weights.pth": b"not wanted",
     }
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -296,7 +296,7 @@ def probe(tmp_path: Path, port: int) -> int:
 
 def test_a_worker_lives_as_long_as_the_head_that_it_joined(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Head)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     port = server.server_port
     try:
@@ -364,7 +364,7 @@ class _Service(BaseHTTPRequestHandler):
 def answering() -> Iterator[int]:
     _Service.ready_after, _Service.tokens, _Service.bodies, _Service.key = 1, 8, [], ""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Service)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server.server_port
     server.shutdown()

@@ -17,7 +17,8 @@ from h2.errors import ErrorCodes
 from h2.events import DataReceived
 
 from tests.clients import SUM, tensor
-from tests.http2 import Client, close_clients
+from tests.http2 import Client
+from tests.robustness.wire import close_clients
 from tests.support import Server, wait_until
 from tests.triton import client as triton
 

@@ -128,9 +128,11 @@ def test_prompt_logprobs_from_many_clients_leave_the_engine_alive(server: Server
     assert sorted(found) == [200] * 36 + [400] * 36
 
 
+@pytest.mark.xfail(strict=True, reason="V2 answers 200 with an empty text where the engine gives a sequence up")
 def test_the_grammar_is_at_fault_in_v2_too(server: Server) -> None:
     body = texts(SUM, structured_outputs=NO_TEXT[0])
-    assert post(server, "/v2/models/demo/infer", body).status_code < 500
+    answer = post(server, "/v2/models/demo/infer", body)
+    assert answer.status_code == 400, answer.text
 
 
 def test_a_streamed_response_with_a_grammar_goes_through(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -20,6 +21,13 @@ CASES = sorted((Path(__file__).parent / "rules").glob("*.yaml"))
 def rules() -> list[dict[str, Any]]:
     """Every rule."""
     return [rule for path in RULES for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+
+
+@functools.cache
+def cases(path: Path) -> list[dict[str, Any]]:
+    """The cases in a file."""
+    found: list[dict[str, Any]] = yaml.safe_load(path.read_text())["tests"]
+    return found
 
 
 ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
@@ -41,7 +49,7 @@ def test_each_case_of_the_alerts_holds(path: Path, promtool: str) -> None:
 def test_each_alert_has_a_case_that_fires_and_one_that_stays_quiet(alert: str) -> None:
     fires = quiet = 0
     for path in CASES:
-        for case in yaml.safe_load(path.read_text())["tests"]:
+        for case in cases(path):
             for check in case["promql_expr_test"]:
                 if check["expr"] == f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})':
                     fires += bool(check["exp_samples"])

@@ -202,7 +202,7 @@ def test_a_receiver_over_http_gets_them_too() -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         tracing = OTLPTracing(f"http://127.0.0.1:{http.server_address[1]}", 1.0, "1", "http/protobuf")
         context = RequestContext("1", "v2", "/x", model="demo", engine=EngineFigures(sequences=1))
         tracing.open(context, {})

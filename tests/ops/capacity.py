@@ -1,6 +1,8 @@
-"""Starts vLLM on small models with random weights and prints what cache it reports. One process for each model.
+"""Starts vLLM on small models with random weights and prints what cache it reports.
 
-python -m tests.ops.capacity FOLDER [JSON of further engine arguments]
+python -m tests.ops.capacity FOLDER...
+
+A line of JSON for each. Each model has a process of its own, a copy of one that has imported vLLM.
 """
 
 from __future__ import annotations
@@ -122,32 +124,49 @@ def write(name: str, root: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    """Start the engine and print its figures as the last line."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def report(folder: str) -> None:
+    """Start the engine and print its figures."""
     from vllm import LLM
 
-    more = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     llm = LLM(
-        sys.argv[1],
+        folder,
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
         kv_cache_memory_bytes=CACHE_BYTES,
-        **{**ENGINE, **more},
+        **ENGINE,
     )
     config = llm.llm_engine.vllm_config
     print(
         json.dumps(
             {
+                "folder": folder,
                 "tokens": config.cache_config.kv_cache_size_tokens,
                 "block_size": config.cache_config.block_size,
                 "prefix_caching": config.cache_config.enable_prefix_caching,
                 "async_scheduling": bool(config.scheduler_config.async_scheduling),
                 "blocks": config.cache_config.num_gpu_blocks,
             }
-        )
+        ),
+        flush=True,
     )
+
+
+def main() -> None:
+    """Import once, and report in a copy of this process for each folder; exit code 1 where one has failed."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm.model_executor.models.registry
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    failed = False
+    for folder in sys.argv[1:]:
+        child = os.fork()
+        if child == 0:
+            report(folder)
+            sys.exit(0)
+        failed |= os.waitpid(child, 0)[1] != 0
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

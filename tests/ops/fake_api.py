@@ -52,6 +52,7 @@ class FakeApi:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # an answer waits 40 ms behind its head otherwise
 
             def _any(self) -> None:
                 length = int(self.headers.get("content-length") or 0)
@@ -79,7 +80,7 @@ class FakeApi:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._others: list[ThreadingHTTPServer] = []
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.kubeconfig = folder / "kubeconfig"
         self.kubeconfig.write_text(
             yaml.safe_dump(
@@ -108,7 +109,7 @@ class FakeApi:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         self._others.append(server)
         return int(server.server_address[1])
 

@@ -34,7 +34,7 @@ class Answering(ThreadingHTTPServer):
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def take(self, text: str, headers: dict[str, str]) -> int:
         """Note a request; the status of its answer."""
@@ -47,6 +47,7 @@ class Answering(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as in `fake_api`
     server: Answering
 
     def do_POST(self) -> None:

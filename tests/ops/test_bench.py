@@ -38,6 +38,7 @@ class Stub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # as in `fake_api`
 
             def do_GET(self) -> None:
                 self._answer(200, json.dumps({"data": [{"id": "m"}]}).encode())
@@ -71,7 +72,7 @@ class Stub:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
         """Close the port."""

@@ -241,7 +241,7 @@ class _Page(BaseHTTPRequestHandler):
 
 def test_a_url_is_judged_without_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Page)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{http.server_address[1]}"
     ready = json.dumps({"ready": True, "live": True, "state": "ready", "seconds": 9.0})
     try:

@@ -81,7 +81,7 @@ def prometheus(tmp_path: Path, versions: dict[str, Version]) -> Iterator[str]:
             pass
 
     pages = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=pages.serve_forever, daemon=True).start()
+    threading.Thread(target=pages.serve_forever, args=(0.02,), daemon=True).start()
     jobs = [
         {
             "job_name": revision,

@@ -6,7 +6,9 @@ Prometheus is in test_rollout_prometheus.py.
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,7 +386,6 @@ def test_a_rollout_that_is_killed_after_any_write_goes_on(
 
 def test_two_at_a_time_the_older_one_ends(api: FakeApi) -> None:
     FakeKnative(api)
-    first, driver, _ = rollout(api, lambda: GOOD)
 
     def intrude() -> Sample:
         store = Store(Cluster(kubeconfig=str(api.kubeconfig)), NAMESPACE, NAME)
@@ -393,7 +394,7 @@ def test_two_at_a_time_the_older_one_ends(api: FakeApi) -> None:
         store.save(state, driver.isvc())
         return GOOD
 
-    first._prometheus = Scripted(intrude, driver.stable())  # type: ignore[assignment]
+    first, driver, _ = rollout(api, intrude)
     with pytest.raises(Superseded):
         first.run(begin(driver, [10, 100]))
 
@@ -432,6 +433,18 @@ def test_stopping_keeps_the_weight_and_the_place(api: FakeApi) -> None:
     assert "stopped at 50 %" in lines[-1]
     again, _, store = rollout(api, lambda: GOOD)
     assert again.run(store.load()) == PROMOTED  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command looks at the cluster again sooner than it would."""
+    sleep = time.sleep
+
+    def shorter(seconds: float) -> None:
+        sleep(min(seconds, 0.05))
+
+    monkeypatch.setattr(time, "sleep", shorter)
+    monkeypatch.setattr("kserve_vllm.ops.rollout.command.Rollout", functools.partial(Rollout, sleep=shorter))
 
 
 def command(api: FakeApi, *arguments: str) -> int:

@@ -217,8 +217,8 @@ def sight(now: float, replicas: int, ready: int, **more: Any) -> Sight:
 )
 def test_hpa_decides_as_kubernetes_does(replicas: int, ready: int, waiting: float, wanted: int) -> None:
     own = HPA(metric="concurrency", target=4, max_replicas=50, delay_s=0)
-    own._recommended.append((0.0, replicas))
-    assert own.look(sight(1.0, replicas, ready, concurrency=float(waiting))) == wanted
+    assert own.look(sight(0.0, replicas, replicas, concurrency=4.0 * replicas)) == replicas
+    assert own.look(sight(own.sync_s, replicas, ready, concurrency=float(waiting))) == wanted
 
 
 def test_hpa_scales_down_after_its_window_only() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kserve_vllm.servers import http1
-from kserve_vllm.servers.listeners import HTTPServer
+from kserve_vllm.servers.listeners import HTTPServer, reserve
 from tests.robustness.wire import ask, read_all, read_answer, served, statuses
 
 HOST = b"Host: x\r\n"
@@ -264,8 +264,7 @@ def test_who_ends_its_side_is_answered_what_it_has_asked(sent: bytes, expected: 
         sock.shutdown(socket.SHUT_WR)
         if expected:
             assert app.asked.wait(10)
-            time.sleep(0.5)
-            assert not app.gone.is_set()
+            assert not app.gone.wait(0.2)
         else:
             assert app.gone.wait(10)
         app.answer.set()
@@ -442,3 +441,24 @@ def test_a_client_that_does_not_read_does_not_hold_the_end(caplog: pytest.LogCap
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert "timeout graceful shutdown exceeded" not in caplog.text
+
+
+def test_no_part_of_an_answer_waits_until_the_one_before_is_acknowledged() -> None:
+    """Also on asyncio's own loop, which sets TCP_NODELAY only where the socket that listens says that it is TCP's."""
+
+    async def is_set() -> bool:
+        found = asyncio.get_running_loop().create_future()
+
+        async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            option = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+            found.set_result(bool(option))
+
+        listening = reserve("127.0.0.1", 0, "--http-port")
+        async with await asyncio.start_server(accept, sock=listening) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.close()
+            return bool(await asyncio.wait_for(found, 10))
+
+    with asyncio.Runner() as runner:
+        assert runner.run(is_set())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.grpc_server import http2
 from kserve_vllm.servers import http1
 from kserve_vllm.servers.listeners import HTTPServer
-from tests.robustness.wire import echo
+from tests.robustness.wire import connect, echo, listening
 from tests.unit.test_grpc_server import LIMIT, Running, framed
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -105,7 +104,7 @@ class Wire:
     """A connection that begins as it should, unless told otherwise."""
 
     def __init__(self, port: int, begin: bytes = PREFACE + frame(SETTINGS, 0, 0)) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock = connect(port)
         self._data = b""
         self.send(begin)
 
@@ -158,8 +157,7 @@ async def _beside_http(running: Running) -> HTTPServer:
     assert http._http2 is not None
     http._http2.take_calls(running.services.accept)
     http.start()
-    while not http._server.started:
-        await asyncio.sleep(0.01)
+    await listening(http)
     running.port = http.port
     return http
 

@@ -168,6 +168,7 @@ SLOW = {"type": "object", "properties": PROPERTIES, "minProperties": 200, "maxPr
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000_000_000}
 ODD = {"type": "object", "properties": {"a": {"type": "string"}}, "patternProperties": {"b": {"type": "string"}}}
 
+A_LONG_NAME = "OpenAI: a name of 100 KiB"
 FAULTS: list[tuple[str, str, Any]] = [
     ("V1: structured_outputs is a text", PREDICT, instance(structured_outputs="x")),
     ("V1: structured_outputs is a list", PREDICT, instance(structured_outputs=[1])),
@@ -211,7 +212,7 @@ FAULTS: list[tuple[str, str, Any]] = [
         CHAT,
         chat(structured_outputs={"regex": "(" * 20_000 + "a" + ")" * 20_000}),
     ),
-    ("OpenAI: a name of 100 KiB", CHAT, chat(model="x" * 100_000)),
+    (A_LONG_NAME, CHAT, chat(model="x" * 100_000)),
     ("V2: a schema of items without end", INFER, tensor(structured_outputs=json.dumps({"json": ENDLESS}))),
     ("OpenAI: a schema for a third backend", CHAT, chat(structured_outputs={"json": ODD})),
     (
@@ -246,7 +247,7 @@ FAULTS: list[tuple[str, str, Any]] = [
 def test_a_clients_fault_is_no_fault_of_ours(server: Server, promise: str, path: str, body: Any) -> None:
     content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
     answer = httpx.post(server.url + path, content=content, headers={"content-type": "application/json"}, timeout=60)
-    assert 400 <= answer.status_code < 500, answer.text
+    assert answer.status_code == (404 if promise == A_LONG_NAME else 400), answer.text
     assert answer.json()["error"]
     assert len(answer.text) < 2000
 
@@ -478,7 +479,7 @@ def test_no_request_holds_the_loop(server: Server) -> None:
         answer = httpx.post(
             server.url + path, content=body, headers={"content-type": "application/json"} | headers, timeout=120
         )
-        assert answer.status_code < 500, (name, answer.text[:300])
+        assert answer.status_code == (200 if name == "names" else 400), (name, answer.text[:300])
         time.sleep(0.3)  # for the watchdog to wake up
         if after := server.metric("kserve_vllm_event_loop_holds_total") - before:
             held[name] = after

@@ -18,9 +18,33 @@ from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.servers.listeners import HTTPServer
 
 
+def connect(port: int, timeout_s: float = 20.0) -> socket.socket:
+    """A connection on which each part goes out at once, and does not wait until the one before was acknowledged."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+opened: list[socket.socket] = []
+"""Of clients that a test leaves open."""
+
+
+def close_clients() -> None:
+    """Close them, so that the end of a server does not wait for them."""
+    while opened:
+        opened.pop().close()
+
+
+async def listening(server: HTTPServer) -> HTTPServer:
+    """The server, once it answers; its port is bound before, and nobody listens yet."""
+    while not server._server.started:
+        await asyncio.sleep(0.01)
+    return server
+
+
 def ask(port: int, *parts: bytes, within_s: float = 20.0, pause_s: float = 0.0, eof: bool = False) -> bytes:
     """Send the parts, and read until the server closes the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=within_s) as sock:
+    with connect(port, within_s) as sock:
         for number, part in enumerate(parts):
             if number:
                 time.sleep(pause_s)
@@ -116,9 +140,7 @@ def served(app: Any = echo, **settings: Any) -> Iterator[HTTPServer]:
     async def main() -> None:
         server = HTTPServer(app, ServerSettings(host="127.0.0.1", **settings), 0)
         server.start()
-        while not server._server.started:
-            await asyncio.sleep(0.01)
-        box.append(server)
+        box.append(await listening(server))
         started.set()
         while not ending.is_set():
             await asyncio.sleep(0.02)
@@ -134,6 +156,7 @@ def served(app: Any = echo, **settings: Any) -> Iterator[HTTPServer]:
         assert started.wait(30)
         yield box[0]
     finally:
+        close_clients()
         ending.set()
         thread.join(30)
     assert not thread.is_alive()

@@ -38,6 +38,7 @@ from kserve_vllm.servers.listeners import HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
+from tests.robustness.wire import listening
 from tests.support import Routed
 from tests.support_s3 import bucket_url
 
@@ -91,17 +92,20 @@ class Edge:
         self.opened: list[openai.AsyncOpenAI] = []
         recorder = RequestRecorder(self.metrics, Tracing(), lifecycle, self.closed.append)
         middleware = RequestMiddleware(lifecycle, self.enforcement, 1 << 20, self.metrics.render, dict, recorder)
+        self.middleware = middleware
         self.store = Store(place_of(where or str(folder / "batches")), Bounds(10, 1 << 20, 100)) if on else None
         self.runner = (
-            Runner(self.store, middleware, lambda: self.enforcement.in_flight, 4, self.metrics)
-            if self.store is not None
-            else None
+            Runner(self.store, middleware, self.in_flight, 4, self.metrics) if self.store is not None else None
         )
         app = FastAPI()
         app.include_router(BatchRoutes(self.store, self.runner, middleware.works).router())
         app.add_exception_handler(RequestError, _answer_error)
         middleware.attach(app, Routed(answer, CHAT))
         self.server = HTTPServer(middleware, ServerSettings(host="127.0.0.1"), 0)
+
+    def in_flight(self) -> int:
+        """Requests that are answered now."""
+        return self.enforcement.in_flight
 
     def sdk(self, tenant: str, prefix: str = "/v1") -> openai.AsyncOpenAI:
         """OpenAI's SDK with a tenant's key."""
@@ -115,8 +119,7 @@ class Edge:
 async def running(folder: Path, on: bool = True, where: str | None = None) -> AsyncIterator[Edge]:
     edge = Edge(folder, on, where)
     edge.server.start()
-    while not edge.server._server.started:  # the port is bound, and nobody listens yet
-        await asyncio.sleep(0.01)
+    await listening(edge.server)
     if edge.runner is not None:
         edge.runner.start()
     try:
@@ -305,7 +308,7 @@ def test_a_tenants_limit_holds_its_batch_back_and_a_key_that_is_gone_ends_it(tmp
         keys.write_text(json.dumps(tree))
         assert edge.tenants.reload()
         edge.runner.__init__(  # type: ignore[misc]
-            edge.store, edge.runner._app, edge.runner._in_flight, 4, edge.metrics
+            edge.store, edge.middleware, edge.in_flight, 4, edge.metrics
         )
         edge.runner.start()
         while (left := edge.store.batch("other", made.id))["status"] != "completed":

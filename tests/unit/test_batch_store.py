@@ -119,15 +119,18 @@ def beside(store: Store, clock: Clock) -> Store:
     place = store.place
     if isinstance(place, Folder):
         return Store(Folder(str(place.root)), BOUNDS, clock)
-    assert isinstance(place, Bucket)
-    return Store(quick(f"s3://{place._bucket}/{place._prefix}", place.clock), BOUNDS, clock)
+    assert isinstance(place, Quick)
+    return Store(Quick(place.url, place.clock), BOUNDS, clock)
 
 
-def quick(url: str, clock: Callable[[], float] = time.monotonic) -> Bucket:
-    """A bucket that is looked at as often as a folder."""
-    made = Bucket(url, clock)
-    made.look_every_s = made.watch_every_s = 0.05
-    return made
+class Quick(Bucket):
+    """A bucket that is looked at more often than a folder."""
+
+    look_every_s = watch_every_s = 0.05
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(url, clock)
+        self.url = url
 
 
 async def work(store: Store, app: Any, batch_id: str, shown: Shown | None = None, others: int = 0) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Itera
         yield Store(Folder(str(tmp_path / "batches")), BOUNDS, clock)
         return
     with bucket_url() as (url, _):
-        yield Store(quick(url), BOUNDS, clock)
+        yield Store(Quick(url), BOUNDS, clock)
 
 
 @pytest.fixture
@@ -404,11 +407,19 @@ def test_a_folder_that_can_not_be_used_is_refused(tmp_path: Path, monkeypatch: p
 
 
 class Leases:
-    """Two processes at one bucket, with a clock that a test moves."""
+    """Two processes at one bucket, with clocks that a test moves; the first one's may stand `behind`."""
 
     def __init__(self, url: str, clock: Clock) -> None:
-        self.now = 100.0
-        self.first, self.second = (Store(quick(url, lambda: self.now), BOUNDS, clock) for _ in range(2))
+        self.now, self.behind = 100.0, 0.0
+        self.first = Store(Quick(url, lambda: self.now - self.behind), BOUNDS, clock)
+        self.second = Store(Quick(url, lambda: self.now), BOUNDS, clock)
+
+    def renewals(self) -> int:
+        """How often the lock of the one batch was renewed."""
+        (key,) = (each.key for each in self.first.place.entries("tenants/") if each.key.endswith("/lock"))
+        data = self.first.place.read(key)
+        assert data is not None
+        return int(json.loads(data)["renewals"])
 
 
 @pytest.fixture
@@ -423,8 +434,11 @@ def answered(number: int) -> dict[str, Any]:
     return {"id": "batch_req_1", "custom_id": f"id-{number}", "response": response, "error": None}
 
 
-def test_a_bucket_s_batch_is_taken_over_once_its_lock_is_not_renewed(leases: Leases) -> None:
+def test_a_bucket_s_batch_is_taken_over_once_its_lock_is_not_renewed(
+    leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its holder stands still: its machine is gone, or was held up for long and then goes on."""
+    monkeypatch.setattr("kserve_vllm.protocols.batch.bucket._RENEW_S", 1000)
     batch_id = begin(leases.first, [line(n) for n in range(6)])
     held = leases.first.take(OWN.tenant, batch_id)
     assert held is not None
@@ -433,7 +447,6 @@ def test_a_bucket_s_batch_is_taken_over_once_its_lock_is_not_renewed(leases: Lea
     held.set(status="in_progress", model="demo")
     held.append([answered(n) for n in range(3)])
     held.append([answered(3)])
-    held.desk._lease._ended.set()  # type: ignore[attr-defined]
     assert leases.second.take(OWN.tenant, batch_id) is None  # seen for the first time
     leases.now += LEASE_S - 1
     assert leases.second.take(OWN.tenant, batch_id) is None
@@ -446,8 +459,9 @@ def test_a_bucket_s_batch_is_taken_over_once_its_lock_is_not_renewed(leases: Lea
     assert taken.done == {f"id-{n}" for n in range(4)}
     assert (taken.counts.total, taken.counts.completed) == (6, 4)
     # What its holder was just writing comes late.
-    held.desk._lease._renewed_at = leases.now  # type: ignore[attr-defined]
+    leases.behind = LEASE_S
     held.append([answered(4)])
+    leases.behind = 0
     taken.set(status="in_progress")
     with pytest.raises(Lost):
         held.set(status="completed")
@@ -474,8 +488,8 @@ def test_a_lock_that_is_renewed_stays_its_holder_s(leases: Leases, monkeypatch: 
     held = leases.first.take(OWN.tenant, batch_id)
     assert held is not None
     for _ in range(4):
-        renewals = held.desk._lease._renewals  # type: ignore[attr-defined]
-        while held.desk._lease._renewals < renewals + 3:  # type: ignore[attr-defined]
+        before = leases.renewals()
+        while leases.renewals() < before + 3:
             time.sleep(0.01)
         assert leases.second.take(OWN.tenant, batch_id) is None
         leases.now += LEASE_S / 2
@@ -509,7 +523,7 @@ def test_a_bucket_that_is_away_holds_a_batch_up_and_tells_no_secret(
     with bucket_url() as (url, server):
         if server is None:
             pytest.skip("a real store is not broken for a test")
-        store = Store(quick(url), BOUNDS, clock)
+        store = Store(Quick(url), BOUNDS, clock)
         asyncio.run(_through_an_outage(store, server))
     assert "SlowDown" in caplog.text
     assert SECRET not in caplog.text

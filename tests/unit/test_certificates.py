@@ -31,6 +31,7 @@ from kserve_vllm.servers.listeners import GRPCServer, HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
+from tests.robustness.wire import listening
 from tests.support import self_signed
 
 
@@ -94,19 +95,6 @@ async def watched(folder: Path, told: list[bool]) -> AsyncIterator[Certificates]
         watching.cancel()
 
 
-async def start(server: HTTPServer) -> None:
-    """Start a server, and wait until it listens."""
-    server.start()
-    async with asyncio.timeout(20):
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):
-                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                writer.close()
-                await writer.wait_closed()
-                return
-            await asyncio.sleep(0.02)
-
-
 async def until(told: list[bool], count: int) -> None:
     """Wait until the files were looked at that often with a result."""
     async with asyncio.timeout(20):
@@ -125,7 +113,8 @@ def test_new_connections_see_a_new_certificate_and_open_ones_stay(mounted: Path,
         told: list[bool] = []
         async with watched(mounted, told) as found:
             server = HTTPServer(hello, ServerSettings(host="127.0.0.1"), 0, certificates=found)
-            await start(server)
+            server.start()
+            await listening(server)
             trusting = ssl.create_default_context(cafile=str(pairs[0] / "tls.crt"))
             reader, writer = await asyncio.open_connection(
                 "127.0.0.1", server.port, ssl=trusting, server_hostname="localhost"
@@ -213,7 +202,8 @@ def test_files_that_do_not_fit_are_told_once_and_change_nothing(
         told: list[bool] = []
         async with watched(tmp_path, told) as found:
             server = HTTPServer(hello, ServerSettings(host="127.0.0.1"), 0, certificates=found)
-            await start(server)
+            server.start()
+            await listening(server)
             shutil.copy(pairs[1] / "tls.crt", tmp_path / "tls.crt")
             await until(told, 1)
             await asyncio.sleep(0.2)
@@ -264,7 +254,8 @@ def test_the_health_command_asks_over_tls(pairs: list[Path], said: dict[str, str
     async def ask() -> tuple[int, str]:
         found = Certificates(str(pairs[0] / "tls.crt"), str(pairs[0] / "tls.key"), {})
         server = HTTPServer(hello, ServerSettings(host="127.0.0.1"), 0, certificates=found)
-        await start(server)
+        server.start()
+        await listening(server)
         command = [sys.executable, "-m", "kserve_vllm", "health", "--http-port", str(server.port)]
         process = await asyncio.create_subprocess_exec(
             *command,

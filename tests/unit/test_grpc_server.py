@@ -46,6 +46,7 @@ from kserve_vllm.protocols.oip.grpc_servicer import Servicer
 from kserve_vllm.servers.certificates import Certificates
 from kserve_vllm.servers.listeners import GRPCServer
 from tests.accounting import recorder
+from tests.robustness.wire import connect
 from tests.support import self_signed
 
 LIMIT = 1 << 20
@@ -330,7 +331,7 @@ def test_requests_larger_than_a_window_are_read(channel: grpc.Channel) -> None:
 def test_a_reader_that_is_slow_holds_up_the_handler(channel: grpc.Channel, running: Running) -> None:
     call = channel.unary_stream("/test.Test/count")(b"200 1000000", timeout=60)
     next(call)
-    time.sleep(1)
+    time.sleep(0.3)
     assert len(running.handlers.taken) < 100
     assert sum(1 for _ in call) == 199
 
@@ -382,7 +383,7 @@ class Raw:
     """A client that sends what it likes."""
 
     def __init__(self, port: int, window: int | None = None) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self.sock = connect(port, 30)
         self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         if window is not None:
             self.h2.local_settings = Settings(client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window})
@@ -765,7 +766,7 @@ def test_a_part_may_take_longer_while_it_is_the_server_that_does_not_read(ours: 
     client = Raw(ours.port)
     client.ask("deaf", framed(b"whole") + framed(b"cut")[:-1], end=False)
     until(lambda: len(inbox(ours)._messages) == 1)
-    time.sleep(1)
+    time.sleep(0.6)
     assert len(ours.services.open_calls) == 1
     client.sock.close()
 
