@@ -57,7 +57,7 @@ def wait_until(done: Callable[[], bool], timeout_s: float, what: str | Callable[
     while not done():
         if time.monotonic() > deadline:
             raise AssertionError(what if isinstance(what, str) else what())
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 Process = subprocess.Popen[bytes] | ForkedProcess
