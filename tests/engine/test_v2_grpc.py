@@ -332,6 +332,16 @@ def test_an_error_in_a_stream_keeps_it_open(
     assert list(answers) == []
 
 
+def test_a_grammar_that_no_text_satisfies_is_the_requests_fault(stub: Any) -> None:
+    grammar = json.dumps({"grammar": "root ::= root"})
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.ModelInfer(typed(structured_outputs=grammar))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no text can satisfy the grammar" in refused.value.details()
+    (answer,) = stub.ModelStreamInfer(iter([typed(structured_outputs=grammar, stream=True)]))
+    assert "no text can satisfy the grammar" in answer.error_message
+
+
 def test_the_aio_client_streams(server: Server) -> None:
     async def ask() -> str:
         async def requests() -> AsyncIterator[dict[str, Any]]:

@@ -128,11 +128,24 @@ def test_prompt_logprobs_from_many_clients_leave_the_engine_alive(server: Server
     assert sorted(found) == [200] * 36 + [400] * 36
 
 
-@pytest.mark.xfail(strict=True, reason="V2 answers 200 with an empty text where the engine gives a sequence up")
-def test_the_grammar_is_at_fault_in_v2_too(server: Server) -> None:
-    body = texts(SUM, structured_outputs=NO_TEXT[0])
-    answer = post(server, "/v2/models/demo/infer", body)
+OURS = {
+    "/v2/models/demo/infer": texts(SUM, structured_outputs=NO_TEXT[0]),
+    "/v2/models/demo/generate": {"text_input": SUM, "parameters": {"structured_outputs": NO_TEXT[0]}},
+    "/v1/models/demo:predict": {"instances": [SUM, "1"], "parameters": {"structured_outputs": NO_TEXT[0]}},
+}
+
+
+@pytest.mark.parametrize("path", OURS)
+def test_the_grammar_is_at_fault_in_kserves_protocols_too(server: Server, path: str) -> None:
+    answer = post(server, path, OURS[path])
     assert answer.status_code == 400, answer.text
+    assert "no text can satisfy the grammar" in answer.json()["error"]
+
+
+def test_the_grammar_is_at_fault_in_a_stream_of_generate(server: Server) -> None:
+    answer = post(server, "/v2/models/demo/generate_stream", OURS["/v2/models/demo/generate"])
+    assert "no text can satisfy the grammar" in answer.text
+    assert '"text_output"' not in answer.text
 
 
 def test_a_streamed_response_with_a_grammar_goes_through(server: Server) -> None:

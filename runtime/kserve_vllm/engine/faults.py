@@ -39,6 +39,11 @@ _READS_REQUESTS = (
     "vllm.v1.structured_output.",
 )
 _FETCHES = "vllm.connections"
+NO_TEXT = (
+    "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar, "
+    "or none that bad_words, allowed_token_ids, min_tokens and logit_bias leave"
+)
+"""What a client is told whose sequence the engine has given up for its grammar."""
 _NO_FILES = "Cannot load local files"
 _PYTHON = re.compile(
     r"object (is|of|has|does)\b|\bNoneType\b|unhashable|subscriptable|indices must be|operand|not supported between"

@@ -20,7 +20,8 @@ from kserve_vllm.core.errors import (
     RequestError,
     Unavailable,
 )
-from kserve_vllm.engine.faults import is_template_error, sentence_of_client_fault
+from kserve_vllm.core.request_context import current
+from kserve_vllm.engine.faults import NO_TEXT, is_template_error, sentence_of_client_fault
 from kserve_vllm.engine.hooks.validation_messages import sentence_of_validation
 
 if TYPE_CHECKING:
@@ -39,17 +40,21 @@ SAMPLING_OPTIONS = frozenset(
 )
 
 
-def translate(error: Exception, request_id: str, started: bool, errored: bool) -> RequestError:
+def translate(
+    error: Exception | None, request_id: str, started: bool, errored: bool, grammar_alone: bool
+) -> RequestError:
     """What an exception of vLLM's becomes for a client.
 
     Args:
-        error: the exception.
+        error: the exception; None where a sequence has ended with the reason `error`.
         request_id: for the log, where it is a fault of the server.
         started: whether anything was generated before it.
         errored: whether the engine has said that it is dead.
+        grammar_alone: whether the engine gives up no sequence but for its grammar.
     """
     from pydantic import ValidationError
     from vllm.exceptions import (
+        GenerationError,
         GracefulHTTPError,
         RetryableRequestError,
         VLLMClientError,
@@ -58,6 +63,8 @@ def translate(error: Exception, request_id: str, started: bool, errored: bool) -
     )
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+    if error is None:
+        error = GenerationError("the engine gave the sequence up")
     if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, RequestError):
@@ -72,6 +79,9 @@ def translate(error: Exception, request_id: str, started: bool, errored: bool) -
         return QueueFull(str(error), retry_after_s=1)
     if isinstance(error, RetryableRequestError):
         return Unavailable(str(error), retry_after_s=1)
+    context = current.get()
+    if isinstance(error, GenerationError) and grammar_alone and context is not None and context.engine.stuck:
+        return InvalidRequest(NO_TEXT, field="structured_outputs")
     if isinstance(error, ValidationError):
         sentence, field = sentence_of_validation(error.errors(include_url=False), None)
         return InvalidRequest(sentence, field=field)

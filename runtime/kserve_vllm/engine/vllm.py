@@ -538,6 +538,8 @@ class VLLMEngine:
                     if output.prompt_token_ids is not None:
                         prompt_tokens = len(output.prompt_token_ids)
                     for choice in output.outputs:
+                        if choice.finish_reason == "error":
+                            raise self.translate(None, job.request_id, started)
                         yield Piece(
                             choice.index,
                             choice.text,
@@ -672,6 +674,8 @@ class VLLMEngine:
         rows: list[_PooledRow] = orjson.loads(response.body)["data"]
         return rows
 
-    def translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
+    def translate(self, error: Exception | None, request_id: str, started: bool) -> RequestError:
         """What an exception of vLLM's becomes for a client; see `requests.translate`."""
-        return translate(error, request_id, started, self.client.errored)
+        # With a connector, a sequence may also fail since its cache did not arrive.
+        grammar_alone = self.client.vllm_config.kv_transfer_config is None
+        return translate(error, request_id, started, self.client.errored, grammar_alone)

@@ -18,6 +18,7 @@ from kserve_vllm.core.errors import RequestError, anthropic_error, is_anthropic_
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.engine_request import EngineRequest
 from kserve_vllm.engine.faults import (
+    NO_TEXT,
     UNSENDABLE,
     field_at_fault,
     sentence_of_client_fault,
@@ -314,11 +315,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         context = current.get()
         if isinstance(error, GenerationError) and not isinstance(error, RetryableRequestError):
             if context is not None and context.engine.stuck and grammar_alone:
-                return VLLMValidationError(
-                    "structured_outputs, response_format or a tool's parameters: no text can satisfy the grammar, "
-                    "or none that bad_words, allowed_token_ids, min_tokens and logit_bias leave",
-                    parameter="structured_outputs",
-                )
+                return VLLMValidationError(NO_TEXT, parameter="structured_outputs")
         elif not isinstance(error, VLLMError):
             fault = sentence_of_client_fault(error, taken_up=context is None or context.engine.sequences > 0)
             if fault is not None:

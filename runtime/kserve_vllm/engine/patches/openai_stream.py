@@ -475,8 +475,8 @@ class StreamHandler:
         await stream.start()
         return stream
 
-    def translate(self, error: Exception, request_id: str, started: bool) -> RequestError:
-        """What an exception of vLLM's becomes for a client."""
+    def translate(self, error: Exception | None, request_id: str, started: bool) -> RequestError:
+        """What an exception of vLLM's becomes for a client; None stands for finish reason `error`."""
         return self._engine.translate(error, request_id, started)
 
     def _without_last_step(self, kind: Kind, handler: Handler) -> Handler:

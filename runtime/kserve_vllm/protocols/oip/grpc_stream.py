@@ -15,6 +15,9 @@ from kserve_vllm.engine.patches.openai_stream import TextStream
 _RAW_OUTPUT_CONTENTS = b"\x32"
 _INFER_RESPONSE = b"\x12"
 
+_GIVEN_UP = "error"
+"""Why a sequence has ended that the engine could not go on with."""
+
 
 class Pieces:
     """The messages of one streamed request with one output, `text_output`.
@@ -23,7 +26,7 @@ class Pieces:
         stream: the engine's output.
         heads: a serialized `ModelInferResponse` without contents, for all messages but the last, and for the last.
         after: a whole one to send at the very end, or None.
-        translate: what an exception of the engine becomes, given whether there was output.
+        translate: what an exception of the engine becomes, given whether there was output; None where it has given up.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Pieces:
         stream: TextStream,
         heads: tuple[bytes, bytes],
         after: bytes | None,
-        translate: Callable[[Exception, bool], RequestError],
+        translate: Callable[[Exception | None, bool], RequestError],
     ) -> None:
         self._stream = stream
         self._heads = heads
@@ -62,7 +65,7 @@ class Pieces:
             await done
         finally:
             await stream.close()
-        if stream.error is not None:
+        if stream.error is not None or stream.finish_reason == _GIVEN_UP:
             raise self._translate(stream.error, stream.begun)
 
     def take(self) -> list[bytes]:
@@ -72,7 +75,7 @@ class Pieces:
         text, count = stream.text, stream.new_tokens
         stream.text, stream.new_tokens = "", 0
         last = stream.finish_reason is not None
-        if not (text or count or last):
+        if not (text or count or last) or stream.finish_reason == _GIVEN_UP:
             return []
         raw = text.encode()
         contents = len(raw).to_bytes(4, "little") + raw
