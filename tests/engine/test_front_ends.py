@@ -33,7 +33,7 @@ from kserve_vllm.engine import processes as cores
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.policy.tenants import digest
 from kserve_vllm.servers.listeners import reserve
-from tests.policy.calls import call
+from tests.engine.calls import call
 from tests.support import DEMO, ROOT, Server, free_port, wait_until
 from tests.support_redis import RedisServer
 from tests.triton import service_pb2, service_pb2_grpc

@@ -30,7 +30,7 @@ from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
 from kserve_vllm.servers.listeners import GRPCServer
 from tests.accounting import recorder
-from tests.unit.test_grpc_server import Raw, Running, framed, until
+from tests.unit.servers.test_grpc_server import Raw, Running, framed, until
 
 Code = grpc.StatusCode
 KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta"}

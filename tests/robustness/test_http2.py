@@ -23,7 +23,7 @@ from kserve_vllm.grpc_server import http2
 from kserve_vllm.servers import http1
 from kserve_vllm.servers.listeners import HTTPServer
 from tests.robustness.wire import connect, echo, listening
-from tests.unit.test_grpc_server import LIMIT, Running, framed
+from tests.unit.servers.test_grpc_server import LIMIT, Running, framed
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM, ACK, END_HEADERS, PADDED, PRIORITIZED = 1, 1, 4, 8, 32

@@ -17,7 +17,7 @@ from tests.support import end, free_port
 from tests.support_s3 import BUCKET, REAL, SECRET
 
 _GATEWAY = ("github.com/versity/versitygw/cmd/versitygw", "v1.8.0")
-_FILES = ("tests/unit/test_batch_store.py", "tests/unit/test_batch_api.py")
+_FILES = ("tests/unit/protocols/test_batch_store.py", "tests/unit/protocols/test_batch_api.py")
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from kserve_vllm.core.errors import RateLimited, Unavailable
 from kserve_vllm.policy.quotas.counters import MemoryCounters, RedisCounters
 from kserve_vllm.policy.quotas.limiter import Grant, Limits, Quota
 from kserve_vllm.policy.redis_connection import RedisConnection
-from tests.policy.enter_many import passes
 from tests.support import ROOT
 from tests.support_redis import RedisServer
+from tests.unit.policy.enter_many import passes
 
 S = 1_000_000_000
 ACME = "tenant:acme"
@@ -116,7 +116,7 @@ def test_of_100_at_once_from_each_of_two_processes_exactly_100_pass_in_redis(
 ) -> None:
     replicas = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.policy.enter_many", redis_server.url, kind],
+            [sys.executable, "-m", "tests.unit.policy.enter_many", redis_server.url, kind],
             cwd=ROOT,
             text=True,
             stdin=subprocess.PIPE,
@@ -369,7 +369,7 @@ def test_a_crashed_replica_loses_its_places_and_a_long_request_keeps_its_own(red
             long = await limits.enter([quota])
             crash = (
                 "import asyncio, os, sys; sys.path.insert(0, 'runtime')\n"
-                "from tests.policy.enter_many import *\n"
+                "from tests.unit.policy.enter_many import *\n"
                 "async def main():\n"
                 f"    limits = Limits(RedisCounters(RedisConnection('{redis_server.url}'), lease_s=1.5))\n"
                 f"    await limits.enter([Quota({ACME!r}, concurrent=2)])\n"

@@ -19,7 +19,7 @@ import pytest
 from openai.types import Batch, FileObject
 
 from kserve_vllm.policy.tenants import digest
-from tests.policy.calls import PROTOCOLS, call
+from tests.engine.calls import PROTOCOLS, call
 from tests.support import DEMO, Server, free_port, wait_until
 from tests.triton import service_pb2, service_pb2_grpc
 

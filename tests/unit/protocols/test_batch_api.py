@@ -1,6 +1,6 @@
 """OpenAI's SDK on the real edge, with real keys, limits and queue; a small app answers in place of vLLM's.
 
-The same on the engine, and a replica that is killed, are in tests/policy/test_shared_server.py.
+The same on the engine, and a replica that is killed, are in tests/engine/test_shared_server.py.
 """
 
 from __future__ import annotations

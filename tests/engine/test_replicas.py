@@ -26,8 +26,8 @@ import pytest
 
 from kserve_vllm.policy.tenants import digest
 from tests.clients import tensor
-from tests.policy.calls import CHATS, PROTOCOLS, Answer, call, texts
-from tests.policy.services import Endpoint, Receiver
+from tests.engine.calls import CHATS, PROTOCOLS, Answer, call, texts
+from tests.services import Endpoint, Receiver
 from tests.support import DEMO, Server, wait_until
 from tests.support_redis import RedisServer
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kserve_vllm.core.errors import ConfigError, EngineGone, QueueTimeout, RateLimited, RequestError, Unavailable
 from kserve_vllm.core.types import Priority
 from kserve_vllm.policy.priority_queue import PriorityQueue, Slot, class_values
-from tests.policy.virtual import clock, run, settle
+from tests.unit.policy.virtual import clock, run, settle
 
 CRITICAL, HIGH, NORMAL, LOW, BATCH = Priority
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kserve_vllm.core.errors import ConfigError, Refused, RequestError, Unavailable
 from kserve_vllm.policy.moderation.hooks import Moderation
-from tests.policy.services import Endpoint
+from tests.services import Endpoint
 
 CARD = {"regex": r"\b(?:\d[ -]?){12,15}\d\b", "replacement": "[card]"}
 MAIL = {"regex": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}", "replacement": "[mail]"}

@@ -19,7 +19,7 @@ import pytest
 
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.policy.usage import Usage, UsageRecord, timestamp
-from tests.policy.services import Receiver, ids
+from tests.services import Receiver, ids
 from tests.support import ROOT, wait_until
 
 RECORD = UsageRecord(
@@ -225,7 +225,7 @@ def test_a_line_cut_off_by_a_full_disk_is_finished_later(tmp_path: Path) -> None
     code = """
 import asyncio, os, resource, sys, time
 from kserve_vllm.policy.usage import Usage
-from tests.policy.test_usage import many, fill
+from tests.unit.policy.test_usage import many, fill
 usage = Usage("file:" + sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 fill(usage, many(50))
@@ -385,7 +385,7 @@ def test_the_log_sink_writes_a_line_of_its_own_logger() -> None:
 import asyncio
 from kserve_vllm.policy.usage import Usage
 from kserve_vllm.telemetry import logs
-from tests.policy.test_usage import RECORD
+from tests.unit.policy.test_usage import RECORD
 logs.configure("json")
 usage = Usage("log")
 usage.record(RECORD)

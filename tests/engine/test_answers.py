@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.policy.calls import CHATS, PROTOCOLS, call, texts
+from tests.engine.calls import CHATS, PROTOCOLS, call, texts
 from tests.support import DEMO, Server, wait_until
 from tests.support_redis import RedisServer
 

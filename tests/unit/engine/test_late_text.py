@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kserve_vllm.engine.patches import late_text
 from kserve_vllm.engine.patches.late_text import is_local, late_detokenizer, make_texts_at_the_end
-from tests.unit.test_outputs import Front, output, told
+from tests.unit.engine.test_outputs import Front, output, told
 
 SPECIAL = ["<s>", "</s>", "<|im_end|>"]
 WORDS = [
