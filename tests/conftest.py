@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from httpx._transports import default as httpx_transport
 
+from tests import zygote
 from tests.support import Server
 
 _ARGUMENTS = [
@@ -22,6 +24,10 @@ _ARGUMENTS = [
     *("--allowed-origins", '["https://chat.example"]'),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 ]
+
+
+# Each client reads the certificates of all authorities, which takes 25 ms of processor time, for a plain request too.
+httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,13 +42,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name.startswith("test_") and _starts_engine(collection_path) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of files that start servers (`engine`), and those that need another program (`integration`)."""
     for item in items:
         if _starts_engine(item.path):
             item.add_marker(pytest.mark.engine)
         if _PROGRAMS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.integration)
+    if not config.option.collectonly and any(_starts_engine(item.path) for item in items):
+        zygote.begin()  # it imports while tests without servers run
 
 
 _PROGRAMS = {"redis_server", "promtool", "wheel"}

@@ -6,7 +6,7 @@ process that this server's engine and workers are copied from. What a server doe
 settings, environment, log, engine. Tests of a start itself, or of what is read while something is imported, take a
 fresh interpreter (`tests.support.Server(..., fresh=True)`).
 
-    python -m tests.zygote FD     waits for requests on this socket; `ForkedProcess` starts it
+    python -m tests.zygote NAME     waits for requests on this abstract socket; `ForkedProcess` starts it
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence, Set
 from multiprocessing import resource_tracker, util
 from pathlib import Path
 from typing import Any, NoReturn
 
 _MOST_BYTES = 1 << 20
+_UNUSED_S = 300.0
+"""How long a zygote waits for somebody to ask."""
 _THREADS = "/proc/self/task"
 _IMPORTED = (
     "vllm.entrypoints.launchers.api_server.app_state",
@@ -97,39 +100,75 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+def begin() -> None:
+    """Start this test run's zygote, which imports from now on; only one of those that are started stays."""
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "tests.zygote", _address()]
+    process = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, start_new_session=True)
+    atexit.register(process.poll)  # which keeps it: nobody here waits for its end
+
+
+def _address() -> str:
+    """What the zygote of a test run listens on, which all processes of pytest-xdist have in common."""
+    return f"kserve-vllm-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
+
+
 @functools.cache
 def _zygote() -> socket.socket:
-    """The socket to this test run's zygote, which ends when it is closed."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
-    with theirs:
-        root = Path(__file__).resolve().parents[1]
-        command = [sys.executable, "-m", "tests.zygote", str(theirs.fileno())]
-        process = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-    atexit.register(process.wait, 10)
-    atexit.register(ours.close)
-    return ours
+    """The connection to this test run's zygote, which ends with the last one."""
+    for attempt in range(300):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
+        try:
+            connection.connect(f"\0{_address()}")
+        except ConnectionRefusedError:
+            connection.close()
+            if attempt % 100 == 0:
+                begin()
+            time.sleep(0.1)
+        else:
+            return connection
+    raise RuntimeError("no process that servers could be forked from has come up")
 
 
-def main(number: int) -> None:
-    """Import, then fork a server for each request until the other side is closed."""
+def main(address: str) -> None:
+    """Import, then fork a server for each request until nobody is connected any more."""
     import setproctitle
 
     # It finds where the title stands only while the environment is as the kernel laid it.
     setproctitle.getproctitle()
-    _import()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=number) as requests:
-        while True:
-            text, fds, _, _ = socket.recv_fds(requests, _MOST_BYTES, 2)
-            if not text:
-                return
-            if os.fork() == 0:
-                requests.close()
-                _attend(text, *fds)
-            for fd in fds:
-                os.close(fd)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        try:
+            listener.bind(f"\0{address}")
+        except OSError:
+            return  # there is one
+        listener.listen()
+        _import()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        connections: list[socket.socket] = []
+        within_s: float | None = _UNUSED_S
+        while connections or within_s:
+            ready = select.select([listener, *connections], [], [], within_s)[0]
+            within_s = None
+            for each in ready:
+                if each is listener:
+                    connections.append(listener.accept()[0])
+                elif not _forks(each, [listener, *connections]):
+                    connections.remove(each)
+                    each.close()
+
+
+def _forks(connection: socket.socket, others: Sequence[socket.socket]) -> bool:
+    """Fork what is asked for; False where nobody asks any more."""
+    text, fds, _, _ = socket.recv_fds(connection, _MOST_BYTES, 2)
+    if text and os.fork() == 0:
+        for each in others:
+            each.close()
+        _attend(text, *fds)
+    for fd in fds:
+        os.close(fd)
+    return bool(text)
 
 
 def _import() -> None:
@@ -263,4 +302,4 @@ def _be(command: Sequence[str], kept: Set[int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1])

@@ -149,7 +149,6 @@ def test_a_worker_that_ignores_sigterm_and_systemexit_does_not_keep_the_server(
             *arguments,
         ],
         env={"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        fresh=True,
     )
     try:
         below: dict[int, psutil.Process] = {}

@@ -55,6 +55,7 @@ def test_nothing_is_left_of_a_test_run_that_is_killed(tmp_path: Path) -> None:
         time.sleep(60)
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env.pop("PYTEST_XDIST_TESTRUNUID", None)  # a zygote of its own
     pid = tmp_path / "pid"
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, env=env) as run:
         wait_until(lambda: pid.exists() and bool(pid.read_text()), 60, "no server was forked")
