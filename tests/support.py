@@ -24,6 +24,8 @@ from tests.zygote import ForkedProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_WITHIN_S = 300.0
+_READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_")
+"""How variables begin that libraries read once, so that a copy of a process which has imported them would not see them."""
 DEMO = ["--demo"]
 
 
@@ -106,7 +108,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=variables,
             )
-            if fresh
+            if fresh or any(name.startswith(_READ_AT_IMPORT) for name in env or ())
             else ForkedProcess(command, variables, self._log_file.fileno())
         )
 
