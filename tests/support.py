@@ -25,7 +25,7 @@ from tests.zygote import ForkedProcess
 ROOT = Path(__file__).resolve().parents[1]
 READY_WITHIN_S = 300.0
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_")
-"""How variables begin that libraries read once, so that a copy of a process which has imported them would not see them."""
+"""How variables begin that libraries read when they are imported, which a copy of a process has long done."""
 DEMO = ["--demo"]
 
 
