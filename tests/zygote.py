@@ -104,7 +104,7 @@ def begin() -> None:
     """Start this test run's zygote, which imports from now on; only one of those that are started stays."""
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "tests.zygote", _address()]
-    process = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL)
     atexit.register(process.poll)  # which keeps it: nobody here waits for its end
 
 
