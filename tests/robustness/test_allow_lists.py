@@ -155,7 +155,7 @@ class Handler:
 
 def test_no_request_gets_another_ones_prompt_whatever_is_awaited_in_between() -> None:
     streams: Any = StreamHandler.__new__(StreamHandler)
-    streams.client = SimpleNamespace()
+    streams.client, streams._engine = SimpleNamespace(), SimpleNamespace(short_prompts=None)
     streams._shape = lambda *_: ()
     kind: Kind = "chat"
     twin = streams._without_last_step(kind, Handler())

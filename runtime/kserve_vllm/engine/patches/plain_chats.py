@@ -54,8 +54,10 @@ _TRIED: Sequence[list[Message]] = (
 
 def with_plain_chats(handler: OpenAIServingChat, prompts: ShortPrompts | None) -> OpenAIServingChat:
     """A copy of vLLM's handler that makes the prompts of plain chats itself; the handler where it can't."""
+    if prompts is None or prompts.tokens is None:
+        return handler
     online = handler.online_renderer
-    if prompts is None or prompts.tokens is None or online.parser is not None or online.use_harmony:
+    if online.parser is not None or online.use_harmony:
         return handler
     twin = copy.copy(handler)
     twin.render_chat_request = PlainChats(handler, prompts).render
