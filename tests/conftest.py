@@ -87,6 +87,7 @@ _PATIENT = {
     "test_image": "image",
     "test_answers": "answers",
     # Long, so that both processes have about as much to do.
+    **dict.fromkeys(("test_adapters", "test_rollout_prometheus"), "adapters"),
     **dict.fromkeys(("test_schemathesis", "test_same_answer", "test_clients_openai"), "answers_compared"),
     **dict.fromkeys(("test_logs", "test_metrics", "test_queries", "test_traces"), "observability"),
 }

@@ -20,9 +20,9 @@ import psutil
 LOOK_EVERY_S = 2.0
 FAILED_GRACE_S = 15.0
 """How long vLLM may take to end by itself once one of its processes has failed to start."""
-# What processes that only wait for each other use up: less than 1 % of a processor, and now and then a few bytes
-# through a pipe. A log line is longer.
-_LEAST_SHARE = 0.01
+# What a process uses up that only waits for another: up to 1 % of a processor, as one of vLLM's workers does, and now
+# and then a few bytes through a pipe. A log line is longer.
+_LEAST_SHARE = 0.03
 _LEAST_BYTES = 100
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -45,12 +45,12 @@ class Movement:
         self._looked_at = time.monotonic()
 
     def look(self) -> bool:
-        """Whether anything has moved since the last time: processor time was used, or bytes were read or written."""
+        """Whether anything has moved since the last time: one of them computed, or bytes were read or written."""
         now, used = time.monotonic(), self._used()
-        cpu_s = moved = 0.0
+        cpu_s = moved = 0.0  # of many that wait, the sum would be as much as of one that works
         for key, (seconds, size) in used.items():
             seconds_before, size_before = self._before.get(key, (0.0, 0))
-            cpu_s += seconds - seconds_before
+            cpu_s = max(cpu_s, seconds - seconds_before)
             moved += size - size_before
         passed, self._looked_at, self._before = now - self._looked_at, now, used
         return cpu_s >= _LEAST_SHARE * passed or moved >= _LEAST_BYTES
