@@ -326,28 +326,23 @@ def raise_rank(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 12}))
 
 
+def write_weights(folder: Path, module: str, *shapes: tuple[int, int]) -> None:
+    """One module's weights of zeros, A and B, in the place of all there are."""
+    name = f"base_model.model.model.layers.0.self_attn.{module}"
+    weights = {
+        f"{name}.lora_{part}.weight": np.zeros(shape, np.float32) for part, shape in zip("AB", shapes, strict=True)
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
 def shrink(folder: Path) -> None:
     """Weights for a narrower base model, which vLLM itself would take without a word."""
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    save_file(
-        {
-            f"{name}.lora_A.weight": np.zeros((8, 64), np.float32),
-            f"{name}.lora_B.weight": np.zeros((64, 8), np.float32),
-        },
-        folder / "adapter_model.safetensors",
-    )
+    write_weights(folder, "q_proj", (8, 64), (64, 8))
 
 
 def misname(folder: Path) -> None:
     """Weights for a module that no model has: our own check knows nothing of it, the engine does."""
-    name = "base_model.model.model.layers.0.self_attn.nothing"
-    save_file(
-        {
-            f"{name}.lora_A.weight": np.zeros((8, 128), np.float32),
-            f"{name}.lora_B.weight": np.zeros((8, 8), np.float32),
-        },
-        folder / "adapter_model.safetensors",
-    )
+    write_weights(folder, "nothing", (8, 128), (8, 8))
 
 
 @pytest.mark.parametrize(

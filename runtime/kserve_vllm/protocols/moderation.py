@@ -491,7 +491,7 @@ def _check_readable(body: object) -> None:
     for field, value in body.items():
         if field not in _NUMBERS and _holds_numbers(value):
             raise InvalidRequest(f"prompts are moderated here, so {field} must be text and not token ids", field=field)
-        if isinstance(value, Mapping) and (name := _token_ids_in(value)) is not None:
+        if field not in _NUMBERS and (name := _token_ids_in(value)):
             raise InvalidRequest(
                 f"prompts are moderated here, so they must be text and not {field}.{name}", field=field
             )
@@ -513,23 +513,38 @@ def _holds_numbers(value: object, depth: int = 0) -> bool:
     return False
 
 
-def _token_ids_in(fields: Mapping[str, object]) -> str | None:
+def _token_ids_in(value: object) -> str | None:
     """The path of a field that holds a text as token ids, as `kv_transfer_params.prompt_token_ids` does; or None."""
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            if (inner := _token_ids_in(value)) is not None:
-                return f"{name}.{inner}"
-        elif isinstance(name, str) and name.endswith("token_ids") and name not in _NUMBERS and _holds_numbers(value):
-            return name
+    for at, inner in _below(value):
+        name = at[-1] if at else ""
+        if name.endswith("token_ids") and name not in _NUMBERS and _holds_numbers(inner):
+            return ".".join(at)
     return None
 
 
 def _embeds(value: object) -> bool:
     """Whether a conversation, or several, holds a part of the type `prompt_embeds`."""
-    if isinstance(value, Mapping):
-        # vLLM goes by the name where a part has no type, or an id.
-        return value.get("type") == "prompt_embeds" or "prompt_embeds" in value or _embeds(value.get("content"))
-    return isinstance(value, list | tuple) and any(_embeds(item) for item in value)
+    # vLLM goes by the name where a part has no type, or an id.
+    return any(
+        isinstance(inner, Mapping) and (inner.get("type") == "prompt_embeds" or "prompt_embeds" in inner)
+        for _, inner in _below(value)
+    )
+
+
+def _below(value: object) -> Iterator[tuple[tuple[str, ...], object]]:
+    """A value and what is in it, with the names that lead there. No recursion: a client decides how deep it goes."""
+    left: list[tuple[tuple[str, ...], object]] = [((), value)]
+    while left:
+        at, inner = left.pop()
+        yield at, inner
+        if isinstance(inner, Mapping):
+            left.extend(((*at, str(name)), each) for name, each in inner.items() if _may_hold(each))
+        elif isinstance(inner, list | tuple):
+            left.extend((at, each) for each in inner if _may_hold(each))
+
+
+def _may_hold(value: object) -> bool:
+    return isinstance(value, Mapping | list | tuple)
 
 
 def _joinable(locations: Sequence[Location]) -> Iterator[list[int]]:

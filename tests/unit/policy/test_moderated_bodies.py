@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import yaml
 from hypothesis import given
@@ -294,6 +295,7 @@ def test_texts_beside_media_are_replaced(redact: Moderation) -> None:
         # Another prompt than the messages, for routers of disaggregated prefill.
         (said("x", kv_transfer_params={"prompt_token_ids": [5]}), "kv_transfer_params"),
         (said("x", not_known_yet={"more": {"token_ids": [[5]]}}), "not_known_yet"),
+        (said("x", not_known_yet=[{"more": [{"token_ids": [5]}]}]), "not_known_yet"),
         ({"messages": [[{"role": "user", "content": [{"type": "prompt_embeds", "data": "A"}]}]]}, "prompt_embeds"),
         (said("x", chat_template="{{ 'fal' ~ 'con' }}"), "chat_template"),
         (said("x", chat_template_kwargs={"chat_template": "{{ 1 }}"}), "chat_template"),
@@ -304,6 +306,19 @@ def test_prompts_that_can_not_be_read_are_refused(redact: Moderation, body: Any,
         passed(redact, body)
     assert caught.value.field == field
     assert "prompts are moderated here" in caught.value.message
+
+
+@pytest.mark.parametrize("inner", [b'{"token_ids": [5]}', b'{"type": "prompt_embeds"}'])
+def test_what_can_not_be_read_is_found_as_deep_as_json_goes(redact: Moderation, inner: bytes) -> None:
+    deep = b'{"messages": ' + b'{"content": ' * 850 + inner + b"}" * 851
+
+    def further_down(frames: int) -> object:
+        """As below a server's own calls."""
+        return further_down(frames - 1) if frames else moderated._check_readable(tree)
+
+    tree = orjson.loads(deep)
+    with pytest.raises(InvalidRequest, match="prompts are moderated here"):
+        further_down(150)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe\xff", b"[" * 100_000], ids=["empty", "cut", "binary", "deep"])

@@ -42,7 +42,7 @@ _OTHER = 16  # characters of a message beside its content
 
 Message: TypeAlias = dict[str, object]
 _TRIED: Sequence[list[Message]] = (
-    [{"role": "user", "content": "?"}],
+    [{"role": "user", "content": "kserve-vllm looks what a chat becomes"}],
     [{"role": "system", "content": " Be kind.\n"}, {"role": "user", "content": "ü 漢字 🙂\n\n 2 + 2 "}],
     [
         {"role": "user", "content": "a"},
@@ -139,11 +139,13 @@ class PlainChats:
         try:
             with _noted() as calls:
                 await render(ChatCompletionRequest(messages=_TRIED[0]))
+            # Others' chats may have been rendered meanwhile.
+            own = [call for call in calls if _content(call[1]) == _TRIED[0][0]["content"]]
             # In another thread, where there was no room here: then another time.
-            if not calls:
+            if not own:
                 self._tried = False
                 return
-            template, variables = calls[0]
+            template, variables = own[0]
             first = cast("list[Message]", variables.pop("messages"))[0]
             self._in_parts = not isinstance(first["content"], str)
             self._write = lambda conversation: template.render(messages=conversation, **variables)
@@ -178,6 +180,12 @@ def _is_plain(message: object) -> bool:
     if not isinstance(content, str) or not content:
         return False
     return message["role"] != "system" or not content.startswith(_HEADER)
+
+
+def _content(variables: Mapping[str, object]) -> object:
+    """The text of the first message that a template was given."""
+    content = cast("list[Message]", variables["messages"])[0]["content"]
+    return content[0]["text"] if isinstance(content, list) else content
 
 
 def _size(messages: Sequence[Mapping[str, str]]) -> int:

@@ -18,6 +18,7 @@ import copy
 import itertools
 import logging
 import re
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,8 @@ class PromptTokens:
         self._backend = backend
         self._beginnings = _beginnings(backend)
         self._around = _around(backend) if self._beginnings is not None else None
-        self._known: dict[tuple[str, str], list[int]] = {}
+        # Four bytes a token, of which a list of numbers takes forty.
+        self._known: dict[tuple[str, str], array[int]] = {}
         self._size = 0
 
     @property
@@ -129,7 +131,7 @@ class PromptTokens:
         key = tenant, part
         tokens = self._known.pop(key, None)
         if tokens is None:
-            tokens = self._encoded(part, False)
+            tokens = array("I", self._encoded(part, False))
             self._size += len(part) + _OVERHEAD
         # Last used, last forgotten.
         self._known[key] = tokens
