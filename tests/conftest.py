@@ -68,7 +68,8 @@ def _starts_engine(path: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2`: all files that start servers in one process, but for a few, and the others file by file."""
+    """With `-n 2`: all files that start servers in one process, but for a few; those that import vLLM in one process,
+    since that takes 20 s; the others file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -96,7 +97,15 @@ _PATIENT = {
 @functools.cache
 def _group(path: Path) -> str:
     """Who runs with whom."""
-    return _PATIENT.get(path.stem) or ("servers" if _starts_engine(path) else path.stem)
+    others = "vllm" if _imports_vllm(path) else path.stem
+    return _PATIENT.get(path.stem) or ("servers" if _starts_engine(path) else others)
+
+
+@functools.cache
+def _imports_vllm(path: Path) -> bool:
+    """Whether a file's tests import vLLM, by themselves or by what they import."""
+    text = path.read_text()
+    return re.search(r"^\s*(from|import) vllm\b|\bimport upstream$", text, re.MULTILINE) is not None
 
 
 @pytest.fixture(autouse=True)

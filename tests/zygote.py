@@ -177,7 +177,7 @@ def _import() -> None:
 
     before = dict(os.environ)
     prepare_environment()
-    os.environ.update(fork_server._ALWAYS)
+    os.environ.update(fork_server.ENVIRONMENT)
     for name in _IMPORTED:
         importlib.import_module(name)
     os.environ.clear()

@@ -17,13 +17,13 @@ from typing import Any
 import uvloop
 
 from kserve_vllm.adapters.files import Declaration
-from kserve_vllm.adapters.registry import Adapter, AdapterRegistry, State, Version
+from kserve_vllm.adapters.registry import Adapter, AdapterRegistry, AdapterState, Version
 from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.engine.hooks.accounting import TokenAccounting
 from kserve_vllm.engine.hooks.submission import SubmissionHooks
 from kserve_vllm.engine.loras import LoRAs
-from kserve_vllm.engine.vllm import VLLMEngine
+from kserve_vllm.engine.served_models import ServedModels
 from kserve_vllm.policy.enforcement import Policies, SequencePolicy
 from kserve_vllm.telemetry.metrics import Metrics
 from tests.benchmarks.policies import RUNS, TIMES
@@ -75,33 +75,33 @@ class Site:
             lora_requests={},
             model_name=lambda lora: BASE,
         )
-        self.engine: Any = VLLMEngine(None)  # type: ignore[arg-type]
-        self.engine._app = SimpleNamespace(state=SimpleNamespace(openai_serving_models=self.registry))
-        loras = self.engine._loras = LoRAs(self.client)
+        loras = LoRAs(self.client)
         loras.attach(self.registry)
-        self.table = self.engine._adapters = loras.adapters = AdapterRegistry(loras)
+        self.table = loras.adapters = AdapterRegistry(loras)
+        registry: Any = self.registry
+        self.models = ServedModels(registry, self.table)
         for number in range(1, count + 1):
             name, version = f"adapter-{number}", Version(f"adapter-{number}@0123456789ab", number, Path("/none"))
-            self.table._all[name] = Adapter(Declaration(name, "/none"), "file", State.LOADED, version=version)
+            self.table.entries[name] = Adapter(Declaration(name, "/none"), "file", AdapterState.LOADED, version=version)
             loras.publish(name, version)
         TokenAccounting(self.client.output_processor, lambda: BASE, loras)
         lifecycle, policies = Lifecycle(), Policies()
         SubmissionHooks(
             self.client,
-            SequencePolicy(policies, self.engine),
+            SequencePolicy(policies, self.models),
             False,
             plain=loras.plain,
         )
         from prometheus_client import CollectorRegistry
 
         self.metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
-        self.metrics.attach("", self.engine.serves, self.engine.adapters_by_state)
+        self.metrics.attach("", self.models.serves, self.table.by_state)
 
     async def ask(self, name: str) -> RequestContext:
         """One request, from the look for its model to its books."""
         context = RequestContext("r", "v2", "ModelInfer", model=name)
         current.set(context)
-        found = self.engine.find(name)
+        found = self.models.find(name)
         assert found is not None
         assert found.loaded
         lora = self.registry.lora_requests.get(name)

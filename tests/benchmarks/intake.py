@@ -84,7 +84,7 @@ async def layers(args: argparse.Namespace) -> list[tuple[str, float]]:
 
     engine = await started(args.no)
     answers = AnswerHandler(engine)
-    handler: Any = answers._handlers["chat"]
+    handler: Any = answers.handlers["chat"]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
 
     seeds = itertools.count(1)

@@ -15,7 +15,7 @@ import uvloop
 
 from kserve_vllm.policy.moderation.hooks import Moderation
 from kserve_vllm.policy.quotas.counters import MemoryCounters, RedisCounters
-from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.policy.redis_connection import RedisConnection
 from kserve_vllm.policy.tenants import Tenants, digest
 from tests.support_redis import RedisServer
@@ -53,7 +53,7 @@ async def keys(folder: Path) -> None:
 
 async def limits(store: MemoryCounters | RedisCounters, where: str) -> None:
     """Taking, reserving and settling for key, tenant and service."""
-    held = Limits(store)
+    held = RateLimiter(store)
 
     async def one() -> None:
         grant = await held.enter(QUOTAS)

@@ -128,11 +128,11 @@ def test_the_program_takes_the_arguments_and_they_mean_its_own_defaults(name: st
         job["spec"]["template"]["spec"]["containers"][0] for at, job in jobs.items() if at.startswith(f"{name}-")
     ]
     assert container["command"] == ["kserve-vllm", "rollout"]
-    given = vars(command._parser().parse_args(container["args"]))
-    plain = vars(command._parser().parse_args([name]))
+    given = vars(command.rollout_parser().parse_args(container["args"]))
+    plain = vars(command.rollout_parser().parse_args([name]))
     assert given["name"] == name
-    assert command._steps(given["steps"]) == [1, 10, 50, 100]
-    command._options(command._parser().parse_args(container["args"]), 4)
+    assert command.parse_steps(given["steps"]) == [1, 10, 50, 100]
+    command.rollout_options(command.rollout_parser().parse_args(container["args"]), 4)
     told = {"namespace", "model", "arg", "id", "wait", "prometheus", "prometheus_token_file"}
     told |= {"answers", "answers_key_env", "min_equal", "on_inconclusive"}
     assert {key: value for key, value in given.items() if key not in told} == {

@@ -88,7 +88,7 @@ def test_a_base_without_compiler_or_headers_is_told_from_one_with_them(
     (tmp_path / "clang++").write_text("")
     (tmp_path / "clang++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(compilers, "_headers", lambda: tmp_path)
+    monkeypatch.setattr(compilers, "python_headers", lambda: tmp_path)
     assert compilers.missing_for_cpu({}) == f"Python's headers are not installed ({tmp_path / 'Python.h'})"
     (tmp_path / "Python.h").touch()
     assert compilers.missing_for_cpu({}) is None

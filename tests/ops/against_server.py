@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import httpx
 
 from kserve_vllm.ops import simulate
-from kserve_vllm.ops.model.traffic import Request, Shape
+from kserve_vllm.ops.model.traffic import Arrival, TrafficShape
 from tests.support import Server
 
 BAND = 0.15
@@ -75,11 +75,11 @@ async def steps(client: httpx.AsyncClient) -> dict[str, float]:
     }
 
 
-async def play(client: httpx.AsyncClient, requests: list[Request]) -> list[Timed]:
+async def play(client: httpx.AsyncClient, requests: list[Arrival]) -> list[Timed]:
     """Send them at their times."""
     began = time.perf_counter()
 
-    async def one(request: Request) -> Timed:
+    async def one(request: Arrival) -> Timed:
         await asyncio.sleep(max(0.0, request.at - (time.perf_counter() - began)))
         return await stream(client, request.prompt, request.output)
 
@@ -106,7 +106,9 @@ async def main() -> int:
             before = await steps(client)
             service = before["per_prompt_token"] * 200 + OUTPUT * (before["fixed"] / SEQUENCES + before["per_sequence"])
             rate = 0.6 / service
-            requests = Shape("constant", rate, duration, prompt=200, output=OUTPUT, spread=0.3, seed=3).requests()
+            requests = TrafficShape(
+                "constant", rate, duration, prompt=200, output=OUTPUT, spread=0.3, seed=3
+            ).requests()
             real = await play(client, requests)
             after = await steps(client)
     finally:

@@ -18,9 +18,9 @@ from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import simulate
 from kserve_vllm.ops.bench import clients, command, compare, load, result
-from kserve_vllm.ops.bench.clients import Answer, Target
+from kserve_vllm.ops.bench.clients import LoadAnswer, LoadTarget
 from kserve_vllm.ops.bench.load import Played, Point
-from kserve_vllm.ops.bench.prompts import FromFile, Prompt, Shape, WordCount
+from kserve_vllm.ops.bench.prompts import FromFile, LoadPrompt, PromptShape, WordCount
 from kserve_vllm.ops.model import measured
 from kserve_vllm.ops.pictures import draw_bench
 
@@ -95,11 +95,11 @@ def bench(stub: Stub, *words: str) -> int:
 def made(point: Point, firsts: list[float], gap: float, tokens: int, error: str = "") -> Played:
     """Answers with these first tokens, sent a second apart."""
     answers = [
-        Answer(at, at + first + gap * (tokens - 1), [at + first + gap * i for i in range(tokens)], 10, tokens, None)
+        LoadAnswer(at, at + first + gap * (tokens - 1), [at + first + gap * i for i in range(tokens)], 10, tokens, None)
         for at, first in enumerate(firsts)
     ]
     if error:
-        answers.append(Answer(99.0, 99.1, error=error))
+        answers.append(LoadAnswer(99.0, 99.1, error=error))
     return Played(point, answers, duration_s=float(len(firsts)), client_busy=0.1, most_in_flight=1)
 
 
@@ -121,10 +121,10 @@ def test_a_row_holds_what_its_definitions_say() -> None:
 
 
 def test_the_role_is_no_first_token_and_usage_counts(stub: Stub) -> None:
-    async def ask() -> Answer:
-        client = clients.connect(Target(stub.url, "chat", "m"))
+    async def ask() -> LoadAnswer:
+        client = clients.connect(LoadTarget(stub.url, "chat", "m"))
         try:
-            return await client.send(Prompt("a b c", 4))
+            return await client.send(LoadPrompt("a b c", 4))
         finally:
             await client.close()
 
@@ -143,10 +143,10 @@ def test_the_role_is_no_first_token_and_usage_counts(stub: Stub) -> None:
 def test_a_stream_that_goes_wrong_is_a_failure(stub: Stub, events: list[bytes], words: str) -> None:
     stub.events = events
 
-    async def ask() -> Answer:
-        client = clients.connect(Target(stub.url, "chat", "m"))
+    async def ask() -> LoadAnswer:
+        client = clients.connect(LoadTarget(stub.url, "chat", "m"))
         try:
-            return await client.send(Prompt("a", 4))
+            return await client.send(LoadPrompt("a", 4))
         finally:
             await client.close()
 
@@ -160,15 +160,15 @@ def test_a_closed_loop_keeps_so_many_in_flight_and_an_open_one_its_rate() -> Non
         async def model(self) -> str:
             return "m"
 
-        async def send(self, prompt: Prompt) -> Answer:
+        async def send(self, prompt: LoadPrompt) -> LoadAnswer:
             began = time.perf_counter()
             await asyncio.sleep(0.05)
-            return Answer(began, time.perf_counter(), [began], 1, 1)
+            return LoadAnswer(began, time.perf_counter(), [began], 1, 1)
 
         async def close(self) -> None:
             pass
 
-    prompts = Shape(5, 1, 0.0, 0.0, WordCount(), 1)
+    prompts = PromptShape(5, 1, 0.0, 0.0, WordCount(), 1)
     closed = asyncio.run(load.play(Slow(), prompts, Point(3, None, 12, 60)))
     assert (closed.most_in_flight, len(closed.answers)) == (3, 12)
     bounded = asyncio.run(load.play(Slow(), prompts, Point(2, None, 10_000, 0.3)))
@@ -189,7 +189,9 @@ def test_arrivals_have_the_rate_and_are_the_same_again() -> None:
 
 
 def test_prompts_have_their_length_and_share_only_what_was_asked() -> None:
-    shape, again = (Shape(200, 8, 0.0, 0.5, WordCount(fixed=10, per_word=2.0, measured=True), 1) for _ in range(2))
+    shape, again = (
+        PromptShape(200, 8, 0.0, 0.5, WordCount(fixed=10, per_word=2.0, measured=True), 1) for _ in range(2)
+    )
     first, second = shape[0].text.split(), shape[1].text.split()
     assert len(first) == len(second) == 95
     same = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
@@ -308,7 +310,7 @@ def test_compare_speaks_to_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_result_is_drawn(tmp_path: Path) -> None:
     file = tmp_path / "bench.png"
-    whole = result.row(Played(Point(8, None, 1, 1), [Answer(0.0, 0.5, [], 3, 4)], 1.0), result.SLO())
+    whole = result.row(Played(Point(8, None, 1, 1), [LoadAnswer(0.0, 0.5, [], 3, 4)], 1.0), result.SLO())
     draw_bench(file, [*rows_of(1.0, 0.2, 1, 30), whole], result.SLO(first_token=0.1))
     assert file.read_bytes().startswith(b"\x89PNG")
 
@@ -372,7 +374,7 @@ def test_what_was_measured_before_an_interrupt_is_shown(
 ) -> None:
     real = command.play
 
-    async def once(client: clients.Client, prompts: Any, point: Point, *rest: Any) -> Played:
+    async def once(client: clients.LoadClient, prompts: Any, point: Point, *rest: Any) -> Played:
         if point.concurrency == 2:
             raise KeyboardInterrupt
         return await real(client, prompts, point, *rest)

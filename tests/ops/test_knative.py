@@ -18,7 +18,7 @@ _START = 1_800_000_000
 @pytest.mark.parametrize("scenario", RECORDED, ids=lambda s: str(s["name"]))
 def test_every_decision_is_the_one_of_knative(scenario: dict[str, Any]) -> None:
     own = scenario["spec"]
-    settings = kpa.Settings(
+    settings = kpa.KPASettings(
         metric=own["metric"],
         target=own["total"],
         target_burst_capacity=own["target_burst_capacity"],
@@ -56,9 +56,9 @@ def test_the_recording_shows_panic_zero_and_the_activator() -> None:
 
 def test_the_last_pod_leaves_after_window_grace_and_retention() -> None:
     for retention, leaves in ((0.0, 10 + 60 + 30), (120.0, 10 + 60 + 120)):
-        own = kpa.Reconciler(kpa.Settings(scale_to_zero_retention_s=retention))
+        own = kpa.Reconciler(kpa.KPASettings(scale_to_zero_retention_s=retention))
         assert own.scale(10, 1, 1, 1) == 1
         seen = [(now, own.scale(now, 0, 1, 1)) for now in range(11, 300)]
         assert next(now for now, pods in seen if pods == 0) == leaves
-    held = kpa.Reconciler(kpa.Settings(min_scale=1))
+    held = kpa.Reconciler(kpa.KPASettings(min_scale=1))
     assert [held.scale(now, 0, 1, 1) for now in (10, 200, 400)] == [1, 1, 1]

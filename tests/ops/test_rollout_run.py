@@ -18,13 +18,13 @@ import pytest
 
 from kserve_vllm.cli import main
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.cluster import Cluster, Unreadable, path_of
+from kserve_vllm.ops.cluster import ApiError, Cluster, path_of
 from kserve_vllm.ops.rollout.command import change_of
 from kserve_vllm.ops.rollout.judge import Thresholds
 from kserve_vllm.ops.rollout.modes import driver_of, inverse, merged
 from kserve_vllm.ops.rollout.prometheus import PrometheusError, Sample
 from kserve_vllm.ops.rollout.run import PAUSED, PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
-from kserve_vllm.ops.rollout.state import State, Store, Superseded
+from kserve_vllm.ops.rollout.state import RolloutState, StateStore, Superseded
 from tests.ops.controllers import NAME, NAMESPACE, FakeKnative, FakeStandard
 from tests.ops.fake_api import TOKEN, FakeApi
 from tests.support import self_signed
@@ -62,21 +62,21 @@ class Killed(BaseException):
     """The process is gone: nothing of it runs any more."""
 
 
-def begin(driver: Any, steps: list[int]) -> State:
+def begin(driver: Any, steps: list[int]) -> RolloutState:
     """The state of a rollout that begins."""
     predictor = driver.isvc()["spec"]["predictor"]
     change = change_of(predictor, "hf://a/new" if driver.mode == "Knative" else "a/new", None, [])
     stable, newest = driver.stable(), driver.newest()
-    return State(driver.mode, change, "model new", stable, inverse(predictor, change), steps, newest=newest)
+    return RolloutState(driver.mode, change, "model new", stable, inverse(predictor, change), steps, newest=newest)
 
 
 def rollout(
     api: FakeApi, canary: Callable[[], Sample], lines: list[str] | None = None, **options: Any
-) -> tuple[Rollout, Any, Store]:
+) -> tuple[Rollout, Any, StateStore]:
     """A rollout over the fakes, its driver and its store."""
     cluster = Cluster(kubeconfig=str(api.kubeconfig))
     driver = driver_of(cluster, NAMESPACE, NAME)
-    store = Store(cluster, NAMESPACE, NAME)
+    store = StateStore(cluster, NAMESPACE, NAME)
     kept = store.load()
     clock = Clock()
     chosen = Options(
@@ -180,7 +180,7 @@ def test_where_a_revision_may_not_be_deleted_its_command_is_printed(
     api: FakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: object) -> None:
-        raise Unreadable(403, "revisions is forbidden")
+        raise ApiError(403, "revisions is forbidden")
 
     monkeypatch.setattr(Cluster, "delete", forbidden)
     FakeKnative(api, ready="Initial scale was never achieved")
@@ -350,10 +350,10 @@ def test_a_rollout_that_is_killed_after_any_write_goes_on(
         if getattr(api, "dead", False):
             raise Killed
         if status >= 400:
-            raise Unreadable(status, answer["message"])
+            raise ApiError(status, answer["message"])
         return status, json.dumps(answer)
 
-    monkeypatch.setattr(Cluster, "_text", dying)
+    monkeypatch.setattr(Cluster, "fetch_text", dying)
     ended = 0
     for after in range(1, 60):
         api.objects.clear()
@@ -388,7 +388,7 @@ def test_two_at_a_time_the_older_one_ends(api: FakeApi) -> None:
     FakeKnative(api)
 
     def intrude() -> Sample:
-        store = Store(Cluster(kubeconfig=str(api.kubeconfig)), NAMESPACE, NAME)
+        store = StateStore(Cluster(kubeconfig=str(api.kubeconfig)), NAMESPACE, NAME)
         state = store.load()
         assert state is not None
         store.save(state, driver.isvc())
@@ -488,7 +488,7 @@ def test_what_an_id_began_is_begun_once_and_stays_paused(api: FakeApi, capsys: p
     # It is known after others too.
     kept = store.load()
     assert kept is not None
-    later = State(
+    later = RolloutState(
         driver.mode,
         kept.change,
         "x",

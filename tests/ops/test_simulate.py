@@ -13,7 +13,7 @@ from kserve_vllm.cli import command as cli
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import simulate
 from kserve_vllm.ops.model import steptime
-from kserve_vllm.ops.model.traffic import Request, Shape
+from kserve_vllm.ops.model.traffic import Arrival, TrafficShape
 from kserve_vllm.ops.sim.fleet import ColdStart, Fleet, ReplicaSettings, Result
 from kserve_vllm.ops.sim.scalers import HPA, Fixed, Rules, Scaler, Sight, scaler
 
@@ -27,7 +27,7 @@ SCENARIO: dict[str, Any] = {
 }
 
 
-def fleet(requests: list[Request], own: Scaler | None = None, cold: ColdStart | None = None, **settings: Any) -> Fleet:
+def fleet(requests: list[Arrival], own: Scaler | None = None, cold: ColdStart | None = None, **settings: Any) -> Fleet:
     """A fleet of one replica with the steps above."""
     step = simulate.scenario_of(SCENARIO, "x").step
     outer = {
@@ -50,7 +50,7 @@ def counts(result: Result) -> dict[str, int]:
 
 
 def test_one_request_by_hand() -> None:
-    result = fleet([Request(5.0, 200, 11)], overhead_s=0.003).run()
+    result = fleet([Arrival(5.0, 200, 11)], overhead_s=0.003).run()
     (outcome,) = result.outcomes
     # One step computes the prompt: 10 ms and 200 tokens; ten more steps give the other tokens.
     assert outcome.first_token_s == pytest.approx(0.010 + 200 * 0.0001 + 0.003)
@@ -60,7 +60,7 @@ def test_one_request_by_hand() -> None:
 
 def test_a_long_prompt_is_cut_and_others_go_on() -> None:
     """Chunks of 100 tokens less one per running sequence; each of its steps also gives the first request a token."""
-    result = fleet([Request(0.0, 10, 100), Request(0.5, 500, 2)], max_num_batched_tokens=100).run()
+    result = fleet([Arrival(0.0, 10, 100), Arrival(0.5, 500, 2)], max_num_batched_tokens=100).run()
     first, second = sorted(result.outcomes, key=lambda outcome: outcome.at)
     # The second comes while a step runs, waits for its end, and takes six steps of at most 99 tokens.
     assert 6 * 0.011 + 0.05 <= second.first_token_s <= 6 * 0.011 + 0.05 + 0.012
@@ -68,7 +68,7 @@ def test_a_long_prompt_is_cut_and_others_go_on() -> None:
 
 
 def test_sequences_wait_for_a_place_in_the_batch() -> None:
-    result = fleet([Request(0.0, 10, 101) for _ in range(4)], max_num_seqs=2).run()
+    result = fleet([Arrival(0.0, 10, 101) for _ in range(4)], max_num_seqs=2).run()
     firsts = sorted(outcome.first_token_s for outcome in result.outcomes)
     assert firsts[1] < 0.03
     assert firsts[2] > 100 * 0.012
@@ -76,7 +76,7 @@ def test_sequences_wait_for_a_place_in_the_batch() -> None:
 
 def test_a_batch_runs_as_fast_as_the_planner_says() -> None:
     """Closed loop of eight: the planner's steady state and the simulator's steps are two ways to the same rate."""
-    requests = [Request(0.0, 100, 50) for _ in range(800)]
+    requests = [Arrival(0.0, 100, 50) for _ in range(800)]
     result = fleet(requests, max_num_seqs=8).run()
     step = simulate.scenario_of(SCENARIO, "x").step
     planned = steptime.operate(step, 8, 100, 50, 0).requests_per_s
@@ -88,7 +88,7 @@ def test_steps_without_change_are_leapt_over() -> None:
     """What makes a hundred replicas quick: events per request do not grow with the length of the answers."""
 
     def events(output: int) -> float:
-        requests = Shape("constant", 5, 200, prompt=100, output=output).requests()
+        requests = TrafficShape("constant", 5, 200, prompt=100, output=output).requests()
         run = fleet(requests, duration_s=200).run()
         return (run.events - 200) / len(requests)
 
@@ -97,29 +97,29 @@ def test_steps_without_change_are_leapt_over() -> None:
 
 
 def test_a_full_cache_sends_the_newest_back_and_all_are_answered() -> None:
-    requests = [Request(0.1 * i, 100, 300) for i in range(20)]
+    requests = [Arrival(0.1 * i, 100, 300) for i in range(20)]
     running = fleet(requests, kv_tokens=1000, max_num_seqs=20)
     result = running.run()
     assert counts(result) == {"ok": 20}
     assert result.preemptions > 0
     assert all(outcome.first_token_s >= 0.02 for outcome in result.outcomes)
-    alone = fleet([Request(0.0, 900, 200)], kv_tokens=1000).run()
+    alone = fleet([Arrival(0.0, 900, 200)], kv_tokens=1000).run()
     assert counts(alone) == {"refused": 1}
 
 
 def test_the_cache_is_empty_when_all_have_left() -> None:
-    dice = Shape("constant", 8, 120, prompt=200, output=100, spread=0.8, cached_share=0.3, seed=5)
+    dice = TrafficShape("constant", 8, 120, prompt=200, output=100, spread=0.8, cached_share=0.3, seed=5)
     running = fleet(dice.requests(), kv_tokens=4000, max_num_seqs=16, client_timeout_s=9.0, duration_s=120)
     result = running.run()
     assert len(result.outcomes) == len(running.requests)
     assert {"ok", "client-timeout"} <= set(counts(result))
     assert result.preemptions > 0
-    (replica,) = running._replicas
+    (replica,) = running.replicas
     assert (replica.kv, replica.inside, replica.running) == (0, 0, 0)
 
 
 def test_the_queue_refuses_times_out_and_knows_classes() -> None:
-    requests = [Request(0.001 * i, 10, 200, priority=2 if i < 6 else 0) for i in range(8)]
+    requests = [Arrival(0.001 * i, 10, 200, priority=2 if i < 6 else 0) for i in range(8)]
     result = fleet(requests, max_concurrent=1, queue=6, queue_timeout_s=6.0).run()
     assert counts(result)["refused"] == 1
     assert counts(result)["queue-timeout"] >= 1
@@ -136,7 +136,7 @@ def test_a_replica_that_is_taken_away_drains_and_is_cut() -> None:
         def look(self, sight: Sight) -> int:
             return 2 if sight.now < 2 else 1
 
-    slow = [Request(0.1 * i, 10, 2000) for i in range(10)]
+    slow = [Arrival(0.1 * i, 10, 2000) for i in range(10)]
     cut = fleet(slow, RedisUnavailable(), initial=2, drain_s=5.0).run()
     assert counts(cut)["cut"] >= 1
     kept = fleet(slow, RedisUnavailable(), initial=2, drain_s=600.0).run()
@@ -150,14 +150,14 @@ def test_a_replica_that_is_taken_away_drains_and_is_cut() -> None:
 def test_from_zero_a_request_waits_for_all_phases() -> None:
     own = scaler({"class": "knative", "min": 0, "max": 3, "target": 10})
     cold = ColdStart(node_s=100, image_s=10, download_s=20, load_s=5, compile_s=4, ready_s=1, free_nodes=0)
-    result = fleet([Request(50.5, 10, 10)], own, cold, initial=0, duration_s=400).run()
+    result = fleet([Arrival(50.5, 10, 10)], own, cold, initial=0, duration_s=400).run()
     (outcome,) = result.outcomes
     assert outcome.result == "ok"
     assert 140 <= outcome.first_token_s <= 142
     # Gone again a window and a grace period after it was ready and idle.
     assert result.replica_hours * 3600 == pytest.approx(140 + 60 + 30, abs=12)
     assert result.cold_starts == 1
-    without = fleet([Request(50.5, 10, 10)], Fixed(0), cold, initial=0).run()
+    without = fleet([Arrival(50.5, 10, 10)], Fixed(0), cold, initial=0).run()
     assert counts(without) == {"refused": 1}
 
 
@@ -174,7 +174,7 @@ def test_knative_panics_on_a_burst_and_hpa_takes_its_time() -> None:
         )
     )
 
-    def first_growth(report: simulate.Report) -> float:
+    def first_growth(report: simulate.SimulationReport) -> float:
         before = max(wanted for s, wanted, *_ in report.result.timeline if s < 240)
         return next(s for s, wanted, *_ in report.result.timeline if s >= 240 and wanted > before)
 
@@ -313,7 +313,7 @@ def test_a_trace_of_one_request_has_a_fleet(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("kind", ["constant", "ramp", "bursts", "day"])
 def test_arrivals_have_their_rate(kind: str) -> None:
-    shape = Shape(kind, 20, 3000, prompt=100, output=10, spread=0.5, classes=((0, 0.25), (2, 0.75)))
+    shape = TrafficShape(kind, 20, 3000, prompt=100, output=10, spread=0.5, classes=((0, 0.25), (2, 0.75)))
     requests = shape.requests()
     share = {"constant": 1.0, "ramp": 0.5, "bursts": 0.2 + 0.8 * 0.1, "day": 0.6}[kind]
     assert len(requests) / 3000 == pytest.approx(20 * share, rel=0.05)

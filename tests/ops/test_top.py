@@ -9,7 +9,7 @@ import pytest
 
 from kserve_vllm.cli import command as cli
 from kserve_vllm.ops.top import command as top
-from kserve_vllm.ops.top.view import Reading, read, view
+from kserve_vllm.ops.top.view import ServerReading, read, view
 from tests.ops.fake_api import FakeApi
 
 HEALTH = json.dumps({"ready": True, "live": True, "state": "ready", "seconds": 12.0})
@@ -38,10 +38,10 @@ def page(requests: int, tokens: int, firsts: tuple[int, int, int], cached: int =
     )
 
 
-def reading(at: float, text: str, group: str = "") -> Reading:
+def reading(at: float, text: str, group: str = "") -> ServerReading:
     """A reading at a time of its own."""
     found = read(lambda path: (200, HEALTH if path.startswith("/v2") else text), group)
-    return Reading(at, found.health, found.metrics, group=group)
+    return ServerReading(at, found.health, found.metrics, group=group)
 
 
 def test_rates_and_quantiles_are_of_the_time_between() -> None:

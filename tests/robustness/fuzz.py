@@ -33,7 +33,7 @@ from kserve_vllm.policy import tenants
 from kserve_vllm.policy.moderation.hooks import Moderation
 from kserve_vllm.protocols import moderation as moderated
 from kserve_vllm.protocols.oip import generate, tensors
-from kserve_vllm.protocols.oip.grpc_servicer import Messages, _decoder
+from kserve_vllm.protocols.oip.grpc_servicer import Messages, decoder
 from kserve_vllm.protocols.oip.text import V2Text
 
 MESSAGES = Messages()
@@ -215,7 +215,7 @@ def _message(draw: st.DrawFn) -> bytes:
 
 
 def _check_message(data: bytes) -> None:
-    request = _decoder(MESSAGES.ModelInferRequest)(data)
+    request = decoder(MESSAGES.ModelInferRequest)(data)
     if isinstance(request, Exception):
         return
     with contextlib.suppress(RequestError):
@@ -350,9 +350,9 @@ async def _send(pieces: list[bytes]) -> None:
     unforeseen: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unforeseen.append(context))
     services = Services(1 << 16)
-    services.add_generic_rpc_handlers((self_test._handlers(),))
+    services.add_generic_rpc_handlers((self_test.echo_handlers(),))
     connection = services.connect()
-    wire = self_test._Wire()
+    wire = self_test.MemoryTransport()
     connection.connection_made(wire)
     try:
         for piece in pieces:

@@ -15,11 +15,11 @@ from pydantic import BaseModel
 
 from kserve_vllm.core.request_context import Access, RequestContext, current
 from kserve_vllm.engine.hooks.submission import SubmissionHooks, unclassified
-from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, _caught
-from kserve_vllm.engine.vllm import VLLMEngine
+from kserve_vllm.engine.patches.openai_stream import Call, Kind, StreamHandler, caught_calls
+from kserve_vllm.engine.text_tasks import TextTasks
 from kserve_vllm.policy.enforcement import may_see
 from kserve_vllm.policy.tenants import Caller
-from kserve_vllm.protocols.moderation import _APART, ModeratedEngine
+from kserve_vllm.protocols.moderation import LEFT_OUT, ModeratedEngine
 from tests.support import ROOT
 
 NOTHING: Any = None
@@ -71,7 +71,7 @@ def test_every_field_of_vllms_requests_is_known() -> None:
         for name, found in vars(importlib.import_module(module.name)).items():
             if name.endswith("Request") and isinstance(found, type) and issubclass(found, BaseModel):
                 fields |= {field: f"{module.name}.{name}" for field in found.model_fields}
-    known = _APART | UNREADABLE | SETTINGS | TEXTS
+    known = LEFT_OUT | UNREADABLE | SETTINGS | TEXTS
     unknown = {field: where for field, where in fields.items() if field not in known}
     assert len(fields) > 120
     assert not unknown, "say what each is: a prompt in another form than text has to be refused under moderation"
@@ -106,7 +106,7 @@ def test_the_moderated_engine_has_what_is_moderated_and_nothing_else() -> None:
         "generate embed classify score find names generates embeds classifies prioritizes shows_logprobs "
         "special_tokens".split()
     )
-    assert public <= set(dir(VLLMEngine))
+    assert public <= set(dir(TextTasks))
     engine = SimpleNamespace(client="raw", app="raw", dream=lambda prompt: prompt)
     for name in ("client", "app", "dream", "_prepare", "intake"):
         assert not hasattr(ModeratedEngine(engine, NOTHING), name)
@@ -158,15 +158,15 @@ def test_no_request_gets_another_ones_prompt_whatever_is_awaited_in_between() ->
     streams.client, streams._engine = SimpleNamespace(), SimpleNamespace(short_prompts=None)
     streams._shape = lambda *_: ()
     kind: Kind = "chat"
-    twin = streams._without_last_step(kind, Handler())
+    twin = streams.without_last_step(kind, Handler())
 
     async def ask(number: int) -> tuple[int, Call]:
         request = SimpleNamespace(prompt=f"prompt {number}", id=f"id {number}")
-        token = _caught.set([])
+        token = caught_calls.set([])
         try:
             return number, (await twin.create_chat_completion(request, None)).call
         finally:
-            _caught.reset(token)
+            caught_calls.reset(token)
 
     async def all_at_once() -> list[tuple[int, Call]]:
         return await asyncio.gather(*map(ask, range(64)))

@@ -24,7 +24,7 @@ from kserve_vllm.core.errors import ConfigError, InvalidRequest
 from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.grpc_server import calls as grpc_calls
 from kserve_vllm.grpc_server import http2, self_test
-from kserve_vllm.grpc_server.receive_buffer import Budget, Share
+from kserve_vllm.grpc_server.receive_buffer import ReceiveBudget, ReceiveShare
 from kserve_vllm.policy.enforcement import Enforcement, Policies
 from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE, Servicer
@@ -66,13 +66,13 @@ class Product:
         for state in (State.LOADING, State.WARMING, State.READY):
             self.lifecycle.to(state)
         self._loop = Running("ours")
-        self._servicer = Servicer(self.lifecycle, enforcement, recorder(self.lifecycle))
-        self._servicer.attach(self.backend)
+        self.servicer = Servicer(self.lifecycle, enforcement, recorder(self.lifecycle))
+        self.servicer.attach(self.backend)
         settings = ServerSettings(host="127.0.0.1", grpc_port=0, grpc_server=kind, max_body_mib=1)  # type: ignore[arg-type]
         self._loop.do(self._start(settings))
 
     async def _start(self, settings: ServerSettings) -> None:
-        self._server = GRPCServer(self._servicer, settings, self.lifecycle)
+        self._server = GRPCServer(self.servicer, settings, self.lifecycle)
         await self._server.start()
 
     @property
@@ -82,7 +82,7 @@ class Product:
     @property
     def services(self) -> grpc_calls.Services:
         """Our own server's."""
-        found: grpc_calls.Services = self._server._listener.target  # type: ignore[union-attr,assignment]
+        found: grpc_calls.Services = self._server.services  # type: ignore[assignment]
         return found
 
     def do(self, work: Any) -> Any:
@@ -299,14 +299,14 @@ def test_who_comes_where_all_have_shown_a_key_is_sent_away(own: Product, monkeyp
 
 def test_one_caller_fills_its_own_share_and_not_that_of_others() -> None:
     class Box:
-        def __init__(self, share: Share) -> None:
+        def __init__(self, share: ReceiveShare) -> None:
             self.share, self.credited = share, 0
 
         def credit(self) -> None:
             self.credited += 1
 
-    budget = Budget(limit=1000, least=10)
-    greedy, modest = Share(budget), Share(budget)
+    budget = ReceiveBudget(limit=1000, least=10)
+    greedy, modest = ReceiveShare(budget), ReceiveShare(budget)
     boxes: list[Any] = [Box(greedy) for _ in range(3)]
     for box in boxes:
         greedy.change(900)
@@ -397,7 +397,7 @@ def test_a_client_that_takes_nothing_does_not_hold_up_the_end(ours: Running, met
     until(lambda: len(ours.services.open_calls) == 3)
     began = time.monotonic()
     ours.stop(0.3)
-    assert time.monotonic() - began < 0.3 + 4 * grpc_calls._LAST_WORD_S
+    assert time.monotonic() - began < 0.3 + 4 * grpc_calls.LAST_WORD_S
     assert not ours.services.open_calls
     assert not ours.services.connections
     for client in clients:
@@ -417,11 +417,11 @@ def test_the_server_that_is_installed_passes_its_own_test() -> None:
         (H2Stream, "acknowledge_received_data"),
         (WindowManager, "process_bytes"),
         (Encoder, "encode"),
-        (http2.Connection, "_pump_all"),
+        (http2.Connection, "pump_all"),
     ],
 )
 def test_the_test_fails_where_a_part_of_h2_is_gone(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    monkeypatch.setattr(self_test, "_LIMIT_S", 1.0)
+    monkeypatch.setattr(self_test, "LIMIT_S", 1.0)
     monkeypatch.setattr(owner, name, _changed)
     with pytest.raises(Exception):  # noqa: B017
         asyncio.run(self_test.check())
@@ -430,7 +430,7 @@ def test_the_test_fails_where_a_part_of_h2_is_gone(monkeypatch: pytest.MonkeyPat
 def test_the_test_fails_where_the_frame_buffer_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from h2.frame_buffer import FrameBuffer
 
-    monkeypatch.setattr(self_test, "_LIMIT_S", 1.0)
+    monkeypatch.setattr(self_test, "LIMIT_S", 1.0)
     monkeypatch.setattr(FrameBuffer, "_headers_buffer", property(_changed), raising=False)
     with pytest.raises(Exception):  # noqa: B017
         asyncio.run(self_test.check())
@@ -466,7 +466,7 @@ def test_grpcio_answers_where_ours_does_not_work(
             async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
                 answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-            return type(server._listener).__name__
+            return type(server.listener).__name__
 
     assert asyncio.run(ask()) == serves
     assert heard == told

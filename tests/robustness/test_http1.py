@@ -437,7 +437,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_end(caplog: pytest.LogCap
         sock.connect(("127.0.0.1", server.port))
         sock.sendall(b"GET /endless HTTP/1.1\r\n" + HOST + b"\r\n")
         deadline = time.monotonic() + 10
-        while not any(each.stalled() for each in list(server._server.server_state.connections)):
+        while not any(each.stalled() for each in list(server.uvicorn.server_state.connections)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert "timeout graceful shutdown exceeded" not in caplog.text

@@ -154,8 +154,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[Running]:
 
 async def _beside_http(running: Running) -> HTTPServer:
     http = HTTPServer(echo, ServerSettings(host="127.0.0.1"), 0)
-    assert http._http2 is not None
-    http._http2.take_calls(running.services.accept)
+    assert http.http2 is not None
+    http.http2.take_calls(running.services.accept)
     http.start()
     await listening(http)
     running.port = http.port
@@ -375,7 +375,7 @@ def test_the_server_begins_with_its_settings(wire: Wire) -> None:
     first = next(wire.frames())
     assert (first.kind, first.flags, first.stream) == (SETTINGS, 0, 0)
     told = dict(struct.iter_unpack(">HI", first.payload))
-    assert told[3] == http2._MAX_STREAMS
+    assert told[3] == http2.MAX_STREAMS
     assert told[6] in (http2.MAX_HEADERS, http1.MAX_HEAD)
 
 
@@ -423,7 +423,7 @@ def test_a_stream_too_many_is_refused_and_the_connection_goes_on(
     server: Running, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5.1.2; the others on the connection are of other users where a proxy is in between."""
-    monkeypatch.setattr(http2, "_MAX_STREAMS", 4)
+    monkeypatch.setattr(http2, "MAX_STREAMS", 4)
     deaf = block(*((n, v if n != ":path" else "/test.Test/deaf") for n, v in PSEUDO), *REST)
     wire.send(b"".join(ask(number, head=deaf) for number in range(1, 11, 2)))
     refused = wire.until(RST_STREAM)
@@ -481,7 +481,7 @@ def test_table_references_across_requests_are_understood(wire: Wire) -> None:
 def test_frames_that_move_nothing_end_the_connection(
     wire: Wire, server: Running, flood: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http2, "_IDLE_FRAMES", 100.0)
+    monkeypatch.setattr(http2, "IDLE_FRAMES", 100.0)
     wire = Wire(server.port)
     wire.send(ask() + flood * 3000)
     codes = [each.code for each in wire.frames() if each.kind == GOAWAY]
@@ -491,16 +491,16 @@ def test_frames_that_move_nothing_end_the_connection(
 
 def test_others_have_their_turn_while_a_flood_is_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of what one read brought, since that can be 256 KiB of frames of nine bytes."""
-    monkeypatch.setattr(http2, "_TURN_S", 0.0)
-    monkeypatch.setattr(http2, "_IDLE_FRAMES", 1e9)
+    monkeypatch.setattr(http2, "TURN_S", 0.0)
+    monkeypatch.setattr(http2, "IDLE_FRAMES", 1e9)
     turns: list[str] = []
 
     async def flood() -> None:
         connection = server.services.connect()
         connection.connection_made(_Nowhere())
         connection.data_received(PREFACE + frame(SETTINGS, 0, 0))
-        read = connection._read
-        monkeypatch.setattr(connection, "_read", lambda data: (turns.append("read"), read(data))[1])
+        read = connection.read_frames
+        monkeypatch.setattr(connection, "read_frames", lambda data: (turns.append("read"), read(data))[1])
         server.loop.call_soon(turns.append, "other")
         connection.data_received(frame(PING, 0, 0, bytes(8)) * 4000)
         for _ in range(10):
@@ -514,17 +514,17 @@ def test_others_have_their_turn_while_a_flood_is_read(server: Running, monkeypat
 
 def test_many_connections_share_a_turn(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them sends little enough to be read in one go; all together hold up the others no longer than one."""
-    monkeypatch.setattr(http2, "_TURN_S", 0.0)
+    monkeypatch.setattr(http2, "TURN_S", 0.0)
     turns: list[str] = []
 
     async def flood() -> None:
         opened = [server.services.connect() for _ in range(6)]
         for number, connection in enumerate(opened):
             connection.connection_made(_Nowhere())
-            read = connection._read
+            read = connection.read_frames
             name = str(number)
             monkeypatch.setattr(
-                connection, "_read", lambda data, name=name, read=read: (turns.append(name), read(data))[1]
+                connection, "read_frames", lambda data, name=name, read=read: (turns.append(name), read(data))[1]
             )
         for connection in opened:
             connection.data_received(PREFACE + frame(SETTINGS, 0, 0) + frame(PING, 0, 0, bytes(8)) * 10)
@@ -546,8 +546,8 @@ def test_who_has_shown_no_key_gets_a_share_and_leaves_the_rest(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls that are refused for want of a key cost their client little; they may cost the others only so much."""
-    monkeypatch.setattr(http2, "_STRANGERS_S", 0.01)
-    monkeypatch.setattr(http2, "_STRANGERS_SHARE", 0.5)
+    monkeypatch.setattr(http2, "STRANGERS_S", 0.01)
+    monkeypatch.setattr(http2, "STRANGERS_SHARE", 0.5)
     connections = http2.Connections()
 
     class Reader:
@@ -606,7 +606,7 @@ def test_a_message_over_the_limit_is_refused_by_its_first_bytes(wire: Wire) -> N
 
 def test_a_header_block_is_given_up_when_it_does_not_end(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a block of headers holds up all other streams of its connection (9113, 4.3)."""
-    monkeypatch.setattr(http2, "_HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http2, "HEADER_TIMEOUT_S", 0.3)
     wire = Wire(server.port)
     began = time.monotonic()
     wire.send(ask(1, 0, GOOD[:5]))

@@ -35,7 +35,7 @@ from h2.events import (
 from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.grpc_server import self_test
 from kserve_vllm.policy.quotas.counters import MemoryCounters
-from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.protocols.oip.grpc_servicer import SERVICE
 from kserve_vllm.servers import http1, http2
@@ -72,8 +72,8 @@ def client(port: HTTPServer) -> Iterator[Client]:
 
 def inner(server: HTTPServer) -> http2.HTTP2:
     """What has the server's HTTP/2."""
-    assert server._http2 is not None
-    return server._http2
+    assert server.http2 is not None
+    return server.http2
 
 
 # Who answers
@@ -102,7 +102,7 @@ def test_half_a_preface_is_waited_for_as_long_as_a_head(port: HTTPServer, monkey
 def test_without_http2_a_preface_is_refused() -> None:
     with served(http2=False) as server:
         assert statuses(ask(server.port, http1.PREFACE)) == [400]
-        assert server._http2 is None
+        assert server.http2 is None
 
 
 def test_clients_of_both_versions_are_told_the_same(port: HTTPServer) -> None:
@@ -361,9 +361,9 @@ def test_an_answer_waits_for_its_client_and_ends_with_it(port: HTTPServer) -> No
     stream = client.begin("GET", "/endless")
     wait_until(lambda: len(inner(port).requests) == 1, 10, "the request did not come")
     (request,) = inner(port).requests
-    wait_until(lambda: request._pending_bytes > http2.MAX_UNTAKEN, 10, "nothing waits")
+    wait_until(lambda: request.pending_bytes > http2.MAX_UNTAKEN, 10, "nothing waits")
     time.sleep(0.1)
-    assert request._pending_bytes <= http2.MAX_UNTAKEN + 65536, "one message more than the bound"
+    assert request.pending_bytes <= http2.MAX_UNTAKEN + 65536, "one message more than the bound"
     client.h2.reset_stream(stream, ErrorCodes.CANCEL)
     client.flush()
     wait_until(lambda: not inner(port).requests and not inner(port).tasks, 10, "its app did not end")
@@ -494,7 +494,7 @@ def test_what_is_open_ends_whole_after_the_goodbye() -> None:
         client = Client(server.port, window=5)
         stream = client.begin("GET", "/stream")
         client.until(lambda e: isinstance(e, DataReceived), take=False)
-        loop = next(iter(inner(server).connections))._loop
+        loop = next(iter(inner(server).connections)).loop
         loop.call_soon_threadsafe(server.leave)
         # h2's client reads nothing after a goodbye, so this reads the frames.
         client.sock.sendall(b"\0\0\4\x08\0" + stream.to_bytes(4, "big") + (100).to_bytes(4, "big"))
@@ -516,7 +516,7 @@ def test_the_end_waits_for_no_client_that_takes_nothing() -> None:
         stalled.begin("GET", "/endless")
         slow.begin("POST", "/a", end=False)
         wait_until(lambda: len(inner(server).requests) == 2, 10, "the requests did not come")
-        loop = next(iter(inner(server).connections))._loop
+        loop = next(iter(inner(server).connections)).loop
         began = time.monotonic()
         asyncio.run_coroutine_threadsafe(server.stop(0.5), loop).result(20)
         assert time.monotonic() - began < 10
@@ -532,7 +532,7 @@ class OnePort(Product):
 
     def __init__(self, folder: Path, kind: str = "own", **files: Any) -> None:
         super().__init__(folder, kind)
-        counters = {"limits": Limits(MemoryCounters()), "service": Quota("service", 1000, None, None)}
+        counters = {"limits": RateLimiter(MemoryCounters()), "service": Quota("service", 1000, None, None)}
         self.edge = middleware(tenants=Tenants(str(folder / "keys.json")), **counters)
         self.do(self._open(files))
 
@@ -742,7 +742,7 @@ def test_a_server_without_a_port_of_its_own_answers_beside_http(tmp_path: Path) 
 
     async def alone() -> tuple[GRPCServer, HTTPServer]:
         settings = ServerSettings(host="127.0.0.1", grpc_port=0)
-        server = GRPCServer(running._servicer, settings, running.lifecycle, listen=False)
+        server = GRPCServer(running.servicer, settings, running.lifecycle, listen=False)
         await server.start()
         http = HTTPServer(running.edge, settings, 0)
         http.start()

@@ -15,7 +15,7 @@ from kserve_vllm.core.request_context import Access, RequestContext
 from kserve_vllm.policy.enforcement import Enforcement, Policies
 from kserve_vllm.policy.priority_queue import PriorityQueue
 from kserve_vllm.policy.quotas.counters import MemoryCounters
-from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.protocols.http.body import BodyBudget
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
 from kserve_vllm.telemetry.metrics import Metrics
@@ -73,7 +73,7 @@ def test_heads_without_a_body_hold_no_place_in_the_queue() -> None:
 
 
 def test_nor_one_of_a_limits_requests_at_once() -> None:
-    limits = {"limits": Limits(MemoryCounters()), "service": Quota("service", None, None, 2)}
+    limits = {"limits": RateLimiter(MemoryCounters()), "service": Quota("service", None, None, 2)}
     with served(middleware(**limits)) as server:
         socks = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(10)]
         for sock in socks:

@@ -366,7 +366,7 @@ def test_a_caller_of_heavy_bodies_waits_and_nobody_else_does() -> None:
         now = loop.time()
         loop.time = lambda: now + 60  # type: ignore[method-assign]
         assert share.wait_s(one, 0.1) == 0
-        assert list(share._free_at) == ["one"]
+        assert list(share.free_at) == ["one"]
 
     asyncio.run(run())
 

@@ -254,5 +254,5 @@ def test_a_stream_goes_on_after_a_message_that_is_too_much() -> None:
         lifecycle.to(state)
     servicer = Servicer(lifecycle, Enforcement(lifecycle), recorder(lifecycle))
     answers: list[Any] = []
-    asyncio.run(servicer._answer_one(InvalidRequest("more than is taken"), answers.append, {"x-request-id": "r"}))
+    asyncio.run(servicer.answer_one(InvalidRequest("more than is taken"), answers.append, {"x-request-id": "r"}))
     assert answers[0].error_message == "more than is taken"

@@ -172,7 +172,7 @@ def test_nothing_is_read_before_the_handshake_is_accepted() -> None:
         each = _opened_by_hand(Turns())
         each.data_received(frame(TEXT, b"early") + frame(PONG) * 50)
         await asyncio.sleep(0.05)
-        assert len(each._unread) == 11 + 50 * 6
+        assert len(each.unread) == 11 + 50 * 6
         assert not each.transport.reads  # type: ignore[attr-defined]
         assert (await each.receive())["type"] == "websocket.connect"
         await each.send({"type": "websocket.accept"})
@@ -184,15 +184,15 @@ def test_nothing_is_read_before_the_handshake_is_accepted() -> None:
 
 def test_others_have_their_turn_while_a_flood_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the connections sends what takes a fifth of a second to read; nobody waits for that."""
-    monkeypatch.setattr(websocket, "_TURN_S", 0.0)
+    monkeypatch.setattr(websocket, "TURN_S", 0.0)
     turns: list[str] = []
 
     async def flood() -> None:
         opened = [_opened_by_hand(shared) for shared in [Turns()] for _ in range(3)]
         for number, each in enumerate(opened):
             await each.send({"type": "websocket.accept"})
-            take = each._take
-            monkeypatch.setattr(each, "_take", lambda take=take, name=str(number): (turns.append(name), take()))
+            take = each.take_frames
+            monkeypatch.setattr(each, "take_frames", lambda take=take, name=str(number): (turns.append(name), take()))
             each.data_received(BEGUN + frame(CONT, b"a", last=False) * 2000)
             assert not each.transport.reads  # type: ignore[attr-defined]
         for _ in range(100):
@@ -215,11 +215,11 @@ def test_a_client_that_takes_nothing_is_not_read() -> None:
         each.pause_writing()
         each.data_received(frame(PING, b"x") * 10)
         await asyncio.sleep(0.01)
-        assert len(each._unread) == 70
+        assert len(each.unread) == 70
         assert not each.transport.reads  # type: ignore[attr-defined]
         each.resume_writing()
         await asyncio.sleep(0.01)
-        assert not each._unread
+        assert not each.unread
         assert each.transport.reads  # type: ignore[attr-defined]
         each.connection_lost(None)
 
@@ -235,7 +235,7 @@ def test_a_message_waits_until_the_app_has_taken_the_one_before() -> None:
         for left in (200_000, 100_000, 0):
             await asyncio.sleep(0.05)
             assert each.queue.qsize() == 1
-            assert left - 8192 <= len(each._unread) <= left + 100
+            assert left - 8192 <= len(each.unread) <= left + 100
             assert len((await each.receive())["bytes"]) == 100_000  # type: ignore[typeddict-item]
         await asyncio.sleep(0.01)
         assert each.transport.reads  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ def close_clients() -> None:
 
 async def listening(server: HTTPServer) -> HTTPServer:
     """The server, once it answers; its port is bound before, and nobody listens yet."""
-    while not server._server.started:
+    while not server.uvicorn.started:
         await asyncio.sleep(0.01)
     return server
 

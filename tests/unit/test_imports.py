@@ -71,6 +71,7 @@ KNOW_VLLM = {
         "preloaded",
         "processes",
         "requests",
+        "text_tasks",
         "vllm",
         "hooks/answer_shape",
         "hooks/anthropic_repair",
@@ -168,3 +169,15 @@ def test_the_command_line_answers_without_importing_vllm_or_kserve() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_public_class_name_exists_twice() -> None:
+    """Who searches for a name finds one thing. Classes inside of functions and generated modules are left out."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if not path.stem.endswith("_pb2"):
+            for node in parsed(path).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert len(found) > 200, "else this looked at nothing"
+    assert {name: where for name, where in found.items() if len(where) > 1} == {}

@@ -16,7 +16,7 @@ from kserve_vllm.config.profiles import PROFILES
 from kserve_vllm.config.settings import Settings
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.engine import arguments as engine_arguments
-from kserve_vllm.engine.arguments import _look_for_folders, parse_engine_args
+from kserve_vllm.engine.arguments import look_for_folders, parse_engine_args
 
 Resolve = Callable[..., Settings]
 
@@ -67,10 +67,10 @@ def test_the_merged_flags_reach_vllms_parser(tmp_path: Path) -> None:
 def test_the_demo_model_is_in_float32_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     def dtype(*arguments: str) -> str:
         args = parse_engine_args(cli.resolve([*arguments], {}).engine_argv())
-        engine_arguments._look_at_bfloat16(args)
+        engine_arguments.look_at_bfloat16(args)
         return str(args.dtype)
 
-    monkeypatch.setattr(engine_arguments, "_has_bfloat16", lambda: able)
+    monkeypatch.setattr(engine_arguments, "has_bfloat16", lambda: able)
     assert dtype("--demo") == ("auto" if able else "float32")
     assert dtype("--demo", "--dtype", "bfloat16") == "bfloat16"
     assert dtype("some/model") == "auto"
@@ -322,6 +322,6 @@ def test_the_page_is_on_with_the_demo_alone() -> None:
 def test_a_path_that_leads_nowhere_is_told_as_one_and_a_name_of_the_hub_is_not(flag: str, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     with pytest.raises(ConfigError, match=f"^--{flag} {absent}: there is no such file or folder here"):
-        _look_for_folders(argparse.Namespace(**{flag: str(absent)}))
+        look_for_folders(argparse.Namespace(**{flag: str(absent)}))
     for fine in (str(tmp_path), "owner/name", "s3://bucket/model", None):
-        _look_for_folders(argparse.Namespace(**{flag: fine}))
+        look_for_folders(argparse.Namespace(**{flag: fine}))

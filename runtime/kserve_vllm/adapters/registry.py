@@ -47,11 +47,11 @@ T = TypeVar("T")
 
 _DOWNLOADS = 4  # at a time
 _FIRST_LOADS_S = 300.0  # how long ready waits for the first attempts
-_GRACE_S = 10.0  # between an adapter's look-up by a request and its arrival in the engine there are milliseconds
+GRACE_S = 10.0  # between an adapter's look-up by a request and its arrival in the engine there are milliseconds
 _RETRY_FIRST_S, _RETRY_MOST_S = 5.0, 300.0
 
 
-class State(enum.StrEnum):
+class AdapterState(enum.StrEnum):
     """Where an adapter is."""
 
     LOADED = "loaded"
@@ -100,7 +100,7 @@ class Adapter:
 
     declared: Declaration
     origin: str
-    state: State = State.LOADING
+    state: AdapterState = AdapterState.LOADING
     wanted: bool = True
     removed: bool = False
     error: str | None = None
@@ -121,7 +121,7 @@ class Adapter:
     pending: Signature | None = None
     """A newer signature, until it holds for two looks in a row."""
 
-    def enter(self, state: State, error: str | None = None) -> None:
+    def enter(self, state: AdapterState, error: str | None = None) -> None:
         """Note a state and what is wrong."""
         if state is not self.state:
             self.state, self.since = state, time.time()
@@ -182,9 +182,9 @@ class AdapterRegistry:
     def __init__(self, host: Host, front_ends: int = 1) -> None:
         self._host = host
         self._front_ends = front_ends
-        self._all: dict[str, Adapter] = {}
+        self.entries: dict[str, Adapter] = {}
         self._file: WatchedFile | None = None
-        self._cache: Path | None = None
+        self.cache_folder: Path | None = None
         self._loop: asyncio.Task[None] | None = None
         self._downloads = asyncio.Semaphore(_DOWNLOADS)
         self._base: BaseModel | None = None
@@ -206,7 +206,7 @@ class AdapterRegistry:
                 raise ConfigError(f"{FLAG} is given, and the engine runs without --enable-lora")
             self._file = WatchedFile(path, FLAG)
             self._apply(parse(await self._file.first(), path, self._taken()))
-            attempts = {each.attempt for each in self._all.values() if each.attempt is not None}
+            attempts = {each.attempt for each in self.entries.values() if each.attempt is not None}
             if attempts:
                 log.info("loading %d adapters", len(attempts))
                 _, late = await asyncio.wait(attempts, timeout=_FIRST_LOADS_S)
@@ -217,32 +217,32 @@ class AdapterRegistry:
 
     async def stop(self) -> None:
         """Watch no longer, and delete the copies."""
-        tasks = [task for task in (self._loop, *(each.attempt for each in self._all.values())) if task is not None]
+        tasks = [task for task in (self._loop, *(each.attempt for each in self.entries.values())) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._cache is not None:
-            shutil.rmtree(self._cache, ignore_errors=True)
+        if self.cache_folder is not None:
+            shutil.rmtree(self.cache_folder, ignore_errors=True)
 
     # What there is
 
     def all(self) -> list[Adapter]:
         """All adapters, in the order in which they came."""
         self._sync()
-        return [each for each in self._all.values() if not each.removed]
+        return [each for each in self.entries.values() if not each.removed]
 
     def find(self, name: str) -> Adapter | None:
         """The adapter of a name, `adapter` or `base:adapter`, or None."""
         plain = self.plain(name)
-        if plain not in self._all:
+        if plain not in self.entries:
             self._sync()
-        adapter = self._all.get(plain)
+        adapter = self.entries.get(plain)
         return None if adapter is None or adapter.removed else adapter
 
     def served_names(self) -> frozenset[str]:
         """Plain names that new requests may ask for now."""
         if self._served is None:
-            self._served = frozenset(name for name, each in self._all.items() if each.version is not None)
+            self._served = frozenset(name for name, each in self.entries.items() if each.version is not None)
         return self._served
 
     def plain(self, name: str) -> str:
@@ -252,7 +252,7 @@ class AdapterRegistry:
 
     def by_state(self) -> dict[str, int]:
         """Number of adapters in each state."""
-        counts = dict.fromkeys((state.value for state in State), 0)
+        counts = dict.fromkeys((state.value for state in AdapterState), 0)
         for each in self.all():
             counts[each.state.value] += 1
         return counts
@@ -269,7 +269,7 @@ class AdapterRegistry:
 
     def book(self, name: str, requests: int, prompt_tokens: int, output_tokens: int) -> None:
         """Add what a request did."""
-        adapter = self._all.get(name)
+        adapter = self.entries.get(name)
         if adapter is not None:
             adapter.requests += requests
             adapter.prompt_tokens += prompt_tokens
@@ -331,7 +331,7 @@ class AdapterRegistry:
         adapter = self._known(name)
         adapter.wanted = False
         self._retire(adapter)
-        adapter.enter(State.UNLOADED)
+        adapter.enter(AdapterState.UNLOADED)
         log.info("adapter %s is unloaded", adapter.declared.name)
         return adapter
 
@@ -345,21 +345,21 @@ class AdapterRegistry:
     # Reconciling
 
     def _taken(self) -> list[str]:
-        flags = [name for name, each in self._all.items() if each.origin != "file" and not each.removed]
+        flags = [name for name, each in self.entries.items() if each.origin != "file" and not each.removed]
         return [*self._host.base_names, *flags]
 
     def _apply(self, declared: Mapping[str, Declaration]) -> None:
         """Make the table what the list says."""
-        for name, adapter in self._all.items():
+        for name, adapter in self.entries.items():
             if adapter.origin == "file" and not adapter.removed and name not in declared:
                 log.info("adapter %s is no longer declared", name)
                 adapter.removed, adapter.wanted = True, False
                 self._retire(adapter)
-                adapter.enter(State.UNLOADED)
+                adapter.enter(AdapterState.UNLOADED)
         for name, wanted in declared.items():
-            known = self._all.get(name)
+            known = self.entries.get(name)
             if known is None:
-                self._all[name] = known = Adapter(wanted, "file")
+                self.entries[name] = known = Adapter(wanted, "file")
             elif known.declared == wanted and not known.removed:
                 continue
             elif (known.declared.source, known.declared.revision) == (wanted.source, wanted.revision) and known.wanted:
@@ -372,7 +372,7 @@ class AdapterRegistry:
     def _sync(self) -> None:
         """Take over what vLLM loaded by itself, and note what it unloaded."""
         for name, (folder, number) in self._host.foreign().items():
-            known = self._all.get(name)
+            known = self.entries.get(name)
             if known is not None and known.version is not None and known.version.number == number:
                 continue
             if known is None or known.origin != "file":
@@ -380,17 +380,17 @@ class AdapterRegistry:
                 version = Version(name, number, Path(folder), ours=False)
                 if known is None:
                     source = str(Path(folder).resolve()) if Path(folder).is_dir() else f"{HUB}{folder}"
-                    known = self._all[name] = Adapter(Declaration(name, source), origin)
+                    known = self.entries[name] = Adapter(Declaration(name, source), origin)
                 known.version, known.removed, known.wanted = version, False, True
                 self._served = None
                 self._host.publish(name, version)
                 known.loads += 1
-                known.enter(State.LOADED)
-        for name, known in self._all.items():
+                known.enter(AdapterState.LOADED)
+        for name, known in self.entries.items():
             if known.version is not None and not self._host.published(name):
                 known.wanted = False
                 self._retire(known)
-                known.enter(State.UNLOADED)
+                known.enter(AdapterState.UNLOADED)
 
     def _begin(self, adapter: Adapter) -> None:
         if adapter.attempt is None or adapter.attempt.done():
@@ -401,7 +401,7 @@ class AdapterRegistry:
         while adapter.wanted:
             declared = adapter.declared
             if adapter.version is None:
-                adapter.enter(State.LOADING)
+                adapter.enter(AdapterState.LOADING)
             try:
                 await self._load(adapter, declared)
                 error, retry = None, False
@@ -416,7 +416,7 @@ class AdapterRegistry:
                 return
             if error is None:
                 adapter.attempts, adapter.retry_at = 0, None
-                adapter.enter(State.LOADED)
+                adapter.enter(AdapterState.LOADED)
                 return
             self._fail(adapter, " ".join(error.split())[:600], retry)
             return
@@ -430,10 +430,10 @@ class AdapterRegistry:
         then = f"; next attempt in {wait_s:g} s" if retry else ""
         if adapter.version is not None:
             log.error("adapter %s: the version before is still served: %s%s", name, error, then)
-            adapter.enter(State.LOADED, error)
+            adapter.enter(AdapterState.LOADED, error)
         else:
             log.error("adapter %s failed: %s%s", name, error, then)
-            adapter.enter(State.FAILED, error)
+            adapter.enter(AdapterState.FAILED, error)
         self.on_load(name, False)
 
     async def _load(self, adapter: Adapter, declared: Declaration) -> None:
@@ -441,9 +441,9 @@ class AdapterRegistry:
         max_rank = host.max_rank
         if max_rank is None:
             raise Broken("the engine runs without --enable-lora")
-        if self._cache is None:
-            self._cache = Path(tempfile.mkdtemp(prefix="kserve-vllm-adapters-"))
-        cache = self._cache
+        if self.cache_folder is None:
+            self.cache_folder = Path(tempfile.mkdtemp(prefix="kserve-vllm-adapters-"))
+        cache = self.cache_folder
         if is_local(declared.source):
             adapter.tried = adapter.pending = await asyncio.to_thread(signature, declared.source)
         async with self._downloads:
@@ -505,11 +505,11 @@ class AdapterRegistry:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                await self._look()
+                await self.look()
             except Exception as error:
                 log.exception("looking after the adapters failed", exc_info=error)
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
         """One round: the file, the folders, what is to be tried again, what can go."""
         self._sync()
         if self._file is not None:
@@ -522,8 +522,8 @@ class AdapterRegistry:
             except ConfigError as error:
                 log.error("the adapters stay as they are: %s", error)
         now = time.monotonic()
-        seen = await asyncio.to_thread(_signatures, [each.declared.source for each in self._all.values()])
-        for adapter in list(self._all.values()):
+        seen = await asyncio.to_thread(_signatures, [each.declared.source for each in self.entries.values()])
+        for adapter in list(self.entries.values()):
             if adapter.attempt is not None and not adapter.attempt.done():
                 continue
             if adapter.wanted and adapter.origin == "file":
@@ -532,7 +532,7 @@ class AdapterRegistry:
                     self._begin(adapter)
             await self._free(adapter, now)
             if adapter.removed and not adapter.retired and (adapter.attempt is None or adapter.attempt.done()):
-                self._all.pop(adapter.declared.name)
+                self.entries.pop(adapter.declared.name)
 
     def _moved(self, adapter: Adapter, seen: Signature | None) -> bool:
         """Whether a folder has changed since it was tried, and no longer changes."""
@@ -545,7 +545,7 @@ class AdapterRegistry:
     async def _free(self, adapter: Adapter, now: float) -> None:
         """Drop versions whose last request is done."""
         for version in list(adapter.retired):
-            if version.retired_at is None or now - version.retired_at < _GRACE_S or self._host.in_flight(version):
+            if version.retired_at is None or now - version.retired_at < GRACE_S or self._host.in_flight(version):
                 continue
             adapter.retired.remove(version)
             await self._host.remove(version)

@@ -14,7 +14,7 @@ from kserve_vllm.core.types import Priority
 from kserve_vllm.policy.enforcement import Policies
 from kserve_vllm.policy.priority_queue import PriorityQueue, class_values
 from kserve_vllm.policy.quotas.counters import MemoryCounters, RedisCounters
-from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.policy.tenants import Tenants
 from kserve_vllm.policy.usage import Usage, UsageRecord, timestamp
 from kserve_vllm.telemetry.metrics import Metrics
@@ -84,13 +84,13 @@ class Composition:
         self._metrics.show_redis(True)
         return RedisConnection(url.get_secret_value(), self._metrics.show_redis, settings.policy.redis_timeout)
 
-    def _build_limits(self, settings: Settings) -> Limits | None:
+    def _build_limits(self, settings: Settings) -> RateLimiter | None:
         chosen = settings.policy
         if not (chosen.keys_file or chosen.requests_per_minute or chosen.tokens_per_minute):
             return None
         if self._remote is None:
-            return Limits(MemoryCounters())
-        return Limits(RedisCounters(self._remote), chosen.redis_away)
+            return RateLimiter(MemoryCounters())
+        return RateLimiter(RedisCounters(self._remote), chosen.redis_away)
 
     def _build_moderation(self, settings: Settings) -> Moderation | None:
         if settings.policy.moderation_file is None:
@@ -127,7 +127,7 @@ class Composition:
         from kserve_vllm.engine.hooks.cache_codec import CacheCodec
         from kserve_vllm.policy import response_cache
 
-        store: response_cache.Store = response_cache.MemoryStore(chosen.cache_max_mib << 20, chosen.cache_ttl)
+        store: response_cache.AnswerStore = response_cache.MemoryStore(chosen.cache_max_mib << 20, chosen.cache_ttl)
         if chosen.response_cache == "redis":
             assert self._remote is not None
             store = response_cache.RedisStore(self._remote, chosen.cache_ttl)

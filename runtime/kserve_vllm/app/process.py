@@ -28,7 +28,7 @@ from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.engine.warmup import Warmup
 from kserve_vllm.policy.enforcement import Enforcement, SequencePolicy
 from kserve_vllm.protocols.batch.runner import Runner
-from kserve_vllm.protocols.batch.store import Bounds, Store, place_of
+from kserve_vllm.protocols.batch.store import BatchStore, Bounds, place_of
 from kserve_vllm.protocols.http import page
 from kserve_vllm.protocols.http.cors import Browsers
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
@@ -189,12 +189,12 @@ class _Process:
         self._statistics: Statistics | None = None
         self._warmup: Warmup | None = None
 
-    def _build_batches(self) -> tuple[Store | None, Runner | None]:
+    def _build_batches(self) -> tuple[BatchStore | None, Runner | None]:
         """Files and batches, and who works on them, if they are switched on."""
         policy = self._settings.policy
         if policy.batch_dir is None:
             return None, None
-        store = Store(
+        store = BatchStore(
             place_of(policy.batch_dir),
             Bounds(policy.batch_max_files, policy.batch_max_mib << 20, policy.batch_max_lines),
         )
@@ -327,27 +327,27 @@ class _Process:
                 "token ids, past every hook. Take `answer` out of the hooks' `on`, or serve another model"
             )
         self._engine_version = version()
-        self._metrics.attach(self._engine_version, engine.serves, engine.adapters_by_state)
+        self._metrics.attach(self._engine_version, engine.models.serves, engine.adapters.by_state)
         self._lifecycle.to(State.WARMING)
         policies = self._assembly.policies
         if self._assembly.decides:
             assert engine.accounts is not None
             cache = self._assembly.build_cache(engine.accounts.hand_over)
-            engine.stand_before(SequencePolicy(policies, engine), cache)
+            engine.stand_before(SequencePolicy(policies, engine.models), cache)
         server = self._settings.server
         shortcuts = self._shortcuts
         engine.shorten(shortcuts)
-        worker: TextEngine = engine
+        worker: TextEngine = engine.text
         if policies.moderation is not None:
             policies.moderation.media = engine.media
-            worker = ModeratedEngine(engine, policies.moderation)
+            worker = ModeratedEngine(engine.text, policies.moderation)
         text = V2Text(worker, server.max_batch)
         models = EngineModels(engine, self._lifecycle, text, V1Text(worker, server.max_batch))
         plane = EngineDataPlane(models, engine, self._lifecycle, self._version)
-        self._statistics = Statistics(lambda name: engine.find(name) is not None)
+        self._statistics = Statistics(lambda name: engine.models.find(name) is not None)
         routes = Routes(plane, models, engine, text, self._enforcement, self._assembly.queue_stats, self._statistics)
-        streams = StreamHandler(engine) if engine.generates else None
-        answers = AnswerHandler(engine) if engine.generates else None
+        streams = StreamHandler(engine) if engine.text.generates else None
+        answers = AnswerHandler(engine) if engine.text.generates else None
         # What is moderated has to be seen on its way in.
         for name, applies in (
             ("streams", streams is not None and (streams.serves("chat") or streams.serves("completion"))),
@@ -357,8 +357,6 @@ class _Process:
         ):
             if not applies:
                 shortcuts.does_not_apply(name)
-        if not (shortcuts.takes("streams") or shortcuts.takes("answers")):
-            shortcuts.does_not_apply("chunks")
         self._browsers.allow(*engine.take_browser_rules())
         mended = MendedApp(engine.app, engine.mender, engine.always_usage)
         fast = await fast_paths(
@@ -367,7 +365,6 @@ class _Process:
             answers if shortcuts.takes("answers") else None,
             mended,
             self._metrics.count_path,
-            shortcuts.takes("chunks"),
         )
         batches = BatchRoutes(self._store, self._batches, self._middleware.works)
         self._middleware.attach(build_app(routes, engine, self._version, batches.router()), mended, fast or None)
@@ -380,7 +377,7 @@ class _Process:
             engine.adapters.on_load = self._metrics.count_adapter
         await engine.adapters.start(self._settings.model.adapters_file)
         if self._first and (path := self._settings.model.warmup_file) is not None:
-            self._warmup = Warmup(path, engine, engine.adapters.serving, self._metrics.count_warmup)
+            self._warmup = Warmup(path, engine.text, engine.adapters.serving, self._metrics.count_warmup)
             await self._warmup.start()
         if self._channel is not None:
             await self._channel.others()
@@ -400,7 +397,7 @@ class _Process:
             self._batches.start()
         self._note_start()
         if self._first:
-            self._say_ready(engine.names[0])
+            self._say_ready(engine.models.names[0])
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
             if not self._failed.is_set():

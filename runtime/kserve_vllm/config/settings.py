@@ -92,11 +92,9 @@ class ModelSettings(_Group):
 SHORTCUTS: Mapping[str, str] = {
     "answers": "whole answers of chats and completions, past vLLM's web framework",
     "streams": "streams of chats and completions, written from bytes",
-    "chunks": "chunks of those streams, past uvicorn's send, and whole answers in one write",
     "rendering": "short prompts, rendered and tokenized on the event loop",
     "outputs": "outputs of nothing but tokens, processed in one function",
     "texts": "texts of whole answers, made once at their end",
-    "gaps": "equal gaps between tokens, observed together",
     "grpc-server": "a gRPC server of our own",
     "grpc-streams": "gRPC streams of text, written from bytes",
     "forked-start": "on a CPU, vLLM's processes copied from one that imports while the front end does",

@@ -174,9 +174,9 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
-        _look_for_folders(args)
+        look_for_folders(args)
         _default_to_eager_without_compiler(args)
-        _look_at_bfloat16(args)
+        look_at_bfloat16(args)
         if count == 1 or index < 0:
             _bind_to_processors(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
@@ -191,7 +191,7 @@ def configure(args: argparse.Namespace, count: int = 1, index: int = 0) -> tuple
         raise ConfigError(f"vLLM can't use this model or these flags: {error}") from error
 
 
-def _look_for_folders(args: argparse.Namespace) -> None:
+def look_for_folders(args: argparse.Namespace) -> None:
     """A path that leads nowhere: vLLM would take it for a name at the Hugging Face Hub, and speak of that.
 
     Raises:
@@ -234,14 +234,14 @@ def _bind_to_processors(args: argparse.Namespace) -> None:
         cpu_binding.apply(os.environ, args.tensor_parallel_size * args.pipeline_parallel_size)
 
 
-def _look_at_bfloat16(args: argparse.Namespace) -> None:
+def look_at_bfloat16(args: argparse.Namespace) -> None:
     """On a processor without bfloat16 instructions, where a step takes about twice as long as in float32.
 
     The demo model is served in float32 there. Others would need twice the memory, so that is left to the operator.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or args.dtype not in ("auto", "bfloat16") or _has_bfloat16():
+    if not current_platform.is_cpu() or args.dtype not in ("auto", "bfloat16") or has_bfloat16():
         return
     if args.dtype == "auto" and args.model == str(demo.folder()):
         log.info("this processor has no bfloat16 instructions: serving the demo model with --dtype float32")
@@ -253,7 +253,7 @@ def _look_at_bfloat16(args: argparse.Namespace) -> None:
         )
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether the processor computes in bfloat16 (x86: AVX-512 BF16 or AMX; Arm: bf16), or can't be asked."""
     with contextlib.suppress(OSError):
         words = Path("/proc/cpuinfo").read_text().split()

@@ -918,7 +918,7 @@ TABLE: tuple[Touchpoint, ...] = (
         "ThreadSafeHFTokenizerMixin",
         "rendering",
     ),
-    # ---- shortcuts: plain outputs, texts of whole answers, and equal gaps
+    # ---- shortcuts: plain outputs, and texts of whole answers
     *_rows(
         "plain outputs are processed as vLLM does",
         "fall back",
@@ -953,38 +953,6 @@ TABLE: tuple[Touchpoint, ...] = (
         "outputs",
         "texts",
     ),
-    *_rows(
-        "equal gaps between tokens are observed together",
-        "fall back",
-        "signature",
-        "vllm.v1.metrics.loggers",
-        "PrometheusStatLogger.record",
-        "gaps",
-    ),
-    *_rows(
-        "equal gaps between tokens are observed together",
-        "fall back",
-        "exists",
-        "vllm.v1.metrics.loggers",
-        "PrometheusStatLogger.histogram_inter_token_latency",
-        "gaps",
-    ),
-    *_rows(
-        "equal gaps between tokens are observed together",
-        "fall back",
-        "exists",
-        "vllm.v1.metrics.stats",
-        "IterationStats.inter_token_latencies_iter",
-        "gaps",
-    ),
-    *_rows(
-        "equal gaps between tokens are observed together",
-        "fall back",
-        "source",
-        "prometheus_client.metrics",
-        "Histogram.observe Histogram._metric_init",
-        "gaps",
-    ),
     # ---- metrics of several processes
     *_rows(
         "metrics of several processes are one",
@@ -996,23 +964,6 @@ TABLE: tuple[Touchpoint, ...] = (
     # ---- uvicorn
     *_rows(
         "the process has its own handlers of signals", "refuse", "signature", "uvicorn.server", "Server.capture_signals"
-    ),
-    *_rows(
-        "chunks are written to the socket",
-        "fall back",
-        "source",
-        "uvicorn.protocols.http.httptools_impl",
-        "RequestResponseCycle.send",
-        "chunks",
-    ),
-    *_rows(
-        "chunks are written to the socket",
-        "fall back",
-        "exists",
-        "uvicorn.protocols.http.httptools_impl",
-        "RequestResponseCycle.chunked_encoding RequestResponseCycle.flow RequestResponseCycle.disconnected "
-        "RequestResponseCycle.response_complete RequestResponseCycle.transport",
-        "chunks",
     ),
     *_rows(
         "websockets are read in turns, after their handshake is accepted",

@@ -35,8 +35,8 @@ def missing_for_cpu(environ: Mapping[str, str] = os.environ) -> str | None:
     given = shlex.split(environ.get("CXX", ""))
     if not any(shutil.which(each) for each in (*given[:1], *_COMPILERS)):
         return "no C++ compiler is installed"
-    if not (_headers() / "Python.h").is_file():
-        return f"Python's headers are not installed ({_headers() / 'Python.h'})"
+    if not (python_headers() / "Python.h").is_file():
+        return f"Python's headers are not installed ({python_headers() / 'Python.h'})"
     return None
 
 
@@ -77,13 +77,23 @@ def check_gpu() -> None:
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "launcher.c"
         source.write_text(_LAUNCHER)
-        command = [compiler, str(source), "-c", "-fPIC", f"-I{_headers()}", f"-I{folder}", "-o", f"{place}/launcher.o"]
+        command = [
+            compiler,
+            str(source),
+            "-c",
+            "-fPIC",
+            f"-I{python_headers()}",
+            f"-I{folder}",
+            "-o",
+            f"{place}/launcher.o",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"Triton's launchers can't be compiled: {done.stderr.strip()}")
 
 
-def _headers() -> Path:
+def python_headers() -> Path:
+    """The folder that holds Python.h, if it was installed."""
     return Path(sysconfig.get_paths()["include"])
 
 

@@ -29,7 +29,7 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class Share:
+class CPUShare:
     """What a container may use of the machine's processors.
 
     Attributes:
@@ -48,7 +48,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Binding:
     """What is done, and why.
 
     Attributes:
@@ -62,7 +62,7 @@ class Decision:
     why: str
 
 
-def decide(share: Share, ranks: int = 1) -> Decision:
+def decide(share: CPUShare, ranks: int = 1) -> Binding:
     """Whether to bind.
 
     Args:
@@ -73,14 +73,14 @@ def decide(share: Share, ranks: int = 1) -> Decision:
     if share.quota is not None and share.quota < count - _ROUNDING:
         # As vLLM does where it binds: a processor a rank is left to what schedules.
         threads = max(1, (math.floor(share.quota + _ROUNDING) - ranks) // ranks)
-        return Decision(False, threads, f"its quota is {share.quota:g} of the {count} processors that it may run on")
+        return Binding(False, threads, f"its quota is {share.quota:g} of the {count} processors that it may run on")
     if not share.kubernetes:
-        return Decision(True, None, f"all {count} processors that it may run on are its own")
+        return Binding(True, None, f"all {count} processors that it may run on are its own")
     if count >= share.online:
-        return Decision(False, None, f"every pod of the node may run on its {count} processors")
+        return Binding(False, None, f"every pod of the node may run on its {count} processors")
     if share.quota is not None or share.asked_for(count):
-        return Decision(True, None, f"it has {count} of the node's {share.online} processors to itself")
-    return Decision(False, None, f"other pods may run on its {count} of the node's {share.online} processors too")
+        return Binding(True, None, f"it has {count} of the node's {share.online} processors to itself")
+    return Binding(False, None, f"other pods may run on its {count} of the node's {share.online} processors too")
 
 
 def apply(environ: MutableMapping[str, str], ranks: int, root: Path = Path("/")) -> None:
@@ -105,7 +105,9 @@ def apply(environ: MutableMapping[str, str], ranks: int, root: Path = Path("/"))
     )
 
 
-def read(environ: MutableMapping[str, str], root: Path = Path("/"), affinity: Collection[int] | None = None) -> Share:
+def read(
+    environ: MutableMapping[str, str], root: Path = Path("/"), affinity: Collection[int] | None = None
+) -> CPUShare:
     """Read the control groups of this process, of version 1 or 2. What can't be read bounds nothing.
 
     Args:
@@ -122,7 +124,7 @@ def read(environ: MutableMapping[str, str], root: Path = Path("/"), affinity: Co
         cpus = _first(folders[:1], "cpuset.cpus.effective")
         quota = min((q for f in folders if (q := _quota_v2(f / "cpu.max")) is not None), default=None)
         weight = _number(folders[0] / "cpu.weight")
-        asked_for = lambda count: weight is not None and weight in _weights(count)  # noqa: E731
+        asked_for = lambda count: weight is not None and weight in weights(count)  # noqa: E731
     else:
         cpu = _folders(_mounted(mount, "cpu"), groups.get("cpu", "/"))
         sets = _folders(mount / "cpuset", groups.get("cpuset", "/"))
@@ -134,7 +136,7 @@ def read(environ: MutableMapping[str, str], root: Path = Path("/"), affinity: Co
         usable = usable & parse_list(cpus) or usable
     online = parse_list(_text(root / "sys/devices/system/cpu/online") or "") or usable
     pods = "KUBERNETES_SERVICE_HOST" in environ or any("kubepods" in path for path in groups.values())
-    return Share(usable, len(online), quota, asked_for, pods)
+    return CPUShare(usable, len(online), quota, asked_for, pods)
 
 
 def parse_list(text: str) -> frozenset[int]:
@@ -147,7 +149,7 @@ def parse_list(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def _weights(count: int) -> set[int]:
+def weights(count: int) -> set[int]:
     """What container runtimes write as `cpu.weight` for so many processors: by the straight line of old, and by the
     curve of runc 1.3.2 and crun 1.23 on (opencontainers/cgroups, `ConvertCPUSharesToCgroupV2Value`)."""
     shares = _SHARES_EACH * count

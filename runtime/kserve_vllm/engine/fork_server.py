@@ -30,7 +30,7 @@ _PRELOADED = "kserve_vllm.engine.preloaded"
 _PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY")
 """What vLLM binds a worker's threads with; libgomp reads either once, when it is loaded."""
 _BOUND_OTHERWISE = ("KMP_AFFINITY",)
-_ALWAYS = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
 """What vLLM sets on a CPU before it starts processes, and PyTorch reads when it is imported."""
 
 
@@ -47,7 +47,7 @@ def begin() -> None:
 
     Before any thread or socket that it could inherit, and after the variables that vLLM reads when it is imported.
     """
-    os.environ.update(_ALWAYS)
+    os.environ.update(ENVIRONMENT)
     multiprocessing.set_forkserver_preload([_PRELOADED])
     forkserver.ensure_running()
 

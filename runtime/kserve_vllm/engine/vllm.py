@@ -14,21 +14,16 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import orjson
 import psutil
 
-from kserve_vllm.adapters.registry import Adapter, AdapterRegistry
-from kserve_vllm.core.errors import (
-    InvalidRequest,
-    RequestError,
-)
+from kserve_vllm.adapters.registry import AdapterRegistry
 from kserve_vllm.core.fingerprint import fingerprint
 from kserve_vllm.core.supervisor_channel import SupervisorChannel
-from kserve_vllm.core.types import ModelInfo, Piece, TextJob
+from kserve_vllm.core.types import TextJob
 from kserve_vllm.engine.arguments import configure
 from kserve_vllm.engine.compat import Shortcuts
 from kserve_vllm.engine.cpu_affinity import leave_processors_of
@@ -37,38 +32,27 @@ from kserve_vllm.engine.hooks.accounting import TokenAccounting
 from kserve_vllm.engine.hooks.answer_shape import leave_out_nulls
 from kserve_vllm.engine.hooks.anthropic_repair import mend_messages
 from kserve_vllm.engine.hooks.media import fetch_from_outside
-from kserve_vllm.engine.hooks.request_repair import LEAST_TOP_P, Mender, mender_of
+from kserve_vllm.engine.hooks.request_repair import Mender, mender_of
 from kserve_vllm.engine.hooks.responses_repair import mend_responses
 from kserve_vllm.engine.hooks.stored_responses import keep_apart
-from kserve_vllm.engine.hooks.submission import Cache, Lookup, SequencePolicy, SubmissionHooks
+from kserve_vllm.engine.hooks.submission import AnswerCache, Lookup, SequenceChecks, SubmissionHooks
 from kserve_vllm.engine.loras import LoRAs
 from kserve_vllm.engine.patches.inline_rendering import ShortPrompts, render_short_prompts_in_place
 from kserve_vllm.engine.patches.late_text import make_texts_at_the_end
 from kserve_vllm.engine.patches.plain_outputs import process_plain_outputs_apart
-from kserve_vllm.engine.requests import (
-    plain_logprobs,
-    raise_error_response,
-    reject_unknown_options,
-    translate,
-    validated,
-)
+from kserve_vllm.engine.served_models import ServedModels
+from kserve_vllm.engine.text_tasks import TextTasks
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from pydantic import BaseModel
     from starlette.middleware import Middleware
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 L = TypeVar("L", bound=Lookup)
-M = TypeVar("M", bound="BaseModel")
 
 
-_IDLE_WORKERS_EVERY_S = 300.0
+IDLE_WORKERS_EVERY_S = 300.0
 """How often workers are asked for a sign of life while no request is in flight."""
 
 # Routes of vLLM's app that steer the engine rather than use it, and are open to every client that may ask for text.
@@ -99,37 +83,6 @@ def is_for_browsers(middleware: Middleware) -> bool:
     return cls is CORSMiddleware
 
 
-class Prepared(NamedTuple):
-    """What vLLM's client is handed for one prompt.
-
-    Attributes:
-        engine_input: the rendered prompt.
-        params: with `max_tokens` resolved.
-        priority: vLLM's; the smaller the sooner.
-        lora: the adapter, None for the base model.
-    """
-
-    engine_input: object
-    params: SamplingParams
-    priority: int
-    lora: LoRARequest | None
-
-
-class ModelList(TypedDict):
-    """OpenAI's list of models; what a card has beside its `id` is vLLM's matter."""
-
-    object: str
-    data: list[dict[str, Any]]
-
-
-class _PooledRow(TypedDict, total=False):
-    """What vLLM answers to one text; of the three what was asked for."""
-
-    embedding: list[float]
-    score: float
-    probs: list[float]
-
-
 async def _sign_of_life(client: AsyncLLM, with_workers: bool) -> None:
     """Return once the engine's step loop has answered, and its workers with it."""
     if with_workers:
@@ -140,7 +93,7 @@ async def _sign_of_life(client: AsyncLLM, with_workers: bool) -> None:
 
 
 class VLLMEngine:
-    """vLLM's engine in its own process, its HTTP app, and the few calls that our protocols need.
+    """vLLM's engine in its own process, and its HTTP app.
 
     Args:
         args: vLLM's arguments, from `parse_engine_args`.
@@ -158,7 +111,6 @@ class VLLMEngine:
         self._loras: LoRAs | None = None
         self._adapters: AdapterRegistry | None = None
         self._processes: list[psutil.Process] = []
-        self._special_tokens: frozenset[int] | None = None
         self.accounts: TokenAccounting | None = None
         """The accounting of what the engine works on; only after `start`."""
         self.mender: Mender
@@ -167,8 +119,10 @@ class VLLMEngine:
         """Before the engine, where policies stand before it."""
         self.short_prompts: ShortPrompts | None = None
         """What short prompts are made with, where that is not vLLM's alone."""
-        self.served = True
-        """False while the base model is unloaded through the repository API."""
+        self.models: ServedModels
+        """The names that clients may ask for; only after `start`."""
+        self.text: TextTasks
+        """What V1 and V2 have done; only after `start`."""
 
     # Life
 
@@ -183,7 +137,7 @@ class VLLMEngine:
         addresses = None if self._channel is None else await self._channel.addresses()
         self._client = client = await asyncio.to_thread(self._start_client, addresses)
         self._loras = loras = LoRAs(client, shared=self._channel is not None)
-        self.accounts = TokenAccounting(client.output_processor, lambda: self.names[0], loras)
+        self.accounts = TokenAccounting(client.output_processor, lambda: self.models.names[0], loras)
         guards.guard_engine(client, self._args.allow_transfer_params)
         from vllm.connections import global_http_connection
 
@@ -209,6 +163,10 @@ class VLLMEngine:
         self.mender = mender_of(self._app, backend, self._chat_template(), *own)
         loras.attach(self._app.state.openai_serving_models)
         self._adapters = loras.adapters = AdapterRegistry(loras, 1 if self._channel is None else self._channel.count)
+        state = self._app.state
+        self.models = ServedModels(state.openai_serving_models, self._adapters)
+        prioritizes = bool(self._args.scheduling_policy == "priority")
+        self.text = TextTasks(client, state, self._tasks, self.models, prioritizes)
 
     def _chat_template(self) -> str | None:
         """The text of all chat templates that may be used; None where messages are rendered in code."""
@@ -242,21 +200,15 @@ class VLLMEngine:
             shortcuts.does_not_apply("texts")
         if shortcuts.takes("outputs") and not process_plain_outputs_apart(self.client):
             shortcuts.does_not_apply("outputs")
-        if shortcuts.takes("gaps"):
-            from kserve_vllm.engine.hooks.stat_logger import stat_logger_of
 
-            logger = stat_logger_of(self.client)
-            if logger is None or not logger.observe_equal_gaps_together():
-                shortcuts.does_not_apply("gaps")
-
-    def stand_before(self, sequences: SequencePolicy[L], cache: Cache[L] | None = None) -> None:
+    def stand_before(self, sequences: SequenceChecks[L], cache: AnswerCache[L] | None = None) -> None:
         """Let `sequences` decide about every sequence from now on, and `cache` answer those that it knows."""
         prioritized = self._args.scheduling_policy == "priority"
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
-        guards.check_models(sequences, self._loras.plain, self.plain)
+        guards.check_models(sequences, self._loras.plain, self.models.plain)
         self.intake = SubmissionHooks(
-            self.client, sequences, prioritized, cache, model, lambda: self.names[0], self._loras.plain
+            self.client, sequences, prioritized, cache, model, lambda: self.models.names[0], self._loras.plain
         )
 
     def _fingerprint(self) -> str:
@@ -305,12 +257,12 @@ class VLLMEngine:
         from vllm import envs
         from vllm.platforms import current_platform
 
-        if self.generates:
-            job = TextJob(self.names[0], "warm-up", prompt=[1], options={"max_tokens": 1, "temperature": 0.0})
-            async for _ in self.generate(job):
+        if self.text.generates:
+            job = TextJob(self.models.names[0], "warm-up", prompt=[1], options={"max_tokens": 1, "temperature": 0.0})
+            async for _ in self.text.generate(job):
                 pass
-        elif self.embeds:
-            await self.embed(self.names[0], ["warm-up"], {}, "warm-up")
+        elif self.text.embeds:
+            await self.text.embed(self.models.names[0], ["warm-up"], {}, "warm-up")
         if self._channel is None:
             self._processes = psutil.Process().children(recursive=True)
             # Several front ends need more than the one processor that vLLM leaves.
@@ -333,7 +285,7 @@ class VLLMEngine:
         loop = asyncio.get_running_loop()
         probe: asyncio.Task[None] | None = None
         next_probe = loop.time() + interval_s
-        workers_due = loop.time() + _IDLE_WORKERS_EVERY_S
+        workers_due = loop.time() + IDLE_WORKERS_EVERY_S
         deadline = 0.0
         while True:
             before, pause_s = loop.time(), min(0.25, interval_s)
@@ -347,7 +299,7 @@ class VLLMEngine:
             if probe is None and now >= next_probe:
                 with_workers = self.client.output_processor.has_unfinished_requests() or now >= workers_due
                 if with_workers:
-                    workers_due = now + _IDLE_WORKERS_EVERY_S
+                    workers_due = now + IDLE_WORKERS_EVERY_S
                 probe = asyncio.create_task(_sign_of_life(self.client, with_workers))
                 deadline = now + stall_timeout_s
             elif probe is not None and probe.done():
@@ -407,21 +359,6 @@ class VLLMEngine:
         return self._app
 
     @property
-    def generates(self) -> bool:
-        """Whether the model continues text."""
-        return "generate" in self._tasks
-
-    @property
-    def embeds(self) -> bool:
-        """Whether the model gives embeddings."""
-        return "embed" in self._tasks and not self.generates
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the model gives class probabilities, or scores of text pairs."""
-        return "classify" in self._tasks and not self.generates
-
-    @property
     def media(self) -> frozenset[str]:
         """What the model takes beside text: of `image`, `audio` and `video`, those that vLLM lets a prompt have."""
         processor = getattr(self.client.renderer, "mm_processor", None)
@@ -429,68 +366,9 @@ class VLLMEngine:
         return frozenset(medium for medium in ("image", "audio", "video") if limits.get(medium, 0) > 0)
 
     @property
-    def prioritizes(self) -> bool:
-        """Whether requests are scheduled by their priority."""
-        return bool(self._args.scheduling_policy == "priority")
-
-    @property
-    def shows_logprobs(self) -> bool:
-        """Whether answers may have log probabilities."""
-        return True
-
-    @property
-    def special_tokens(self) -> frozenset[int]:
-        """Ids of the tokenizer's special tokens, which stand for no text."""
-        if self._special_tokens is None:
-            self._special_tokens = frozenset(self.client.get_tokenizer().all_special_ids)
-        return self._special_tokens
-
-    @property
     def tasks(self) -> tuple[str, ...]:
         """vLLM's names of what the model can do."""
         return self._tasks
-
-    @property
-    def names(self) -> list[str]:
-        """Served names of the base model, first one first."""
-        return [path.name for path in self.app.state.openai_serving_models.base_model_paths]
-
-    def models(self) -> list[ModelInfo]:
-        """All names that clients can ask for: base model, adapters, and adapters that were unloaded."""
-        registry = self.app.state.openai_serving_models
-        found = [ModelInfo(p.name, p.model_path, None, self.served) for p in registry.base_model_paths]
-        found += [self._info(each) for each in self.adapters.all()]
-        return found
-
-    def find(self, name: str) -> ModelInfo | None:
-        """The model of that name, loaded or not, or None. `base:adapter` names an adapter too."""
-        for path in self.app.state.openai_serving_models.base_model_paths:
-            if path.name == name:
-                return ModelInfo(path.name, path.model_path, None, self.served)
-        adapter = self.adapters.find(name)
-        return None if adapter is None else self._info(adapter)
-
-    def plain(self, name: str) -> str:
-        """A name that was asked for, as lists have it, whether there is such a model or not."""
-        return name if name in self.names else self.adapters.plain(name)
-
-    def _info(self, adapter: Adapter) -> ModelInfo:
-        declared, loaded = adapter.declared, self.served and adapter.version is not None
-        return ModelInfo(declared.name, declared.source, self.names[0], loaded, adapter.error)
-
-    def serves(self, name: str) -> bool:
-        """Whether requests may ask for this name now, of an adapter the plain one."""
-        return name in self.names or name in self.adapters.served_names()
-
-    def adapters_by_state(self) -> dict[str, int]:
-        """Number of adapters in each state."""
-        return self.adapters.by_state()
-
-    async def openai_models(self) -> ModelList:
-        """OpenAI's list of models as vLLM makes it."""
-        models = await self.app.state.openai_serving_models.show_available_models()
-        body: ModelList = models.model_dump()
-        return body
 
     @property
     def adapters(self) -> AdapterRegistry:
@@ -498,184 +376,3 @@ class VLLMEngine:
         if self._adapters is None:
             raise RuntimeError("the engine is not started")
         return self._adapters
-
-    def adapter_name(self, key: str) -> str:
-        """The name that clients know for a `LoRARequest.lora_name`, which names one content of an adapter."""
-        return key if self._loras is None else self._loras.plain(key)
-
-    @property
-    def caches_prefixes(self) -> bool:
-        """Whether the prefix cache is on."""
-        return bool(self.client.vllm_config.cache_config.enable_prefix_caching)
-
-    # Work
-
-    async def generate(self, job: TextJob) -> AsyncGenerator[Piece, None]:
-        """Continue one prompt. Cancelling the task, or closing the generator, aborts the request in the engine.
-
-        Raises:
-            InvalidRequest: an option or the prompt can't be used.
-            NotFound: no such model.
-            Unavailable: the engine's queue is full.
-            EngineGone: the engine died.
-            InternalError: anything else.
-        """
-        started = False
-        try:
-            engine_input, params, priority, lora = await self.prepare(job)
-            stream = self.client.generate(
-                engine_input,
-                params,
-                job.request_id,
-                lora_request=lora,
-                priority=priority,
-                trace_headers=job.trace_headers,
-            )
-            async with contextlib.aclosing(stream):
-                prompt_tokens = 0
-                async for output in stream:
-                    started = True
-                    if output.prompt_token_ids is not None:
-                        prompt_tokens = len(output.prompt_token_ids)
-                    for choice in output.outputs:
-                        if choice.finish_reason == "error":
-                            raise self.translate(None, job.request_id, started)
-                        yield Piece(
-                            choice.index,
-                            choice.text,
-                            choice.token_ids,
-                            choice.finish_reason,
-                            choice.cumulative_logprob,
-                            plain_logprobs(choice.logprobs) if choice.logprobs else None,
-                            prompt_tokens,
-                            output.finished and choice is output.outputs[-1],
-                            choice.stop_reason,
-                        )
-        except Exception as error:
-            raise self.translate(error, job.request_id, started) from error
-
-    async def prepare(self, job: TextJob) -> Prepared:
-        """Validate options and render the prompt with vLLM's own OpenAI request types."""
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-        from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
-
-        state = self.app.state
-        reject_unknown_options(job.options)
-        if isinstance(job.prompt, list) and not job.options.get("truncate_prompt_tokens"):
-            most = self.client.model_config.max_model_len
-            if len(job.prompt) > most:
-                # vLLM would look at each of them, several times, before it counts them.
-                sentence = f"the prompt has {len(job.prompt)} tokens; the model takes {most}"
-                raise InvalidRequest(sentence, field="input_ids")
-        if job.options.get("priority"):
-            raise InvalidRequest(
-                "priority is not taken from a request; its class decides, and the header x-priority", field="priority"
-            )
-        # Null means what is the default, as over OpenAI's routes.
-        given = {name: value for name, value in job.options.items() if value is not None}
-        if given.get("top_p") == 0 and not isinstance(given["top_p"], bool):
-            given["top_p"] = LEAST_TOP_P
-        common = {**given, "model": job.model, "stream": job.stream, "request_id": job.request_id}
-        request: ChatCompletionRequest | CompletionRequest
-        if job.messages is not None:
-            logprobs = common.pop("logprobs", None)
-            if logprobs is not None:
-                common |= {"logprobs": True, "top_logprobs": logprobs}
-            request = validated(ChatCompletionRequest, {**common, "messages": job.messages})
-            handler = state.openai_serving_chat
-            rendered = await handler.render_chat_request(request)
-            raise_error_response(rendered)
-            inputs = rendered[1]
-        else:
-            request = validated(CompletionRequest, {**common, "prompt": job.prompt})
-            handler = state.openai_serving_completion
-            inputs = await handler.render_completion_request(request)
-            raise_error_response(inputs)
-        engine_input = inputs[0]
-        max_tokens = get_max_tokens(
-            handler.model_config.max_model_len,
-            request.max_tokens,
-            handler._extract_prompt_len(engine_input),
-            handler.default_sampling_params,
-            handler.override_max_tokens,
-            truncate_prompt_tokens=request.truncate_prompt_tokens,
-        )
-        params = request.to_sampling_params(max_tokens, handler.default_sampling_params)
-        # Raises where the adapter went while its prompt was rendered: without one the base model would answer.
-        return Prepared(engine_input, params, request.priority, handler._maybe_get_adapters(request))
-
-    async def embed(
-        self, model: str, texts: Sequence[str] | Sequence[Sequence[int]], options: Mapping[str, object], request_id: str
-    ) -> list[list[float]]:
-        """One embedding per text, shape [texts][dimensions].
-
-        Raises:
-            InvalidRequest, NotFound, EngineGone, InternalError: as for `generate`.
-        """
-        from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
-
-        body: dict[str, object] = {"model": model, "input": list(texts), "encoding_format": "float"}
-        rows = await self._pool("serving_embedding", EmbeddingCompletionRequest, body, options, request_id)
-        return [row["embedding"] for row in rows]
-
-    async def score(
-        self,
-        model: str,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        options: Mapping[str, object],
-        request_id: str,
-    ) -> list[float]:
-        """One score per pair of a query and a document; a single query is paired with every document.
-
-        Raises:
-            InvalidRequest, NotFound, EngineGone, InternalError: as for `generate`.
-        """
-        from vllm.entrypoints.pooling.scoring.protocol import ScoreQueriesDocumentsRequest
-
-        first = list(queries) if len(queries) != 1 else queries[0]
-        body: dict[str, object] = {"model": model, "queries": first, "documents": list(documents)}
-        rows = await self._pool("serving_scores", ScoreQueriesDocumentsRequest, body, options, request_id)
-        return [row["score"] for row in rows]
-
-    async def classify(
-        self, model: str, texts: Sequence[str], options: Mapping[str, object], request_id: str
-    ) -> list[list[float]]:
-        """Class probabilities per text, shape [texts][classes].
-
-        Raises:
-            InvalidRequest, NotFound, EngineGone, InternalError: as for `generate`.
-        """
-        from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
-
-        body: dict[str, object] = {"model": model, "input": list(texts)}
-        rows = await self._pool("serving_classification", ClassificationCompletionRequest, body, options, request_id)
-        return [row["probs"] for row in rows]
-
-    async def _pool(
-        self,
-        handler_name: str,
-        request_type: type[BaseModel],
-        body: dict[str, object],
-        options: Mapping[str, object],
-        request_id: str,
-    ) -> list[_PooledRow]:
-        handler = getattr(self.app.state, handler_name, None)
-        if handler is None:
-            raise InvalidRequest(f"this model has no such task; it has {', '.join(self._tasks)}", field="inputs")
-        try:
-            body["request_id"] = request_id
-            reject_unknown_options(options, set(request_type.model_fields) - set(body))
-            request = validated(request_type, {**options, **body})
-            response = await handler(request)
-        except Exception as error:
-            raise self.translate(error, request_id, started=False) from error
-        rows: list[_PooledRow] = orjson.loads(response.body)["data"]
-        return rows
-
-    def translate(self, error: Exception | None, request_id: str, started: bool) -> RequestError:
-        """What an exception of vLLM's becomes for a client; see `requests.translate`."""
-        # With a connector, a sequence may also fail since its cache did not arrive.
-        grammar_alone = self.client.vllm_config.kv_transfer_config is None
-        return translate(error, request_id, started, self.client.errored, grammar_alone)

@@ -28,7 +28,7 @@ _PROGRESS_EVERY = 50
 
 
 @dataclass(frozen=True)
-class Prompt:
+class WarmupPrompt:
     """One entry of the list.
 
     Attributes:
@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Continue one prompt."""
 
 
-def parse(content: bytes, path: object) -> list[Prompt]:
+def parse(content: bytes, path: object) -> list[WarmupPrompt]:
     """Read the list: texts (system prompts) and mappings of model, and one of system, messages and prompt.
 
     Raises:
@@ -78,9 +78,9 @@ def parse(content: bytes, path: object) -> list[Prompt]:
     return list(dict.fromkeys(_parse_row(row, f"{FLAG} {path}, entry {i + 1}") for i, row in enumerate(rows)))
 
 
-def _parse_row(row: object, where: str) -> Prompt:
+def _parse_row(row: object, where: str) -> WarmupPrompt:
     if isinstance(row, str) and row.strip():
-        return Prompt(None, (("system", row), ("user", _USER_TURN)))
+        return WarmupPrompt(None, (("system", row), ("user", _USER_TURN)))
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: must be text, a system prompt, or a mapping of {', '.join(sorted(_FIELDS))}")
     if unknown := sorted(str(key) for key in row.keys() - _FIELDS):
@@ -92,7 +92,7 @@ def _parse_row(row: object, where: str) -> Prompt:
     if "prompt" in row:
         if "system" in row or "messages" in row:
             raise ConfigError(f"{where}: prompt stands alone, without system and messages")
-        return Prompt(model, prompt=row["prompt"])
+        return WarmupPrompt(model, prompt=row["prompt"])
     messages = _parse_messages(row.get("messages", []), where)
     if "system" in row:
         messages.insert(0, ("system", row["system"]))
@@ -100,7 +100,7 @@ def _parse_row(row: object, where: str) -> Prompt:
         raise ConfigError(f"{where}: needs one of system, messages and prompt")
     if messages[-1][0] != "user":
         messages.append(("user", _USER_TURN))
-    return Prompt(model, tuple(messages))
+    return WarmupPrompt(model, tuple(messages))
 
 
 def _parse_messages(rows: object, where: str) -> list[tuple[str, str]]:
@@ -131,8 +131,8 @@ class Warmup:
         self._engine = engine
         self._version = version
         self._count = count
-        self._prompts: list[Prompt] = []
-        self._done: set[tuple[Prompt, str]] = set()
+        self._prompts: list[WarmupPrompt] = []
+        self._done: set[tuple[WarmupPrompt, str]] = set()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -180,7 +180,7 @@ class Warmup:
         limit = asyncio.Semaphore(_AT_ONCE)
         results: list[bool] = []
 
-        async def one(number: int, prompt: Prompt) -> None:
+        async def one(number: int, prompt: WarmupPrompt) -> None:
             async with limit:
                 results.append(await self._warm(prompt, number))
             self._count(results[-1])
@@ -191,7 +191,7 @@ class Warmup:
         await asyncio.gather(*(one(number, prompt) for number, (prompt, _) in enumerate(todo)))
         log.info("warm-up: %d of %d prompts are in the prefix cache", sum(results), len(todo))
 
-    async def _warm(self, prompt: Prompt, number: int) -> bool:
+    async def _warm(self, prompt: WarmupPrompt, number: int) -> bool:
         job = TextJob(
             prompt.model or self._engine.names[0],
             f"warm-up-{number}",

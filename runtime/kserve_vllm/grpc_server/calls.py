@@ -32,7 +32,7 @@ from kserve_vllm.grpc_server.http2 import (
     Stream,
     poll,
 )
-from kserve_vllm.grpc_server.receive_buffer import WINDOW_BITS, Budget, ReceiveBuffer, Share, Unreadable
+from kserve_vllm.grpc_server.receive_buffer import WINDOW_BITS, ReceiveBudget, ReceiveBuffer, ReceiveShare, Unreadable
 from kserve_vllm.protocols.oip.grpc_enforcement import ADMITTED, Metadata, Screened
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1
 _RESERVED = frozenset(
     {b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"}
 )
-_LAST_WORD_S = 1.0
+LAST_WORD_S = 1.0
 _MAX_PATH = 200
 KEYLESS_MESSAGE = 64 << 10
 """Bytes of a message, and of messages that wait to be read, of a call that needs no key."""
-_KEYLESS_HELD, _KEYLESS_LEAST = 4 << 20, 16 << 10
+KEYLESS_HELD, _KEYLESS_LEAST = 4 << 20, 16 << 10
 MAX_KEYLESS_CALLS = 8192
 """Calls of all connections that are open at once and need no key. Above it, the connection with most of them goes."""
 _ENCODINGS = b"identity, deflate, gzip"
@@ -88,17 +88,17 @@ class Services:
     open_calls: set[Call] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.budget = Budget(4 * self.max_message)
+        self.budget = ReceiveBudget(4 * self.max_message)
         """For what calls hold of messages that are not complete, or not read yet."""
-        self.keyless_budget = Budget(_KEYLESS_HELD, _KEYLESS_LEAST)
+        self.keyless_budget = ReceiveBudget(KEYLESS_HELD, _KEYLESS_LEAST)
         """The same for calls that need no key."""
-        self._shares: weakref.WeakValueDictionary[Hashable, Share] = weakref.WeakValueDictionary()
+        self._shares: weakref.WeakValueDictionary[Hashable, ReceiveShare] = weakref.WeakValueDictionary()
 
-    def share(self, owner: Hashable, budget: Budget) -> Share:
+    def share(self, owner: Hashable, budget: ReceiveBudget) -> ReceiveShare:
         """What a caller holds of a budget."""
         found = self._shares.get((owner, id(budget)))
         if found is None:
-            found = self._shares[owner, id(budget)] = Share(budget)
+            found = self._shares[owner, id(budget)] = ReceiveShare(budget)
         return found
 
     def connect(self) -> Connection:
@@ -130,16 +130,16 @@ class Services:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, give open ones `grace_s` seconds, then end what is left and close all connections.
 
-        Whatever clients do, this takes no longer than `grace_s` and three times `_LAST_WORD_S`.
+        Whatever clients do, this takes no longer than `grace_s` and three times `LAST_WORD_S`.
         """
         self.leave()
         await asyncio.gather(*(call.finish(grace_s) for call in list(self.open_calls)))
         # gRPC's clients close by themselves then, once they have read all.
-        await poll(lambda: not any(each.taking for each in self.connections), min(grace_s, _LAST_WORD_S))
+        await poll(lambda: not any(each.taking for each in self.connections), min(grace_s, LAST_WORD_S))
         for connection in list(self.connections):
             connection.close()
         # What is written last goes out after that.
-        await poll(lambda: not self.connections, _LAST_WORD_S)
+        await poll(lambda: not self.connections, LAST_WORD_S)
         for connection in list(self.connections):
             connection.abort()
 
@@ -182,7 +182,7 @@ class Call:
         self.keyless = False
         """Whether it was let in without a key, since it needs none."""
         share = services.share(stream.connection, services.keyless_budget)
-        self._inbox = ReceiveBuffer(
+        self.inbox = ReceiveBuffer(
             stream, share, KEYLESS_MESSAGE, services.message_timeout_s, self._cut, max_unread=KEYLESS_MESSAGE
         )
         self._begun = False
@@ -231,18 +231,18 @@ class Call:
 
     def feed(self, data: bytes, size: int) -> None:
         """Take bytes that the client sent."""
-        self._inbox.feed(data, size)
+        self.inbox.feed(data, size)
 
     def feed_end(self) -> None:
         """The client has sent all."""
-        self._inbox.feed_end()
+        self.inbox.feed_end()
 
     def __aiter__(self) -> AsyncIterator[object]:
         return self
 
     async def __anext__(self) -> object:
         try:
-            message = await self._inbox.get()
+            message = await self.inbox.get()
         except Unreadable as error:
             await self.abort(error.code, error.details)
         if message is None:
@@ -315,7 +315,7 @@ class Call:
         self._ended = self._loop.create_future()
         await asyncio.wait({self._ended}, timeout=timeout_s)
         self._give_up(grpc.StatusCode.UNAVAILABLE, "the server is closing")
-        await asyncio.wait({self._ended}, timeout=_LAST_WORD_S)
+        await asyncio.wait({self._ended}, timeout=LAST_WORD_S)
 
     async def _wait_for_room(self) -> None:
         while self.blocked and self._stream.open:
@@ -329,7 +329,7 @@ class Call:
 
     def _end(self, code: grpc.StatusCode, details: str, trailing: Metadata) -> None:
         """Send the status, after what waits."""
-        self._inbox.close()
+        self.inbox.close()
         if self._trailers is not None or not self._stream.open:
             return
         head = [] if self._begun else _HEAD
@@ -352,7 +352,7 @@ class Call:
             self._timer.cancel()
         self._services.open_calls.discard(self)
         self._pending.clear()
-        self._inbox.close()
+        self.inbox.close()
         if self._outbox is not None:
             self._outbox.drop()
         if self._ended is not None and not self._ended.done():
@@ -379,7 +379,7 @@ class Call:
             return self._end(grpc.StatusCode.INTERNAL, str(error), ())
         encoding = named.get(b"grpc-encoding", b"identity").decode("latin-1")
         if encoding in WINDOW_BITS:
-            self._inbox.encoding = encoding
+            self.inbox.encoding = encoding
         elif encoding != "identity":
             return self._end(grpc.StatusCode.UNIMPLEMENTED, f"grpc-encoding {encoding} is not taken", ())
         path = named.get(b":path", b"").decode("latin-1")
@@ -389,7 +389,7 @@ class Call:
         if (refusal := self._screen(path)) is not None:
             return self._end(*refusal)
         if not self._handler.request_streaming:
-            self._inbox.expect_one()
+            self.inbox.expect_one()
         if timeout_s is not None:
             self._timer = self._loop.call_later(timeout_s, self._too_late)
         self._task = self._loop.create_task(self._handle())
@@ -405,7 +405,7 @@ class Call:
         if not screened.keyless:
             connection.identified()
             owner: Hashable = connection if screened.owner is None else screened.owner
-            self._inbox.admit(services.share(owner, services.budget), services.max_message)
+            self.inbox.admit(services.share(owner, services.budget), services.max_message)
             return None
         if connection.keyless >= MAX_KEYLESS_STREAMS:
             sentence = f"at most {MAX_KEYLESS_STREAMS} calls that need no key are open at once on one connection"
@@ -460,7 +460,7 @@ class Call:
         if self._task is None or self._task.done() or self._status is not None:
             return
         self._status = (code, details, ())
-        self._inbox.close()
+        self.inbox.close()
         self._task.cancel()
 
     def _too_late(self) -> None:

@@ -44,11 +44,11 @@ log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 
-_STREAM_WINDOW = 256 << 10
-_CONNECTION_WINDOW = 8 << 20
+STREAM_WINDOW = 256 << 10
+CONNECTION_WINDOW = 8 << 20
 _DEFAULT_WINDOW = 65_535
 _LEAST_FRAME = 16 << 10  # that every client takes (RFC 9113, 6.5.2)
-_MAX_STREAMS = 1000
+MAX_STREAMS = 1000
 MAX_HEADERS = 16 << 10
 """Bytes that the headers of a request may have, counted as HTTP/2 does (RFC 9113, 6.5.2)."""
 # Of larger ones a call is refused and its connection goes on, up to these: bytes when unpacked, and on the wire. A
@@ -64,26 +64,26 @@ _MOST_HELD = 32 << 10
 # Read in one go: as few bytes as 7 new calls have, at up to a millisecond each, or the rest of one frame of data.
 _READ = 128
 # What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds.
-_TURN_S = 0.003
+TURN_S = 0.003
 # What of the loop's time connections get together that have shown no key: so much at once, and this share after that.
 # A refused call costs half a millisecond, its log line included.
-_STRANGERS_S, _STRANGERS_SHARE = 0.05, 0.05
-_PREFACE_TIMEOUT_S = 20.0
+STRANGERS_S, STRANGERS_SHARE = 0.05, 0.05
+PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
 # streams of the connection.
-_RESETS, _RESETS_PER_S = 2000.0, 500.0
-_SETTINGS, _SETTINGS_PER_S = 100.0, 10.0
+RESETS, RESETS_PER_S = 2000.0, 500.0
+SETTINGS_CHANGES, SETTINGS_CHANGES_PER_S = 100.0, 10.0
 # Frames that move nothing: pings, priorities, unknown ones, data without a byte.
-_IDLE_FRAMES, _IDLE_FRAMES_PER_S = 10_000.0, 1000.0
+IDLE_FRAMES, IDLE_FRAMES_PER_S = 10_000.0, 1000.0
 # The table of headers that a client lets us refer back to; it names a size, and we fill it with what it asked for.
 _MAX_TABLE = 4096
 # From the first frame of a block of headers to its last one; all else on the connection has to wait for it.
-_HEADER_TIMEOUT_S = 20.0
+HEADER_TIMEOUT_S = 20.0
 _COMPLAIN_EVERY_S = 1.0
 # Between the last word to a client and the end: closed at once, the word may not arrive.
 _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
-_ABORT_S = 5.0
+ABORT_S = 5.0
 _LOOK_EVERY_S = 0.05
 _DATA, _GOAWAY = b"\0", b"\7"
 _FRAME_HEADER = 9  # bytes (RFC 9113, 4.1)
@@ -264,7 +264,7 @@ class _State(H2Connection):
 
     @property
     def open_inbound_streams(self) -> int:
-        return min(super().open_inbound_streams, _MAX_STREAMS - 1)
+        return min(super().open_inbound_streams, MAX_STREAMS - 1)
 
 
 class _Allowance:
@@ -298,7 +298,7 @@ class Connections(set["Connection"]):
         self._unread: tuple[deque[Connection], deque[Connection]] = (deque(), deque())
         self._turn: asyncio.Handle | None = None
         self._turn_ends = 0.0
-        self._strangers_left_s, self._strangers_at = _STRANGERS_S, 0.0
+        self._strangers_left_s, self._strangers_at = STRANGERS_S, 0.0
         self._refill: asyncio.TimerHandle | None = None
 
     def may_read(self, connection: Connection, now: float) -> bool:
@@ -306,8 +306,8 @@ class Connections(set["Connection"]):
         if connection in self._strangers and not self._may_strangers(now):
             return False
         if self._turn is None:
-            self._turn_ends = now + _TURN_S
-            self._turn = asyncio.get_running_loop().call_soon(self._read)
+            self._turn_ends = now + TURN_S
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turns)
         return not self._unread[0] and now <= self._turn_ends
 
     def count(self, connection: Connection, read_s: float) -> None:
@@ -319,21 +319,21 @@ class Connections(set["Connection"]):
         """Let this one read on in a later pass, when those before it have."""
         self._unread[connection in self._strangers].append(connection)
         if self._turn is None:
-            self._turn = asyncio.get_running_loop().call_soon(self._read)
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turns)
 
     def _may_strangers(self, now: float) -> bool:
-        grown = self._strangers_left_s + (now - self._strangers_at) * _STRANGERS_SHARE
-        self._strangers_left_s, self._strangers_at = min(_STRANGERS_S, grown), now
+        grown = self._strangers_left_s + (now - self._strangers_at) * STRANGERS_SHARE
+        self._strangers_left_s, self._strangers_at = min(STRANGERS_S, grown), now
         return self._strangers_left_s > 0
 
-    def _read(self) -> None:
+    def _take_turns(self) -> None:
         self._turn = None
         known, strangers = self._unread
         if not (known or strangers):
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._turn, self._turn_ends = loop.call_soon(self._read), now + _TURN_S
+        self._turn, self._turn_ends = loop.call_soon(self._take_turns), now + TURN_S
         # One at the least, or nothing would ever be read.
         while now <= self._turn_ends and (known or (strangers and self._may_strangers(now))):
             (known or strangers).popleft().read_on()
@@ -342,12 +342,12 @@ class Connections(set["Connection"]):
             self._turn.cancel()
             self._turn = None
             if self._refill is None:
-                self._refill = loop.call_later(_TURN_S, self._refilled)
+                self._refill = loop.call_later(TURN_S, self._refilled)
 
     def _refilled(self) -> None:
         self._refill = None
         if self._turn is None:
-            self._read()
+            self._take_turns()
 
     def enter(self, connection: Connection) -> None:
         """A client has connected. Over `MAX_CONNECTIONS` one has to go that has shown no key, the oldest first."""
@@ -409,7 +409,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self._accept = accept
         self._connections = connections
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._exchanges: dict[int, tuple[Stream, Exchange]] = {}
         self._leaving = False
         self._answered_at = -_FAREWELL_S
@@ -417,11 +417,11 @@ class Connection(asyncio.Protocol):
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._aborting: asyncio.TimerHandle | None = None
-        now = self._loop.time()
+        now = self.loop.time()
         self._resets, self._settings, self._idle_frames = (
-            _Allowance(_RESETS, _RESETS_PER_S, now),
-            _Allowance(_SETTINGS, _SETTINGS_PER_S, now),
-            _Allowance(_IDLE_FRAMES, _IDLE_FRAMES_PER_S, now),
+            _Allowance(RESETS, RESETS_PER_S, now),
+            _Allowance(SETTINGS_CHANGES, SETTINGS_CHANGES_PER_S, now),
+            _Allowance(IDLE_FRAMES, IDLE_FRAMES_PER_S, now),
         )
         self._unread = b""
         self._header_timer: asyncio.TimerHandle | None = None
@@ -439,8 +439,8 @@ class Connection(asyncio.Protocol):
         self.state.local_settings = Settings(
             client=False,
             initial_values={
-                SettingCodes.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
-                SettingCodes.MAX_CONCURRENT_STREAMS: _MAX_STREAMS,
+                SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+                SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
                 SettingCodes.MAX_HEADER_LIST_SIZE: max_headers,
             },
         )
@@ -448,7 +448,7 @@ class Connection(asyncio.Protocol):
         # Over its limit h2 closes the connection, with the calls of others on it.
         self.state.decoder.max_header_list_size = _MAX_HEADERS_READ
         # After a client's farewell h2 reads nothing more, though its open streams go on (RFC 9113, 6.8).
-        self.state._frame_dispatch_table[GoAwayFrame] = _farewell
+        self.state._frame_dispatch_table[GoAwayFrame] = read_goaway
         self.transport: asyncio.Transport
         self.writable = True
         """Whether the socket takes what is written."""
@@ -464,9 +464,9 @@ class Connection(asyncio.Protocol):
             # A client that vanished without a word is noticed by the kernel.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.state.initiate_connection()
-        self.state.increment_flow_control_window(_CONNECTION_WINDOW - _DEFAULT_WINDOW)
+        self.state.increment_flow_control_window(CONNECTION_WINDOW - _DEFAULT_WINDOW)
         self.flush()
-        self._opening = self._loop.call_later(_PREFACE_TIMEOUT_S, self.close)
+        self._opening = self.loop.call_later(PREFACE_TIMEOUT_S, self.close)
         self._connections.enter(self)
 
     def data_received(self, data: bytes) -> None:
@@ -475,7 +475,7 @@ class Connection(asyncio.Protocol):
             self._unread += data
             return
         self._unread = data
-        if self._connections.may_read(self, self._loop.time()):
+        if self._connections.may_read(self, self.loop.time()):
             self.read_on()
         else:
             self._read_later()
@@ -486,14 +486,14 @@ class Connection(asyncio.Protocol):
         A client that fills its parts with small frames does not hold up others, nor do many that each send a few: all
         of them share what a pass of the event loop has for it, and nothing more is read from who waits.
         """
-        data, at, began = self._unread, 0, self._loop.time()
+        data, at, began = self._unread, 0, self.loop.time()
         while at < len(data):
             size = self._read_size()
-            self._read(data[at : at + size])
+            self.read_frames(data[at : at + size])
             if self.broken:
                 return
             at += size
-            now = self._loop.time()
+            now = self.loop.time()
             self._connections.count(self, now - began)
             began = now
             if at < len(data) and not self._connections.may_read(self, now):
@@ -517,7 +517,8 @@ class Connection(asyncio.Protocol):
         self.transport.pause_reading()
         self._connections.read_later(self)
 
-    def _read(self, data: bytes) -> None:
+    def read_frames(self, data: bytes) -> None:
+        """Read some bytes of what the client sent, and answer what they ask for."""
         try:
             events = self.state.receive_data(data)
             self._check_frame()
@@ -530,7 +531,7 @@ class Connection(asyncio.Protocol):
             if self._pump_due:
                 # Once for all frames that were read, since it visits every stream.
                 self._pump_due = False
-                self._pump_all()
+                self.pump_all()
             self.flush()
         except ProtocolError as error:
             log.debug("a client breaks HTTP/2: %r", error)
@@ -559,7 +560,7 @@ class Connection(asyncio.Protocol):
         self.writable = True
         if not self._waits:
             self.transport.resume_reading()
-        self._pump_all()
+        self.pump_all()
 
     def flush(self) -> None:
         """Write what h2 has to say."""
@@ -593,7 +594,7 @@ class Connection(asyncio.Protocol):
         """An exchange is over."""
         if (found := self._exchanges.pop(stream_id, None)) is not None:
             self.keyless -= found[1].keyless
-        self._answered_at = self._loop.time()
+        self._answered_at = self.loop.time()
         if self._leaving and not self._exchanges:
             self._part()
 
@@ -610,13 +611,13 @@ class Connection(asyncio.Protocol):
 
     def _part(self) -> None:
         """Close in a while, when the client has taken what was written."""
-        self._loop.call_later(_FAREWELL_S, lambda: self.close() if self.flushed else self._part())
+        self.loop.call_later(_FAREWELL_S, lambda: self.close() if self.flushed else self._part())
 
     @property
     def taking(self) -> bool:
         """Whether the client may still be reading an answer. Where it writes to a closed socket meanwhile, as it does
         to acknowledge what it reads, the kernel may drop what it has not read."""
-        return not self.broken and self._loop.time() < self._answered_at + _FAREWELL_S
+        return not self.broken and self.loop.time() < self._answered_at + _FAREWELL_S
 
     @property
     def flushed(self) -> bool:
@@ -629,7 +630,7 @@ class Connection(asyncio.Protocol):
             self.flush()
             self.let_go()
             self._break()
-            self._aborting = self._loop.call_later(_ABORT_S, self.transport.abort)
+            self._aborting = self.loop.call_later(ABORT_S, self.transport.abort)
             self.transport.close()
 
     def abort(self) -> None:
@@ -686,7 +687,7 @@ class Connection(asyncio.Protocol):
         elif isinstance(event, RemoteSettingsChanged):
             self._opening.cancel()
             self._pump_due = True
-            if not self._settings.use(self._loop.time()):
+            if not self._settings.use(self.loop.time()):
                 self.calm("changes its settings without end")
         elif isinstance(event, (PingReceived, PriorityUpdated, UnknownFrameReceived)):
             self._count_idle_frame()
@@ -699,10 +700,10 @@ class Connection(asyncio.Protocol):
             # The client took it back, and opened another one, in the frames that are being read.
             return
         stream = Stream(self, number, found, receives)
-        if self._leaving or len(self._exchanges) >= _MAX_STREAMS:
+        if self._leaving or len(self._exchanges) >= MAX_STREAMS:
             # gRPC's clients ask again then, another server where this one leaves.
             stream.reset(ErrorCodes.REFUSED_STREAM)
-            if not self._resets.use(self._loop.time()):
+            if not self._resets.use(self.loop.time()):
                 self.calm("opens streams that are refused without end")
             return
         exchange = self._accept(stream, headers)
@@ -716,18 +717,18 @@ class Connection(asyncio.Protocol):
             self.keyless -= found[1].keyless
             found[0].open = False
             found[1].lose()
-        if not self._resets.use(self._loop.time()):
+        if not self._resets.use(self.loop.time()):
             self.calm("opens streams and takes them back without end")
 
     def calm(self, what: str) -> None:
         """Close, since the client does more than it may."""
-        if self._connections.complains(self._loop.time()):
+        if self._connections.complains(self.loop.time()):
             log.warning("a client %s; its connection is closed", what)
         self.state.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
         self.close()
 
     def _count_idle_frame(self) -> None:
-        if not self._idle_frames.use(self._loop.time()):
+        if not self._idle_frames.use(self.loop.time()):
             self.calm("sends frames that move nothing without end")
 
     def _check_frame(self) -> None:
@@ -740,7 +741,7 @@ class Connection(asyncio.Protocol):
             raise FrameTooLargeError("a frame is too long")
         block = buffer._headers_buffer
         if block and self._header_timer is None:
-            self._header_timer = self._loop.call_later(_HEADER_TIMEOUT_S, self._headers_too_late)
+            self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._headers_too_late)
         elif not block and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
@@ -759,7 +760,8 @@ class Connection(asyncio.Protocol):
         if not self._exchanges:
             self.close()
 
-    def _pump_all(self) -> None:
+    def pump_all(self) -> None:
+        """Send what all streams have waiting, as far as windows go."""
         for _, exchange in list(self._exchanges.values()):
             exchange.pump()
 
@@ -771,7 +773,8 @@ async def poll(done: Callable[[], bool], timeout_s: float) -> None:
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _farewell(_: Frame) -> tuple[list[Frame], list[Event]]:
+def read_goaway(_: Frame) -> tuple[list[Frame], list[Event]]:
+    """In place of h2's reader of GOAWAY, after which h2 would read nothing more."""
     return [], [ConnectionTerminated()]
 
 

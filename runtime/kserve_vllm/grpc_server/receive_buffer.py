@@ -1,7 +1,7 @@
 """The messages of a gRPC call on their way in: cut out of the stream, counted, and inflated when they are read.
 
-What clients may make the server hold is bounded four times: HTTP/2's windows for each stream, a `Budget` for all calls
-together, a fair part of it for each caller, and a time limit for each message.
+What clients may make the server hold is bounded four times: HTTP/2's windows for each stream, a `ReceiveBudget` for all
+calls together, a fair part of it for each caller, and a time limit for each message.
 Source of the frame, a flag and a length before each message: grpc/grpc, `doc/PROTOCOL-HTTP2.md`.
 """
 
@@ -38,7 +38,7 @@ class Unreadable(Exception):
 
 
 @dataclass(eq=False)
-class Share:
+class ReceiveShare:
     """What one caller holds of a budget.
 
     Attributes:
@@ -46,7 +46,7 @@ class Share:
         held: bytes now.
     """
 
-    budget: Budget
+    budget: ReceiveBudget
     held: int = 0
 
     @property
@@ -70,7 +70,7 @@ class Share:
 
 
 @dataclass
-class Budget:
+class ReceiveBudget:
     """What all calls may hold together of messages that are not complete, or not read yet.
 
     Over the limit, the parts of messages wait for each other: their clients may send what their windows let them, and
@@ -91,7 +91,7 @@ class Budget:
     least: int = 256 << 10
     held: int = 0
     waiting: dict[ReceiveBuffer, None] = field(default_factory=dict)
-    shares: set[Share] = field(default_factory=set)
+    shares: set[ReceiveShare] = field(default_factory=set)
 
     def change(self, by: int) -> None:
         """So many bytes more, or fewer, are held."""
@@ -140,7 +140,7 @@ class ReceiveBuffer:
     def __init__(
         self,
         stream: Stream,
-        share: Share,
+        share: ReceiveShare,
         max_message: int,
         timeout_s: float,
         fail: Callable[[grpc.StatusCode, str], None],
@@ -154,11 +154,11 @@ class ReceiveBuffer:
         self._timeout_s = timeout_s
         self._end_call = fail
         self._loop = asyncio.get_running_loop()
-        self._partial = bytearray()
+        self.partial = bytearray()
         self._held = 0
-        self._messages: deque[tuple[int, bytes]] = deque()
-        self._unread = 0
-        self._owed = 0
+        self.messages: deque[tuple[int, bytes]] = deque()
+        self.unread = 0
+        self.owed = 0
         self._single = False
         self._count = 0
         self._closed = False
@@ -167,7 +167,7 @@ class ReceiveBuffer:
         self.encoding: str | None = None
         """That of compressed messages; None where the client named none."""
 
-    def admit(self, share: Share, max_message: int) -> None:
+    def admit(self, share: ReceiveShare, max_message: int) -> None:
         """Count for another share from now on, before anything has come. What waits to be read has no bound then but
         the window's."""
         self.share, self._budget = share, share.budget
@@ -180,20 +180,20 @@ class ReceiveBuffer:
 
     def feed(self, data: bytes, size: int) -> None:
         """Take bytes; `size` of them count for the client's window."""
-        self._owed += size
+        self.owed += size
         if not self._closed:
-            self._partial += data
+            self.partial += data
             self._split()
             self._settle()
-            if self._partial and self._budget.refuses(self):
+            if self.partial and self._budget.refuses(self):
                 self._fail(grpc.StatusCode.UNAVAILABLE, "too much is sent to this server at once; try again")
-            elif self._max_unread is not None and self._unread > self._max_unread:
+            elif self._max_unread is not None and self.unread > self._max_unread:
                 self._fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "more is sent than is read; wait for the answers")
         self.credit()
 
     def feed_end(self) -> None:
         """The client has sent all."""
-        if self._partial and not self._closed:
+        if self.partial and not self._closed:
             self._fail(grpc.StatusCode.INTERNAL, "the last message is cut off")
         self._wake()
 
@@ -203,13 +203,13 @@ class ReceiveBuffer:
         Raises:
             Unreadable: it can't be inflated.
         """
-        while not self._messages:
+        while not self.messages:
             if self._closed or not self._stream.receives:
                 return None
             self._arrival = self._loop.create_future()
             await self._arrival
-        flag, message = self._messages.popleft()
-        self._unread -= PREFIX + len(message)
+        flag, message = self.messages.popleft()
+        self.unread -= PREFIX + len(message)
         self._settle()
         self.credit()
         return self._inflated(flag, message) if flag else message
@@ -219,20 +219,20 @@ class ReceiveBuffer:
         if self._closed:
             return
         self._closed = True
-        self._partial.clear()
-        self._messages.clear()
-        self._unread = 0
+        self.partial.clear()
+        self.messages.clear()
+        self.unread = 0
         self._settle()
         self._budget.leave(self)
         self.credit()
 
     def credit(self) -> None:
         """Let the client send more: not for what waits to be read, nor for a part where it is not its turn."""
-        if self._partial and not self._budget.lets(self):
+        if self.partial and not self._budget.lets(self):
             return
-        free = self._owed - self._unread
+        free = self.owed - self.unread
         if free > 0:
-            self._owed -= free
+            self.owed -= free
             self._stream.acknowledge(free)
 
     @property
@@ -242,7 +242,7 @@ class ReceiveBuffer:
 
     def _split(self) -> None:
         """Cut messages out of what has come."""
-        partial = self._partial
+        partial = self.partial
         while len(partial) >= PREFIX:
             length = int.from_bytes(partial[1:PREFIX], "big")
             if length > self._max_message:
@@ -250,9 +250,9 @@ class ReceiveBuffer:
                 return self._fail(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
             if len(partial) < PREFIX + length:
                 break
-            self._messages.append((partial[0], bytes(partial[PREFIX : PREFIX + length])))
+            self.messages.append((partial[0], bytes(partial[PREFIX : PREFIX + length])))
             del partial[: PREFIX + length]
-            self._unread += PREFIX + length
+            self.unread += PREFIX + length
             self._count += 1
             self._unclock()
             self._budget.leave(self)
@@ -262,15 +262,15 @@ class ReceiveBuffer:
 
     def _settle(self) -> None:
         """Book what is held, watch the clock over it, and wake the reader."""
-        held = len(self._partial) + self._unread
+        held = len(self.partial) + self.unread
         by, self._held = held - self._held, held
-        if self._partial:
+        if self.partial:
             self._clock()
         elif self._closed:
             self._unclock()
         if by:
             self.share.change(by)
-        if self._messages or self._closed:
+        if self.messages or self._closed:
             self._wake()
 
     def _fail(self, code: grpc.StatusCode, details: str) -> None:
@@ -289,7 +289,7 @@ class ReceiveBuffer:
     def _too_late(self) -> None:
         self._timer = None
         waits = self in self._budget.waiting and not self._budget.is_first(self)
-        if self._unread or waits or not self._stream.reads:
+        if self.unread or waits or not self._stream.reads:
             # It is us who did not let the client send.
             return self._clock()
         return self._fail(

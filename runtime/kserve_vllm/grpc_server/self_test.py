@@ -29,7 +29,7 @@ from h2.settings import SettingCodes
 from kserve_vllm.grpc_server.calls import Services
 from kserve_vllm.grpc_server.http2 import Connection
 
-_LIMIT_S = 5.0
+LIMIT_S = 5.0
 _MAX_MESSAGE = 1 << 20
 # More than a window of h2's default size, and than one frame: so windows are given back on both sides.
 _LARGE = 200_000
@@ -46,11 +46,11 @@ async def check() -> None:
         SelfTestError: it does not answer as it should, within 5 s.
         Exception: whatever a part that has changed raises.
     """
-    async with asyncio.timeout(_LIMIT_S):
+    async with asyncio.timeout(LIMIT_S):
         await _Check().run()
 
 
-class _Wire(asyncio.Transport):
+class MemoryTransport(asyncio.Transport):
     """Carries what the server writes to the client."""
 
     def __init__(self) -> None:
@@ -86,9 +86,9 @@ class _Wire(asyncio.Transport):
 class _Check:
     def __init__(self) -> None:
         self._services = Services(_MAX_MESSAGE)
-        self._services.add_generic_rpc_handlers((_handlers(),))
+        self._services.add_generic_rpc_handlers((echo_handlers(),))
         self._server: Connection = self._services.connect()
-        self._wire = _Wire()
+        self._wire = MemoryTransport()
         self._client = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         self._events: list[Event] = []
 
@@ -192,7 +192,9 @@ class _Check:
         _require(not self._wire.closed, "the connection is closed")
 
 
-def _handlers() -> grpc.GenericRpcHandler[bytes, bytes]:
+def echo_handlers() -> grpc.GenericRpcHandler[bytes, bytes]:
+    """A service that gives back what it is sent, as one message and as a stream."""
+
     async def echo(request: bytes, context: object) -> bytes:
         return request
 
@@ -201,7 +203,7 @@ def _handlers() -> grpc.GenericRpcHandler[bytes, bytes]:
             yield b"%d" % i
 
     async def wait(request: bytes, context: object) -> bytes:
-        await asyncio.sleep(_LIMIT_S)
+        await asyncio.sleep(LIMIT_S)
         return b""
 
     return grpc.method_handlers_generic_handler(

@@ -43,7 +43,7 @@ class VLLMModel(kserve.Model):  # type: ignore[misc]
 
     async def healthy(self) -> bool:
         """Whether requests for this model are answered now."""
-        info = self._engine_of_model.find(self.name)
+        info = self._engine_of_model.models.find(self.name)
         return self._lifecycle.live and info is not None and info.loaded
 
     async def predict(
@@ -91,14 +91,14 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
     def get_model(self, name: str) -> VLLMModel | None:
         """The model of that name, loaded or not, or None."""
         model: VLLMModel | None = self.models.get(name)
-        if model is None and self._engine.find(name) is not None:
+        if model is None and self._engine.models.find(name) is not None:
             model = VLLMModel(name, self._text, self._instances, self._lifecycle, self._engine)
             self.models[name] = model
         return model
 
     def get_models(self) -> dict[str, VLLMModel]:
         """All models by name."""
-        return {info.name: model for info in self._engine.models() if (model := self.get_model(info.name))}
+        return {info.name: model for info in self._engine.models.all() if (model := self.get_model(info.name))}
 
     def index(self) -> list[dict[str, str]]:
         """Name, version, state and reason of every model that the caller may use, as Triton's repository index gives
@@ -110,8 +110,8 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
                 "state": "READY" if info.loaded else "UNAVAILABLE",
                 "reason": info.error or ("" if info.loaded else "unloaded"),
             }
-            for info in self._engine.models()
-            if may_see(self._engine, info.name)
+            for info in self._engine.models.all()
+            if may_see(self._engine.models, info.name)
         ]
 
     def check_known(self, name: str) -> None:
@@ -120,8 +120,8 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
         Raises:
             NotFound: no such model, or not for this caller.
         """
-        info = self._engine.find(name)
-        if info is None or not may_see(self._engine, info.name):
+        info = self._engine.models.find(name)
+        if info is None or not may_see(self._engine.models, info.name):
             raise NotFound(f"no model named {name!r}", field="model_name")
 
     async def load_model_by_name(self, name: str) -> None:
@@ -133,7 +133,7 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
         """
         self.check_known(name)
         self._engine.adapters.check_alone()
-        if name in self._engine.names:
+        if name in self._engine.models.names:
             self._set_served(True)
         else:
             await self._engine.adapters.load(name)
@@ -147,13 +147,13 @@ class EngineModels(ModelRepository):  # type: ignore[misc]
         """
         self.check_known(name)
         self._engine.adapters.check_alone()
-        if name in self._engine.names:
+        if name in self._engine.models.names:
             self._set_served(False)
         else:
             await self._engine.adapters.unload(name)
 
     def _set_served(self, served: bool) -> None:
-        self._engine.served = served
+        self._engine.models.served = served
         self._lifecycle.set_loaded(served)
 
 
@@ -200,7 +200,7 @@ class EngineDataPlane(DataPlane):  # type: ignore[misc]
             Forbidden: the key of the running request may not use it, whether there is one or not.
             NotFound: no such model.
         """
-        check_permitted(self._engine, model_name, self._engine.plain(model_name))
+        check_permitted(self._engine.models, model_name, self._engine.models.plain(model_name))
         model = self._models.get_model(model_name)
         if model is None:
             raise NotFound(f"no model named {model_name!r}", field="model_name")

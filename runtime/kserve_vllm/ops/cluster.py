@@ -1,6 +1,6 @@
 """A Kubernetes cluster through the `kubernetes` client, as plain JSON.
 
-One door for every kind, custom or not: a path goes in, a dictionary comes out. What can't be read is an `Unreadable`
+One door for every kind, custom or not: a path goes in, a dictionary comes out. What can't be read is an `ApiError`
 with the server's status, so that a caller can tell a missing right from a missing object.
 """
 
@@ -52,7 +52,7 @@ MISSING_CLIENT = (
 )
 
 
-class Unreadable(Exception):
+class ApiError(Exception):
     """The API server did not give what was asked for.
 
     Attributes:
@@ -177,7 +177,7 @@ class Cluster:
         query = {"container": container, "tailLines": str(lines), "limitBytes": str(512 * 1024)}
         if previous:
             query["previous"] = "true"
-        return self._text("GET", path_of("Pod", namespace, pod) + "/log", query)[1]
+        return self.fetch_text("GET", path_of("Pod", namespace, pod) + "/log", query)[1]
 
     def through_pod(
         self,
@@ -198,7 +198,7 @@ class Cluster:
             Unreadable: the API server itself did not answer.
         """
         where = f"{path_of('Pod', namespace, pod)}:{port}/proxy{path}"
-        return self._text(
+        return self.fetch_text(
             "GET" if body is None else "POST", where, {}, body, dict(headers or {}), timeout_s, any_status=True
         )
 
@@ -210,16 +210,16 @@ class Cluster:
         body: Json | None = None,
         headers: dict[str, str] | None = None,
     ) -> Json:
-        _, text = self._text(method, path, query or {}, body, headers)
+        _, text = self.fetch_text(method, path, query or {}, body, headers)
         try:
             answer = json.loads(text)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise Unreadable(0, f"{self.server}{path} did not answer in JSON as Kubernetes does")
+            raise ApiError(0, f"{self.server}{path} did not answer in JSON as Kubernetes does")
         return answer
 
-    def _text(
+    def fetch_text(
         self,
         method: str,
         path: str,
@@ -229,6 +229,7 @@ class Cluster:
         timeout_s: float | None = None,
         any_status: bool = False,
     ) -> tuple[int, str]:
+        """Status and body of one request to the API server; raises `ApiError` for a refusal, unless `any_status`."""
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -245,11 +246,11 @@ class Cluster:
         except ApiException as error:
             status, text = int(error.status or 0), _words(error.body) or str(error.reason)
             if not any_status:
-                raise Unreadable(status, text) from None
+                raise ApiError(status, text) from None
         except (HTTPError, OSError) as error:
-            raise Unreadable(0, f"{self.server} does not answer: {error}") from None
+            raise ApiError(0, f"{self.server} does not answer: {error}") from None
         if status >= 400 and not any_status:
-            raise Unreadable(status, _message(text))
+            raise ApiError(status, _message(text))
         return status, text
 
 

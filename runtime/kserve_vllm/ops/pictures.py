@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kserve_vllm.ops.bench.result import SLO, Row
-    from kserve_vllm.ops.simulate import Report
+    from kserve_vllm.ops.simulate import SimulationReport
 
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 
@@ -65,7 +65,7 @@ def _save(figure: Figure, path: Path) -> None:
         raise ConfigError(f"--picture {path}: {error}") from None
 
 
-def draw_runs(path: Path, reports: Sequence[Report]) -> None:
+def draw_runs(path: Path, reports: Sequence[SimulationReport]) -> None:
     """Draw each run: requests inside, replicas wanted and ready, first tokens. Raises ConfigError as above."""
     plt = pyplot()
     figure, grid = plt.subplots(3, len(reports), figsize=(max(7, 5 * len(reports)), 7), sharex="col", squeeze=False)

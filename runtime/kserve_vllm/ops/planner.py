@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model.architecture import Architecture
 from kserve_vllm.ops.model.hardware import GPU, HOURS_PER_MONTH, Prices
-from kserve_vllm.ops.model.memory import Budget, EngineSettings, budget, lora_bytes
+from kserve_vllm.ops.model.memory import EngineSettings, MemoryBudget, budget, lora_bytes
 from kserve_vllm.ops.model.steptime import Operation, StepTime, operate, roofline
 from kserve_vllm.ops.model.traffic import Traffic
 from kserve_vllm.ops.model.weights import Model
@@ -81,7 +81,7 @@ class Option:
 
     gpu: GPU
     settings: EngineSettings
-    budget: Budget
+    budget: MemoryBudget
     step: StepTime
     operation: Operation
     capacity: float

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
+from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import MODES, condition, dig
 from kserve_vllm.ops.operations import add_cluster_arguments
 
 # What `kubectl rollout restart` writes on a Deployment. On a Deployment of KServe's it is taken back at the next
 # reconcile, and the pods are replaced twice; on the predictor KServe passes it on, in both modes.
 ANNOTATION = "kubectl.kubernetes.io/restartedAt"
-_POLL_S = 2.0
+POLL_S = 2.0
 _EPILOG = """
 Examples:
   kserve-vllm restart chat -n team-a           the usual way for the service (see --method)
@@ -46,7 +46,7 @@ cluster refuses.
 
 
 @dataclass
-class Report:
+class RestartReport:
     """What happened.
 
     Attributes:
@@ -93,14 +93,14 @@ def main(arguments: Sequence[str]) -> int:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     try:
-        restart = Restart(cluster, namespace, args.name, say, args.timeout, _POLL_S)
+        restart = Restart(cluster, namespace, args.name, say, args.timeout, POLL_S)
         method, why = restart.method(args.method)
         old = sorted(restart.pods())
         say(f"{args.name}: {len(old)} pods, by {method}{f' ({why})' if why else ''}: {', '.join(old) or 'none'}")
         if args.dry_run:
             return 0
         report = restart.run(method)
-    except Unreadable as error:
+    except ApiError as error:
         print(f"kserve-vllm: the cluster refuses: {error}", file=sys.stderr)
         return 3
     if args.json:
@@ -127,7 +127,7 @@ class Restart:
         name: str,
         say: Callable[[str], None],
         timeout_s: float = 3600.0,
-        poll_s: float = _POLL_S,
+        poll_s: float = POLL_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -138,7 +138,7 @@ class Restart:
         self._hinted = False
         try:
             self._isvc = cluster.get("InferenceService", namespace, name)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 404:
                 raise ConfigError(
                     f"there is no InferenceService {namespace}/{name}. kserve-vllm diagnose {name} -n {namespace}"
@@ -178,7 +178,7 @@ class Restart:
             return f"a canary is under way at {percent} %" if percent not in (None, 100) else ""
         try:
             deployment = self._cluster.get("Deployment", self._namespace, f"{self._name}-predictor")
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 404:
                 return ""
             raise
@@ -195,17 +195,17 @@ class Restart:
         """Budgets that select the service's pods by its own label."""
         try:
             found = self._cluster.list("PodDisruptionBudget", self._namespace)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status in (403, 404):
                 return []
             raise
         wanted = ("serving.kserve.io/inferenceservice", self._name)
         return [b for b in found if wanted in (dig(b, "spec", "selector", "matchLabels") or {}).items()]
 
-    def run(self, method: str) -> Report:
+    def run(self, method: str) -> RestartReport:
         """Do it, and wait for its end."""
         began = self._clock()
-        report = Report(method)
+        report = RestartReport(method)
         old = self.pods()
         if not old:
             self._say("no pod runs (scaled to zero, or stopped): the next one is new anyway")
@@ -240,7 +240,7 @@ class Restart:
         sick = {name for name, pod in old.items() if not is_ready(pod) and not pod["metadata"].get("deletionTimestamp")}
         return sick if self._mode == "Knative" and sick != set(old) else set()
 
-    def _one_by_one(self, report: Report, old: dict[str, Json], began: float) -> bool:
+    def _one_by_one(self, report: RestartReport, old: dict[str, Json], began: float) -> bool:
         well = [name for name, pod in old.items() if is_ready(pod)]
         for name in sorted(old):
             if name not in well:
@@ -252,7 +252,7 @@ class Restart:
                 try:
                     self._cluster.evict(self._namespace, name)
                     break
-                except Unreadable as error:
+                except ApiError as error:
                     if error.status == 404:
                         break
                     if error.status != 429:
@@ -269,7 +269,7 @@ class Restart:
 
     def _watch(
         self,
-        report: Report,
+        report: RestartReport,
         going: set[str],
         old: set[str],
         wanted: int,
@@ -289,7 +289,7 @@ class Restart:
                 return False
             self._sleep(self._poll_s)
 
-    def _tell(self, report: Report, now: dict[str, Json], old: set[str]) -> None:
+    def _tell(self, report: RestartReport, now: dict[str, Json], old: set[str]) -> None:
         at = self._clock()
         for name, pod in now.items():
             if pod["metadata"].get("deletionTimestamp") and name not in self._leaving:

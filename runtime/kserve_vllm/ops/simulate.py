@@ -17,7 +17,7 @@ import yaml
 
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.model import hardware, measured, memory, steptime, traffic, weights
-from kserve_vllm.ops.model.traffic import Request, Shape
+from kserve_vllm.ops.model.traffic import Arrival, TrafficShape
 from kserve_vllm.ops.sim.fleet import ColdStart, Fleet, ReplicaSettings, Result
 from kserve_vllm.ops.sim.scalers import MOST_REPLICAS, number_of, scaler
 from kserve_vllm.ops.tables import money, seconds, spark, table
@@ -81,7 +81,7 @@ class Scenario:
     """
 
     name: str
-    requests: Sequence[Request]
+    requests: Sequence[Arrival]
     duration_s: float
     step: steptime.StepTime
     replica: ReplicaSettings
@@ -100,7 +100,7 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Report:
+class SimulationReport:
     """What a run comes to.
 
     Attributes:
@@ -397,7 +397,7 @@ def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) ->
     return found
 
 
-def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Request], float, traffic.Traffic]:
+def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Arrival], float, traffic.Traffic]:
     if trace := part.text("trace"):
         requests = traffic.read_trace(folder / trace)
         duration = part.number("duration", max(requests[-1].at, 1.0), 1.0)
@@ -411,7 +411,7 @@ def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Request], floa
         shares = {}
     if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
         raise ConfigError("arrivals.classes: shares of the classes, such as {0: 0.8, 2: 0.2}, that add up to 1")
-    shape = Shape(
+    shape = TrafficShape(
         kind=part.text("kind", "constant"),
         rate=part.number("rate", 1.0),
         duration_s=part.number("duration", 3600, 1),
@@ -505,7 +505,7 @@ def _engine(
 # ---- running
 
 
-def run(scenario: Scenario, quiet: bool = True) -> Report:
+def run(scenario: Scenario, quiet: bool = True) -> SimulationReport:
     """Run one scenario."""
     began = time.monotonic()
 
@@ -538,7 +538,7 @@ def run(scenario: Scenario, quiet: bool = True) -> Report:
     counts: dict[str, int] = {}
     for outcome in result.outcomes:
         counts[outcome.result] = counts.get(outcome.result, 0) + 1
-    return Report(
+    return SimulationReport(
         scenario,
         result,
         share,
@@ -587,7 +587,7 @@ def least_gpu_hours(scenario: Scenario) -> float:
 
 def _search(
     args: argparse.Namespace, base: dict[str, object], changes: Sequence[tuple[list[str], object]], quiet: bool
-) -> list[Report]:
+) -> list[SimulationReport]:
     axes = []
     for word in args.search:
         path, _, values = word.partition("=")
@@ -612,7 +612,7 @@ def _search(
     return reports
 
 
-def cheapest(reports: Sequence[Report]) -> Report | None:
+def cheapest(reports: Sequence[SimulationReport]) -> SimulationReport | None:
     """The run with the fewest GPU hours among those that keep the SLO."""
     return min((report for report in reports if report.kept), key=lambda r: (r.result.gpu_hours, -r.good), default=None)
 
@@ -620,7 +620,7 @@ def cheapest(reports: Sequence[Report]) -> Report | None:
 # ---- for people
 
 
-def _human(report: Report) -> str:
+def _human(report: SimulationReport) -> str:
     own, result = report.scenario, report.result
     ready = [r for _, _, r, _, _ in result.timeline]
     wanted = [w for _, w, _, _, _ in result.timeline]
@@ -658,7 +658,7 @@ def _human(report: Report) -> str:
     )
 
 
-def _compared(reports: Sequence[Report], best: Report | None) -> str:
+def _compared(reports: Sequence[SimulationReport], best: SimulationReport | None) -> str:
     rows = [("", "SLO", "WITHIN", "FIRST TOKEN P50", "P99", "GAP P99", "NOT SERVED", "REPLICAS", "GPU HOURS", "COST")]
     for report in reports:
         first, gap = report.first_token, report.gap

@@ -19,7 +19,7 @@ from kserve_vllm.core.lifecycle import Lifecycle, State
 from kserve_vllm.core.request_context import RequestContext, Rights, current
 from kserve_vllm.core.types import Priority, Work
 from kserve_vllm.policy.priority_queue import PriorityQueue, Slot
-from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.policy.tenants import Caller, Tenants
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Policies:
     """
 
     tenants: Tenants = field(default_factory=Tenants)
-    limits: Limits | None = None
+    limits: RateLimiter | None = None
     service: Quota | None = None
     admission: PriorityQueue | None = None
     moderation: Moderation | None = None
@@ -61,7 +61,7 @@ class Policies:
     open_control: bool = False
 
 
-class Names(Protocol):
+class ServedNames(Protocol):
     """What enforcement needs of the engine: the names of the base model."""
 
     @property
@@ -335,7 +335,7 @@ class SequencePolicy:
         engine: for the names of the base model.
     """
 
-    def __init__(self, policies: Policies, engine: Names) -> None:
+    def __init__(self, policies: Policies, engine: ServedNames) -> None:
         self._policies = policies
         self._engine = engine
 
@@ -393,7 +393,7 @@ class SequencePolicy:
         return CacheLookup(context, request_id, context.access.priority or 0, use is Use.FRESH)
 
 
-def may_see(engine: Names, name: str) -> bool:
+def may_see(engine: ServedNames, name: str) -> bool:
     """Whether the caller of the running request gets to know of a model or adapter.
 
     That is who may use it, and an administrator, who may change the server's state.
@@ -409,7 +409,7 @@ def may_see(engine: Names, name: str) -> bool:
     return caller.may_use(engine.names if name in engine.names else [name])
 
 
-def check_permitted(engine: Names, name: str, plain: str) -> None:
+def check_permitted(engine: ServedNames, name: str, plain: str) -> None:
     """Let the caller of the running request ask a model for work, by its name, before anybody looks whether it is
     there: else the answers would tell which of the others are.
 

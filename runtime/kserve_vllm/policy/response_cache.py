@@ -49,7 +49,7 @@ _AGE = 64  # pieces of a running answer that are kept as they came; older ones a
 log = logging.getLogger(__name__)
 
 
-class Outcome(enum.Enum):
+class CacheOutcome(enum.Enum):
     """What the cache did for a request; `header` is the value of `x-cache`."""
 
     HIT = "hit"
@@ -60,7 +60,7 @@ class Outcome(enum.Enum):
     @property
     def header(self) -> str:
         """`hit` also for who joined a running generation: it cost the engine nothing."""
-        return "hit" if self is Outcome.JOINED else self.value
+        return "hit" if self is CacheOutcome.JOINED else self.value
 
 
 class Use(enum.Enum):
@@ -109,7 +109,7 @@ class Codec(Protocol[P]):
         """Whether an answer is complete with this piece."""
 
 
-class Store(Protocol):
+class AnswerStore(Protocol):
     """Where answers are kept. Reading and writing never raise for a store that is away."""
 
     remote: bool
@@ -224,7 +224,7 @@ class CacheLookup:
     request_id: str = ""
     priority: int = 0
     fresh: bool = False
-    outcome: Outcome | None = None
+    outcome: CacheOutcome | None = None
     pays: bool = False
 
 
@@ -238,7 +238,7 @@ class _Flight(Generic[P]):
         self.request_id = payer.request_id
         self.readers: dict[CacheLookup, None] = {}
         self.history: list[P | bytes] = []
-        self.outcome = Outcome.MISS
+        self.outcome = CacheOutcome.MISS
         self.error: Exception | None = None
         self.trace: TracebackType | None = None
         self.done = False
@@ -296,7 +296,7 @@ class ResponseCache(Generic[P]):
 
     def __init__(
         self,
-        store: Store,
+        store: AnswerStore,
         codec: Codec[P],
         scope: Literal["tenant", "shared"],
         max_entry_bytes: int = MAX_ENTRY_BYTES,
@@ -342,7 +342,7 @@ class ResponseCache(Generic[P]):
         if not self._store.remote and not asking.fresh:
             stored = self._unpacked(key, await self._store.get(key))
             if stored:
-                asking.outcome = Outcome.HIT
+                asking.outcome = CacheOutcome.HIT
                 for at, piece in enumerate(stored, 1):
                     yield piece
                     if not at % _BREATH:
@@ -385,10 +385,10 @@ class ResponseCache(Generic[P]):
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def _outcome(self, flight: _Flight[P], starts: bool) -> Outcome:
-        if starts or flight.outcome is Outcome.HIT:
+    def _outcome(self, flight: _Flight[P], starts: bool) -> CacheOutcome:
+        if starts or flight.outcome is CacheOutcome.HIT:
             return flight.outcome
-        return Outcome.JOINED
+        return CacheOutcome.JOINED
 
     def _launch(self, key: str, start: Callable[[], AsyncGenerator[P]], asking: CacheLookup) -> _Flight[P]:
         flight = _Flight(self._codec, asking)
@@ -431,11 +431,11 @@ class ResponseCache(Generic[P]):
         try:
             stored = self._unpacked(key, await self._store.get(key))
         except StoreUnavailable:
-            flight.outcome = Outcome.BYPASS
+            flight.outcome = CacheOutcome.BYPASS
             return False
         if not stored:
             return False
-        flight.outcome = Outcome.HIT
+        flight.outcome = CacheOutcome.HIT
         flight.payer.pays = False
         flight.history.extend(stored)
         return True

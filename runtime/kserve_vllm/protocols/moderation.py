@@ -17,8 +17,8 @@ suffixes, schemas and choices for structured output, arguments of chat templates
   would redact: it can't be said which part the replacement belongs to.
 
 Not looked at:
-- fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on: `_APART`);
-- the protocols' own words as values (`user`, `text`, `function`: `_WORDS`);
+- fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on: `LEFT_OUT`);
+- the protocols' own words as values (`user`, `text`, `function`: `PROTOCOL_WORDS`);
 - images, audio and video that the model takes: the base64 of a part of a message whose type says so (`_PARTS`), and
   nothing else that looks like base64. A model that reads text in images can be shown text past a moderation. Where the
   model takes none, such parts are looked at as texts, and so are URLs;
@@ -49,7 +49,7 @@ T = TypeVar("T")
 Location = tuple[str | int, ...]
 """Keys and indices from the top of a body to a text. A field's own name is marked by a last element `key`."""
 
-_APART = frozenset(
+LEFT_OUT = frozenset(
     """model request_id session_id user stop stop_sequences bad_words cache_salt prompt_cache_key service_tier
     encoding_format embed_dtype endianness truncation truncation_side padding task previous_response_id mm_payload
     safety_identifier logit_bias stream_options reasoning_effort output_mode truncate embedding_types input_type
@@ -57,7 +57,7 @@ _APART = frozenset(
 )
 """Fields at the top of a body that reach no model: they name something, or set how tokens are chosen or returned."""
 
-_WORDS = frozenset(
+PROTOCOL_WORDS = frozenset(
     """user assistant system developer tool function text input_text output_text refusal message image_url input_image
     video_url audio_url input_audio image_embeds function_call function_call_output custom tool_use tool_result thinking
     reasoning image base64 url ephemeral object string number integer boolean array null auto none required json_object
@@ -65,7 +65,7 @@ _WORDS = frozenset(
 )
 """Values that the protocols themselves use, and no text."""
 
-_NAMES = _WORDS | frozenset(
+_NAMES = PROTOCOL_WORDS | frozenset(
     """messages content role type name id tool_calls tool_call_id tool_use_id arguments input prompt tools tool_choice
     parameters properties description strict items enum additionalProperties input_schema cache_control source
     media_type data format detail documents document queries query instructions instruction summary status call_id
@@ -89,7 +89,7 @@ _NUMBERS = frozenset({"stop_token_ids", "allowed_token_ids", "logprob_token_ids"
 _EXEMPT = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_")
 _MEDIA_TYPE = re.compile(r"data:[a-z]+/[a-zA-Z0-9.+-]{1,64}(;codecs=[a-zA-Z0-9.]{1,16})?;base64")
-_MAX_VALUES = 50_000
+MAX_VALUES = 50_000
 _PART_TEXTS = ("text", "thinking", "refusal")
 
 
@@ -130,7 +130,7 @@ def texts_of(path: str, body: object, media: frozenset[str] = frozenset()) -> li
 
     _check_size(body)
     try:
-        _check_readable(body)
+        check_readable(body)
         _rebuild(body, (), note, _media_in(body, media))
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", field="body") from None
@@ -360,7 +360,7 @@ def _rebuild(
 ) -> object:
     """The tree with `visit` called on each text that is not `apart`; branches without a change are the same objects."""
     if isinstance(tree, str):
-        if not tree or tree in _WORDS or at in apart:
+        if not tree or tree in PROTOCOL_WORDS or at in apart:
             return tree
         return visit(at, tree)
     if isinstance(tree, Mapping):
@@ -388,7 +388,7 @@ def _rebuild_object(
         if at:
             if key not in _NAMES and isinstance(key, str) and key:
                 name = visit((*at, key, "key"), key)
-        elif key in _APART:
+        elif key in LEFT_OUT:
             new[key] = value
             continue
         inner = _decoded(value) if key == "arguments" and isinstance(value, str) else None
@@ -478,14 +478,15 @@ def _check_size(body: object) -> None:
         tree = trees.pop()
         if isinstance(tree, Mapping | list | tuple):
             count += len(tree)
-            if count > _MAX_VALUES:
+            if count > MAX_VALUES:
                 raise InvalidRequest(
-                    f"prompts are moderated here, and the body has more than {_MAX_VALUES} values", field="body"
+                    f"prompts are moderated here, and the body has more than {MAX_VALUES} values", field="body"
                 )
             trees.extend(tree.values() if isinstance(tree, Mapping) else tree)
 
 
-def _check_readable(body: object) -> None:
+def check_readable(body: object) -> None:
+    """Raise `InvalidRequest` for a prompt that no filter of text can read: token ids, embeddings."""
     if not isinstance(body, Mapping):
         return
     for field, value in body.items():

@@ -9,7 +9,7 @@ from kserve_vllm.core.types import ModelInfo, Piece, TextJob
 
 
 class TextEngine(Protocol):
-    """Continues text, or pools it; `engine.vllm.VLLMEngine`, or what looks at the texts before it does."""
+    """Continues text, or pools it; `engine.text_tasks.TextTasks`, or what looks at the texts before it does."""
 
     @property
     def generates(self) -> bool:

@@ -61,7 +61,7 @@ HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-
 _PATH_AND_QUERY = re.compile(rb"https?://[^/?#@]+(?=[/?#]|$)", re.IGNORECASE)
 
 
-class Refusal(Exception):
+class RequestRefusal(Exception):
     """A request that is answered before any app sees it; the connection is closed.
 
     Args:
@@ -93,7 +93,7 @@ class Held(Protocol):
     transport: asyncio.Transport
 
 
-class Connections:
+class HTTPConnections:
     """The open connections of one port, oldest idle one first.
 
     Args:
@@ -151,7 +151,7 @@ class HTTP1(HttpToolsProtocol):
 
     def __init__(
         self,
-        open_connections: Connections,
+        open_connections: HTTPConnections,
         http2: Callable[[HTTP1], asyncio.Protocol] | None,
         *arguments: Any,
         **named: Any,
@@ -170,7 +170,7 @@ class HTTP1(HttpToolsProtocol):
         self._unread = 0
         self._trailers = 0
         self._requests = 0
-        self._refusal: Refusal | None = None
+        self._refusal: RequestRefusal | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._head_timed = False
         self._last = b""
@@ -192,7 +192,7 @@ class HTTP1(HttpToolsProtocol):
         """asyncio's."""
         super().connection_made(transport)
         if not self._open.add(self):
-            self._refuse(Refusal(503, "too many connections are open (--max-connections)"))
+            self._refuse(RequestRefusal(503, "too many connections are open (--max-connections)"))
         else:
             # A connection on which nothing ever comes is closed as one that is kept alive.
             self._set_timer(self.timeout_keep_alive, self.timeout_keep_alive_handler)
@@ -237,10 +237,12 @@ class HTTP1(HttpToolsProtocol):
                     self._head_timed = True
                     self._set_timer(HEAD_TIMEOUT_S, self._head_timeout)
                 if self._pending > MAX_HEAD:
-                    raise Refusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
+                    raise RequestRefusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
             elif self._pending > MAX_FRAMING + self._body_bytes:
-                raise Refusal(400, "the body is sent in too many and too small chunks, or with too much beside it")
-        except Refusal as refusal:
+                raise RequestRefusal(
+                    400, "the body is sent in too many and too small chunks, or with too much beside it"
+                )
+        except RequestRefusal as refusal:
             self._refuse(refusal)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -339,17 +341,17 @@ class HTTP1(HttpToolsProtocol):
         """uvicorn's, for what its parser refuses."""
         error = sys.exc_info()[1]
         refused = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-        if isinstance(refused, Refusal):
+        if isinstance(refused, RequestRefusal):
             self._refuse(refused)
         elif isinstance(error, httptools.HttpParserInvalidMethodError) and _METHOD.match(self._last.lstrip()):
             # RFC 9110, 9.1.
-            self._refuse(Refusal(501, "this method is not known"))
+            self._refuse(RequestRefusal(501, "this method is not known"))
         elif "HTTP version" in str(error):
-            self._refuse(Refusal(505, "this is answered in HTTP/1.1 and HTTP/1.0"))
+            self._refuse(RequestRefusal(505, "this is answered in HTTP/1.1 and HTTP/1.0"))
         else:
-            self._refuse(Refusal(400, "this is no HTTP/1.1 request that can be read"))
+            self._refuse(RequestRefusal(400, "this is no HTTP/1.1 request that can be read"))
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: RequestRefusal) -> None:
         """Answer, once the answers to requests before are out, and close the connection."""
         if self._refusal is not None:
             return
@@ -393,7 +395,7 @@ class HTTP1(HttpToolsProtocol):
             # Its parser has bounds of its own, and would say nothing more.
             taken_by.connections.discard(taken_by)
             self.transport.set_protocol(self)
-            raise Refusal(431, "the handshake has a line of more than 8 KiB, or too many fields")
+            raise RequestRefusal(431, "the handshake has a line of more than 8 KiB, or too many fields")
         lost, send = taken_by.connection_lost, taken_by.send
 
         def connection_lost(exc: Exception | None) -> None:
@@ -417,7 +419,7 @@ class HTTP1(HttpToolsProtocol):
             self._timer = None
 
     def _head_timeout(self) -> None:
-        self._refuse(Refusal(408, f"the head of the request did not come within {HEAD_TIMEOUT_S:g} s"))
+        self._refuse(RequestRefusal(408, f"the head of the request did not come within {HEAD_TIMEOUT_S:g} s"))
 
     def _unread_timeout(self) -> None:
         self.transport.close()
@@ -438,7 +440,7 @@ class HTTP1(HttpToolsProtocol):
             return
         self._target_bytes += len(url)
         if self._target_bytes > MAX_TARGET:
-            raise Refusal(414, f"the target of the request is longer than {MAX_TARGET >> 10} KiB")
+            raise RequestRefusal(414, f"the target of the request is longer than {MAX_TARGET >> 10} KiB")
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -448,13 +450,13 @@ class HTTP1(HttpToolsProtocol):
         if not self._in_head:
             self._trailers += 1
             if self._trailers > MAX_FIELDS:
-                raise Refusal(431, f"there are more than {MAX_FIELDS} fields behind the body")
+                raise RequestRefusal(431, f"there are more than {MAX_FIELDS} fields behind the body")
             return
         self._head_bytes += len(name) + len(value) + 4
         if len(self.headers) >= MAX_FIELDS:
-            raise Refusal(431, f"the head of the request has more than {MAX_FIELDS} fields")
+            raise RequestRefusal(431, f"the head of the request has more than {MAX_FIELDS} fields")
         if self._head_bytes > MAX_HEAD:
-            raise Refusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
+            raise RequestRefusal(431, f"the head of the request is larger than {MAX_HEAD >> 10} KiB")
         # RFC 9110, 5.5: blanks and tabs around a value are no part of it; the parser leaves a tab at the end. How it
         # has understood a coding is its own affair, which is not to be told another way here.
         if value.endswith(b"\t") and name.lower() != b"transfer-encoding":
@@ -471,7 +473,7 @@ class HTTP1(HttpToolsProtocol):
         self._unset_timer()
         self._check_head()
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise Refusal(503, f"more than {MAX_PIPELINED} requests wait on this connection")
+            raise RequestRefusal(503, f"more than {MAX_PIPELINED} requests wait on this connection")
         self._open.busy(self)
         self._requests += 1
         before = self.cycle
@@ -493,7 +495,7 @@ class HTTP1(HttpToolsProtocol):
         """Refuse what RFC 9112 has refused, and what two servers in a row could read in two ways."""
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            raise Refusal(505, "this is answered in HTTP/1.1 and HTTP/1.0")
+            raise RequestRefusal(505, "this is answered in HTTP/1.1 and HTTP/1.0")
         hosts, coding, of_websocket = [], [], []
         for name, value in self.headers:
             if name == b"host":
@@ -503,17 +505,17 @@ class HTTP1(HttpToolsProtocol):
             elif name == b"sec-websocket-version":
                 of_websocket.append(value)
             elif name == b"expect" and version != "1.0" and value.lower() != b"100-continue":
-                raise Refusal(417, "only 100-continue can be expected")
+                raise RequestRefusal(417, "only 100-continue can be expected")
         # RFC 9112, 3.2.
         if len(hosts) > 1 or (not hosts and version == "1.1"):
-            raise Refusal(400, "a request has one Host field")
+            raise RequestRefusal(400, "a request has one Host field")
         if hosts and not HOST.fullmatch(hosts[0]):
-            raise Refusal(400, "the Host field holds no host")
+            raise RequestRefusal(400, "the Host field holds no host")
         # RFC 9112, 6.1.
         if coding and version == "1.0":
-            raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding")
+            raise RequestRefusal(400, "HTTP/1.0 has no Transfer-Encoding")
         if coding and coding != [b"chunked"]:
-            raise Refusal(501, "the only Transfer-Encoding that is understood is chunked")
+            raise RequestRefusal(501, "the only Transfer-Encoding that is understood is chunked")
         # RFC 6455, 4.4; RFC 9110, 15.5.22. A handshake without a version is refused as one.
         if (
             of_websocket
@@ -521,14 +523,14 @@ class HTTP1(HttpToolsProtocol):
             and self.parser.should_upgrade()
             and self._should_upgrade()
         ):
-            raise Refusal(426, "the only version of websockets that is spoken is 13", _SPOKEN)
+            raise RequestRefusal(426, "the only version of websockets that is spoken is 13", _SPOKEN)
         # RFC 9112, 3.2.2: an absolute target's path may be empty.
         if (origin := _PATH_AND_QUERY.match(self.url)) is not None:
             self.url = self.url[origin.end() :]
             if not self.url.startswith(b"/"):
                 self.url = b"/" + self.url
         if not self.url.startswith(b"/"):
-            raise Refusal(400, "the target of a request is a path")
+            raise RequestRefusal(400, "the target of a request is a path")
 
     def _should_upgrade(self) -> bool:
         # RFC 6455, 4.1: a handshake is a GET of HTTP/1.1. Every other request is answered as it stands.

@@ -24,7 +24,7 @@ from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
 from kserve_vllm.grpc_server.http2 import Connection, Connections, Exchange, Headers, Stream, poll
 from kserve_vllm.servers import http1
-from kserve_vllm.servers.http1 import Refusal
+from kserve_vllm.servers.http1 import RequestRefusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Scope
@@ -65,14 +65,16 @@ class HTTP2:
         access_log: whether to write a line for each request.
     """
 
-    def __init__(self, app: ASGIApp, open_connections: http1.Connections, most: int, access_log: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, open_connections: http1.HTTPConnections, most: int, access_log: bool = False
+    ) -> None:
         self.app = app
         self.open = open_connections
         self.most = most
         self.access_log = access_log
         self.connections = Connections(bounded=False)
         """Those of HTTP/2; `open` has them as well."""
-        self.requests: set[Request] = set()
+        self.requests: set[HTTP2Request] = set()
         """Those whose answer is not written."""
         self.tasks: set[asyncio.Task[None]] = set()
         self.unread = 0
@@ -101,7 +103,7 @@ class HTTP2:
         """What runs on a new stream."""
         kinds = [value for name, value in headers if name == b"content-type"]
         if len(kinds) != 1 or not _GRPC.fullmatch(kinds[0]):
-            return Request(self, stream, headers)
+            return HTTP2Request(self, stream, headers)
         if self._calls is not None:
             return self._calls(stream, headers)
         code, sentence = self._no_calls
@@ -196,7 +198,7 @@ class _Connection(Connection):
         While a request is open, that is not said: some clients' libraries read nothing behind a GOAWAY (Python's h2,
         which httpx uses), and would lose the answer. gRPC's clients all do.
         """
-        self._leaves_later = any(isinstance(each[1], Request) for each in self._exchanges.values())
+        self._leaves_later = any(isinstance(each[1], HTTP2Request) for each in self._exchanges.values())
         if not self._leaves_later:
             super().leave()
 
@@ -206,7 +208,7 @@ class _Connection(Connection):
         self.rest(stream_id)
         if self._leaves_later:
             # The frame that ends the exchange may be written right after this.
-            self._loop.call_soon(self.leave)
+            self.loop.call_soon(self.leave)
 
     def rest(self, stream_id: int) -> None:
         """An exchange needs nothing more of us."""
@@ -219,7 +221,7 @@ class _Connection(Connection):
     def _on_request(self, number: int, headers: Headers, receives: bool) -> None:
         super()._on_request(number, headers, receives)
         found = self._exchanges.get(number)
-        if found is not None and not (isinstance(found[1], Request) and found[1].answered):
+        if found is not None and not (isinstance(found[1], HTTP2Request) and found[1].answered):
             self._running.add(number)
             self._port.open.busy(self)
             self._unwait()
@@ -231,7 +233,7 @@ class _Connection(Connection):
     def _wait(self) -> None:
         """Close it in a while, as one of HTTP/1.1 that is kept alive."""
         self._unwait()
-        self._idle_timer = self._loop.call_later(self.first.timeout_keep_alive, self.leave)
+        self._idle_timer = self.loop.call_later(self.first.timeout_keep_alive, self.leave)
 
     def _unwait(self) -> None:
         if self._idle_timer is not None:
@@ -257,7 +259,7 @@ class _Refused:
         """There is nothing to lose."""
 
 
-class Request:
+class HTTP2Request:
     """One request, from its headers to the end of its answer; ASGI's `receive` and `send` for its app.
 
     Args:
@@ -287,7 +289,7 @@ class Request:
         self.answered = False
         """Whether its app has answered; the client may not have taken all of it."""
         self._pending: deque[bytes | memoryview] = deque()
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         self._left: int | None = None
         self._room: asyncio.Future[None] | None = None
         fits = port.make_room()
@@ -300,13 +302,13 @@ class Request:
         try:
             self._scope = self._read(headers)
             if not fits:
-                raise Refusal(503, "too many requests are open (--max-connections)")
-        except Refusal as refusal:
+                raise RequestRefusal(503, "too many requests are open (--max-connections)")
+        except RequestRefusal as refusal:
             self._refuse(refusal, dict(headers).get(b":path", b""))
             if not stream.open:
                 self._over()
             return
-        task = connection._loop.create_task(self._run())
+        task = connection.loop.create_task(self._run())
         port.tasks.add(task)
         task.add_done_callback(port.tasks.discard)
 
@@ -320,7 +322,7 @@ class Request:
                 few, `host` beside another `:authority`, fields of the connection.
         """
         if sum(len(name) + len(value) + 4 for name, value in headers) > http1.MAX_HEAD:
-            raise Refusal(431, f"the head of the request is larger than {http1.MAX_HEAD >> 10} KiB")
+            raise RequestRefusal(431, f"the head of the request is larger than {http1.MAX_HEAD >> 10} KiB")
         pseudo: dict[bytes, bytes] = {}
         fields: Headers = []
         cookies: list[bytes] = []
@@ -328,7 +330,7 @@ class Request:
             if name.startswith(b":"):
                 pseudo[name] = value
             elif not _TOKEN.fullmatch(name) or _UNPRINTABLE.search(value):
-                raise Refusal(400, "a field of the request can't be one of HTTP")
+                raise RequestRefusal(400, "a field of the request can't be one of HTTP")
             elif name == b"cookie":
                 # RFC 9113, 8.2.3: in parts, for the table.
                 cookies.append(value)
@@ -341,21 +343,21 @@ class Request:
             fields.append((b"cookie", b"; ".join(cookies)))
         method, target = pseudo[b":method"], pseudo.get(b":path", b"")
         if len(target) > http1.MAX_TARGET:
-            raise Refusal(414, f"the target of the request is longer than {http1.MAX_TARGET >> 10} KiB")
+            raise RequestRefusal(414, f"the target of the request is longer than {http1.MAX_TARGET >> 10} KiB")
         if len(fields) > http1.MAX_FIELDS:
-            raise Refusal(431, f"the head of the request has more than {http1.MAX_FIELDS} fields")
+            raise RequestRefusal(431, f"the head of the request has more than {http1.MAX_FIELDS} fields")
         if method not in _METHODS:
-            raise Refusal(501, "this method is not known")
+            raise RequestRefusal(501, "this method is not known")
         if not http1.HOST.fullmatch(host):
-            raise Refusal(400, "the Host field holds no host")
+            raise RequestRefusal(400, "the Host field holds no host")
         # A tunnel has no path (RFC 9113, 8.5), and one for another protocol (RFC 8441) is not offered.
         if method == b"CONNECT" or not _TARGET.fullmatch(target):
-            raise Refusal(400, "the target of a request is a path")
+            raise RequestRefusal(400, "the target of a request is a path")
         self._read_framing(fields)
         try:
             url = httptools.parse_url(target)
         except httptools.HttpParserInvalidURLError:
-            raise Refusal(400, "the target of a request is a path") from None
+            raise RequestRefusal(400, "the target of a request is a path") from None
         path = url.path.decode("ascii")
         first = self._connection.first
         return {
@@ -382,17 +384,17 @@ class Request:
         """
         lengths = [value for name, value in fields if name == b"content-length"]
         if len(lengths) > 1 or not all(each.isdigit() for each in lengths):
-            raise Refusal(400, "a request has one Content-Length")
+            raise RequestRefusal(400, "a request has one Content-Length")
         for name, value in fields:
             if name == b"expect":
                 if value.lower() != b"100-continue":
-                    raise Refusal(417, "only 100-continue can be expected")
+                    raise RequestRefusal(417, "only 100-continue can be expected")
                 self._continue = True
         if self._stream.receives and not lengths:
             # HTTP/2 says the end of a body by a flag; this is how those behind know that there is one.
             fields.append((b"transfer-encoding", b"chunked"))
 
-    def _refuse(self, refusal: Refusal, target: bytes) -> None:
+    def _refuse(self, refusal: RequestRefusal, target: bytes) -> None:
         """Answer without an app; what one says later is not heard."""
         self._refused = True
         fields, body = refusal.answer(target)
@@ -446,7 +448,7 @@ class Request:
 
     async def send(self, message: Message) -> None:
         """ASGI's send. It waits while the client does not take what was sent before."""
-        while self._pending_bytes > MAX_UNTAKEN and not self._gone:
+        while self.pending_bytes > MAX_UNTAKEN and not self._gone:
             if self._room is None or self._room.done():
                 self._room = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._room)
@@ -512,7 +514,7 @@ class Request:
             return
         if body:
             self._pending.append(body)
-            self._pending_bytes += len(body)
+            self.pending_bytes += len(body)
         self.pump()
         if last and stream.open:
             self._connection.rest(stream.number)
@@ -526,14 +528,14 @@ class Request:
                 chunk = memoryview(chunk)
                 pending.appendleft(chunk[room:])
                 chunk = chunk[:room]
-            self._pending_bytes -= len(chunk)
+            self.pending_bytes -= len(chunk)
             if self.answered and not pending:
                 self._finish(chunk)
                 return
             stream.write(chunk)
         if self.answered and not pending and stream.open:
             self._finish()
-        elif self._pending_bytes <= MAX_UNTAKEN:
+        elif self.pending_bytes <= MAX_UNTAKEN:
             self._wake()
 
     def _finish(self, chunk: bytes | memoryview = b"") -> None:
@@ -549,7 +551,7 @@ class Request:
         self._gone = True
         self._port.requests.discard(self)
         self._pending.clear()
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         self._drop_body()
         self._event.set()
         self._wake()
@@ -573,7 +575,7 @@ class Request:
         self._event.set()
         if self._port.unread > MAX_UNREAD_BODIES and not self._started:
             self._refuse(
-                Refusal(503, "the server holds too much of request bodies that it could not read yet"),
+                RequestRefusal(503, "the server holds too much of request bodies that it could not read yet"),
                 self._scope["raw_path"],
             )
 

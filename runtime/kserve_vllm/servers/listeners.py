@@ -79,9 +79,9 @@ class HTTPServer:
         http2: bool = True,
     ) -> None:
         self._socket = _bind(settings.host, port, flag, shared)
-        self.connections = http1.Connections(settings.max_connections)
+        self.connections = http1.HTTPConnections(settings.max_connections)
         """Those that are open."""
-        self._http2: HTTP2 | None = None
+        self.http2: HTTP2 | None = None
         config = uvicorn.Config(
             app,
             http=self._connect,  # type: ignore[arg-type]
@@ -99,31 +99,31 @@ class HTTPServer:
             backlog=_BACKLOG,
         )
         config.load()
-        self._server = _QuietServer(config)
+        self.uvicorn = _QuietServer(config)
         self._task: asyncio.Task[None] | None = None
         if http2 and settings.http2:
             self._begin_http2(settings)
 
     def _begin_http2(self, settings: ServerSettings) -> None:
-        config = self._server.config
+        config = self.uvicorn.config
         try:
             from kserve_vllm.servers.http2 import HTTP2
         except ImportError as error:
             self._end_http2(error)
             return
-        self._http2 = HTTP2(config.loaded_app, self.connections, settings.max_connections, settings.access_log)
+        self.http2 = HTTP2(config.loaded_app, self.connections, settings.max_connections, settings.access_log)
         if config.ssl is not None:
             config.ssl.set_alpn_protocols(["h2", "http/1.1"])
 
     def _end_http2(self, why: Exception) -> None:
         log.error("HTTP/2 is off: it does not work with the installed h2, which was not tested", exc_info=why)
-        self._http2 = None
-        if (tls := self._server.config.ssl) is not None:
+        self.http2 = None
+        if (tls := self.uvicorn.config.ssl) is not None:
             tls.set_alpn_protocols(["http/1.1"])
 
     def _connect(self, **named: Any) -> http1.HTTP1:
         """The protocol of a new connection, which is HTTP/1.1's until it begins with HTTP/2's preface."""
-        return http1.HTTP1(self.connections, self._http2.connect if self._http2 is not None else None, **named)
+        return http1.HTTP1(self.connections, self.http2.connect if self.http2 is not None else None, **named)
 
     @property
     def port(self) -> int:
@@ -133,7 +133,7 @@ class HTTPServer:
     @property
     def answers_grpc(self) -> bool:
         """Whether gRPC is answered here, since `join`."""
-        return self._http2 is not None and self._http2.answers_calls
+        return self.http2 is not None and self.http2.answers_calls
 
     async def join(self, grpc_server: GRPCServer | None) -> None:
         """Answer gRPC on this port as well, where HTTP/2 is spoken; to be called once that server has started.
@@ -141,17 +141,17 @@ class HTTPServer:
         Where our own server has not shown that it works with the installed `h2`, that is tried here; if it does not,
         this port speaks HTTP/1.1 alone.
         """
-        if self._http2 is None:
+        if self.http2 is None:
             return
         services = grpc_server.services if grpc_server is not None else None
         if services is not None:
-            services.shared.append(self._http2.connections)
-            self._http2.take_calls(services.accept)
+            services.shared.append(self.http2.connections)
+            self.http2.take_calls(services.accept)
             return
         if grpc_server is None:
-            self._http2.refuse_calls("gRPC is switched off (--grpc-server off)")
+            self.http2.refuse_calls("gRPC is switched off (--grpc-server off)")
         else:
-            self._http2.refuse_calls(
+            self.http2.refuse_calls(
                 f"gRPC is answered by grpcio's server, which has port {grpc_server.port} and can't share this one"
                 if grpc_server.port
                 else "gRPC is not answered: grpcio's server needs a port of its own (--grpc-port)"
@@ -165,26 +165,26 @@ class HTTPServer:
 
     def leave(self) -> None:
         """Send clients of HTTP/2 that are connected elsewhere with their next request; open ones go on."""
-        if self._http2 is not None:
-            self._http2.leave()
+        if self.http2 is not None:
+            self.http2.leave()
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until clients of HTTP/2 have taken what was answered, up to `timeout_s` seconds."""
-        if self._http2 is not None:
-            await self._http2.settle(timeout_s)
+        if self.http2 is not None:
+            await self.http2.settle(timeout_s)
 
     def start(self) -> None:
         """Begin to serve, in a task of the running loop."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        self._task = asyncio.create_task(self.uvicorn.serve(sockets=[self._socket]))
 
     async def stop(self, grace_s: float) -> None:
         """Close the port, give open connections `grace_s` seconds, then cancel what is left. Clients that do not take
         what is sent to them had their time, and are not waited for."""
-        http1.abort_stalled(self._server.server_state.connections)
-        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
-        self._server.should_exit = True
+        http1.abort_stalled(self.uvicorn.server_state.connections)
+        self.uvicorn.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        self.uvicorn.should_exit = True
         ending = [self._task] if self._task is not None else []
-        await asyncio.gather(*ending, *([self._http2.stop(grace_s)] if self._http2 is not None else []))
+        await asyncio.gather(*ending, *([self.http2.stop(grace_s)] if self.http2 is not None else []))
         self._socket.close()
 
 
@@ -220,7 +220,7 @@ class GRPCServer:
         self._settings = settings
         self._shared = shared
         self._lifecycle = lifecycle
-        self._listener: _OwnListener | _UpstreamListener | None = None
+        self.listener: _OwnListener | _UpstreamListener | None = None
         self._health = Health()
         self._listen = listen
         self.port = 0
@@ -229,7 +229,7 @@ class GRPCServer:
     @property
     def services(self) -> Services | None:
         """What answers calls on other ports, too; None where grpcio's server does, or nothing has started."""
-        return self._listener.target if isinstance(self._listener, _OwnListener) else None
+        return self.listener.target if isinstance(self.listener, _OwnListener) else None
 
     async def start(self) -> None:
         """Open the port.
@@ -253,7 +253,7 @@ class GRPCServer:
             self.port = await listener.open()
         elif kind is _UpstreamListener:
             log.warning("gRPC is not answered: grpcio's server needs a port of its own (--grpc-port)")
-        self._listener = listener
+        self.listener = listener
         self._publish(self._lifecycle)
         self._lifecycle.on_change(self._publish)
 
@@ -288,18 +288,18 @@ class GRPCServer:
 
     def leave(self) -> None:
         """Send clients that are connected to another server with their next call; open calls go on."""
-        if self._listener is not None:
-            self._listener.leave()
+        if self.listener is not None:
+            self.listener.leave()
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until clients have taken what was answered, up to `timeout_s` seconds."""
-        if self._listener is not None:
-            await self._listener.settle(timeout_s)
+        if self.listener is not None:
+            await self.listener.settle(timeout_s)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, give open ones `grace_s` seconds, then cancel what is left."""
-        if self._listener is not None:
-            await self._listener.close(grace_s)
+        if self.listener is not None:
+            await self.listener.close(grace_s)
 
 
 class _Symbols:

@@ -29,7 +29,7 @@ IDLE_FRAMES_PER_S = 10
 """The same, a second after that."""
 # Bytes that are read in one go, up to 128 frames at 20 us each; and in the middle of a frame.
 _READ, _READ_OF_A_FRAME = 256, 4096
-_TURN_S = 0.003
+TURN_S = 0.003
 _VIOLATION = 1008  # of a policy: RFC 6455, 7.4.1
 _INVALID_TEXT = 1007
 
@@ -50,7 +50,7 @@ class Turns:
 
     def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        ends = loop.time() + _TURN_S
+        ends = loop.time() + TURN_S
         while self._waiting:
             connection = self._waiting.popleft()
             if connection.read_some():
@@ -75,7 +75,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._turns = turns
-        self._unread = bytearray()
+        self.unread = bytearray()
         self._waits = False
         """For its turn."""
         self._paused = False
@@ -88,17 +88,17 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's."""
-        self._unread += data
+        self.unread += data
         if not self.handshake_initiated:
             # The handshake, which has been read already.
-            while self._unread and not self.handshake_initiated:
-                self._take()
+            while self.unread and not self.handshake_initiated:
+                self.take_frames()
         self._go_on()
 
     def read_some(self) -> bool:
         """Read a little of what has come. Returns whether there is more that may be read now."""
         if self._readable:
-            self._take()
+            self.take_frames()
         self._waits = self._readable
         if not self._waits:
             self._rest()
@@ -109,7 +109,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         """Whether there is something to read, and nothing has to come before: the app's word on the handshake, its
         taking of the last message, the client's taking of what was written."""
         return bool(
-            self._unread
+            self.unread
             and self.handshake_complete
             and not self.read_paused
             and not self.disconnected
@@ -126,17 +126,18 @@ class WebSocket(WebSocketsSansIOProtocol):
         else:
             self._rest()
 
-    def _take(self) -> None:
-        part = bytes(self._unread[: self._size])
-        del self._unread[: self._size]
+    def take_frames(self) -> None:
+        """Read the next part of what the client sent; what is left waits for another turn."""
+        part = bytes(self.unread[: self._size])
+        del self.unread[: self._size]
         self._size = min(2 * self._size, _READ_OF_A_FRAME)
         super().data_received(part)
         if self.transport.is_closing() and not self.close_sent:
-            self._unread.clear()
+            self.unread.clear()
 
     def _rest(self) -> None:
         """Have more sent, or not, until it can be read."""
-        if self._unread or self.read_paused or not self.writable.is_set():
+        if self.unread or self.read_paused or not self.writable.is_set():
             self._pause()
         elif self._paused:
             self._paused = False
@@ -149,7 +150,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""
-        self._unread.clear()
+        self.unread.clear()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -217,7 +218,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def _fail(self, code: int, why: str) -> None:
         if not self.close_sent:
-            self._unread.clear()
+            self.unread.clear()
             self.conn.fail(code, why)
             self.handle_parser_exception()
 

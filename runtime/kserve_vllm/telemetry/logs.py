@@ -58,7 +58,7 @@ def configure(setting: str = "auto", access_log: bool = False) -> str:
             structlog.stdlib.filter_by_level,
             structlog.stdlib.add_logger_name,
             structlog.stdlib.add_log_level,
-            _add_request,
+            add_request,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
@@ -272,7 +272,7 @@ def formatter(chosen: str = "json") -> logging.Formatter:
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         _add_process,
-        _add_request,
+        add_request,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if chosen == "console":
@@ -306,7 +306,7 @@ def write_event(logger: logging.Logger, level: int, name: str, fields: Mapping[s
         "event": name,
         **fields,
     }
-    record = logging.LogRecord(logger.name, level, "", 0, _add_request(logger, name, event), None, None)
+    record = logging.LogRecord(logger.name, level, "", 0, add_request(logger, name, event), None, None)
     # By these structlog's formatter knows that the message is a dictionary.
     record._logger, record._name = logger, word.lower()
     record.in_order = True
@@ -323,7 +323,8 @@ class _JSONFormatter(structlog.stdlib.ProcessorFormatter):
         return super().format(record)
 
 
-def _add_request(logger: object, name: str, event: Event) -> Event:
+def add_request(logger: object, name: str, event: Event) -> Event:
+    """structlog's processor that writes the ids of the request which is being answered."""
     context = current.get()
     if context is not None:
         event.setdefault("request_id", context.request_id)

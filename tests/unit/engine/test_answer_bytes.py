@@ -168,14 +168,14 @@ def test_answers_of_another_form_are_vllms(kind: str, monkeypatch: pytest.Monkey
     own = handler(kind)
     twin = with_bytes(kind, own)  # type: ignore[arg-type]
     made: list[object] = []
-    prepare = answer_bytes._checked
+    prepare = answer_bytes.checked_template
 
     def other(written: Any, expected: Any) -> Any:
         (marked, created), (sample, then) = written
         made.append(sample)
         return prepare([(marked, created), (sample[:-1] + b',"length":1}', then)], expected)
 
-    monkeypatch.setattr(answer_bytes, "_checked", other)
+    monkeypatch.setattr(answer_bytes, "checked_template", other)
     for _ in range(2):
         found = asyncio.run(answered(kind, twin, output()))
         assert not isinstance(found, BytesAnswer)

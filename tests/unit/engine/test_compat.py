@@ -283,14 +283,14 @@ def test_an_operator_leaves_out_one_shortcut(installed: Inspector) -> None:
         ("none", set()),
         ([], set(SHORTCUTS)),
         ("streams,answers", {"streams", "answers"}),
-        (["streams", "grpc-server, gaps"], {"streams", "grpc-server", "gaps"}),
+        (["streams", "grpc-server, texts"], {"streams", "grpc-server", "texts"}),
     ],
 )
 def test_the_fast_path_is_a_list(given: Any, names: set[str]) -> None:
     assert ServerSettings(fast_path=given).shortcuts == names
 
 
-@pytest.mark.parametrize("given", ["stream", ["all", "streams"], ["none", "gaps"], "2"])
+@pytest.mark.parametrize("given", ["stream", ["all", "streams"], ["none", "texts"], "2"])
 def test_a_list_that_says_nothing_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match=r"is none of all, none, answers|stand alone"):
         ServerSettings(fast_path=given)

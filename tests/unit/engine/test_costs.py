@@ -118,4 +118,4 @@ def test_a_schema_of_any_depth_is_looked_at() -> None:
     for _ in range(20_000):
         deep = {"a": deep}
     with pytest.raises(InvalidRequest, match="values to choose from"):
-        costs._check_schema("x", deep)
+        costs.check_schema("x", deep)

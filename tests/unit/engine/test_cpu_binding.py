@@ -163,4 +163,4 @@ def test_lists_of_processors() -> None:
 
 def test_weights_are_those_that_container_runtimes_write() -> None:
     # 1024 shares are 39 by the old line and 100 by the new curve.
-    assert cpu_binding._weights(1) == {39, 100}
+    assert cpu_binding.weights(1) == {39, 100}

@@ -25,7 +25,7 @@ def test_frames_have_the_fields_of_vllm_0_33_where_its_models_have_them(
         "completion": ("CompletionStreamResponse", "CompletionResponseStreamChoice"),
     }[kind]
     handler: Any = SimpleNamespace(system_fingerprint=None)
-    before = openai_stream._write_frames(kind, handler, False, False)
+    before = openai_stream.write_frames(kind, handler, False, False)
     assert not before.ends_without_tokens
     choice = create_model(names[1], __base__=getattr(module, names[1]), weight_versions=(list[Any] | None, None))
     response = create_model(
@@ -36,7 +36,7 @@ def test_frames_have_the_fields_of_vllm_0_33_where_its_models_have_them(
     )
     monkeypatch.setattr(module, names[1], choice)
     monkeypatch.setattr(module, names[0], response)
-    after = openai_stream._write_frames(kind, handler, False, False)
+    after = openai_stream.write_frames(kind, handler, False, False)
     assert after.ends_without_tokens
     assert after.first == before.first
     for new, old in (

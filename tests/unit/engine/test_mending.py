@@ -371,10 +371,10 @@ def test_an_error_within_anthropics_stream_is_an_event_of_its_own() -> None:
 def test_an_answer_of_anthropics_gets_what_is_required_of_it(kind: str) -> None:
     message = {"id": "a", "content": [{"type": "text", "text": "a"}], "usage": {"input_tokens": 1, "output_tokens": 2}}
     if kind == "whole":
-        made = anthropic_repair._complete(copy.deepcopy(message))
+        made = anthropic_repair.complete_message(copy.deepcopy(message))
     else:
         event = "event: message_start\ndata: " + json.dumps({"type": "message_start", "message": message}) + "\n\n"
-        made = json.loads(anthropic_repair._started(event).partition("data: ")[2])["message"]
+        made = json.loads(anthropic_repair.complete_start(event).partition("data: ")[2])["message"]
     assert made["usage"].items() >= {"input_tokens": 1, "cache_read_input_tokens": None, "service_tier": None}.items()
     assert made["content"] == [{"type": "text", "text": "a", "citations": None}]
     assert made.items() >= {"id": "a", "stop_details": None, "stop_sequence": None, "container": None}.items()
@@ -382,7 +382,7 @@ def test_an_answer_of_anthropics_gets_what_is_required_of_it(kind: str) -> None:
 
 def test_a_call_of_anthropics_names_its_caller_whole_and_begun_in_a_stream() -> None:
     call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
-    made = anthropic_repair._complete({"content": [copy.deepcopy(call)]})
+    made = anthropic_repair.complete_message({"content": [copy.deepcopy(call)]})
     assert made["content"] == [{**call, "caller": {"type": "direct"}}]
 
     async def started(block: dict[str, object]) -> str:
@@ -404,7 +404,7 @@ def test_a_call_of_anthropics_names_its_caller_whole_and_begun_in_a_stream() -> 
 def test_what_follows_a_stored_response_sees_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
 
-    monkeypatch.setattr(responses_repair, "_count_alike", lambda: None)
+    monkeypatch.setattr(responses_repair, "count_alike", lambda: None)
     call = ResponseFunctionToolCall(type="function_call", call_id="c", name="f", arguments="{}")
     part = ResponseOutputText(type="output_text", text="a", annotations=[])
     text = ResponseOutputMessage(id="m", type="message", role="assistant", status="completed", content=[part])
@@ -490,7 +490,7 @@ def test_a_stored_response_is_its_tenants_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses_repair, "_count_alike", lambda: None)  # changes a class of vLLM's for good
+    monkeypatch.setattr(responses_repair, "count_alike", lambda: None)  # changes a class of vLLM's for good
 
     def part() -> Any:
         return SimpleNamespace(type="output_text", text="a", logprobs=None)

@@ -9,10 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from kserve_vllm.config import demo
-from kserve_vllm.engine.hooks.stat_logger import observe_all
 from kserve_vllm.engine.patches import plain_outputs as outputs
 from kserve_vllm.engine.patches.plain_outputs import process_plain_outputs_apart, send_to
 
@@ -246,19 +244,3 @@ def test_another_version_of_vllm_keeps_its_own_way(
     more = begin(Front(tokenizer, apart=True), tokenizer, output_kind=final())
     assert more() == 2
     assert "its own differ from those known here (events)" in caplog.text
-
-
-def test_equal_gaps_are_counted_as_one_by_one() -> None:
-    bounds = (0.01, 0.025, 0.05, 1.0)
-    chance = random.Random(1)
-    values = [chance.choice([0.005, 0.01, 0.0125, 0.025, 0.5, 1.0, 2.0]) for _ in range(500)]
-    texts = []
-    for observe in (observe_all, lambda histogram, values: [histogram.observe(value) for value in values]):
-        registry = CollectorRegistry()
-        histogram = Histogram("gaps", "Gaps.", ["engine"], buckets=bounds, registry=registry)
-        observe(histogram.labels("0"), values)
-        lines = generate_latest(registry).decode().splitlines()
-        texts.append([line for line in lines if "_created" not in line and "_sum" not in line])
-        assert registry.get_sample_value("gaps_sum", {"engine": "0"}) == pytest.approx(sum(values))
-        assert registry.get_sample_value("gaps_count", {"engine": "0"}) == 500
-    assert texts[0] == texts[1]

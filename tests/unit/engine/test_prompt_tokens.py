@@ -208,14 +208,14 @@ def test_tenants_share_nothing() -> None:
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_REMEMBERED", 10 * (len(SYSTEM) + module._OVERHEAD))
+    monkeypatch.setattr(module, "MOST_REMEMBERED", 10 * (len(SYSTEM) + module.OVERHEAD))
     found, backend = counting()
     for number in range(100):
         found.of(SYSTEM, False)
         found.of(f"{QUESTION} {number}", False)
     assert backend.asked.count(SYSTEM) == 1
-    assert len(found._known) <= 10
-    assert found._size == sum(len(part) + module._OVERHEAD for _, part in found._known)
+    assert len(found.known) <= 10
+    assert found.size == sum(len(part) + module.OVERHEAD for _, part in found.known)
 
 
 def test_what_is_found_can_be_changed_by_who_asked() -> None:

@@ -46,13 +46,13 @@ def renderer(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     from vllm.utils.async_utils import make_async
 
-    rest = rendering._Place._rest
+    rest = rendering.RenderingTurn.rest
 
     def next_pass(place: Any) -> None:
         made.passes.append(0)
         rest(place)
 
-    monkeypatch.setattr(rendering._Place, "_rest", next_pass)
+    monkeypatch.setattr(rendering.RenderingTurn, "rest", next_pass)
     monkeypatch.setattr(hf, "safe_apply_chat_template", noted(hf.safe_apply_chat_template))
     made._build_tokens_prompt = noted(made._build_tokens_prompt)
     made._apply_chat_template_async = make_async(hf.safe_apply_chat_template, executor=made._executor)
@@ -117,7 +117,7 @@ def test_many_at_once_do_not_hold_up_the_loop(renderer: Any) -> None:
     assert all(other == first for other in others)
     assert len(on_loop) == 400
     # How many passes there are while threads do the others is the machine's affair.
-    assert 0 < max(renderer.passes) * 600 <= rendering._AT_ONCE
+    assert 0 < max(renderer.passes) * 600 <= rendering.AT_ONCE
     assert not all(on_loop)
 
 

@@ -101,7 +101,7 @@ def test_workers_are_asked_while_requests_are_in_flight_and_seldom_else(monkeypa
         await until(lambda: engine.asked[-1] == "is_paused")
         watch.cancel()
         # Now and then, workers that nobody needs are asked too.
-        monkeypatch.setattr(vllm, "_IDLE_WORKERS_EVERY_S", 0.3)
+        monkeypatch.setattr(vllm, "IDLE_WORKERS_EVERY_S", 0.3)
         engine.asked.clear()
         watch = engine.watched()
         await until(lambda: engine.asked.count("check_health") == 2)

@@ -10,7 +10,7 @@ import sys
 
 from kserve_vllm.core.errors import RateLimited
 from kserve_vllm.policy.quotas.counters import RedisCounters
-from kserve_vllm.policy.quotas.limiter import Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.policy.redis_connection import RedisConnection
 
 
@@ -24,7 +24,7 @@ def quota(kind: str, tenant: str) -> Quota:
     )
 
 
-async def passes(limits: Limits, kind: str, tenant: str) -> bool:
+async def passes(limits: RateLimiter, kind: str, tenant: str) -> bool:
     """Send one request of 10 tokens that does not end."""
     try:
         # A second subject with room for all: taken together with the first one, or not at all.
@@ -38,7 +38,7 @@ async def passes(limits: Limits, kind: str, tenant: str) -> bool:
 async def main(url: str, kind: str) -> None:
     """Count those of 100 that pass, for each tenant that is named."""
     remote = RedisConnection(url, timeout_s=10.0)  # as long as it takes on a busy machine
-    limits = Limits(RedisCounters(remote), "deny")
+    limits = RateLimiter(RedisCounters(remote), "deny")
     await remote.call(lambda redis: redis.ping())
     print("ready", flush=True)
     for line in sys.stdin:

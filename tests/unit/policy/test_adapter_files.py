@@ -235,11 +235,11 @@ def test_warm_up_entries_end_with_a_user_turn_unless_they_are_raw() -> None:
         "w.yaml",
     )
     assert found == [
-        warmup.Prompt(None, (("system", "Be brief."), turn)),
-        warmup.Prompt("a", (("system", "Be brief."), turn)),
-        warmup.Prompt(None, (("system", "S"), ("user", "U"))),
-        warmup.Prompt(None, (("system", "S"), ("user", "U"), ("assistant", "A"), turn)),
-        warmup.Prompt(None, prompt="Once upon"),
+        warmup.WarmupPrompt(None, (("system", "Be brief."), turn)),
+        warmup.WarmupPrompt("a", (("system", "Be brief."), turn)),
+        warmup.WarmupPrompt(None, (("system", "S"), ("user", "U"))),
+        warmup.WarmupPrompt(None, (("system", "S"), ("user", "U"), ("assistant", "A"), turn)),
+        warmup.WarmupPrompt(None, prompt="Once upon"),
     ]
     assert warmup.parse(b"", "w.yaml") == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import shutil
@@ -15,7 +14,7 @@ import pytest
 
 from kserve_vllm.adapters import registry as adapters
 from kserve_vllm.adapters.files import Broken, read_shapes
-from kserve_vllm.adapters.registry import AdapterRegistry, State, Version
+from kserve_vllm.adapters.registry import AdapterRegistry, AdapterState, Version
 from kserve_vllm.core.errors import ConfigError, InvalidRequest, NotFound
 from kserve_vllm.core.types import TextJob
 from tests.support import ROOT
@@ -94,20 +93,21 @@ class Stage:
         self.host.may_add.clear()
         self.host.adding.clear()
         self.declare(source)
-        await self.table._look()
+        await self.table.look()
         await asyncio.wait_for(self.host.adding.wait(), 10)
 
     async def round(self) -> None:
         """Look once, and wait for what that began."""
-        await self.table._look()
-        await asyncio.gather(*(each.attempt for each in self.table._all.values() if each.attempt is not None))
+        await self.table.look()
+        await asyncio.gather(*(each.attempt for each in self.table.entries.values() if each.attempt is not None))
 
     def consistent(self) -> bool:
         """Whether the engine holds and the disk keeps exactly the versions that the table knows."""
-        known = {v.number for each in self.table._all.values() for v in [*each.retired, each.version] if v is not None}
+        versions = [v for each in self.table.entries.values() for v in [*each.retired, each.version]]
+        known = {v.number for v in versions if v is not None}
         assert set(self.host.held) == known
         assert all(path.is_dir() for path in self.host.held.values())
-        cache = self.table._cache
+        cache = self.table.cache_folder
         assert cache is not None
         assert {path for path in cache.glob("*/*")} == set(self.host.held.values())
         return True
@@ -116,7 +116,7 @@ class Stage:
 @pytest.fixture
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Stage], Awaitable[None]]], None]:
     """Runs a story on a stage whose table was started with `a` declared."""
-    monkeypatch.setattr(adapters, "_GRACE_S", 0.0)
+    monkeypatch.setattr(adapters, "GRACE_S", 0.0)
 
     def run(story: Callable[[Stage], Awaitable[None]]) -> None:
         async def all_of_it() -> None:
@@ -127,7 +127,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[
                 await story(stage)
             finally:
                 await stage.table.stop()
-            assert stage.table._cache is None or not stage.table._cache.exists()
+            assert stage.table.cache_folder is None or not stage.table.cache_folder.exists()
 
         asyncio.run(all_of_it())
 
@@ -178,7 +178,7 @@ def test_an_adapter_unloaded_while_it_loads_is_not_served_and_is_freed(play: Pla
         await stage.round()
         assert stage.host.served == {}
         assert stage.host.held == {}
-        assert stage.table.all()[0].state is State.UNLOADED
+        assert stage.table.all()[0].state is AdapterState.UNLOADED
         assert stage.consistent()
 
     play(story)
@@ -191,7 +191,7 @@ def test_unload_and_load_while_it_loads_leave_one_version(play: Play) -> None:
         loading = asyncio.create_task(stage.table.load("base:a"))
         await asyncio.sleep(0)
         stage.host.may_add.set()
-        assert (await loading).state is State.LOADED
+        assert (await loading).state is AdapterState.LOADED
         await stage.round()
         await stage.round()
         assert list(stage.host.served) == ["a"]
@@ -205,7 +205,7 @@ def test_a_declaration_that_changes_while_it_loads_wins(play: Play) -> None:
     async def story(stage: Stage) -> None:
         await stage.begin_to_load(stage.other)
         stage.declare(stage.folder)
-        await stage.table._look()
+        await stage.table.look()
         stage.host.may_add.set()
         await stage.round()
         await stage.round()
@@ -230,7 +230,7 @@ def test_removed_and_declared_again_is_loaded_again(play: Play) -> None:
         await stage.round()
         stage.host.busy.clear()
         await stage.round()
-        assert (stage.host.held, stage.table._all) == ({}, {})
+        assert (stage.host.held, stage.table.entries) == ({}, {})
         assert stage.consistent()
 
     play(story)
@@ -258,7 +258,7 @@ def test_what_the_engine_refuses_leaves_nothing_behind(play: Play) -> None:
         stage.declare(stage.other)
         await stage.round()
         adapter = stage.table.all()[0]
-        assert (adapter.state, adapter.error, adapter.failures) == (State.LOADED, "no", 1)
+        assert (adapter.state, adapter.error, adapter.failures) == (AdapterState.LOADED, "no", 1)
         assert stage.consistent()
         with pytest.raises(InvalidRequest, match="no"):
             await stage.table.load("a")
@@ -271,7 +271,7 @@ def test_what_the_engine_refuses_leaves_nothing_behind(play: Play) -> None:
 def test_an_adapter_that_goes_while_its_prompt_is_rendered_is_not_answered_by_the_base_model() -> None:
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
-    from kserve_vllm.engine.vllm import VLLMEngine
+    from kserve_vllm.engine.text_tasks import TextTasks
 
     class Handler(OpenAIServingCompletion):  # type: ignore[misc]
         override_max_tokens = None
@@ -288,11 +288,13 @@ def test_an_adapter_that_goes_while_its_prompt_is_rendered_is_not_answered_by_th
         def _extract_prompt_len(self, prompt: Any) -> int:
             return 2
 
-    engine = VLLMEngine(argparse.Namespace(scheduling_policy="fcfs"))
-    engine._app = SimpleNamespace(state=SimpleNamespace(openai_serving_completion=Handler()))  # type: ignore[assignment]
-    asyncio.run(engine.prepare(TextJob("base", "r", prompt="1 +")))
+    client: Any = SimpleNamespace()
+    models: Any = SimpleNamespace()
+    state: Any = SimpleNamespace(openai_serving_completion=Handler())
+    tasks = TextTasks(client, state, ("generate",), models, False)
+    asyncio.run(tasks.prepare(TextJob("base", "r", prompt="1 +")))
     with pytest.raises(Exception, match="`a` does not exist"):
-        asyncio.run(engine.prepare(TextJob("a", "r", prompt="1 +")))
+        asyncio.run(tasks.prepare(TextJob("a", "r", prompt="1 +")))
 
 
 def test_a_file_needs_lora(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kserve_vllm.core.errors import RateLimited, Unavailable
 from kserve_vllm.policy.quotas.counters import MemoryCounters, RedisCounters
-from kserve_vllm.policy.quotas.limiter import Grant, Limits, Quota
+from kserve_vllm.policy.quotas.limiter import Grant, Quota, RateLimiter
 from kserve_vllm.policy.redis_connection import RedisConnection
 from tests.support import ROOT
 from tests.support_redis import RedisServer
@@ -41,9 +41,9 @@ class Clock:
 @asynccontextmanager
 async def redis_limits(
     url: str, away: Literal["allow", "deny"] = "deny", timeout_s: float = PATIENT_S, **settings: Any
-) -> AsyncIterator[tuple[Limits, RedisConnection]]:
+) -> AsyncIterator[tuple[RateLimiter, RedisConnection]]:
     remote = RedisConnection(url, timeout_s=timeout_s)
-    limits = Limits(RedisCounters(remote, **settings), away)
+    limits = RateLimiter(RedisCounters(remote, **settings), away)
     try:
         yield limits, remote
     finally:
@@ -52,7 +52,7 @@ async def redis_limits(
 
 
 # What a test of both stores needs: limits with a short window.
-Body = Callable[[Limits], Awaitable[None]]
+Body = Callable[[RateLimiter], Awaitable[None]]
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.integration)])
@@ -60,7 +60,7 @@ def on_store(request: pytest.FixtureRequest) -> Callable[[Body], None]:
     """Run a test body with limits in memory, and with limits in Redis; their window is 2 s."""
 
     async def in_memory(body: Body) -> None:
-        await body(Limits(MemoryCounters(window_s=2.0, buckets=10)))
+        await body(RateLimiter(MemoryCounters(window_s=2.0, buckets=10)))
 
     async def in_redis(body: Body, url: str) -> None:
         async with redis_limits(url, window_s=2.0, buckets=10) as (limits, _):
@@ -81,7 +81,7 @@ async def refusal(awaitable: Awaitable[Any]) -> RateLimited:
     return refused.value
 
 
-async def enters(limits: Limits, quota: Quota, held: list[Grant] | None = None) -> bool:
+async def enters(limits: RateLimiter, quota: Quota, held: list[Grant] | None = None) -> bool:
     """Whether a request passes now; what it was given is put into `held`."""
     try:
         grant = await limits.enter([quota])
@@ -104,7 +104,7 @@ async def soon(check: Callable[[], Awaitable[bool]], limit_s: float = 5.0) -> No
 @pytest.mark.parametrize("kind", ["requests", "tokens", "concurrent"])
 def test_of_200_at_once_exactly_100_pass_in_memory(kind: str) -> None:
     async def main() -> int:
-        limits = Limits(MemoryCounters())
+        limits = RateLimiter(MemoryCounters())
         return sum(await asyncio.gather(*[passes(limits, kind, "acme") for _ in range(200)]))
 
     assert asyncio.run(main()) == 100
@@ -146,7 +146,7 @@ def test_of_100_at_once_from_each_of_two_processes_exactly_100_pass_in_redis(
 
 
 def test_what_one_subject_refuses_is_taken_of_none(on_store: Callable[[Body], None]) -> None:
-    async def body(limits: Limits) -> None:
+    async def body(limits: RateLimiter) -> None:
         service, tenant = Quota("service", 5, 100, 5), Quota(ACME, 2, 20, 2)
         grants = [await limits.enter([service, tenant]) for _ in range(2)]
         for _ in range(10):
@@ -178,7 +178,7 @@ def test_in_any_60_s_no_more_than_the_limit_pass_and_a_refused_one_passes_when_t
 ) -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
-    limits = Limits(counters)
+    limits = RateLimiter(counters)
     passed: list[tuple[int, int]] = []
 
     async def main() -> None:
@@ -207,7 +207,7 @@ def test_in_any_60_s_no_more_than_the_limit_pass_and_a_refused_one_passes_when_t
 
 
 def test_the_window_slides_and_the_wait_that_is_named_suffices(on_store: Callable[[Body], None]) -> None:
-    async def body(limits: Limits) -> None:
+    async def body(limits: RateLimiter) -> None:
         quota = Quota(ACME, requests_per_minute=3)
         started = time.monotonic()
         for _ in range(3):
@@ -231,7 +231,7 @@ def test_the_window_slides_and_the_wait_that_is_named_suffices(on_store: Callabl
 def test_tokens_that_were_not_used_are_given_back_and_more_than_reserved_is_owed(
     on_store: Callable[[Body], None],
 ) -> None:
-    async def body(limits: Limits) -> None:
+    async def body(limits: RateLimiter) -> None:
         quotas = [Quota("service", tokens_per_minute=200), Quota(ACME, tokens_per_minute=100)]
         grant = await limits.enter(quotas)
         await limits.reserve(grant, 60)
@@ -256,7 +256,7 @@ def test_tokens_that_were_not_used_are_given_back_and_more_than_reserved_is_owed
 
 
 def test_places_are_free_again_when_their_request_ends(on_store: Callable[[Body], None]) -> None:
-    async def body(limits: Limits) -> None:
+    async def body(limits: RateLimiter) -> None:
         quota = Quota(ACME, concurrent=2)
         first, second = await limits.enter([quota]), await limits.enter([quota])
         refused = await refusal(limits.enter([quota]))
@@ -277,7 +277,7 @@ def test_places_are_free_again_when_their_request_ends(on_store: Callable[[Body]
 
 
 def test_a_request_that_can_never_pass_is_told_so(on_store: Callable[[Body], None]) -> None:
-    async def body(limits: Limits) -> None:
+    async def body(limits: RateLimiter) -> None:
         grant = await limits.enter([Quota("key:k1", tokens_per_minute=100)])
         refused = await refusal(limits.reserve(grant, 101))
         assert refused.retry_after_s is None
@@ -291,7 +291,7 @@ def test_a_request_that_can_never_pass_is_told_so(on_store: Callable[[Body], Non
 
 def test_headers_are_openais_and_of_the_subject_with_least_left() -> None:
     clock = Clock()
-    limits = Limits(MemoryCounters(clock=clock))
+    limits = RateLimiter(MemoryCounters(clock=clock))
 
     async def main() -> None:
         quotas = [Quota("service", 100, 50), Quota(ACME, 10, 1000), Quota("key:k1")]
@@ -322,7 +322,7 @@ def test_headers_are_openais_and_of_the_subject_with_least_left() -> None:
 def test_subjects_that_are_idle_for_longer_than_the_window_are_dropped() -> None:
     clock = Clock()
     counters = MemoryCounters(clock=clock)
-    limits = Limits(counters)
+    limits = RateLimiter(counters)
 
     async def main() -> None:
         long = await limits.enter([Quota("tenant:long", concurrent=1)])
@@ -427,7 +427,7 @@ def test_deny_refuses_while_redis_is_away_and_goes_on_when_it_is_back(redis_serv
 
     async def main() -> None:
         remote = RedisConnection(redis_server.url, timeout_s=PATIENT_S)
-        limits = Limits(RedisCounters(remote), "deny")
+        limits = RateLimiter(RedisCounters(remote), "deny")
         grant = await limits.enter([quota])
         redis_server.stop()
         for _ in range(5):
@@ -499,7 +499,7 @@ def test_closing_waits_until_redis_knows_what_was_settled(redis_server: RedisSer
 
     async def main() -> None:
         remote = RedisConnection(redis_server.url, timeout_s=PATIENT_S)
-        limits = Limits(RedisCounters(remote))
+        limits = RateLimiter(RedisCounters(remote))
         grants = await asyncio.gather(*[limits.enter([quota]) for _ in range(300)])
         await asyncio.gather(*[limits.reserve(grant, 10) for grant in grants])
         for grant in grants:

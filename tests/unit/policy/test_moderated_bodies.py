@@ -314,7 +314,7 @@ def test_what_can_not_be_read_is_found_as_deep_as_json_goes(redact: Moderation, 
 
     def further_down(frames: int) -> object:
         """As below a server's own calls."""
-        return further_down(frames - 1) if frames else moderated._check_readable(tree)
+        return further_down(frames - 1) if frames else moderated.check_readable(tree)
 
     tree = orjson.loads(deep)
     with pytest.raises(InvalidRequest, match="prompts are moderated here"):
@@ -479,6 +479,6 @@ def test_replacing_with_the_same_texts_changes_nothing_and_every_text_is_replace
     body = {f"x-{name}": {"value": value} for name, value in body.items()}
     texts = [text for _, text in moderated.texts_of("/x", body)]
     assert moderated.replace_texts("/x", body, texts) is body
-    assert set(strings(body)) - {""} <= set(texts) | moderated._WORDS
+    assert set(strings(body)) - {""} <= set(texts) | moderated.PROTOCOL_WORDS
     other = moderated.replace_texts("/x", body, ["*"] * len(texts))
-    assert set(strings(other)) <= {"*", ""} | moderated._WORDS
+    assert set(strings(other)) <= {"*", ""} | moderated.PROTOCOL_WORDS

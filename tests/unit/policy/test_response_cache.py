@@ -16,8 +16,8 @@ from kserve_vllm.core.request_context import RequestContext, current
 from kserve_vllm.policy.redis_connection import RedisConnection
 from kserve_vllm.policy.response_cache import (
     CacheLookup,
+    CacheOutcome,
     MemoryStore,
-    Outcome,
     RedisStore,
     ResponseCache,
     Use,
@@ -262,8 +262,8 @@ async def test_the_second_request_is_answered_from_the_store_piece_by_piece() ->
     assert await read(cache, engine, first) == PIECES
     assert await read(cache, engine, second) == PIECES
     assert engine.calls == 1
-    assert (first.outcome, first.pays) == (Outcome.MISS, True)
-    assert (second.outcome, second.pays) == (Outcome.HIT, False)
+    assert (first.outcome, first.pays) == (CacheOutcome.MISS, True)
+    assert (second.outcome, second.pays) == (CacheOutcome.HIT, False)
 
 
 @run
@@ -294,7 +294,7 @@ async def test_a_fresh_answer_is_generated_and_replaces_the_stored_one() -> None
     await read(cache, Engine(["old."]))
     asking = CacheLookup(fresh=True)
     assert await read(cache, Engine(["new."]), asking) == ["new."]
-    assert asking.outcome is Outcome.MISS
+    assert asking.outcome is CacheOutcome.MISS
     assert await read(cache, Engine(["newer."])) == ["new."]
 
 
@@ -306,7 +306,7 @@ async def test_a_stored_answer_that_cannot_be_read_is_generated_anew() -> None:
         await store.put("k", broken)
         asking = CacheLookup()
         assert await read(cache, Engine(), asking) == PIECES
-        assert asking.outcome is Outcome.MISS
+        assert asking.outcome is CacheOutcome.MISS
         assert await store.get("k") == orjson.dumps(PIECES)
 
 
@@ -339,7 +339,7 @@ async def test_a_thousand_who_ask_together_cost_one_generation() -> None:
     answers = await asyncio.gather(*(read(cache, engine, asking) for asking in askings))
     assert engine.calls == 1
     assert all(answer == engine.pieces for answer in answers)
-    assert [asking.outcome for asking in askings] == [Outcome.MISS] + [Outcome.JOINED] * 999
+    assert [asking.outcome for asking in askings] == [CacheOutcome.MISS] + [CacheOutcome.JOINED] * 999
     assert {asking.outcome.header for asking in askings if asking.outcome} == {"miss", "hit"}
     assert sum(asking.pays for asking in askings) == 1
 
@@ -373,7 +373,7 @@ def test_who_joins_late_gets_all_that_was_before(already: int) -> None:
         for _ in range(161 - already):
             await engine.step()
         assert await first == await late == engine.pieces
-        assert asking.outcome is Outcome.JOINED
+        assert asking.outcome is CacheOutcome.JOINED
         assert engine.calls == 1
         assert await read(cache, engine) == engine.pieces
 
@@ -532,7 +532,7 @@ async def test_when_a_generation_fails_before_its_first_piece_the_others_try_onc
         await first
     assert await asyncio.gather(*others) == [PIECES] * 49
     assert (failing.calls, working.calls) == (1, 1)
-    assert [asking.outcome for asking in asked[1:]] == [Outcome.MISS] + [Outcome.JOINED] * 48
+    assert [asking.outcome for asking in asked[1:]] == [CacheOutcome.MISS] + [CacheOutcome.JOINED] * 48
 
 
 @run
@@ -564,7 +564,7 @@ async def test_the_more_urgent_does_not_wait_for_the_less_urgent() -> None:
     await settle()
     urgent = CacheLookup(priority=0)
     assert await reader(cache, quick, urgent) == PIECES
-    assert urgent.outcome is Outcome.MISS
+    assert urgent.outcome is CacheOutcome.MISS
     for _ in range(3):
         await slow.step()
     assert await batch == PIECES
@@ -575,7 +575,7 @@ async def test_the_more_urgent_does_not_wait_for_the_less_urgent() -> None:
     for _ in range(3):
         await slow.step()
     assert await batch == await urgent_task == PIECES
-    assert joined.outcome is Outcome.JOINED
+    assert joined.outcome is CacheOutcome.JOINED
 
 
 @pytest.mark.parametrize("pieces", [0, 1])
@@ -618,7 +618,7 @@ def test_answers_in_redis_are_shared_by_replicas_and_end(redis_server: RedisServ
         assert await read(one, engine, first) == PIECES
         await one.close()
         assert await read(two, engine, second) == PIECES
-        assert (first.outcome, second.outcome, second.pays) == (Outcome.MISS, Outcome.HIT, False)
+        assert (first.outcome, second.outcome, second.pays) == (CacheOutcome.MISS, CacheOutcome.HIT, False)
         keys = await remotes[0].call(lambda redis: redis.keys("*cache*"))
         assert keys == [b"{kserve-vllm}:cache:k"]
         lives = await remotes[0].call(lambda redis: redis.ttl(keys[0]))
@@ -643,7 +643,7 @@ def test_a_thousand_who_ask_together_ask_redis_once(redis_server: RedisServer) -
             assert after["calls"] == before["calls"] + 1
             assert engine.calls == calls
             await asyncio.sleep(0.1)
-        assert {asking.outcome for asking in askings} == {Outcome.HIT}
+        assert {asking.outcome for asking in askings} == {CacheOutcome.HIT}
         assert not any(asking.pays for asking in askings)
         await cache.close()
         await remote.close()
@@ -661,7 +661,7 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
         hit = CacheLookup()
         await asyncio.sleep(0.1)
         await read(cache, engine, hit)
-        assert (hit.outcome, engine.calls) == (Outcome.HIT, 1)
+        assert (hit.outcome, engine.calls) == (CacheOutcome.HIT, 1)
 
         redis_server.stop()
         loop = asyncio.get_running_loop()
@@ -669,7 +669,7 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
             started = loop.time()
             askings = [CacheLookup() for _ in range(20)]
             assert await asyncio.gather(*(read(cache, engine, asking) for asking in askings)) == [PIECES] * 20
-            assert [a.outcome for a in askings] == [Outcome.BYPASS] + [Outcome.JOINED] * 19
+            assert [a.outcome for a in askings] == [CacheOutcome.BYPASS] + [CacheOutcome.JOINED] * 19
             assert engine.calls == calls
             assert loop.time() - started < 1
 
@@ -680,10 +680,10 @@ def test_without_redis_answers_are_generated_and_when_it_is_back_they_are_stored
             await asyncio.sleep(0.05)
         asking = CacheLookup()
         assert await read(cache, engine, asking) == PIECES
-        assert asking.outcome is Outcome.MISS  # the server was killed and has forgotten
+        assert asking.outcome is CacheOutcome.MISS  # the server was killed and has forgotten
         await asyncio.sleep(0.1)
         await read(cache, engine, asking)
-        assert asking.outcome is Outcome.HIT
+        assert asking.outcome is CacheOutcome.HIT
         await cache.close()
         await remote.close()
 
@@ -699,7 +699,7 @@ def test_who_comes_while_the_answer_is_written_to_redis_gets_it(redis_server: Re
         late = CacheLookup()
         assert await read(cache, engine, late) == PIECES
         assert engine.calls == 1
-        assert late.outcome is Outcome.JOINED
+        assert late.outcome is CacheOutcome.JOINED
         await cache.close()
         await remote.close()
 

@@ -27,13 +27,13 @@ from kserve_vllm.core.types import Priority
 from kserve_vllm.policy.enforcement import Enforcement, Policies
 from kserve_vllm.policy.priority_queue import PriorityQueue
 from kserve_vllm.policy.quotas.counters import MemoryCounters
-from kserve_vllm.policy.quotas.limiter import Limits
+from kserve_vllm.policy.quotas.limiter import RateLimiter
 from kserve_vllm.policy.tenants import Tenants, digest
 from kserve_vllm.protocols.batch.routes import BatchRoutes
 from kserve_vllm.protocols.batch.runner import Runner
-from kserve_vllm.protocols.batch.store import Bounds, Store, place_of
+from kserve_vllm.protocols.batch.store import BatchStore, Bounds, place_of
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
-from kserve_vllm.protocols.http.routes import _answer_error
+from kserve_vllm.protocols.http.routes import answer_error
 from kserve_vllm.servers.listeners import HTTPServer
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
@@ -82,7 +82,7 @@ class Edge:
             lifecycle,
             Policies(
                 tenants=self.tenants,
-                limits=Limits(MemoryCounters()),
+                limits=RateLimiter(MemoryCounters()),
                 default_priority=Priority.NORMAL,
                 admission=PriorityQueue(8, 64, {}, 60, {Priority.BATCH: 0.5}),
             ),
@@ -93,13 +93,13 @@ class Edge:
         recorder = RequestRecorder(self.metrics, Tracing(), lifecycle, self.closed.append)
         middleware = RequestMiddleware(lifecycle, self.enforcement, 1 << 20, self.metrics.render, dict, recorder)
         self.middleware = middleware
-        self.store = Store(place_of(where or str(folder / "batches")), Bounds(10, 1 << 20, 100)) if on else None
+        self.store = BatchStore(place_of(where or str(folder / "batches")), Bounds(10, 1 << 20, 100)) if on else None
         self.runner = (
             Runner(self.store, middleware, self.in_flight, 4, self.metrics) if self.store is not None else None
         )
         app = FastAPI()
         app.include_router(BatchRoutes(self.store, self.runner, middleware.works).router())
-        app.add_exception_handler(RequestError, _answer_error)
+        app.add_exception_handler(RequestError, answer_error)
         middleware.attach(app, Routed(answer, CHAT))
         self.server = HTTPServer(middleware, ServerSettings(host="127.0.0.1"), 0)
 

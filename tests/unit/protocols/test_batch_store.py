@@ -24,7 +24,7 @@ from kserve_vllm.protocols.batch import store as store_room
 from kserve_vllm.protocols.batch.bucket import LEASE_S, Bucket, Lost
 from kserve_vllm.protocols.batch.places import Folder
 from kserve_vllm.protocols.batch.runner import Runner, check_lines
-from kserve_vllm.protocols.batch.store import KEEP_S, Bounds, Owner, Store, place_of
+from kserve_vllm.protocols.batch.store import KEEP_S, BatchStore, Bounds, Owner, place_of
 from kserve_vllm.protocols.http.middleware import OWNER
 from tests.support_s3 import SECRET, S3Server, bucket_url
 
@@ -94,19 +94,19 @@ def line(number: int, **changed: Any) -> dict[str, Any]:
     return {"custom_id": f"id-{number}", "method": "POST", "url": CHAT, "body": body, **changed}
 
 
-def upload(store: Store, lines: list[Any], owner: Owner = OWN) -> str:
+def upload(store: BatchStore, lines: list[Any], owner: Owner = OWN) -> str:
     """The id of a file with these lines."""
     content = io.BytesIO(b"".join(json.dumps(each).encode() + b"\n" for each in lines))
     return str(store.add_file(owner.tenant, "in.jsonl", "batch", content)["id"])
 
 
-def begin(store: Store, lines: list[Any], window_s: int = 3600) -> str:
+def begin(store: BatchStore, lines: list[Any], window_s: int = 3600) -> str:
     """The id of a batch of these lines."""
     wanted = {"input_file_id": upload(store, lines), "endpoint": CHAT, "completion_window": "24h", "metadata": None}
     return str(store.add_batch(OWN, wanted, window_s, None)["id"])
 
 
-def results(store: Store, file_id: str | None) -> list[dict[str, Any]]:
+def results(store: BatchStore, file_id: str | None) -> list[dict[str, Any]]:
     """The answers in a results file."""
     assert file_id is not None
     found = store.content(OWN.tenant, file_id)
@@ -114,13 +114,13 @@ def results(store: Store, file_id: str | None) -> list[dict[str, Any]]:
     return [json.loads(each) for each in content.splitlines()]
 
 
-def beside(store: Store, clock: Clock) -> Store:
+def beside(store: BatchStore, clock: Clock) -> BatchStore:
     """What another process has of the same place."""
     place = store.place
     if isinstance(place, Folder):
-        return Store(Folder(str(place.root)), BOUNDS, clock)
+        return BatchStore(Folder(str(place.root)), BOUNDS, clock)
     assert isinstance(place, Quick)
-    return Store(Quick(place.url, place.clock), BOUNDS, clock)
+    return BatchStore(Quick(place.url, place.clock), BOUNDS, clock)
 
 
 class Quick(Bucket):
@@ -133,7 +133,9 @@ class Quick(Bucket):
         self.url = url
 
 
-async def work(store: Store, app: Any, batch_id: str, shown: Shown | None = None, others: int = 0) -> dict[str, Any]:
+async def work(
+    store: BatchStore, app: Any, batch_id: str, shown: Shown | None = None, others: int = 0
+) -> dict[str, Any]:
     """Let a runner work until a batch is over; the batch."""
     running = Runner(store, app, lambda: others + getattr(app, "at_once", 0), 4, shown or Shown())
     running.start()
@@ -152,20 +154,20 @@ def clock() -> Clock:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[BatchStore]:
     if request.param == "folder":
-        yield Store(Folder(str(tmp_path / "batches")), BOUNDS, clock)
+        yield BatchStore(Folder(str(tmp_path / "batches")), BOUNDS, clock)
         return
     with bucket_url() as (url, _):
-        yield Store(Quick(url), BOUNDS, clock)
+        yield BatchStore(Quick(url), BOUNDS, clock)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, clock: Clock) -> Store:
-    return Store(Folder(str(tmp_path / "batches")), BOUNDS, clock)
+def folder(tmp_path: Path, clock: Clock) -> BatchStore:
+    return BatchStore(Folder(str(tmp_path / "batches")), BOUNDS, clock)
 
 
-def test_every_line_is_answered_once_and_the_batch_tells_how_many(store: Store) -> None:
+def test_every_line_is_answered_once_and_the_batch_tells_how_many(store: BatchStore) -> None:
     shown = Shown()
 
     async def ask() -> None:
@@ -187,7 +189,7 @@ def test_every_line_is_answered_once_and_the_batch_tells_how_many(store: Store) 
     assert shown.lines == {"completed": 45, "failed": 5}
 
 
-def test_what_is_turned_away_for_now_is_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_turned_away_for_now_is_tried_again(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     tries: Counter[str] = Counter()
 
     def status(text: str) -> int:
@@ -202,7 +204,7 @@ def test_what_is_turned_away_for_now_is_tried_again(store: Store, monkeypatch: p
     assert set(tries.values()) == {3}
 
 
-def test_beside_live_traffic_one_line_is_worked_on_at_a_time(store: Store) -> None:
+def test_beside_live_traffic_one_line_is_worked_on_at_a_time(store: BatchStore) -> None:
     async def ask(others: int) -> int:
         app = App()
         await work(store, app, begin(store, [line(n) for n in range(20)]), others=others)
@@ -212,7 +214,7 @@ def test_beside_live_traffic_one_line_is_worked_on_at_a_time(store: Store) -> No
     assert 1 < asyncio.run(ask(0)) <= 4
 
 
-def test_a_crash_loses_no_line_and_answers_none_twice(folder: Store, tmp_path: Path, clock: Clock) -> None:
+def test_a_crash_loses_no_line_and_answers_none_twice(folder: BatchStore, tmp_path: Path, clock: Clock) -> None:
     store, root = folder, tmp_path / "batches"
 
     async def ask() -> None:
@@ -230,7 +232,7 @@ def test_a_crash_loses_no_line_and_answers_none_twice(folder: Store, tmp_path: P
         output = tmp_path / "after/tenants/team-a/batches" / batch_id / "output.jsonl"
         with output.open("ab") as file:
             file.write(b'{"id": "batch_req_half", "custom_id": "id-2')
-        again = Store(Folder(str(tmp_path / "after")), BOUNDS, clock)
+        again = BatchStore(Folder(str(tmp_path / "after")), BOUNDS, clock)
         found = await work(again, App(), batch_id)
         assert found["request_counts"] == {"total": 30, "completed": 30, "failed": 0}
         answered = Counter(each["custom_id"] for each in results(again, found["output_file_id"]))
@@ -239,7 +241,7 @@ def test_a_crash_loses_no_line_and_answers_none_twice(folder: Store, tmp_path: P
     asyncio.run(ask())
 
 
-def test_a_batch_that_was_ending_when_the_process_ended_is_ended(store: Store) -> None:
+def test_a_batch_that_was_ending_when_the_process_ended_is_ended(store: BatchStore) -> None:
     async def ask() -> None:
         batch_id = begin(store, [line(n) for n in range(5)])
         taken = store.take(OWN.tenant, batch_id)
@@ -259,7 +261,7 @@ def test_a_batch_that_was_ending_when_the_process_ended_is_ended(store: Store) -
     asyncio.run(ask())
 
 
-def test_one_process_works_on_a_batch(store: Store, clock: Clock) -> None:
+def test_one_process_works_on_a_batch(store: BatchStore, clock: Clock) -> None:
     batch_id = begin(store, [line(0)])
     taken = store.take(OWN.tenant, batch_id)
     assert taken is not None
@@ -271,7 +273,7 @@ def test_one_process_works_on_a_batch(store: Store, clock: Clock) -> None:
     again.release()
 
 
-async def under_way(store: Store, app: App, batch_id: str) -> asyncio.Task[None]:
+async def under_way(store: BatchStore, app: App, batch_id: str) -> asyncio.Task[None]:
     """Who works on a batch, once it has begun: the app has questions, and answers none before its gate is opened."""
     app.gate.clear()
     working = asyncio.create_task(work(store, app, batch_id))
@@ -280,7 +282,7 @@ async def under_way(store: Store, app: App, batch_id: str) -> asyncio.Task[None]
     return working
 
 
-def test_a_cancelled_batch_ends_with_what_it_has(store: Store) -> None:
+def test_a_cancelled_batch_ends_with_what_it_has(store: BatchStore) -> None:
     async def ask() -> None:
         batch_id = begin(store, [line(n) for n in range(20)])
         app = App()
@@ -300,7 +302,7 @@ def test_a_cancelled_batch_ends_with_what_it_has(store: Store) -> None:
     asyncio.run(ask())
 
 
-def test_a_batch_that_is_late_expires(store: Store, clock: Clock) -> None:
+def test_a_batch_that_is_late_expires(store: BatchStore, clock: Clock) -> None:
     async def ask() -> None:
         batch_id = begin(store, [line(n) for n in range(10)], window_s=60)
         clock.now += 61
@@ -350,14 +352,14 @@ def test_a_line_that_would_hold_everybody_up_is_not_read(tmp_path: Path, text: b
     assert why in str(error["message"])
 
 
-def test_a_failed_batch_says_what_is_wrong(store: Store) -> None:
+def test_a_failed_batch_says_what_is_wrong(store: BatchStore) -> None:
     found = asyncio.run(work(store, App(), begin(store, [line(0), line(0)])))
     assert found["status"] == "failed"
     assert found["errors"]["data"][0]["line"] == 2
     assert list(store.active()) == []
 
 
-def test_a_tenant_sees_and_keeps_only_its_own(store: Store) -> None:
+def test_a_tenant_sees_and_keeps_only_its_own(store: BatchStore) -> None:
     mine = upload(store, [line(0)])
     assert [each["id"] for each in store.list_files("team-a")] == [mine]
     assert store.list_files("team-b") == []
@@ -377,13 +379,13 @@ def test_a_tenant_sees_and_keeps_only_its_own(store: Store) -> None:
             store.file("team-a", strange)
 
 
-def test_a_file_may_be_deleted_while_its_batch_is_worked_on(store: Store) -> None:
+def test_a_file_may_be_deleted_while_its_batch_is_worked_on(store: BatchStore) -> None:
     batch_id = begin(store, [line(0)])
     store.delete_file(OWN.tenant, store.batch(OWN.tenant, batch_id)["input_file_id"])
     assert asyncio.run(work(store, App(), batch_id))["request_counts"]["completed"] == 1
 
 
-def test_numbers_and_bytes_are_bounded_and_what_has_expired_goes(store: Store, clock: Clock) -> None:
+def test_numbers_and_bytes_are_bounded_and_what_has_expired_goes(store: BatchStore, clock: Clock) -> None:
     with pytest.raises(InvalidRequest, match="--batch-max-mib"):
         store.add_file("team-a", "in", "batch", io.BytesIO(b"x" * ((1 << 20) + 1)))
     for _ in range(BOUNDS.files):
@@ -411,8 +413,8 @@ class Leases:
 
     def __init__(self, url: str, clock: Clock) -> None:
         self.now, self.behind = 100.0, 0.0
-        self.first = Store(Quick(url, lambda: self.now - self.behind), BOUNDS, clock)
-        self.second = Store(Quick(url, lambda: self.now), BOUNDS, clock)
+        self.first = BatchStore(Quick(url, lambda: self.now - self.behind), BOUNDS, clock)
+        self.second = BatchStore(Quick(url, lambda: self.now), BOUNDS, clock)
 
     def renewals(self) -> int:
         """How often the lock of the one batch was renewed."""
@@ -518,19 +520,19 @@ def test_a_bucket_that_does_not_hold_to_conditions_or_is_away_is_refused() -> No
 def test_a_bucket_that_is_away_holds_a_batch_up_and_tells_no_secret(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(room, "_AFTER_FAILURE_S", 0.1)
+    monkeypatch.setattr(room, "AFTER_FAILURE_S", 0.1)
     caplog.set_level(logging.DEBUG)
     with bucket_url() as (url, server):
         if server is None:
             pytest.skip("a real store is not broken for a test")
-        store = Store(Quick(url), BOUNDS, clock)
+        store = BatchStore(Quick(url), BOUNDS, clock)
         asyncio.run(_through_an_outage(store, server))
     assert "SlowDown" in caplog.text
     assert SECRET not in caplog.text
     assert "AWS4-HMAC" not in caplog.text
 
 
-async def _through_an_outage(store: Store, server: S3Server) -> None:
+async def _through_an_outage(store: BatchStore, server: S3Server) -> None:
     batch_id = begin(store, [line(n) for n in range(10)])
     app = App()
     async with asyncio.timeout(20):
@@ -551,8 +553,8 @@ async def _through_an_outage(store: Store, server: S3Server) -> None:
     assert found["request_counts"] == {"total": 10, "completed": 10, "failed": 0}
 
 
-def test_a_full_disk_stops_a_batch_and_it_is_taken_up_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_AFTER_FAILURE_S", 0.0)
+def test_a_full_disk_stops_a_batch_and_it_is_taken_up_again(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "AFTER_FAILURE_S", 0.0)
     failures = 1
     append = store_room.Taken.append
 

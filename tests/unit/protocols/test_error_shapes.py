@@ -11,7 +11,7 @@ import pytest
 from kserve_vllm.core.errors import Forbidden, NotFound
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.protocols import errors as wire
-from kserve_vllm.protocols.http.middleware import _Guard
+from kserve_vllm.protocols.http.middleware import ResponseGuard
 
 THEIRS = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}, "request_id": "r"}
 OPENAIS = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": None}}
@@ -27,7 +27,7 @@ def answered(
         sent.append(message)
 
     async def run() -> None:
-        guard = _Guard(send, "r", path, None)
+        guard = ResponseGuard(send, "r", path, None)
         guard.context = RequestContext("r", "openai", path)
         guard.context.refusal = refusal
         length = sum(map(len, parts))

@@ -415,7 +415,7 @@ class Raw:
 
     def go_on_after_goodbye(self) -> None:
         """Read frames after a GOAWAY too, as h2 does not by itself."""
-        self.h2._frame_dispatch_table[GoAwayFrame] = http2._farewell
+        self.h2._frame_dispatch_table[GoAwayFrame] = http2.read_goaway
 
     def greet(self) -> None:
         """Read the server's settings, to send as much as they allow."""
@@ -625,8 +625,8 @@ def test_a_server_that_leaves_says_so_and_ends_what_is_open(ours: Running, raw: 
 
 
 def test_streams_taken_back_without_end_close_the_connection(ours: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http2, "_RESETS", 50.0)
-    monkeypatch.setattr(http2, "_RESETS_PER_S", 1e-3)
+    monkeypatch.setattr(http2, "RESETS", 50.0)
+    monkeypatch.setattr(http2, "RESETS_PER_S", 1e-3)
     client = Raw(ours.port)
     with pytest.raises((ConnectionError, AssertionError)):  # noqa: PT012
         for _ in range(200):
@@ -646,7 +646,7 @@ def test_streams_taken_back_without_end_close_the_connection(ours: Running, monk
 def test_a_client_that_asks_and_never_reads_is_not_read_any_more(
     ours: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http2, "_IDLE_FRAMES", 1e9)
+    monkeypatch.setattr(http2, "IDLE_FRAMES", 1e9)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", ours.port))
@@ -698,7 +698,7 @@ def inbox(server: Running) -> Any:
     """That of the one call that is open."""
     until(lambda: len(server.services.open_calls) == 1)
     (call,) = server.services.open_calls
-    return call._inbox
+    return call.inbox
 
 
 def others_are_answered(port: int) -> None:
@@ -712,15 +712,15 @@ def test_what_is_compressed_is_inflated_when_it_is_read(ours: Running, raw: Raw)
     raw.greet()
     raw.send(raw.ask("deaf", None, end=False, grpc_encoding="gzip"), bomb * 50)
     box = inbox(ours)
-    until(lambda: len(box._messages) == 50)
-    assert box._unread == 50 * len(bomb)
-    assert sum(len(message) for _, message in box._messages) < 50 * len(bomb)
+    until(lambda: len(box.messages) == 50)
+    assert box.unread == 50 * len(bomb)
+    assert sum(len(message) for _, message in box.messages) < 50 * len(bomb)
 
 
 def test_empty_messages_that_nobody_reads_use_up_the_window(ours: Running, raw: Raw) -> None:
     raw.ask("deaf", framed(b"") * 3000, end=False)
-    until(lambda: len(inbox(ours)._messages) == 3000)
-    assert inbox(ours)._owed == 3000 * 5
+    until(lambda: len(inbox(ours).messages) == 3000)
+    assert inbox(ours).owed == 3000 * 5
     assert ours.services.budget.held == 3000 * 5
 
 
@@ -741,7 +741,7 @@ def test_what_comes_after_the_answer_is_not_kept(ours: Running, junk: bytes) -> 
             sent += size
         else:
             client.h2.receive_data(client.sock.recv(65536))
-    assert not inbox(ours)._partial
+    assert not inbox(ours).partial
     assert not ours.services.budget.held
     client.sock.close()
 
@@ -765,7 +765,7 @@ def test_a_part_may_take_longer_while_it_is_the_server_that_does_not_read(ours: 
     ours.services.message_timeout_s = 0.3
     client = Raw(ours.port)
     client.ask("deaf", framed(b"whole") + framed(b"cut")[:-1], end=False)
-    until(lambda: len(inbox(ours)._messages) == 1)
+    until(lambda: len(inbox(ours).messages) == 1)
     time.sleep(0.6)
     assert len(ours.services.open_calls) == 1
     client.sock.close()
@@ -842,8 +842,8 @@ def test_parts_of_messages_are_refused_at_twice_the_budget(ours: Running) -> Non
 def test_calls_that_are_not_read_hold_up_no_others_on_their_connection(ours: Running, raw: Raw) -> None:
     ours.services.budget.limit = 1 << 30
     raw.greet()
-    size = http2._STREAM_WINDOW // 16 - 5
-    for number in range(2 * http2._CONNECTION_WINDOW // http2._STREAM_WINDOW):
+    size = http2.STREAM_WINDOW // 16 - 5
+    for number in range(2 * http2.CONNECTION_WINDOW // http2.STREAM_WINDOW):
         stream = raw.ask("deaf", None, end=False)
         for _ in range(16):
             while raw.h2.outbound_flow_control_window < size + 5:
@@ -858,7 +858,7 @@ def test_calls_that_are_not_read_hold_up_no_others_on_their_connection(ours: Run
 def test_a_stream_too_many_is_refused_and_the_connection_goes_on(
     ours: Running, raw: Raw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http2, "_MAX_STREAMS", 3)
+    monkeypatch.setattr(http2, "MAX_STREAMS", 3)
     for _ in range(3):
         raw.ask("deaf", framed(b"x"), end=False)
     refused = raw.ask("echo", framed(b"x"))
@@ -872,7 +872,7 @@ def test_a_stream_too_many_is_refused_and_the_connection_goes_on(
 
 def test_frames_that_concern_all_streams_visit_them_once_a_read(ours: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     visits = reads = 0
-    pump, receive = http2.Connection._pump_all, http2.Connection.data_received
+    pump, receive = http2.Connection.pump_all, http2.Connection.data_received
 
     def counted(self: http2.Connection) -> None:
         nonlocal visits
@@ -884,7 +884,7 @@ def test_frames_that_concern_all_streams_visit_them_once_a_read(ours: Running, m
         reads += 1
         receive(self, data)
 
-    monkeypatch.setattr(http2.Connection, "_pump_all", counted)
+    monkeypatch.setattr(http2.Connection, "pump_all", counted)
     monkeypatch.setattr(http2.Connection, "data_received", read)
     client = Raw(ours.port)
     for _ in range(500):
@@ -985,7 +985,7 @@ def test_who_is_told_to_leave_ends_its_calls_and_others_are_answered(ours: Runni
 
 
 def test_connections_that_say_nothing_are_closed(ours: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http2, "_PREFACE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http2, "PREFACE_TIMEOUT_S", 0.3)
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     for beginning in (b"P", preface, preface + b"\0\0"):
         with socket.create_connection(("127.0.0.1", ours.port), timeout=5) as sock:
@@ -1009,7 +1009,7 @@ def test_a_frame_that_announces_too_much_is_not_waited_for(raw: Raw) -> None:
 def test_a_connection_whose_client_reads_nothing_ends_all_the_same(
     ours: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http2, "_ABORT_S", 0.3)
+    monkeypatch.setattr(http2, "ABORT_S", 0.3)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", ours.port))
@@ -1061,8 +1061,8 @@ async def served(lifecycle: Lifecycle, backend: Any = None, fast: bool = True) -
 
 
 def test_requests_of_a_stream_wait_while_their_answers_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer_module, "_MAX_OPEN", 64)
-    monkeypatch.setattr(servicer_module, "_MAX_WAITING", 64)
+    monkeypatch.setattr(servicer_module, "MAX_OPEN", 64)
+    monkeypatch.setattr(servicer_module, "MAX_WAITING", 64)
 
     async def ask() -> None:
         lifecycle, backend = Lifecycle(), Refusing()

@@ -25,7 +25,7 @@ def written(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
         processors=[
             structlog.stdlib.add_logger_name,
             structlog.stdlib.add_log_level,
-            logs._add_request,
+            logs.add_request,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],

@@ -23,7 +23,7 @@ _PHASES_SHOWN = 8  # sequences of one request whose phases become spans
 _SHOWN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "n": "n"}
 
 
-class LoRAs(Protocol):
+class LoRAVersions(Protocol):
     """What the accounting need of the adapters."""
 
     def admit(self, lora: LoRARequest) -> LoRARequest:
@@ -45,11 +45,11 @@ class TokenAccounting:
         loras: the adapters.
     """
 
-    def __init__(self, processor: OutputProcessor, base_model: Callable[[], str], loras: LoRAs) -> None:
+    def __init__(self, processor: OutputProcessor, base_model: Callable[[], str], loras: LoRAVersions) -> None:
         self._processor = processor
         self._base_model = base_model
         self._loras = loras
-        self._open: dict[str, tuple[RequestContext, RequestState]] = {}
+        self.unfinished: dict[str, tuple[RequestContext, RequestState]] = {}
         self._with_grammar: set[str] = set()
         self._with_bans: set[str] = set()
         self._add, processor.add_request = processor.add_request, self.add_request
@@ -64,10 +64,10 @@ class TokenAccounting:
             request.lora_request = self._loras.admit(request.lora_request)
         self._add(request, *args, **kwargs)
         context = current.get()
-        if context is None or request.request_id in self._open:
+        if context is None or request.request_id in self.unfinished:
             self._finish_session(request.request_id)
             return
-        self._open[request.request_id] = context, self._processor.request_states[request.request_id]
+        self.unfinished[request.request_id] = context, self._processor.request_states[request.request_id]
         params = request.sampling_params
         if params is not None and getattr(params, "structured_outputs", None) is not None:
             self._with_grammar.add(request.request_id)
@@ -96,9 +96,9 @@ class TokenAccounting:
             stays: on which they are booked from now on.
             external_id: request id of the call.
         """
-        for request_id, (context, state) in self._open.items():
+        for request_id, (context, state) in self.unfinished.items():
             if context is left and state.external_req_id == external_id:
-                self._open[request_id] = stays, state
+                self.unfinished[request_id] = stays, state
                 left.engine.sequences -= 1
                 stays.engine.sequences += 1
                 stays.model, stays.base_model, stays.adapter = left.model, left.base_model, left.adapter
@@ -107,7 +107,7 @@ class TokenAccounting:
         """A sequence has its last token."""
         self._finish(state, finish_reason, stats)
         self._book_adapter(state)
-        known = self._open.pop(state.request_id, None)
+        known = self.unfinished.pop(state.request_id, None)
         with_grammar = state.request_id in self._with_grammar
         self._with_grammar.discard(state.request_id)
         with_bans = state.request_id in self._with_bans
@@ -127,8 +127,8 @@ class TokenAccounting:
 
     def _finish_session(self, request_id: str) -> None:
         """Book a realtime session that was told its last input when all before was answered: vLLM just drops it."""
-        if request_id in self._open and request_id not in self._processor.request_states:
-            context, state = self._open.pop(request_id)
+        if request_id in self.unfinished and request_id not in self._processor.request_states:
+            context, state = self.unfinished.pop(request_id)
             self._with_grammar.discard(request_id)
             self._with_bans.discard(request_id)
             self._book_adapter(state)
@@ -145,7 +145,7 @@ class TokenAccounting:
         """Sequences are given up, since their client is gone or the server stops."""
         aborted: list[str] = self._abort(request_ids, internal)
         for request_id in aborted:
-            known = self._open.pop(request_id, None)
+            known = self.unfinished.pop(request_id, None)
             self._with_grammar.discard(request_id)
             self._with_bans.discard(request_id)
             if known is not None:
@@ -161,14 +161,14 @@ class TokenAccounting:
         does so with an error in its queue and without figures."""
         self._drop(state)
         refused = any(isinstance(getattr(state.queue, name, None), Exception) for name in ("output", "error"))
-        known = self._open.pop(state.request_id, None) if refused else None
+        known = self.unfinished.pop(state.request_id, None) if refused else None
         if known is not None:
             self._with_grammar.discard(state.request_id)
             known[0].engine.failed += 1
 
     def propagate_error(self, error: Exception) -> None:
         """The engine failed under everything that is open."""
-        for context, _ in self._open.values():
+        for context, _ in self.unfinished.values():
             context.engine.failed += 1
         self._fail(error)
 

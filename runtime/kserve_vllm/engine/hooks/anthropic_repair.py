@@ -53,7 +53,7 @@ def mend_messages(app: FastAPI) -> None:
         errors: list[dict[str, object]] = []
         events = stream(_until_error(chunks, errors))
         async for event in events:
-            yield _started(event)
+            yield complete_start(event)
             break
         async for event in events:
             yield _started_block(event) if event.startswith(_BLOCK) else event
@@ -68,15 +68,15 @@ def _answer_class() -> type[AnthropicMessagesResponse]:
     """vLLM's class of an answer, written with its fields that are null and that clients read."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
-    class Answer(AnthropicMessagesResponse):  # type: ignore[misc]
+    class MessageAnswer(AnthropicMessagesResponse):  # type: ignore[misc]
         def model_dump(self, *args: object, **kwargs: object) -> dict[str, object]:
             tree: dict[str, object] = super().model_dump(*args, **kwargs)
-            return _complete(tree)
+            return complete_message(tree)
 
-    return Answer
+    return MessageAnswer
 
 
-def _complete(message: dict[str, object]) -> dict[str, object]:
+def complete_message(message: dict[str, object]) -> dict[str, object]:
     """An answer with null in the fields that are required and that vLLM left out."""
     if isinstance(usage := message.get("usage"), dict):
         message["usage"] = {**dict.fromkeys(_NULLS_OF_USAGE), **usage}
@@ -89,12 +89,12 @@ def _complete(message: dict[str, object]) -> dict[str, object]:
     return {**dict.fromkeys(_NULLS), **message}
 
 
-def _started(event: str) -> str:
+def complete_start(event: str) -> str:
     """The first event of a stream, with a complete answer; unchanged where it is another event."""
     if not event.startswith(_START):
         return event
     tree = orjson.loads(event.removeprefix(_START))
-    tree["message"] = _complete(tree["message"])
+    tree["message"] = complete_message(tree["message"])
     return f"{_START}{orjson.dumps(tree).decode()}\n\n"
 
 

@@ -104,10 +104,11 @@ def check_grammar(outputs: StructuredOutputsParams) -> None:
             except (ValueError, RecursionError):
                 continue  # which vLLM says
         if isinstance(tree, dict | list):
-            _check_schema(f"structured_outputs.{name}", tree)
+            check_schema(f"structured_outputs.{name}", tree)
 
 
-def _check_schema(name: str, tree: object) -> None:
+def check_schema(name: str, tree: object) -> None:
+    """Raise `InvalidRequest` for a JSON schema whose grammar would take too long to compile."""
     trees, properties, choices, orders, tags, items = [tree], 0, 0, 0, 0, 0
     while trees:
         node = trees.pop()

@@ -82,7 +82,7 @@ def _client(named: frozenset[str]) -> aiohttp.ClientSession:
                 "data URL, or have the host named by --allowed-media-domains"
             )
 
-    class Names(aiohttp.ThreadedResolver):
+    class MediaNames(aiohttp.ThreadedResolver):
         """Looks up names, but for those of hosts inside."""
 
         async def resolve(
@@ -104,5 +104,5 @@ def _client(named: frozenset[str]) -> aiohttp.ClientSession:
         return socket.socket(family, kind, protocol)
 
     return aiohttp.ClientSession(
-        trust_env=True, connector=aiohttp.TCPConnector(resolver=Names(), socket_factory=connect)
+        trust_env=True, connector=aiohttp.TCPConnector(resolver=MediaNames(), socket_factory=connect)
     )

@@ -59,7 +59,7 @@ def mend_responses(app: FastAPI) -> None:
     handler = getattr(app.state, "openai_serving_responses", None)
     if handler is None:
         return
-    _count_alike()
+    count_alike()
     full, stream = handler.responses_full_generator, handler.responses_stream_generator
 
     async def whole(request: ResponsesRequest, *args: object, **kwargs: object) -> object:
@@ -180,7 +180,8 @@ def _incomplete(event: _Event) -> ResponseIncompleteEvent:
     return Incomplete(type="response.incomplete", sequence_number=event.sequence_number, response=event.response)
 
 
-def _count_alike() -> None:
+def count_alike() -> None:
+    """Have `/v1/responses` count a prompt's tokens as `/v1/chat/completions` does; changes a class of vLLM's."""
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     build = ResponsesRequest.build_tok_params

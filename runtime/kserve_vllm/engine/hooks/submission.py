@@ -63,7 +63,7 @@ def unclassified(client: AsyncLLM) -> list[str]:
     return [name for name in dir(type(client)) if not name.startswith("_") and name not in known]
 
 
-class Outcome(Protocol):
+class LookupOutcome(Protocol):
     """What a cache did for a request."""
 
     @property
@@ -75,7 +75,7 @@ class Lookup(Protocol):
     """One request's side of a cache."""
 
     @property
-    def outcome(self) -> Outcome | None:
+    def outcome(self) -> LookupOutcome | None:
         """What became of it; set before the first piece is given."""
 
     @property
@@ -87,7 +87,7 @@ L_co = TypeVar("L_co", bound=Lookup, covariant=True)
 L_contra = TypeVar("L_contra", bound=Lookup, contravariant=True)
 
 
-class SequencePolicy(Protocol[L_co]):
+class SequenceChecks(Protocol[L_co]):
     """What decides about a sequence."""
 
     async def take_up(self, context: RequestContext, work: Work) -> None:
@@ -106,7 +106,7 @@ class SequencePolicy(Protocol[L_co]):
         """This request's side of the cache, or None where its client wants none of it."""
 
 
-class Cache(Protocol[L_contra]):
+class AnswerCache(Protocol[L_contra]):
     """Answers that were given before."""
 
     def key(self, request: bytes, *, model: str, adapter: str | None, tenant: str) -> str:
@@ -134,9 +134,9 @@ class SubmissionHooks(Generic[L_co]):
     def __init__(
         self,
         client: AsyncLLM,
-        sequences: SequencePolicy[L_co],
+        sequences: SequenceChecks[L_co],
         prioritized: bool,
-        cache: Cache[L_co] | None = None,
+        cache: AnswerCache[L_co] | None = None,
         model: str = "",
         base_model: Callable[[], str] = str,
         plain: Callable[[str], str] = str,
@@ -193,7 +193,7 @@ class SubmissionHooks(Generic[L_co]):
 
     def _cached(
         self,
-        cache: Cache[L_co],
+        cache: AnswerCache[L_co],
         context: RequestContext,
         prompt: object,
         params: SamplingParams,

@@ -146,7 +146,7 @@ class _Chats:
                 types.SimpleNamespace(),
             )
             written.append((made.model_dump_json().encode(), made.created))
-        self._template = _checked(written, {*_MARKED, "created"})
+        self._template = checked_template(written, {*_MARKED, "created"})
         self._works = self._template is not None
 
 
@@ -191,7 +191,7 @@ class _Completions:
                 types.SimpleNamespace(),
             )
             written.append((made.model_dump_json().encode(), made.created))
-        self._template = _checked(written, {*_MARKED, "created"} - {"role"})
+        self._template = checked_template(written, {*_MARKED, "created"} - {"role"})
         self._works = self._template is not None
 
 
@@ -230,7 +230,7 @@ def _output(values: Values) -> RequestOutput:
     return RequestOutput("", None, _Tokens(cast(int, values["prompt"])), None, [choice], True)
 
 
-def _checked(written: list[tuple[bytes, int]], expected: set[str]) -> Template | None:
+def checked_template(written: list[tuple[bytes, int]], expected: set[str]) -> Template | None:
     """The template of the first answer, if it makes the second one; else None, and vLLM writes all of them."""
     (marked, created), (sample, created_then) = written
     template = Template(marked, created)

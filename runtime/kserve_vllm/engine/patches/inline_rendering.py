@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 SHORT = 4096
 """Characters that are rendered or tokenized in place at most."""
-_AT_ONCE = 8 * SHORT
+AT_ONCE = 8 * SHORT
 """Characters in one pass of the event loop, of all requests."""
 _OTHER = 8  # for a part of a request that is no text
 
@@ -39,7 +39,7 @@ class ShortPrompts:
         tokens: tokenizes them; None where vLLM's tokenizer does.
     """
 
-    def __init__(self, place: _Place, tokens: PromptTokens | None) -> None:
+    def __init__(self, place: RenderingTurn, tokens: PromptTokens | None) -> None:
         self._place = place
         self.tokens = tokens
 
@@ -58,7 +58,7 @@ def render_short_prompts_in_place(client: AsyncLLM, foreign_templates: bool) -> 
     from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 
     renderer = client.renderer
-    place = _Place(asyncio.get_running_loop())
+    place = RenderingTurn(asyncio.get_running_loop())
     # For embeddings among text, vLLM adds a token to the tokenizer later.
     tokens = None if renderer.model_config.enable_prompt_embeds else prompt_tokens(renderer.tokenizer)
     if tokens is not None:
@@ -121,7 +121,7 @@ def _tokenize_alone(renderer: BaseRenderer, tokens: PromptTokens) -> None:
     renderer._tokenize_prompt = tokenized
 
 
-def _complete_in_place(renderer: BaseRenderer, place: _Place) -> None:
+def _complete_in_place(renderer: BaseRenderer, place: RenderingTurn) -> None:
     """Have `renderer` make prompts for completions of one short text without a task."""
     complete_elsewhere: Callable[..., Awaitable[object]] = renderer.render_cmpl_async
 
@@ -134,7 +134,7 @@ def _complete_in_place(renderer: BaseRenderer, place: _Place) -> None:
     renderer.render_cmpl_async = complete
 
 
-def _chat_in_place(renderer: BaseRenderer, place: _Place) -> None:
+def _chat_in_place(renderer: BaseRenderer, place: RenderingTurn) -> None:
     """Have `renderer` make the prompt of one short chat without a task."""
     chat_elsewhere: Callable[..., Awaitable[object]] = renderer.render_chat_async
 
@@ -188,24 +188,25 @@ def characters(value: object) -> int:
     return size
 
 
-class _Place:
+class RenderingTurn:
     """The event loop, as far as it may be held up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._left = _AT_ONCE
+        self._left = AT_ONCE
 
     def has_room(self, size: int, works: int = 1) -> bool:
         """Whether so many characters can be worked on now, `works` times; they count as being worked on."""
         if size > SHORT or works * size > self._left:
             return False
-        if self._left == _AT_ONCE:
-            self._loop.call_soon(self._rest)
+        if self._left == AT_ONCE:
+            self._loop.call_soon(self.rest)
         self._left -= works * (size + _OTHER)
         return True
 
-    def _rest(self) -> None:
-        self._left = _AT_ONCE
+    def rest(self) -> None:
+        """A new pass of the event loop: as many characters again may be rendered on it."""
+        self._left = AT_ONCE
 
     def done(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Do it; a future, as vLLM's own way gives one."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WholeAnswer:
     """What goes over the wire: an HTTP status and JSON."""
 
     status: int
@@ -58,7 +58,7 @@ class Question:
         self._app = app
         self._scope = scope
 
-    async def answer(self) -> Answer:
+    async def answer(self) -> WholeAnswer:
         """Run vLLM's handler. What it raises is answered by the handlers for exceptions that vLLM's app has."""
         from fastapi import Request
 
@@ -77,11 +77,11 @@ class Question:
                 raise
             made = found(raw, error)
             response = await made if inspect.isawaitable(made) else made
-            return Answer(response.status_code, bytes(response.body))
+            return WholeAnswer(response.status_code, bytes(response.body))
         if type(made) is BytesAnswer:
-            return Answer(200, made.body)
+            return WholeAnswer(200, made.body)
         refused = getattr(made, "error", None)
-        return Answer(200 if refused is None else refused.code, made.model_dump_json().encode())
+        return WholeAnswer(200 if refused is None else refused.code, made.model_dump_json().encode())
 
 
 class AnswerHandler:
@@ -93,20 +93,20 @@ class AnswerHandler:
 
     def __init__(self, engine: VLLMEngine) -> None:
         self._app = engine.app
-        self._handlers: dict[Kind, Handler] = {}
+        self.handlers: dict[Kind, Handler] = {}
         if app_is_bare(engine):
             state = engine.app.state
             found: dict[Kind, Handler | None] = {
                 "chat": getattr(state, "openai_serving_chat", None),
                 "completion": getattr(state, "openai_serving_completion", None),
             }
-            self._handlers = {kind: with_bytes(kind, handler) for kind, handler in found.items() if handler is not None}
-            if (chats := self._handlers.get("chat")) is not None:
-                self._handlers["chat"] = with_plain_chats(chats, engine.short_prompts)
+            self.handlers = {kind: with_bytes(kind, handler) for kind, handler in found.items() if handler is not None}
+            if (chats := self.handlers.get("chat")) is not None:
+                self.handlers["chat"] = with_plain_chats(chats, engine.short_prompts)
 
     def serves(self, kind: Kind) -> bool:
         """Whether answers of this kind can be given here at all."""
-        return kind in self._handlers
+        return kind in self.handlers
 
     def take(self, kind: Kind, body: dict[str, object], scope: Scope, text_alone: bool = False) -> Question | None:
         """Validate a request.
@@ -122,4 +122,4 @@ class AnswerHandler:
         request = validated(kind, body)
         if request is None:
             return None
-        return Question(self._handlers[kind], kind, request, self._app, scope, text_alone)
+        return Question(self.handlers[kind], kind, request, self._app, scope, text_alone)

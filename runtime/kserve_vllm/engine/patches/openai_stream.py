@@ -369,7 +369,7 @@ class _Prepared:
     media: Mapping[str, int] | None = None
 
 
-_caught: ContextVar[list[Call] | None] = ContextVar("caught", default=None)
+caught_calls: ContextVar[list[Call] | None] = ContextVar("caught", default=None)
 """Calls of the engine that the running request's handler has made while it was prepared."""
 
 
@@ -385,7 +385,7 @@ class _Catcher:
 
     def generate(self, prompt: object, sampling_params: SamplingParams, request_id: str, **options: object) -> _Catcher:
         """Keep the call, in place of `AsyncLLM.generate`."""
-        calls = _caught.get()
+        calls = caught_calls.get()
         if calls is None:
             raise RuntimeError("the engine was called outside of a request")
         calls.append(((prompt, sampling_params, request_id), options))
@@ -418,7 +418,7 @@ class StreamHandler:
             for kind, name in names.items():
                 handler = getattr(state, name, None)
                 if handler is not None and handler_is_plain(kind, handler):
-                    self._handlers[kind] = self._without_last_step(kind, handler)
+                    self._handlers[kind] = self.without_last_step(kind, handler)
 
     def serves(self, kind: Kind) -> bool:
         """Whether streams of this kind can be answered here at all."""
@@ -441,7 +441,7 @@ class StreamHandler:
         if request is None:
             return None
         handler = self._handlers[kind]
-        token = _caught.set([])
+        token = caught_calls.set([])
         try:
             if kind == "chat":
                 made = await handler.create_chat_completion(request, Request(scope))
@@ -451,7 +451,7 @@ class StreamHandler:
             log.debug("vLLM answers a request that could not be prepared: %r", error)
             return None
         finally:
-            _caught.reset(token)
+            caught_calls.reset(token)
         if not isinstance(made, _Prepared):
             return None
         stream = OpenAIStream(self.hub, self.client, made, self._engine.intake)
@@ -462,10 +462,10 @@ class StreamHandler:
         """The stream of one prompt with `n` of 1, for V2.
 
         Raises:
-            RequestError: as `VLLMEngine.generate` before its first piece.
+            RequestError: as `TextTasks.generate` before its first piece.
         """
         try:
-            engine_input, params, priority, lora = await self._engine.prepare(job)
+            engine_input, params, priority, lora = await self._engine.text.prepare(job)
         except Exception as error:
             raise self.translate(error, job.request_id, started=False) from error
         options = {"lora_request": lora, "priority": priority, "trace_headers": job.trace_headers}
@@ -477,9 +477,9 @@ class StreamHandler:
 
     def translate(self, error: Exception | None, request_id: str, started: bool) -> RequestError:
         """What an exception of vLLM's becomes for a client; None stands for finish reason `error`."""
-        return self._engine.translate(error, request_id, started)
+        return self._engine.text.translate(error, request_id, started)
 
-    def _without_last_step(self, kind: Kind, handler: Handler) -> Handler:
+    def without_last_step(self, kind: Kind, handler: Handler) -> Handler:
         """A copy of vLLM's handler that returns what it would have streamed from."""
         twin = copy.copy(with_plain_chats(handler, self._engine.short_prompts) if kind == "chat" else handler)
         twin.engine_client = _Catcher(self.client)
@@ -487,7 +487,7 @@ class StreamHandler:
         def prepared(
             request: OpenAIRequest, request_id: str, model: str, created: int, media: Mapping[str, int] | None = None
         ) -> _Prepared | None:
-            calls = _caught.get()
+            calls = caught_calls.get()
             if calls is None or len(calls) != 1:
                 return None
             shape = self._shape(kind, handler, request, request_id, model, created)
@@ -524,7 +524,7 @@ class StreamHandler:
         key = kind, include_usage, continuous
         frames = self._templates.get(key)
         if frames is None:
-            frames = self._templates[key] = _write_frames(kind, handler, include_usage, continuous)
+            frames = self._templates[key] = write_frames(kind, handler, include_usage, continuous)
         filled = [
             (_mark(_ID), orjson.dumps(request_id)),
             (_mark(_MODEL), orjson.dumps(model)),
@@ -601,7 +601,7 @@ def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
         return _event(handler.create_streaming_error_response(raised))
 
 
-def _write_frames(kind: Kind, handler: Handler, include_usage: bool, continuous: bool) -> Frames:
+def write_frames(kind: Kind, handler: Handler, include_usage: bool, continuous: bool) -> Frames:
     """Frames with marks in them, written once by vLLM's own models, so that fields and their order are vLLM's."""
     write = _chat_frames if kind == "chat" else _completion_frames
     frames = write(handler, include_usage, continuous)

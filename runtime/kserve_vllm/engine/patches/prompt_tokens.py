@@ -34,7 +34,7 @@ MOST_REMEMBERED = 4 << 20
 _LEAST_PART = 64
 """Characters of a part that is worth remembering."""
 _MOST_PARTS = 64
-_OVERHEAD = 256
+OVERHEAD = 256
 """Characters that a remembered part counts for beside its own."""
 _TRIED_SPECIAL = 16
 _TRIED = ("2 + 2", " of bread", "ü 漢字\n\n🙂  ", "<0x41>")
@@ -82,8 +82,8 @@ class PromptTokens:
         self._beginnings = _beginnings(backend)
         self._around = _around(backend) if self._beginnings is not None else None
         # Four bytes a token, of which a list of numbers takes forty.
-        self._known: dict[tuple[str, str], array[int]] = {}
-        self._size = 0
+        self.known: dict[tuple[str, str], array[int]] = {}
+        self.size = 0
 
     @property
     def remembers(self) -> bool:
@@ -92,8 +92,8 @@ class PromptTokens:
 
     def forget(self) -> None:
         """Remember nothing of what came so far."""
-        self._known.clear()
-        self._size = 0
+        self.known.clear()
+        self.size = 0
 
     def of(self, text: str, special: bool) -> list[int]:
         """The tokens of a text.
@@ -129,16 +129,16 @@ class PromptTokens:
         if len(part) < _LEAST_PART:
             return self._encoded(part, False)
         key = tenant, part
-        tokens = self._known.pop(key, None)
+        tokens = self.known.pop(key, None)
         if tokens is None:
             tokens = array("I", self._encoded(part, False))
-            self._size += len(part) + _OVERHEAD
+            self.size += len(part) + OVERHEAD
         # Last used, last forgotten.
-        self._known[key] = tokens
-        while self._size > MOST_REMEMBERED:
-            oldest = next(iter(self._known))
-            del self._known[oldest]
-            self._size -= len(oldest[1]) + _OVERHEAD
+        self.known[key] = tokens
+        while self.size > MOST_REMEMBERED:
+            oldest = next(iter(self.known))
+            del self.known[oldest]
+            self.size -= len(oldest[1]) + OVERHEAD
         return tokens
 
     def _encoded(self, text: str, special: bool) -> list[int]:

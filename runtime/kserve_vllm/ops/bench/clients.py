@@ -20,7 +20,7 @@ import httpx
 import orjson
 
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.bench.prompts import Prompt
+from kserve_vllm.ops.bench.prompts import LoadPrompt
 
 OVER_HTTP = ("chat", "chat-whole", "completions", "completions-whole", "generate-stream", "generate", "infer")
 OVER_GRPC = ("grpc-stream", "grpc")
@@ -30,7 +30,7 @@ _MOST_OF_AN_ERROR = 300
 
 
 @dataclass(slots=True)
-class Answer:
+class LoadAnswer:
     """What came of one request. Times are seconds of `time.perf_counter`.
 
     Attributes:
@@ -68,7 +68,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """Where the load goes.
 
     Attributes:
@@ -96,7 +96,7 @@ class Target:
     ca: str | None = None
 
 
-class Client(Protocol):
+class LoadClient(Protocol):
     """One protocol to one server."""
 
     async def model(self) -> str:
@@ -106,7 +106,7 @@ class Client(Protocol):
             Unreachable: it does not answer, or names none.
         """
 
-    async def send(self, prompt: Prompt) -> Answer:
+    async def send(self, prompt: LoadPrompt) -> LoadAnswer:
         """Send one request; whatever goes wrong stands in the answer's `error`."""
 
     async def close(self) -> None:
@@ -117,7 +117,7 @@ class Unreachable(Exception):
     """The server can't be asked at all."""
 
 
-def connect(target: Target) -> Client:
+def connect(target: LoadTarget) -> LoadClient:
     """A client for the target's protocol.
 
     Raises:
@@ -131,7 +131,7 @@ def connect(target: Target) -> Client:
 class OverHTTP:
     """OpenAI's API, and V2 over REST."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: LoadTarget) -> None:
         self._target = target
         headers = {"accept-encoding": "identity", "user-agent": "kserve-vllm-bench", **target.headers}
         if target.key:
@@ -173,7 +173,7 @@ class OverHTTP:
             raise Unreachable(f"{self._target.url}/v1/models names no model; say it with --model") from None
         raise Unreachable(f"{self._target.url}/v1/models: {_refusal(answer.status_code, answer.content)}")
 
-    def body(self, prompt: Prompt) -> dict[str, object]:
+    def body(self, prompt: LoadPrompt) -> dict[str, object]:
         """The JSON of a request."""
         own = self._target
         sampling: dict[str, object] = {"max_tokens": prompt.output, "temperature": own.temperature}
@@ -195,9 +195,9 @@ class OverHTTP:
         counted = {"exclude_input_in_output": True, "return_num_input_tokens": True, "return_num_output_tokens": True}
         return {"text_input": prompt.text, "parameters": {**sampling, **own.extra}, **counted}
 
-    async def send(self, prompt: Prompt) -> Answer:
+    async def send(self, prompt: LoadPrompt) -> LoadAnswer:
         """Send one request."""
-        answer = Answer()
+        answer = LoadAnswer()
         raw = orjson.dumps(self.body(prompt))
         answer.began = time.perf_counter()
         try:
@@ -221,7 +221,7 @@ class OverHTTP:
         answer.ended = time.perf_counter()
         return _checked(answer, prompt, self._streams)
 
-    async def _read_stream(self, chunks: AsyncIterator[bytes], answer: Answer) -> None:
+    async def _read_stream(self, chunks: AsyncIterator[bytes], answer: LoadAnswer) -> None:
         rest = b""
         async for chunk in chunks:
             now = time.perf_counter()
@@ -235,7 +235,7 @@ class OverHTTP:
                         if self._count(tree, answer):
                             answer.arrivals.append(now)
 
-    def _count(self, tree: Any, answer: Answer) -> bool:
+    def _count(self, tree: Any, answer: LoadAnswer) -> bool:
         """Take the counts out of an answer or an event; whether it holds text."""
         if self._target.protocol.startswith(("chat", "completions")):
             usage = tree.get("usage")
@@ -269,7 +269,7 @@ def _has_text(choice: Any) -> bool:
 class OverGRPC:
     """V2 over gRPC: `ModelInfer`, and Triton's `ModelStreamInfer` with a stream for each request."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: LoadTarget) -> None:
         # Takes a second to import, and only this needs it.
         import grpc
         import grpc.aio
@@ -316,7 +316,7 @@ class OverGRPC:
         except LookupError:
             raise Unreachable(f"{self._target.url} names no model; say it with --model") from None
 
-    def request(self, prompt: Prompt) -> Any:
+    def request(self, prompt: LoadPrompt) -> Any:
         """The `ModelInferRequest`."""
         own = self._target
         request = self._messages.ModelInferRequest(model_name=own.model)
@@ -342,9 +342,9 @@ class OverGRPC:
                 parameter.string_param = value if isinstance(value, str) else json.dumps(value)
         return request
 
-    async def send(self, prompt: Prompt) -> Answer:
+    async def send(self, prompt: LoadPrompt) -> LoadAnswer:
         """Send one request."""
-        answer = Answer()
+        answer = LoadAnswer()
         request = self.request(prompt)
         answer.began = time.perf_counter()
         try:
@@ -367,7 +367,7 @@ class OverGRPC:
         answer.ended = time.perf_counter()
         return _checked(answer, prompt, self._target.protocol == "grpc-stream")
 
-    def _count(self, message: Any, answer: Answer) -> bool:
+    def _count(self, message: Any, answer: LoadAnswer) -> bool:
         own = 0
         for at, tensor in enumerate(message.outputs):
             if tensor.name not in ("num_input_tokens", "num_output_tokens"):
@@ -388,7 +388,7 @@ class OverGRPC:
         await self._channel.close()
 
 
-def _checked(answer: Answer, prompt: Prompt, streams: bool) -> Answer:
+def _checked(answer: LoadAnswer, prompt: LoadPrompt, streams: bool) -> LoadAnswer:
     """An answer without a token is a failure; tokens that a server does not count are the pieces that came."""
     if not answer.error:
         if not answer.output:

@@ -19,7 +19,7 @@ from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.bench import clients, compare, result
 from kserve_vllm.ops.bench.load import Played, Point, play
-from kserve_vllm.ops.bench.prompts import FromFile, Prompt, Prompts, Shape, WordCount
+from kserve_vllm.ops.bench.prompts import FromFile, LoadPrompt, Prompts, PromptShape, WordCount
 from kserve_vllm.ops.model.measured import read_benchmark
 from kserve_vllm.ops.tables import bar, seconds, table
 
@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _target(args: argparse.Namespace) -> clients.Target:
+def _target(args: argparse.Namespace) -> clients.LoadTarget:
     url = args.url if "://" in args.url else f"http://{args.url}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.hostname:
@@ -205,7 +205,7 @@ def _target(args: argparse.Namespace) -> clients.Target:
         raise ConfigError(f"--extra: {error}") from None
     if not isinstance(extra, dict):
         raise ConfigError("--extra: not a JSON object")
-    return clients.Target(
+    return clients.LoadTarget(
         url=f"{parts.scheme}://{parts.netloc}{path}",
         protocol=protocol,
         model=args.model or "",
@@ -269,7 +269,7 @@ def _points(args: argparse.Namespace) -> list[Point]:
 
 async def _bench(
     args: argparse.Namespace,
-    target: clients.Target,
+    target: clients.LoadTarget,
     points: Sequence[Point],
     slo: result.SLO,
     rows: list[result.Row],
@@ -310,7 +310,7 @@ async def _bench(
         await client.close()
 
 
-async def _prompts(args: argparse.Namespace, client: clients.Client) -> Prompts:
+async def _prompts(args: argparse.Namespace, client: clients.LoadClient) -> Prompts:
     if args.prompts:
         if args.prompt or args.spread or args.shared_prefix:
             raise ConfigError("--prompts has the prompts in it; leave out --prompt, --spread and --shared-prefix")
@@ -319,17 +319,17 @@ async def _prompts(args: argparse.Namespace, client: clients.Client) -> Prompts:
         if answer.error:
             raise clients.Unreachable(f"the first prompt was not answered: {answer.error}")
         return prompts
-    return Shape(
+    return PromptShape(
         args.prompt or 256, args.output, args.spread, args.shared_prefix, await _count_words(client), args.seed
     )
 
 
-async def _count_words(client: clients.Client) -> WordCount:
+async def _count_words(client: clients.LoadClient) -> WordCount:
     """Ask with two short prompts how the server counts."""
-    plain = Shape(1, 1, 0.0, 0.0, WordCount(0.0, 1.0), 7)
+    plain = PromptShape(1, 1, 0.0, 0.0, WordCount(0.0, 1.0), 7)
     counted = []
     for words in _PROBE:
-        answer = await client.send(Prompt(plain_words(plain, words), 1))
+        answer = await client.send(LoadPrompt(plain_words(plain, words), 1))
         if answer.error:
             raise clients.Unreachable(f"a prompt of {words} words was not answered: {answer.error}")
         counted.append(answer.prompt)
@@ -339,7 +339,7 @@ async def _count_words(client: clients.Client) -> WordCount:
     return WordCount(max(0.0, counted[0] - per_word * _PROBE[0]), per_word, True)
 
 
-def plain_words(shape: Shape, words: int) -> str:
+def plain_words(shape: PromptShape, words: int) -> str:
     """So many words."""
     return replace(shape, prompt=words)[0].text
 

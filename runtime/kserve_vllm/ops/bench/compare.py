@@ -27,7 +27,7 @@ Figure = Callable[[Values], Values]
 
 
 @dataclass(frozen=True)
-class Difference:
+class FigureDifference:
     """One figure of one load, in both results.
 
     Attributes:
@@ -78,7 +78,7 @@ def compare(
     confidence: float = 0.95,
     tolerance: float = 0.05,
     seed: int = 1,
-) -> list[Difference]:
+) -> list[FigureDifference]:
     """Every figure of every load that both results have.
 
     Args:
@@ -187,7 +187,7 @@ def _difference(
     better_is_less: bool,
     confidence: float,
     tolerance: float,
-) -> Difference:
+) -> FigureDifference:
     tail = 100 * (1 - confidence) / 2
     low, high = float(np.percentile(ratios, tail)), float(np.percentile(ratios, 100 - tail))
     above, below = low > 1 + tolerance, high < 1 - tolerance
@@ -197,10 +197,10 @@ def _difference(
         verdict = "same"
     else:
         verdict = "unclear"
-    return Difference(load, figure, old, new, low, high, better_is_less, verdict)
+    return FigureDifference(load, figure, old, new, low, high, better_is_less, verdict)
 
 
-def _failures(load: str, old: Sequence[Row], new: Sequence[Row]) -> Difference:
+def _failures(load: str, old: Sequence[Row], new: Sequence[Row]) -> FigureDifference:
     """Shares of requests that failed, by Fisher's exact test."""
     from kserve_vllm.ops.rollout.statistics import fisher_greater
 
@@ -214,4 +214,4 @@ def _failures(load: str, old: Sequence[Row], new: Sequence[Row]) -> Difference:
     more = bad_b > bad_a and fisher_greater(bad_b, all_b, bad_a, all_a) < 0.025
     fewer = bad_a > bad_b and fisher_greater(bad_a, all_a, bad_b, all_b) < 0.025
     verdict = "worse" if more else "better" if fewer else "same" if bad_a == bad_b == 0 else "unclear"
-    return Difference(load, "failed", bad_a / max(all_a, 1), bad_b / max(all_b, 1), None, None, True, verdict)
+    return FigureDifference(load, "failed", bad_a / max(all_a, 1), bad_b / max(all_b, 1), None, None, True, verdict)

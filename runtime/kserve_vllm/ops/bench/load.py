@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kserve_vllm.ops.bench.clients import Answer, Client
+from kserve_vllm.ops.bench.clients import LoadAnswer, LoadClient
 from kserve_vllm.ops.bench.prompts import Prompts
 
 # Of an open loop; a server that does not answer must not fill the memory of who asks.
@@ -51,7 +51,7 @@ class Played:
     """
 
     point: Point
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[LoadAnswer] = field(default_factory=list)
     duration_s: float = 0.0
     client_busy: float = 0.0
     most_in_flight: int = 0
@@ -65,7 +65,7 @@ def arrivals(rate: float, number: int, seed: int) -> list[float]:
 
 
 async def play(
-    client: Client,
+    client: LoadClient,
     prompts: Prompts,
     point: Point,
     seed: int = 0,
@@ -117,7 +117,7 @@ async def play(
                 if in_flight >= MOST_IN_FLIGHT:
                     now = time.perf_counter()
                     error = f"not sent: {MOST_IN_FLIGHT} others were in flight"
-                    played.answers.append(Answer(began=now, ended=now, error=error))
+                    played.answers.append(LoadAnswer(began=now, ended=now, error=error))
                     continue
                 group.create_task(one(index))
     played.duration_s = time.perf_counter() - began

@@ -23,7 +23,7 @@ _FEWEST_WORDS = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class LoadPrompt:
     """One request's input.
 
     Attributes:
@@ -40,7 +40,7 @@ class Prompt:
 class Prompts(Protocol):
     """A source of prompts that never ends; the same index gives the same prompt."""
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> LoadPrompt:
         """The prompt with a number."""
 
     def describe(self) -> dict[str, object]:
@@ -67,7 +67,7 @@ class WordCount:
 
 
 @dataclass(frozen=True)
-class Shape:
+class PromptShape:
     """Prompts of random words.
 
     Attributes:
@@ -85,7 +85,7 @@ class Shape:
     count: WordCount
     seed: int
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> LoadPrompt:
         """The prompt with a number."""
         dice = random.Random(f"{self.seed}/{index}")  # noqa: S311 - a benchmark has to be repeatable
         words = self.count.words(self._length(dice, self.prompt))
@@ -93,7 +93,7 @@ class Shape:
         shared = min(int(self.count.words(self.prompt) * self.shared_prefix), words)
         text = [same.choice(_WORDS) for _ in range(shared)]
         text += [dice.choice(_WORDS) for _ in range(words - shared)]
-        return Prompt(" ".join(text), self._length(dice, self.output))
+        return LoadPrompt(" ".join(text), self._length(dice, self.output))
 
     def _length(self, dice: random.Random, mean: int) -> int:
         if not self.spread:
@@ -125,7 +125,7 @@ class FromFile:
 
     def __init__(self, path: Path, output: int) -> None:
         self._name = path.name
-        self._found: list[Prompt] = []
+        self._found: list[LoadPrompt] = []
         try:
             with path.open(encoding="utf-8") as stream:
                 for number, line in enumerate(stream, start=1):
@@ -136,7 +136,7 @@ class FromFile:
         if not self._found:
             raise ConfigError(f"--prompts {path}: no prompt in it")
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> LoadPrompt:
         """The prompt with a number."""
         return self._found[index % len(self._found)]
 
@@ -145,7 +145,7 @@ class FromFile:
         return {"file": self._name, "prompts": len(self._found)}
 
 
-def _read_line(row: object, output: int, number: int) -> Prompt:
+def _read_line(row: object, output: int, number: int) -> LoadPrompt:
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is no object")
     most = row.get("max_tokens", row.get("output_tokens", output))
@@ -153,8 +153,8 @@ def _read_line(row: object, output: int, number: int) -> Prompt:
         raise ValueError(f"line {number}: max_tokens is not a whole number above 0")
     messages = row.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
-        return Prompt("\n".join(str(each.get("content", "")) for each in messages), most, messages)
+        return LoadPrompt("\n".join(str(each.get("content", "")) for each in messages), most, messages)
     for name in ("prompt", "text_input"):
         if isinstance(row.get(name), str):
-            return Prompt(row[name], most)
+            return LoadPrompt(row[name], most)
     raise ValueError(f"line {number} has neither prompt nor messages")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
+from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.snapshot import Snapshot, hide_in_text, without_secrets
 from kserve_vllm.ops.exposition import METRICS_BYTES, fetch
 
@@ -79,7 +79,7 @@ def collect(
     progress("the InferenceService")
     try:
         seen.objects["InferenceService"] = [without_secrets(cluster.get("InferenceService", namespace, name))]
-    except Unreadable as error:
+    except ApiError as error:
         _refuse(seen, "InferenceService", error)
         if error.status == 0:
             return seen
@@ -96,7 +96,7 @@ def collect(
         where = {"kserve": kserve_namespace, "knative-serving": knative_namespace}[where]
         try:
             seen.objects.setdefault("ConfigMap", []).append(without_secrets(cluster.get("ConfigMap", where, config)))
-        except Unreadable as error:
+        except ApiError as error:
             _refuse(seen, f"ConfigMap {where}/{config}", error)
     try:
         seen.objects["Controller"] = [
@@ -104,7 +104,7 @@ def collect(
             for found in cluster.list("Deployment", kserve_namespace)
             if "controller" in found["metadata"]["name"]
         ]
-    except Unreadable as error:
+    except ApiError as error:
         _refuse(seen, f"Deployments in {kserve_namespace}", error)
     if manifest is not None:
         progress("what the API server says of the manifest")
@@ -145,7 +145,7 @@ def _answer(status: int, text: str) -> Json:
     return {"status": status, "body": body}
 
 
-def _refuse(seen: Snapshot, what: str, error: Unreadable) -> None:
+def _refuse(seen: Snapshot, what: str, error: ApiError) -> None:
     seen.refused[what] = {"status": error.status, "message": hide_in_text(error.message[:1000])}
 
 
@@ -159,7 +159,7 @@ def _list(
 ) -> None:
     try:
         seen.objects[kind] = [trim(found) for found in cluster.list(kind, namespace) if keep is None or keep(found)]
-    except Unreadable as error:
+    except ApiError as error:
         # Kind by kind, so that one missing right costs one kind.
         if kind not in seen.refused:
             _refuse(seen, kind, error)
@@ -214,7 +214,7 @@ def _submit(cluster: Cluster, namespace: str, name: str, manifest: Json) -> str:
     try:
         try:
             there = cluster.get("InferenceService", namespace, name)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status not in (403, 404):
                 raise
             cluster.create("InferenceService", namespace, manifest, dry_run=True)
@@ -224,7 +224,7 @@ def _submit(cluster: Cluster, namespace: str, name: str, manifest: Json) -> str:
                 "metadata": {**manifest["metadata"], "resourceVersion": there["metadata"]["resourceVersion"]},
             }
             cluster.replace("InferenceService", namespace, name, body, dry_run=True)
-    except Unreadable as error:
+    except ApiError as error:
         return hide_in_text(f"{error.status}: {error.message}")
     return ""
 
@@ -256,7 +256,7 @@ def _ask_pod(seen: Snapshot, cluster: Cluster, pod: Json) -> None:
     for key, path in (("health", "/v2/health/ready"), ("live", "/v2/health/live"), ("metrics", "/metrics")):
         try:
             code, text = cluster.through_pod(seen.namespace, name, _HTTP_PORT, path)
-        except Unreadable as error:
+        except ApiError as error:
             _refuse(seen, f"{path} of pod {name}", error)
             continue
         if code == 403 and '"Status"' in text:
@@ -277,6 +277,6 @@ def _read_logs(seen: Snapshot, cluster: Cluster, pod: str, container: Json) -> N
     for previous, key in wanted:
         try:
             seen.logs[key] = hide_in_text(cluster.log(seen.namespace, pod, container["name"], previous))
-        except Unreadable as error:
+        except ApiError as error:
             what = "pods/log" if error.status == 403 else f"log of {key}"
             _refuse(seen, what, error)

@@ -72,7 +72,7 @@ class CacheGroup:
 
 
 @dataclass(frozen=True)
-class Cache:
+class KVCache:
     """The KV cache of one rank.
 
     Attributes:
@@ -105,7 +105,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """Bytes of one GPU's memory.
 
     `total` is the GPU's; `usable` what gpu-memory-utilization leaves; the rest are its parts. `kv_cache` is negative
@@ -122,7 +122,7 @@ class Budget:
     outside: int
     kv_cache: int
     kv_tokens: int
-    cache: Cache
+    cache: KVCache
 
     @property
     def sequences(self) -> float:
@@ -135,7 +135,7 @@ def kv_bytes(dtype: str, architecture: Architecture) -> float:
     return architecture.dtype_bytes if dtype == "auto" else DTYPE_BYTES.get(dtype, 1.0)
 
 
-def cache_of(architecture: Architecture, settings: EngineSettings) -> Cache:
+def cache_of(architecture: Architecture, settings: EngineSettings) -> KVCache:
     """Lay the layers of one rank into groups, as vLLM does.
 
     Pipeline stages are taken to be equal; the last one decides where they are not.
@@ -147,7 +147,7 @@ def cache_of(architecture: Architecture, settings: EngineSettings) -> Cache:
     if stages > 1:
         layers = layers[::stages] if len({*layers}) > 1 else layers[: -(-len(layers) // stages)]
     if not layers:
-        return Cache((), 1, 0, settings.max_model_len)
+        return KVCache((), 1, 0, settings.max_model_len)
     in_flight = settings.max_num_batched_tokens * max(2 if settings.async_scheduling else 1, stages)
     states = [layer for layer in layers if layer.kind == "state"]
     attention = [layer for layer in layers if layer.kind != "state"]
@@ -171,7 +171,7 @@ def cache_of(architecture: Architecture, settings: EngineSettings) -> Cache:
         (bucket,) = buckets.values()
         bytes_ = sum(page for _, _, page in bucket)
         blocks = _blocks(bucket[0][0], block, settings, in_flight)
-        return Cache(
+        return KVCache(
             (CacheGroup(len(bucket), block, bucket[0][2], blocks, bytes_),), bytes_, blocks, settings.max_model_len
         )
     # Several kinds share one pool, so all pages must be equal: a smaller page gets more tokens, or is padded.
@@ -190,7 +190,7 @@ def cache_of(architecture: Architecture, settings: EngineSettings) -> Cache:
         for index in range(split):
             own_layers = len(range(index, count, split))
             groups.append(CacheGroup(own_layers, tokens, page, blocks, own_layers * page))
-    return Cache(tuple(groups), max(g.bytes for g in groups), sum(g.blocks for g in groups), settings.max_model_len)
+    return KVCache(tuple(groups), max(g.bytes for g in groups), sum(g.blocks for g in groups), settings.max_model_len)
 
 
 def _token_bytes(layer: LayerCache, tp: int, number: float) -> int:
@@ -278,7 +278,7 @@ def budget(
     draft: int = 0,
     draft_cache: Sequence[LayerCache] = (),
     adapters: int = 0,
-) -> Budget:
+) -> MemoryBudget:
     """Divide a GPU's memory.
 
     Args:
@@ -295,7 +295,7 @@ def budget(
         extra = sum(_token_bytes(layer, 1, architecture.dtype_bytes) for layer in draft_cache if layer.kind != "state")
         full = settings.max_model_len * extra
         if cache.blocks_per_sequence:
-            cache = Cache(
+            cache = KVCache(
                 cache.groups,
                 cache.block_bytes + int(full / cache.blocks_per_sequence),
                 cache.blocks_per_sequence,
@@ -313,7 +313,9 @@ def budget(
     own = rank_weights(weights, settings, architecture)
     activations = activation_bytes(architecture, settings)
     left = usable - own - draft - adapters - activations - graphs - outside
-    return Budget(total, usable, own, draft, adapters, activations, graphs, outside, left, cache.tokens(left), cache)
+    return MemoryBudget(
+        total, usable, own, draft, adapters, activations, graphs, outside, left, cache.tokens(left), cache
+    )
 
 
 def lora_bytes(architecture: Architecture, slots: int, rank: int, settings: EngineSettings) -> int:

@@ -20,7 +20,7 @@ _OUTPUT = ("output_tokens", "completion_tokens", "output_length", "GeneratedToke
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Arrival:
     """One request.
 
     Attributes:
@@ -61,7 +61,7 @@ class Traffic:
     source: str
 
 
-def read_trace(path: Path) -> list[Request]:
+def read_trace(path: Path) -> list[Arrival]:
     """Read records, JSON lines or CSV, sorted by time, the first one at 0 seconds.
 
     Fields: a time (RFC 3339, or seconds), prompt and output tokens; `cached_tokens` and `priority` are optional. The
@@ -98,7 +98,7 @@ def read_trace(path: Path) -> list[Request]:
     first = found[0][0]
     unit = 1e-3 if found[-1][0] - first > 1e3 * 86400 * 40 else 1.0  # Mooncake counts milliseconds
     return [
-        Request((at - first) * unit, prompt, output, cached, priority) for at, prompt, output, cached, priority in found
+        Arrival((at - first) * unit, prompt, output, cached, priority) for at, prompt, output, cached, priority in found
     ]
 
 
@@ -163,7 +163,7 @@ def _class(value: object) -> int:
     return names.get(str(value).lower(), 1) if not str(value).lstrip("-").isdigit() else int(str(value))
 
 
-def describe(requests: Sequence[Request], window_s: float = 60.0, source: str = "trace") -> Traffic:
+def describe(requests: Sequence[Arrival], window_s: float = 60.0, source: str = "trace") -> Traffic:
     """The peak of a trace: the busiest `window_s` seconds of it, its mean lengths and its longest ones."""
     length = max(requests[-1].at, 1.0)
     window = min(window_s, length)
@@ -184,7 +184,7 @@ def describe(requests: Sequence[Request], window_s: float = 60.0, source: str = 
 
 
 @dataclass(frozen=True)
-class Shape:
+class TrafficShape:
     """Arrivals to make up: a Poisson process whose rate changes with time.
 
     Attributes:
@@ -218,7 +218,7 @@ class Shape:
             return self.rate * (0.6 - 0.4 * math.cos(2 * math.pi * at / min(86400.0, self.duration_s)))
         return self.rate
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[Arrival]:
         """Make them up; the same seed gives the same ones.
 
         Raises:
@@ -242,7 +242,7 @@ class Shape:
                     priority = name
                     break
                 lot -= share
-            found.append(Request(at, prompt, output, min(int(prompt * self.cached_share), prompt - 1), priority))
+            found.append(Arrival(at, prompt, output, min(int(prompt * self.cached_share), prompt - 1), priority))
         return found
 
     def _length(self, dice: random.Random, mean: int) -> int:

@@ -21,7 +21,7 @@ REFUSAL = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class VersionAnswer:
     """What a version said to a prompt.
 
     Attributes:
@@ -80,7 +80,9 @@ def read_prompts(path: Path) -> list[Any]:
     return out
 
 
-def ask_all(ask: Ask, model: str, prompts: Sequence[Any], max_tokens: int, refusal: str = REFUSAL) -> list[Answer]:
+def ask_all(
+    ask: Ask, model: str, prompts: Sequence[Any], max_tokens: int, refusal: str = REFUSAL
+) -> list[VersionAnswer]:
     """Put each prompt to one version, one after the other.
 
     Args:
@@ -101,21 +103,21 @@ def ask_all(ask: Ask, model: str, prompts: Sequence[Any], max_tokens: int, refus
     return out
 
 
-def _answer(status: int, text: str, refusal: re.Pattern[str]) -> Answer:
+def _answer(status: int, text: str, refusal: re.Pattern[str]) -> VersionAnswer:
     try:
         body = json.loads(text)
         if status != 200:
             kind = body.get("error", {}).get("type", "")
-            return Answer("", kind == "content_filter", kind != "content_filter")
+            return VersionAnswer("", kind == "content_filter", kind != "content_filter")
         choice = body["choices"][0]
         said = str(choice["message"]["content"] or "") if "message" in choice else str(choice["text"])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Answer("", False, True)
+        return VersionAnswer("", False, True)
     refused = choice.get("finish_reason") == "content_filter" or bool(refusal.search(said))
-    return Answer(said, refused, False)
+    return VersionAnswer(said, refused, False)
 
 
-def compare(canary: Sequence[Answer], stable: Sequence[Answer], allowed: Allowed) -> list[Check]:
+def compare(canary: Sequence[VersionAnswer], stable: Sequence[VersionAnswer], allowed: Allowed) -> list[Check]:
     """Equality, length and refusals of two versions' answers to the same prompts.
 
     Prompts that the stable version could not answer say nothing about the canary and are left out.

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
+from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import condition, dig
 from kserve_vllm.ops.operations import add_cluster_arguments
-from kserve_vllm.ops.rollout.answers import REFUSAL, Allowed, Answer, ask_all, compare, read_prompts
+from kserve_vllm.ops.rollout.answers import REFUSAL, Allowed, VersionAnswer, ask_all, compare, read_prompts
 from kserve_vllm.ops.rollout.judge import Check, Thresholds
 from kserve_vllm.ops.rollout.modes import Driver, driver_of, inverse, merged
 from kserve_vllm.ops.rollout.prometheus import Prometheus, PrometheusError
 from kserve_vllm.ops.rollout.run import NOT_RESTORED, PAUSED, PROMOTED, ROLLED_BACK, STOPPED, Options, Rollout, Stop
-from kserve_vllm.ops.rollout.state import OPEN, State, Store, Superseded
+from kserve_vllm.ops.rollout.state import OPEN, RolloutState, StateStore, Superseded
 
 _HTTP_PORT = 8080
 _EPILOG = """
@@ -62,9 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: an argument can't be used.
     """
-    args = _parser().parse_args(list(arguments))
+    args = rollout_parser().parse_args(list(arguments))
     if not args.status:  # a slip is named where there is no cluster, too
-        _options(args, len(_steps(args.steps)))
+        rollout_options(args, len(parse_steps(args.steps)))
     cluster = Cluster(args.context, args.kubeconfig)
     namespace = args.namespace or cluster.default_namespace
     try:
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     except Superseded as error:
         print(f"kserve-vllm: {error}; this one ends", file=sys.stderr)
         return PAUSED
-    except Unreadable as error:
+    except ApiError as error:
         print(
             f"kserve-vllm: the cluster refuses: {error}. What was done is kept; run the same command again, or "
             f"kserve-vllm diagnose {args.name} -n {namespace}",
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
         return STOPPED
 
 
-def _parser() -> argparse.ArgumentParser:
+def rollout_parser() -> argparse.ArgumentParser:
+    """The flags of `kserve-vllm rollout`, which the chart's Job is held against too."""
     parser = argparse.ArgumentParser(
         prog="kserve-vllm rollout",
         usage="kserve-vllm rollout NAME [--model MODEL | --arg=--FLAG=VALUE] [options]",
@@ -230,13 +231,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
-    store = Store(cluster, namespace, args.name)
+    store = StateStore(cluster, namespace, args.name)
     state = store.load()
     if args.status:
         print(_status(state, args.name, args.json))
         return 0
-    steps = _steps(args.steps)
-    options = _options(args, len(steps))
+    steps = parse_steps(args.steps)
+    options = rollout_options(args, len(steps))
     prometheus = Prometheus(args.prometheus, _token(args.prometheus_token_file))
     wanted = bool(args.model or args.image or args.arg)
 
@@ -292,7 +293,8 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
     return code
 
 
-def _steps(text: str) -> list[int]:
+def parse_steps(text: str) -> list[int]:
+    """Percents out of `1,10,50,100`; raises `ConfigError` where they do not rise from 1 to 100."""
     try:
         steps = [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -302,7 +304,8 @@ def _steps(text: str) -> list[int]:
     return steps
 
 
-def _options(args: argparse.Namespace, steps: int) -> Options:
+def rollout_options(args: argparse.Namespace, steps: int) -> Options:
+    """What the flags say for a rollout of so many steps; raises `ConfigError` for a number out of its range."""
     for name, low, high in (
         ("interval", 1, 86400),
         ("initial_delay", 0, 86400),
@@ -416,7 +419,7 @@ def _replaced(words: list[str], flag: str) -> list[str]:
     return out if done else [*out, flag]
 
 
-def _seen(args: argparse.Namespace, state: State, say: Callable[[str], None]) -> int | None:
+def _seen(args: argparse.Namespace, state: RolloutState, say: Callable[[str], None]) -> int | None:
     """The exit code where the rollout with this id is over or paused; None where there is something to do.
 
     Raises:
@@ -464,7 +467,7 @@ def _driver(args: argparse.Namespace, cluster: Cluster, namespace: str, say: Cal
         time.sleep(min(left, _FLAG_DEFAULTS.poll_s))
 
 
-def _begin(args: argparse.Namespace, driver: Driver, steps: list[int], ended: dict[str, str]) -> State:
+def _begin(args: argparse.Namespace, driver: Driver, steps: list[int], ended: dict[str, str]) -> RolloutState:
     isvc = driver.isvc()
     if condition(isvc, "Ready").get("status") != "True":
         raise ConfigError(
@@ -479,7 +482,7 @@ def _begin(args: argparse.Namespace, driver: Driver, steps: list[int], ended: di
         raise ConfigError(f"{args.name} is in the middle of a canary that this command did not begin")
     change = change_of(predictor, args.model, args.image, args.arg)
     before = inverse(predictor, change)
-    return State(
+    return RolloutState(
         driver.mode,
         change,
         _words(args),
@@ -495,7 +498,7 @@ def _begin(args: argparse.Namespace, driver: Driver, steps: list[int], ended: di
 def _dry_run(
     args: argparse.Namespace,
     driver: Driver,
-    state: State,
+    state: RolloutState,
     prometheus: Prometheus,
     namespace: str,
     say: Callable[[str], None],
@@ -528,13 +531,13 @@ def _dry_run(
     return 0
 
 
-def _answers(args: argparse.Namespace, cluster: Cluster, namespace: str) -> Callable[[State], list[Check]]:
+def _answers(args: argparse.Namespace, cluster: Cluster, namespace: str) -> Callable[[RolloutState], list[Check]]:
     prompts = read_prompts(args.answers)
     allowed = Allowed(args.min_equal, args.max_length_drift, args.max_refusal_drift)
     key = os.environ.get(args.answers_key_env or "", "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def of_version(version: str) -> list[Answer]:
+    def of_version(version: str) -> list[VersionAnswer]:
         pod = _pod_of(cluster, namespace, args.name, version)
 
         def ask(path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -559,7 +562,7 @@ def _pod_of(cluster: Cluster, namespace: str, name: str, version: str) -> str:
     raise ConfigError(f"{version} has no ready pod to put the prompts to")
 
 
-def _status(state: State | None, name: str, as_json: bool) -> str:
+def _status(state: RolloutState | None, name: str, as_json: bool) -> str:
     if as_json:
         return json.dumps(asdict(state) if state else {}, indent=2)
     if state is None:
@@ -575,7 +578,7 @@ def _status(state: State | None, name: str, as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def _epilogue(state: State, name: str, namespace: str, say: Callable[[str], None]) -> None:
+def _epilogue(state: RolloutState, name: str, namespace: str, say: Callable[[str], None]) -> None:
     if state.phase == "Failed" and any(entry["event"] == NOT_RESTORED for entry in state.history):
         fields = json.dumps({"spec": {"predictor": state.before}})
         say(f"The spec of {namespace}/{name} may still name the new version, at 0 %. Before it was, as a merge patch:")

@@ -10,9 +10,9 @@ import math
 from typing import Protocol
 
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
+from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import MODES, condition, dig
-from kserve_vllm.ops.rollout.state import State
+from kserve_vllm.ops.rollout.state import RolloutState
 
 VARIANT = "canary"
 
@@ -35,29 +35,29 @@ class Driver(Protocol):
     def newest(self) -> str:
         """The newest revision that there is; "" where the mode has none."""
 
-    def start(self, state: State, dry_run: bool = False) -> None:
+    def start(self, state: RolloutState, dry_run: bool = False) -> None:
         """Make the canary, without traffic."""
 
-    def ready(self, state: State) -> str:
+    def ready(self, state: RolloutState) -> str:
         """The canary's name in metrics once it is ready, else ""; raises `CanaryFailed` where it never will be."""
 
-    def shift(self, state: State, weight: int) -> bool:
+    def shift(self, state: RolloutState, weight: int) -> bool:
         """Give the canary its share."""
 
-    def promote(self, state: State) -> bool:
+    def promote(self, state: RolloutState) -> bool:
         """Make the canary the stable version."""
 
-    def take_back(self, state: State) -> bool:
+    def take_back(self, state: RolloutState) -> bool:
         """Give all traffic to the stable version."""
 
-    def restore(self, state: State) -> bool:
+    def restore(self, state: RolloutState) -> bool:
         """Once the traffic is back: let the service say again what it said before, without a canary; raises
         `CanaryFailed` where that would give the canary traffic."""
 
-    def clear(self, state: State) -> str:
+    def clear(self, state: RolloutState) -> str:
         """After that: end what a canary that never got ready would go on running. What there is to say of it, or ""."""
 
-    def disturbed(self, state: State) -> str:
+    def disturbed(self, state: RolloutState) -> str:
         """Why this is no longer the rollout that was begun, or ""."""
 
 
@@ -69,7 +69,7 @@ def driver_of(cluster: Cluster, namespace: str, name: str) -> Driver:
     """
     try:
         found = cluster.get("InferenceService", namespace, name)
-    except Unreadable as error:
+    except ApiError as error:
         if error.status == 404:
             raise ConfigError(
                 f"there is no InferenceService {namespace}/{name}. kserve-vllm diagnose {name} -n {namespace}"
@@ -79,10 +79,10 @@ def driver_of(cluster: Cluster, namespace: str, name: str) -> Driver:
         "serving.kserve.io/deploymentMode", ""
     )
     mode = MODES.get(said, said)
-    if mode == "Knative":
-        return Knative(cluster, namespace, name)
-    if mode == "Standard":
-        return Standard(cluster, namespace, name)
+    if mode == "KnativeMode":
+        return KnativeMode(cluster, namespace, name)
+    if mode == "StandardMode":
+        return StandardMode(cluster, namespace, name)
     raise ConfigError(f"{namespace}/{name} has no deployment mode yet ({said or 'no status'}): wait until it is ready")
 
 
@@ -96,14 +96,14 @@ class _Base:
     def _patch(self, change: Json, dry_run: bool = False) -> Json:
         return self.cluster.patch("InferenceService", self.namespace, self.name, {"spec": change}, dry_run)
 
-    def clear(self, state: State) -> str:
+    def clear(self, state: RolloutState) -> str:
         return ""
 
 
-class Knative(_Base):
+class KnativeMode(_Base):
     """Revisions, and a percentage for the newest."""
 
-    mode = "Knative"
+    mode = "KnativeMode"
 
     def stable(self) -> str:
         status = self._status()
@@ -116,7 +116,7 @@ class Knative(_Base):
     def newest(self) -> str:
         return str(self._status().get("latestCreatedRevision") or "")
 
-    def _made(self, state: State, status: Json) -> str:
+    def _made(self, state: RolloutState, status: Json) -> str:
         """The revision that the change has made; "" while there is none."""
         created = str(status.get("latestCreatedRevision") or "")
         return "" if created in (state.stable, state.newest) else created
@@ -124,10 +124,10 @@ class Knative(_Base):
     def _status(self) -> Json:
         return dig(self.isvc(), "status", "components", "predictor") or {}
 
-    def start(self, state: State, dry_run: bool = False) -> None:
+    def start(self, state: RolloutState, dry_run: bool = False) -> None:
         self._patch({"predictor": {**state.change, "canaryTrafficPercent": 0}}, dry_run)
 
-    def ready(self, state: State) -> str:
+    def ready(self, state: RolloutState) -> str:
         status = self._status()
         created = self._made(state, status)
         if not created:
@@ -136,31 +136,31 @@ class Knative(_Base):
             return created
         try:
             revision = self.cluster.get("Revision", self.namespace, created)
-        except Unreadable:
+        except ApiError:
             return ""
         failed = condition(revision, "Ready")
         if failed.get("status") == "False":
             raise CanaryFailed(f"revision {created} is not ready: {failed.get('reason')} {failed.get('message')}")
         return ""
 
-    def shift(self, state: State, weight: int) -> bool:
+    def shift(self, state: RolloutState, weight: int) -> bool:
         if self.isvc()["spec"]["predictor"].get("canaryTrafficPercent") != weight:
             self._patch({"predictor": {"canaryTrafficPercent": weight}})
         return _shares(self._status()).get(state.canary, 0) == weight
 
-    def promote(self, state: State) -> bool:
+    def promote(self, state: RolloutState) -> bool:
         if "canaryTrafficPercent" in self.isvc()["spec"]["predictor"]:
             self._patch({"predictor": {"canaryTrafficPercent": None}})
         return _shares(self._status()).get(state.canary, 0) == 100
 
-    def take_back(self, state: State) -> bool:
+    def take_back(self, state: RolloutState) -> bool:
         if self.isvc()["spec"]["predictor"].get("canaryTrafficPercent") != 0:
             self._patch({"predictor": {"canaryTrafficPercent": 0}})
         status = self._status()
         state.canary = state.canary or self._made(state, status)  # one that never got ready
         return _shares(status).get(state.stable, 0) == 100
 
-    def restore(self, state: State) -> bool:
+    def restore(self, state: RolloutState) -> bool:
         """A spec that goes on naming the canary would keep its pods, and the next change would begin from it.
 
         In two steps. Without a percentage Knative gives all traffic to the newest revision that is ready, which is the
@@ -180,7 +180,7 @@ class Knative(_Base):
             self._patch({"predictor": {"canaryTrafficPercent": None}})
         return False
 
-    def clear(self, state: State) -> str:
+    def clear(self, state: RolloutState) -> str:
         """Knative keeps the pod of a revision that never got ready until its progress deadline, which for a large model
         is an hour, though nothing is sent to it. Its Deployment goes with it."""
         canary = state.canary
@@ -191,7 +191,7 @@ class Knative(_Base):
             if condition(revision, "Ready").get("status") == "True" or not dig(revision, "status", "desiredReplicas"):
                 return ""
             self.cluster.delete("Revision", self.namespace, canary)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 404:
                 return ""
             if error.status == 403:
@@ -202,7 +202,7 @@ class Knative(_Base):
             raise
         return f"revision {canary}, which never got ready, is deleted: it would have kept its pod"
 
-    def disturbed(self, state: State) -> str:
+    def disturbed(self, state: RolloutState) -> str:
         created = self._status().get("latestCreatedRevision")
         if state.canary and created and created != state.canary:
             return (
@@ -212,10 +212,10 @@ class Knative(_Base):
         return ""
 
 
-class Standard(_Base):
+class StandardMode(_Base):
     """A second Deployment, and weights in the HTTPRoute."""
 
-    mode = "Standard"
+    mode = "StandardMode"
 
     def stable(self) -> str:
         own = dig(self.isvc(), "spec", "predictor", "name")
@@ -223,7 +223,7 @@ class Standard(_Base):
         for name in [*names, f"{self.name}-predictor"]:
             try:
                 self.cluster.get("Deployment", self.namespace, name)
-            except Unreadable as error:
+            except ApiError as error:
                 if error.status != 404:
                     raise
                 continue
@@ -237,7 +237,7 @@ class Standard(_Base):
     def _deployment(self) -> str:
         return f"{self.name}-{VARIANT}-predictor"
 
-    def _canary(self, state: State, weight: int, replicas: int) -> Json:
+    def _canary(self, state: RolloutState, weight: int, replicas: int) -> Json:
         """The canary as the schema wants it: the container has a name here, and not in the predictor."""
         model = dig(self.isvc(), "spec", "predictor", "model") or {}
         inner = {"name": "kserve-container", "modelFormat": model.get("modelFormat"), **state.change.get("model", {})}
@@ -245,7 +245,7 @@ class Standard(_Base):
         predictor = {"name": VARIANT, "minReplicas": replicas, **rest, "model": inner}
         return {"canary": [{"trafficPercent": weight, "predictor": predictor}]}
 
-    def start(self, state: State, dry_run: bool = False) -> None:
+    def start(self, state: RolloutState, dry_run: bool = False) -> None:
         isvc = self.isvc()
         others = [c for c in dig(isvc, "spec", "canary") or [] if dig(c, "predictor", "name") != VARIANT]
         if others:
@@ -268,16 +268,16 @@ class Standard(_Base):
         """Whether a Deployment is rolled out, with so many pods at the least."""
         try:
             found = self.cluster.get("Deployment", self.namespace, name)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 404:
                 return False
             raise
         return rolled_out(found) and int(dig(found, "spec", "replicas") or 0) >= least
 
-    def ready(self, state: State) -> str:
+    def ready(self, state: RolloutState) -> str:
         try:
             found = self.cluster.get("Deployment", self.namespace, self._deployment)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 404:
                 return ""
             raise
@@ -291,7 +291,7 @@ class Standard(_Base):
         canary: Json = next(iter(dig(self.isvc(), "spec", "canary") or []), {})
         return int(canary.get("trafficPercent") or 0), int(dig(canary, "predictor", "minReplicas") or 1)
 
-    def shift(self, state: State, weight: int) -> bool:
+    def shift(self, state: RolloutState, weight: int) -> bool:
         now, replicas = self._now()
         wanted = max(replicas, self._replicas(weight))
         if replicas < wanted:
@@ -309,7 +309,7 @@ class Standard(_Base):
         for route in ("", "-predictor"):
             try:
                 found = self.cluster.get("HTTPRoute", self.namespace, f"{self.name}{route}")
-            except Unreadable as error:
+            except ApiError as error:
                 if error.status == 404:
                     continue
                 raise
@@ -319,7 +319,7 @@ class Standard(_Base):
                     return float(100 * weights[self._deployment] / sum(weights.values()))
         return 0.0
 
-    def promote(self, state: State) -> bool:
+    def promote(self, state: RolloutState) -> bool:
         """The stable Deployment takes the new model while the canary serves, and then the traffic back, pod by pod:
         KServe keeps the stable version at `minReplicas` less the canary's pods, so taking the canary away at once would
         leave one pod with all traffic."""
@@ -339,7 +339,7 @@ class Standard(_Base):
             self._patch({"canary": None})
         return self._share() == 0
 
-    def take_back(self, state: State) -> bool:
+    def take_back(self, state: RolloutState) -> bool:
         now, replicas = self._now()
         if dig(self.isvc(), "spec", "canary"):
             if now or replicas > 1:
@@ -351,11 +351,11 @@ class Standard(_Base):
             self._patch({"canary": None})
         return self._share() == 0
 
-    def restore(self, state: State) -> bool:
+    def restore(self, state: RolloutState) -> bool:
         """The canary was beside the predictor, which nobody has changed."""
         return True
 
-    def disturbed(self, state: State) -> str:
+    def disturbed(self, state: RolloutState) -> str:
         names = [dig(c, "predictor", "name") for c in dig(self.isvc(), "spec", "canary") or []]
         if state.canary and names != [VARIANT]:
             return f"something changed spec.canary in mid-rollout: it has {names or 'no canary'} now"

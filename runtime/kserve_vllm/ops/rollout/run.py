@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from kserve_vllm.ops.cluster import Unreadable
+from kserve_vllm.ops.cluster import ApiError
 from kserve_vllm.ops.rollout.judge import Check, Thresholds, Verdict, judge
 from kserve_vllm.ops.rollout.modes import CanaryFailed, Driver
 from kserve_vllm.ops.rollout.prometheus import Prometheus, PrometheusError, Sample
-from kserve_vllm.ops.rollout.state import State, Store
+from kserve_vllm.ops.rollout.state import RolloutState, StateStore
 
 PROMOTED, ROLLED_BACK, STOPPED, PAUSED = 0, 1, 3, 4
 NOT_RESTORED = "not restored"
@@ -73,12 +73,12 @@ class Rollout:
     def __init__(
         self,
         driver: Driver,
-        store: Store,
+        store: StateStore,
         prometheus: Prometheus,
         namespace: str,
         name: str,
         options: Options,
-        answers: Callable[[State], list[Check]] | None = None,
+        answers: Callable[[RolloutState], list[Check]] | None = None,
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -87,7 +87,7 @@ class Rollout:
         self._namespace, self._name, self._options = namespace, name, options
         self._answers, self._say, self._clock, self._sleep = answers, say, clock, sleep
 
-    def run(self, state: State) -> int:
+    def run(self, state: RolloutState) -> int:
         """Go on from where `state` is until it is over. Returns the exit code.
 
         Raises:
@@ -116,13 +116,13 @@ class Rollout:
             self._roll_back(state)
         return {"Succeeded": PROMOTED, "Failed": ROLLED_BACK, "Paused": PAUSED}.get(state.phase, STOPPED)
 
-    def abort(self, state: State) -> int:
+    def abort(self, state: RolloutState) -> int:
         """Roll back now."""
         self._begin_rollback(state, "aborted by hand")
         self._roll_back(state)
         return ROLLED_BACK if state.phase == "Failed" else STOPPED
 
-    def _initialize(self, state: State) -> None:
+    def _initialize(self, state: RolloutState) -> None:
         self._say(f"{state.words}: making the canary beside {state.stable}, without traffic")
         self._ask(lambda: self._driver.start(state))
         self._until(lambda: self._is_ready(state), "the canary is not ready")
@@ -146,11 +146,11 @@ class Rollout:
         state.phase = "Progressing"
         self._keep(state)
 
-    def _is_ready(self, state: State) -> bool:
+    def _is_ready(self, state: RolloutState) -> bool:
         state.canary = self._driver.ready(state)
         return bool(state.canary)
 
-    def _step(self, state: State) -> None:
+    def _step(self, state: RolloutState) -> None:
         """One weight: shift, wait, look until there is a verdict."""
         weight, options = state.weight, self._options
         if why := self._ask(lambda: self._driver.disturbed(state)):
@@ -191,7 +191,7 @@ class Rollout:
                 return
             self._keep(state)
 
-    def _inconclusive(self, state: State, verdict: Verdict) -> None:
+    def _inconclusive(self, state: RolloutState, verdict: Verdict) -> None:
         worst = next(c for c in verdict.checks if c.phase == verdict.phase)
         why = f"no verdict after {state.looks} looks at {state.weight} %: {worst.metric}: {worst.words}"
         if self._options.on_inconclusive == "rollback":
@@ -202,13 +202,13 @@ class Rollout:
         self._say(f"{why}; going on, as asked")
         self._advance(state)
 
-    def _pause(self, state: State, why: str) -> None:
+    def _pause(self, state: RolloutState, why: str) -> None:
         state.phase, state.reason = "Paused", why
         state.note("paused", self._clock(), reason=why)
         self._keep(state)
         self._say(f"paused at {state.weight} %: {why}")
 
-    def _advance(self, state: State) -> None:
+    def _advance(self, state: RolloutState) -> None:
         if state.step + 1 < len(state.steps):
             state.step += 1
             state.since, state.looks, state.failed_checks = 0.0, 0, 0
@@ -216,7 +216,7 @@ class Rollout:
             state.phase = "Promoting"
         self._keep(state)
 
-    def _promote(self, state: State) -> None:
+    def _promote(self, state: RolloutState) -> None:
         self._say(f"promoting {state.canary}")
         try:
             self._until(lambda: self._driver.promote(state), "the promotion is not through")
@@ -229,13 +229,13 @@ class Rollout:
         self._keep(state)
         self._say(f"promoted: {state.words}")
 
-    def _begin_rollback(self, state: State, why: str) -> None:
+    def _begin_rollback(self, state: RolloutState, why: str) -> None:
         state.phase, state.reason = "RollingBack", why
         state.note("rolling back", self._clock(), reason=why)
         self._keep(state)
         self._say(f"rolling back: {why}")
 
-    def _roll_back(self, state: State) -> None:
+    def _roll_back(self, state: RolloutState) -> None:
         if not (state.history and state.history[-1]["event"] == _BACK):
             try:
                 self._until(lambda: self._driver.take_back(state), "the traffic is not back")
@@ -264,7 +264,7 @@ class Rollout:
         state.note("rolled back", self._clock())
         self._keep(state)
 
-    def _look(self, state: State, begin: float) -> Verdict:
+    def _look(self, state: RolloutState, begin: float) -> Verdict:
         now = self._clock()
         try:
             canary = self._sample(state.canary, begin, now)
@@ -280,7 +280,7 @@ class Rollout:
     def _sample(self, revision: str, since: float, until: float) -> Sample:
         return self._prometheus.sample(self._namespace, self._name, revision, since, until)
 
-    def _keep(self, state: State) -> None:
+    def _keep(self, state: RolloutState) -> None:
         self._ask(lambda: self._store.save(state, self._driver.isvc()))
 
     def _until(self, done: Callable[[], bool], otherwise: str) -> None:
@@ -305,7 +305,7 @@ class Rollout:
         while True:
             try:
                 return question()
-            except Unreadable as error:
+            except ApiError as error:
                 passing = error.status in (0, 409, 429) or error.status >= 500
                 if not passing or self._clock() >= deadline:
                     raise

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from kserve_vllm.core.errors import ConfigError
-from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
+from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 
 # Flagger's words for where a canary is.
 Phase = Literal["Initializing", "Progressing", "Promoting", "Succeeded", "Failed", "RollingBack", "Paused"]
@@ -27,7 +27,7 @@ class Superseded(Exception):
 
 
 @dataclass
-class State:
+class RolloutState:
     """Where a rollout is.
 
     Attributes:
@@ -89,7 +89,7 @@ class State:
         del self.history[:-_MOST_ENTRIES]
 
 
-class Store:
+class StateStore:
     """Keeps the state of a service's rollout.
 
     Args:
@@ -102,7 +102,7 @@ class Store:
         self.name = f"{name}-rollout"
         self._version = ""
 
-    def load(self) -> State | None:
+    def load(self) -> RolloutState | None:
         """What was kept last; None where there was no rollout.
 
         Raises:
@@ -111,17 +111,17 @@ class Store:
         """
         try:
             found = self._cluster.get("ConfigMap", self._namespace, self.name)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 404:
                 return None
             raise
         self._version = found["metadata"]["resourceVersion"]
         try:
-            return State(**json.loads(found["data"][_KEY]))
+            return RolloutState(**json.loads(found["data"][_KEY]))
         except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"ConfigMap {self._namespace}/{self.name} holds no rollout: {error}") from error
 
-    def save(self, state: State, owner: Json) -> None:
+    def save(self, state: RolloutState, owner: Json) -> None:
         """Keep it.
 
         Args:
@@ -157,7 +157,7 @@ class Store:
             else:
                 body["metadata"]["resourceVersion"] = self._version
                 kept = self._cluster.replace("ConfigMap", self._namespace, self.name, body)
-        except Unreadable as error:
+        except ApiError as error:
             if error.status == 409:
                 if self._is_kept(body["data"][_KEY]):
                     return

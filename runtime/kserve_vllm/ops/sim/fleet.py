@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kserve_vllm.ops.model.steptime import StepTime
-from kserve_vllm.ops.model.traffic import Request
-from kserve_vllm.ops.sim.scalers import Knative, Scaler, Sight
+from kserve_vllm.ops.model.traffic import Arrival
+from kserve_vllm.ops.sim.scalers import KnativeScaler, Scaler, Sight
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ColdStart:
 class Job:
     """A request inside the fleet."""
 
-    request: Request
+    request: Arrival
     left: int  # tokens of the prompt (and, after a preemption, of the answer so far) still to compute
     tokens: int  # tokens in the cache
     output_left: int
@@ -92,7 +92,7 @@ class Job:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ServedOutcome:
     """What became of a request: `ok`, `refused` (429), `queue-timeout` (503), `client-timeout`, `cut`, `unfinished`."""
 
     at: float
@@ -117,7 +117,7 @@ class Result:
         events: events that were handled.
     """
 
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[ServedOutcome] = field(default_factory=list)
     timeline: list[tuple[float, int, int, int, int]] = field(default_factory=list)
     replica_hours: float = 0.0
     gpu_hours: float = 0.0
@@ -377,7 +377,7 @@ class Fleet:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[Arrival],
         step: StepTime,
         settings: ReplicaSettings,
         cold: ColdStart,
@@ -400,7 +400,7 @@ class Fleet:
         self._events: list[tuple[float, int, Callable[[float, int], None], int]] = []
         self._count = 0
         self.now = 0.0
-        self._replicas: list[_Replica] = []
+        self.replicas: list[_Replica] = []
         self._ready: list[_Replica] = []
         self._held: deque[Job] = deque()
         self._inside = 0
@@ -463,7 +463,7 @@ class Fleet:
         end = max(last, min(self.now, last + 3600))
         if not self.result.timeline:  # shorter than a look at the fleet
             self.result.timeline.append((end, self._wanted, len(self._ready), self._inside, len(self._held)))
-        for replica in [*self._replicas]:
+        for replica in [*self.replicas]:
             if replica.inside:
                 for _, _, sequence in [*replica.waiting, *replica.prefill, *replica.ends]:
                     self.finish(sequence, "unfinished", end)
@@ -521,7 +521,7 @@ class Fleet:
 
     def _scale(self, wanted: int, now: float) -> None:
         self._wanted = wanted
-        alive = [replica for replica in self._replicas if not replica.draining]
+        alive = [replica for replica in self.replicas if not replica.draining]
         for _ in range(wanted - len(alive)):
             self._start(now)
         surplus = len(alive) - wanted
@@ -533,10 +533,10 @@ class Fleet:
     def _start(self, now: float, warm: bool = False) -> _Replica:
         self._numbers += 1
         replica = _Replica(self, self._numbers, now)
-        self._replicas.append(replica)
+        self.replicas.append(replica)
         if not warm:
             self.result.cold_starts += 1
-            free = self.cold.free_nodes is None or len(self._replicas) <= self.cold.free_nodes
+            free = self.cold.free_nodes is None or len(self.replicas) <= self.cold.free_nodes
             self.call(
                 now + sum(seconds for _, seconds in self.cold.phases(free)),
                 lambda at, _v: self._become_ready(replica, at),
@@ -562,14 +562,14 @@ class Fleet:
             self.call(now + self.drain_s, lambda at, _v: self._cut(replica, at))
 
     def _cut(self, replica: _Replica, now: float) -> None:
-        if replica in self._replicas:
+        if replica in self.replicas:
             replica.stop(now)
             self.gone(replica, now)
 
     def gone(self, replica: _Replica, now: float) -> None:
         """A replica's pod has ended."""
-        if replica in self._replicas:
-            self._replicas.remove(replica)
+        if replica in self.replicas:
+            self.replicas.remove(replica)
             replica.stopped = True
             self._bill(replica, now)
 
@@ -586,7 +586,7 @@ class Fleet:
         self._integral += self._inside * (now - self._since)
         self._since = now
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, request: Arrival) -> None:
         self._arrived += 1
         self._integrate(self.now)
         self._inside += 1
@@ -614,7 +614,7 @@ class Fleet:
             else:  # nothing behind the service: the connection is refused
                 self.finish(sequence, "refused", now)
             return
-        through_activator = isinstance(self.scaler, Knative) and self.scaler.excess < 0
+        through_activator = isinstance(self.scaler, KnativeScaler) and self.scaler.excess < 0
         hard = self.settings.container_concurrency
         if through_activator and hard:
             free = [replica for replica in ready if replica.inside < hard]
@@ -653,7 +653,7 @@ class Fleet:
             gap = (now - sequence.first_at) / max(request.output - 1, 1)
             self._firsts.append((now, first))
         self.result.outcomes.append(
-            Outcome(
+            ServedOutcome(
                 request.at,
                 result,
                 first,

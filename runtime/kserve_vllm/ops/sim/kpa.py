@@ -121,7 +121,7 @@ class Highest:
 
 
 @dataclass(frozen=True)
-class Settings:
+class KPASettings:
     """Settings of a revision; defaults as in Knative's `config-autoscaler`.
 
     Attributes:
@@ -163,7 +163,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ScaleDecision:
     """What the autoscaler wants.
 
     Attributes:
@@ -185,7 +185,7 @@ class Autoscaler:
         target: load of a pod that is aimed at; by default the settings' target times utilization, at least 0.01.
     """
 
-    def __init__(self, settings: Settings, target: float | None = None) -> None:
+    def __init__(self, settings: KPASettings, target: float | None = None) -> None:
         self._own = settings
         self._target = max(0.01, settings.target * settings.utilization) if target is None else target
         kind = WeightedWindow if settings.weighted else Window
@@ -204,10 +204,10 @@ class Autoscaler:
         self._stable.record(now, load)
         self._panic.record(now, load)
 
-    def decide(self, now: float, ready: int) -> Decision:
+    def decide(self, now: float, ready: int) -> ScaleDecision:
         """Decide on a number of pods while `ready` are ready."""
         if self._stable.empty(now):
-            return Decision(0, 0, False)
+            return ScaleDecision(0, 0, False)
         own = self._own
         stable, panic = self._stable.average(now), self._panic.average(now)
         pods = max(1.0, float(ready))
@@ -236,7 +236,7 @@ class Autoscaler:
             excess = 0
         elif own.target_burst_capacity > 0:
             excess = math.floor(ready * own.target - own.target_burst_capacity - panic)
-        return Decision(desired, excess, True)
+        return ScaleDecision(desired, excess, True)
 
 
 class Reconciler:
@@ -246,7 +246,7 @@ class Reconciler:
     then the activator takes its requests for the grace period, or the pod is retained longer than that.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: KPASettings) -> None:
         self._own = settings
         self._active_since: float | None = None
         self._inactive_since: float | None = None

@@ -69,12 +69,12 @@ class Fixed:
         return self._replicas
 
 
-class Knative:
+class KnativeScaler:
     """Knative's KPA on concurrency or requests per second."""
 
     activator = True
 
-    def __init__(self, settings: kpa.Settings) -> None:
+    def __init__(self, settings: kpa.KPASettings) -> None:
         self._settings = settings
         self._decider, self._reconciler = kpa.Autoscaler(settings), kpa.Reconciler(settings)
         self._wanted = -1
@@ -367,7 +367,7 @@ def scaler(values: Mapping[str, Any]) -> Scaler:
         fields = {**_KNATIVE, "utilization": "utilization"}
         _nothing_left(own, kind, {**_KNATIVE, "target_utilization_percentage": "", "utilization": ""})
         own = _checked(own)
-        settings = kpa.Settings(**{fields[name]: value for name, value in own.items()})
+        settings = kpa.KPASettings(**{fields[name]: value for name, value in own.items()})
         if settings.metric not in ("concurrency", "rps"):
             raise ConfigError(f"scaler.metric {settings.metric!r}: Knative knows concurrency and rps")
         if not 6 <= settings.window_s <= 3600:
@@ -376,7 +376,7 @@ def scaler(values: Mapping[str, Any]) -> Scaler:
             raise ConfigError("scaler: target must be above 0, rates above 1")
         if settings.max_scale and settings.max_scale < settings.min_scale:
             raise ConfigError("scaler.max is below scaler.min")
-        return Knative(settings)
+        return KnativeScaler(settings)
     if kind in ("hpa", "keda"):
         extra = {"polling": "", "cooldown": ""} if kind == "keda" else {}
         _nothing_left(own, kind, {**_HPA, **extra})

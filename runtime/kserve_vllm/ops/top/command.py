@@ -15,12 +15,12 @@ from typing import Any
 
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops.bench.command import read_key
-from kserve_vllm.ops.cluster import Cluster, Json, Unreadable
+from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import SERVING, dig
 from kserve_vllm.ops.exposition import fetch
 from kserve_vllm.ops.operations import add_cluster_arguments
 from kserve_vllm.ops.tables import bar, seconds, spark, table
-from kserve_vllm.ops.top.view import Reading, View, read, view
+from kserve_vllm.ops.top.view import ServerReading, View, read, view
 
 _EPILOG = """
 Examples:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     source: _Source = _Server(args) if "://" in args.target else _Service(args)
     try:
         return _once(source, args) if args.once else _watch(source, args)
-    except Unreadable as error:
+    except ApiError as error:
         print(f"kserve-vllm: {error}", file=sys.stderr)
         return 3
 
@@ -81,7 +81,7 @@ class _Source:
 
     name: str
 
-    def readings(self) -> dict[str, Reading]:
+    def readings(self) -> dict[str, ServerReading]:
         """By server, what it says now."""
         raise NotImplementedError
 
@@ -102,7 +102,7 @@ class _Server(_Source):
 
         self._get = get
 
-    def readings(self) -> dict[str, Reading]:
+    def readings(self) -> dict[str, ServerReading]:
         """Of the one."""
         return {self.name: read(self._get)}
 
@@ -118,7 +118,7 @@ class _Service(_Source):
         self._service, self._port = args.target, args.port
         self.name = f"{self._namespace}/{args.target}"
 
-    def readings(self) -> dict[str, Reading]:
+    def readings(self) -> dict[str, ServerReading]:
         """Of each pod that serves; raises Unreadable where the service or its pods can't be read."""
         isvc = self._cluster.get("InferenceService", self._namespace, self._service)
         self.shares = shares(isvc)
@@ -133,16 +133,16 @@ class _Service(_Source):
             found = list(pool.map(self._read, pods))
         return {pod["metadata"]["name"]: reading for pod, reading in zip(pods, found, strict=True)}
 
-    def _read(self, pod: Json) -> Reading:
+    def _read(self, pod: Json) -> ServerReading:
         name, group = pod["metadata"]["name"], group_of(pod)
         starting = not_running(pod)
         if starting:
-            return Reading(time.monotonic(), {"state": starting, "ready": False}, group=group)
+            return ServerReading(time.monotonic(), {"state": starting, "ready": False}, group=group)
 
         def get(path: str) -> tuple[int, str]:
             try:
                 status, text = self._cluster.through_pod(self._namespace, name, self._port, path)
-            except Unreadable as error:
+            except ApiError as error:
                 return 0, error.message
             if '"kind":"Status"' in text.replace(" ", "") and status >= 400:
                 return 0, f"{status}: {json.loads(text).get('message', '')}" if text.startswith("{") else text[:200]
@@ -214,8 +214,8 @@ def _watch(source: _Source, args: argparse.Namespace) -> int:
             while not screen.pressed(args.interval):
                 try:
                     after = source.readings()
-                except Unreadable as error:
-                    after = {"-": Reading(time.monotonic(), error=str(error))}
+                except ApiError as error:
+                    after = {"-": ServerReading(time.monotonic(), error=str(error))}
                 content = figures(source, before, after)
                 before, history = after, [*history, content["total"]][-_HISTORY:]
                 if args.json:
@@ -282,10 +282,10 @@ class _Screen:
         sys.stdout.flush()
 
 
-def figures(source: _Source, before: Mapping[str, Reading], after: Mapping[str, Reading]) -> dict[str, Any]:
+def figures(source: _Source, before: Mapping[str, ServerReading], after: Mapping[str, ServerReading]) -> dict[str, Any]:
     """The views of all, of each group and of each server: what `machine` and `text` are made of."""
-    pairs = {name: (before.get(name, Reading(0.0)), reading) for name, reading in after.items()}
-    groups: dict[str, list[tuple[Reading, Reading]]] = {}
+    pairs = {name: (before.get(name, ServerReading(0.0)), reading) for name, reading in after.items()}
+    groups: dict[str, list[tuple[ServerReading, ServerReading]]] = {}
     for pair in pairs.values():
         groups.setdefault(pair[1].group, []).append(pair)
     return {

@@ -20,7 +20,7 @@ _CLASSES = {"0": "interactive", "1": "normal", "2": "batch"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class ServerReading:
     """What one server said.
 
     Attributes:
@@ -47,29 +47,29 @@ class Reading:
         return sum(values) if values else None
 
 
-def read(get: Callable[[str], tuple[int, str]], group: str = "") -> Reading:
+def read(get: Callable[[str], tuple[int, str]], group: str = "") -> ServerReading:
     """Ask a server through `get`, which takes a path and gives a status and a text (0: nothing answers)."""
     status, text = get("/v2/health/ready")
     if not status:
-        return Reading(time.monotonic(), error=text, group=group)
+        return ServerReading(time.monotonic(), error=text, group=group)
     try:
         health = json.loads(text)
     except ValueError:
         health = None
     if not isinstance(health, dict):
-        return Reading(time.monotonic(), error=f"/v2/health/ready answers {status} and no JSON", group=group)
+        return ServerReading(time.monotonic(), error=f"/v2/health/ready answers {status} and no JSON", group=group)
     code, page = get("/metrics")
     at = time.monotonic()
     if code != 200:
         error = f"no metrics ({code or page}): they may be on --admin-port"
-        return Reading(at, health, error=error, group=group)
+        return ServerReading(at, health, error=error, group=group)
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for name, labels, value in samples(page):
         if not math.isfinite(value):  # a gauge that has nothing to tell
             continue
         key = name, tuple(sorted(labels.items()))
         found[key] = found.get(key, 0.0) + value
-    return Reading(at, health, found, group=group)
+    return ServerReading(at, health, found, group=group)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class View:
         return asdict(self)
 
 
-def view(pairs: Sequence[tuple[Reading, Reading]]) -> View:
+def view(pairs: Sequence[tuple[ServerReading, ServerReading]]) -> View:
     """The figures of servers between two readings of each, (before, after)."""
     now = [after for _, after in pairs]
     ready = sum(bool(reading.health.get("ready")) for reading in now)
@@ -148,7 +148,7 @@ def view(pairs: Sequence[tuple[Reading, Reading]]) -> View:
     return found
 
 
-def _state(now: Sequence[Reading]) -> tuple[str, float]:
+def _state(now: Sequence[ServerReading]) -> tuple[str, float]:
     """The state that most concerns a person: one that is not ready before those that are."""
     worst = min(now, key=lambda reading: (bool(reading.health.get("ready")), bool(reading.health)), default=None)
     if worst is None:
@@ -161,12 +161,12 @@ def _state(now: Sequence[Reading]) -> tuple[str, float]:
     return (f"{state}: {reason}" if reason else state), float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
-def _sum(now: Sequence[Reading], name: str) -> float | None:
+def _sum(now: Sequence[ServerReading], name: str) -> float | None:
     values = [value for reading in now if (value := reading.total(name)) is not None]
     return sum(values) if values else None
 
 
-def _by(now: Sequence[Reading], name: str, label: str) -> dict[str, float]:
+def _by(now: Sequence[ServerReading], name: str, label: str) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for reading in now:
         for labels, value in reading.each(name):
@@ -174,7 +174,7 @@ def _by(now: Sequence[Reading], name: str, label: str) -> dict[str, float]:
     return dict(found)
 
 
-def _increase(before: Reading, after: Reading, name: str) -> Iterable[tuple[dict[str, str], float]]:
+def _increase(before: ServerReading, after: ServerReading, name: str) -> Iterable[tuple[dict[str, str], float]]:
     """How much each sample of a counter has grown; a counter that fell began anew."""
     if not before.metrics:
         return
@@ -184,12 +184,12 @@ def _increase(before: Reading, after: Reading, name: str) -> Iterable[tuple[dict
             yield dict(labels), value - old if value >= old else value
 
 
-def _grown(pairs: Sequence[tuple[Reading, Reading]], name: str) -> float | None:
+def _grown(pairs: Sequence[tuple[ServerReading, ServerReading]], name: str) -> float | None:
     found = [grown for before, after in pairs for _, grown in _increase(before, after, name)]
     return sum(found) if found else None
 
 
-def _rate(pairs: Sequence[tuple[Reading, Reading]], name: str) -> float | None:
+def _rate(pairs: Sequence[tuple[ServerReading, ServerReading]], name: str) -> float | None:
     seen = [(before, after) for before, after in pairs if before.metrics and after.metrics]
     if not seen:
         return None
@@ -199,7 +199,7 @@ def _rate(pairs: Sequence[tuple[Reading, Reading]], name: str) -> float | None:
     )
 
 
-def _quantiles(pairs: Sequence[tuple[Reading, Reading]], name: str) -> dict[str, float]:
+def _quantiles(pairs: Sequence[tuple[ServerReading, ServerReading]], name: str) -> dict[str, float]:
     from kserve_vllm.ops.rollout.statistics import quantile
 
     upto: dict[float, float] = defaultdict(float)

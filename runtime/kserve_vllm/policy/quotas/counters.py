@@ -45,7 +45,7 @@ class Level(NamedTuple):
     reset_s: float
 
 
-class Answer(NamedTuple):
+class CounterAnswer(NamedTuple):
     """What came of some asks.
 
     Attributes:
@@ -67,7 +67,7 @@ class Counters(Protocol):
     `take` grants all asks or none; no `amount` may be over its `limit`. The other methods return at once.
     """
 
-    async def take(self, asks: Sequence[Ask], lease: str = "") -> Answer:
+    async def take(self, asks: Sequence[Ask], lease: str = "") -> CounterAnswer:
         """Take; `lease` names the places that are taken. Raises `RedisUnavailable`."""
 
     def leave(self, asks: Sequence[Ask], lease: str) -> None:
@@ -161,11 +161,11 @@ class MemoryCounters:
     def __len__(self) -> int:
         return len(self._subjects)
 
-    async def take(self, asks: Sequence[Ask], lease: str = "") -> Answer:
+    async def take(self, asks: Sequence[Ask], lease: str = "") -> CounterAnswer:
         """See `Counters`."""
         return self.take_now(asks)
 
-    def take_now(self, asks: Sequence[Ask]) -> Answer:
+    def take_now(self, asks: Sequence[Ask]) -> CounterAnswer:
         """`take` without waiting."""
         now = self._clock()
         bucket = now // self._width
@@ -200,7 +200,7 @@ class MemoryCounters:
             else Level(window.total, self._leaves(next(reversed(window.amounts)), now) if window.amounts else 0.0)
             for subject, window in found
         ]
-        return Answer(bucket, levels, short, max(wait, 0.0))
+        return CounterAnswer(bucket, levels, short, max(wait, 0.0))
 
     def leave(self, asks: Sequence[Ask], lease: str = "") -> None:
         """See `Counters`."""
@@ -299,7 +299,7 @@ class RedisCounters:
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def take(self, asks: Sequence[Ask], lease: str = "") -> Answer:
+    async def take(self, asks: Sequence[Ask], lease: str = "") -> CounterAnswer:
         """See `Counters`."""
         self._start()
         keys = [f"{self._prefix}:{ask.kind}:{ask.subject}" for ask in asks]
@@ -317,10 +317,10 @@ class RedisCounters:
         bucket, short, wait, flat = answer
         levels = [Level(flat[i], flat[i + 1] / 1e6) for i in range(0, len(flat), 2)]
         if short:
-            return Answer(bucket, levels, short - 1, wait / 1e6)
+            return CounterAnswer(bucket, levels, short - 1, wait / 1e6)
         if places:
             self._leases[lease] = places
-        return Answer(bucket, levels)
+        return CounterAnswer(bucket, levels)
 
     def adopt(self, asks: Sequence[Ask], lease: str) -> None:
         """Book places that were taken elsewhere while Redis was away, as soon as it is back."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kserve_vllm.core.errors import RateLimited, Unavailable
-from kserve_vllm.policy.quotas.counters import Answer, Ask, Counters, Kind, MemoryCounters, RedisCounters
+from kserve_vllm.policy.quotas.counters import Ask, CounterAnswer, Counters, Kind, MemoryCounters, RedisCounters
 from kserve_vllm.policy.redis_connection import RedisUnavailable
 
 _REASONS: dict[Kind, str] = {
@@ -46,11 +46,11 @@ class Quota:
 
 
 class Grant:
-    """What one request was given; made by `Limits.enter`, ended by `Limits.settle`."""
+    """What one request was given; made by `RateLimiter.enter`, ended by `RateLimiter.settle`."""
 
     __slots__ = ("homes", "lease", "limits", "places", "remaining", "reserved", "settled", "token_asks")
 
-    def __init__(self, limits: Limits, places: list[Ask], token_asks: list[Ask], lease: str) -> None:
+    def __init__(self, limits: RateLimiter, places: list[Ask], token_asks: list[Ask], lease: str) -> None:
         self.limits = limits
         self.lease = lease
         self.places = places
@@ -61,7 +61,7 @@ class Grant:
         self.remaining: dict[Kind, tuple[int, int, float]] = {}  # limit, remaining, seconds until all is free
 
     async def reserve(self, tokens: int) -> None:
-        """Reserve tokens for a sequence; as `Limits.reserve`."""
+        """Reserve tokens for a sequence; as `RateLimiter.reserve`."""
         await self.limits.reserve(self, tokens)
 
     def headers(self) -> list[tuple[str, str]]:
@@ -75,7 +75,7 @@ class Grant:
             ]
         return found
 
-    def note(self, asks: Sequence[Ask], answer: Answer) -> None:
+    def note(self, asks: Sequence[Ask], answer: CounterAnswer) -> None:
         """Keep what the headers say."""
         tightest: dict[Kind, tuple[int, int, float]] = {}
         for ask, level in zip(asks, answer.levels, strict=True):
@@ -88,7 +88,7 @@ class Grant:
         self.remaining.update(tightest)
 
 
-class Limits:
+class RateLimiter:
     """Holds requests to their quotas.
 
     Args:
@@ -178,7 +178,7 @@ class Limits:
         """Wait until a shared store knows of everything that was settled, for two seconds at most."""
         await self._store.close()
 
-    async def _take(self, grant: Grant, asks: Sequence[Ask]) -> tuple[Answer, Counters]:
+    async def _take(self, grant: Grant, asks: Sequence[Ask]) -> tuple[CounterAnswer, Counters]:
         for ask in asks:
             if ask.amount > ask.limit:
                 raise _never(ask)

@@ -70,7 +70,7 @@ class Paginator(Protocol):
         """The answers."""
 
 
-class Client(Protocol):
+class BucketClient(Protocol):
     """What is used of boto3's client."""
 
     def get_object(self, **fields: object) -> Answer:
@@ -418,7 +418,7 @@ def _parsed(url: str) -> tuple[str, str]:
     return parts.netloc, f"{prefix}/" if prefix else ""
 
 
-def _client(url: str) -> Client:
+def _client(url: str) -> BucketClient:
     try:
         import boto3
         from botocore.config import Config
@@ -440,7 +440,7 @@ def _client(url: str) -> Client:
     try:
         # S3 has addresses without a region; other stores ask for none, and boto3 wants one to sign with.
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        made: Client = boto3.session.Session().client("s3", region_name=region, config=config)
+        made: BucketClient = boto3.session.Session().client("s3", region_name=region, config=config)
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"--batch-dir {url} can't be used: {_reason(error)}") from error
     return made

@@ -16,7 +16,7 @@ from kserve_vllm.core.request_context import current
 from kserve_vllm.policy.tenants import NO_TENANT
 from kserve_vllm.protocols.batch.places import Streamed
 from kserve_vllm.protocols.batch.runner import ENDPOINTS, Runner
-from kserve_vllm.protocols.batch.store import Owner, Store
+from kserve_vllm.protocols.batch.store import BatchStore, Owner
 from kserve_vllm.protocols.http import openapi as schemas
 
 _WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])")
@@ -35,7 +35,7 @@ class BatchRoutes:
         does: whether the model does what a path asks for.
     """
 
-    def __init__(self, store: Store | None, runner: Runner | None, does: Callable[[str], bool]) -> None:
+    def __init__(self, store: BatchStore | None, runner: Runner | None, does: Callable[[str], bool]) -> None:
         self._kept = store
         self._runner = runner
         self._does = does
@@ -157,7 +157,7 @@ class BatchRoutes:
         return router
 
     @property
-    def _store(self) -> Store:
+    def _store(self) -> BatchStore:
         if self._kept is None:
             raise NotFound("files and batches are switched off here; --batch-dir switches them on")
         return self._kept

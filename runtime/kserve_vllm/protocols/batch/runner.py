@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kserve_vllm.protocols.batch.store import Store, Taken, Tree
+from kserve_vllm.protocols.batch.store import BatchStore, Taken, Tree
 from kserve_vllm.protocols.http import bounds
 from kserve_vllm.protocols.http.middleware import OWNER
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """What a batch may ask for, where the model does it."""
 _SWEEP_EVERY_S = 3600.0
-_AFTER_FAILURE_S = 30.0
+AFTER_FAILURE_S = 30.0
 _LONGEST = 20 << 20  # bytes of a line: as much JSON as a request may have (--max-json-mib)
 _AT_ONCE = 4  # batches
 _RETRY_MAX_S = 60.0
@@ -66,7 +66,7 @@ class Runner:
     """
 
     def __init__(
-        self, store: Store, app: ASGIApp, in_flight: Callable[[], int], concurrency: int, shown: Shown
+        self, store: BatchStore, app: ASGIApp, in_flight: Callable[[], int], concurrency: int, shown: Shown
     ) -> None:
         self._store = store
         self._app = app
@@ -145,8 +145,8 @@ class Runner:
             await self._run(taken)
         except Exception:
             # A full disk, or one that is gone: the batch waits, and what was answered is kept.
-            log.exception("batch %s stopped; it is taken up again in %g s", batch_id, _AFTER_FAILURE_S)
-            self._later[batch_id] = time.monotonic() + _AFTER_FAILURE_S
+            log.exception("batch %s stopped; it is taken up again in %g s", batch_id, AFTER_FAILURE_S)
+            self._later[batch_id] = time.monotonic() + AFTER_FAILURE_S
         finally:
             await asyncio.to_thread(taken.release)
             self._running.pop(batch_id, None)

@@ -127,7 +127,7 @@ def place_of(where: str) -> Place:
     return Bucket(where)
 
 
-class Store:
+class BatchStore:
     """The files and batches of a place.
 
     Args:
@@ -410,7 +410,7 @@ class Taken:
         tree: `batch.json`.
     """
 
-    def __init__(self, store: Store, tenant: str, desk: Desk, tree: Tree) -> None:
+    def __init__(self, store: BatchStore, tenant: str, desk: Desk, tree: Tree) -> None:
         self.store, self.tenant, self.desk, self.tree = store, tenant, desk, tree
         self.batch_id: str = tree["id"]
         counted, used = tree["request_counts"], tree["usage"]

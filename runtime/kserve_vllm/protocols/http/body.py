@@ -74,7 +74,7 @@ class LoopShare:
     """
 
     def __init__(self) -> None:
-        self._free_at: dict[str | None, float] = {}
+        self.free_at: dict[str | None, float] = {}
 
     def wait_s(self, context: RequestContext, hold_s: float) -> float:
         """Take a turn, and say in how many seconds it comes; 0 for what holds the loop for little.
@@ -85,7 +85,7 @@ class LoopShare:
         if hold_s < LEAST_HOLD_S:
             return 0.0
         now = asyncio.get_running_loop().time()
-        free_at = {caller: at for caller, at in self._free_at.items() if at > now}
+        free_at = {caller: at for caller, at in self.free_at.items() if at > now}
         wait_s = max(0.0, free_at.get(context.access.key_id, now) - now)
         if wait_s > MOST_WAIT_S:
             raise RateLimited(
@@ -95,7 +95,7 @@ class LoopShare:
                 reason="bodies",
             )
         free_at[context.access.key_id] = now + wait_s + hold_s / SHARE
-        self._free_at = free_at
+        self.free_at = free_at
         return wait_s
 
 

@@ -151,7 +151,7 @@ class RequestMiddleware:
         if target.refusal is NotFound and (path in _LIVE or path == "/version" or (operators and path in _METRICS)):
             target = replace(_READ_ONLY, method=scope["method"])
         with of_http(self._requests, target, scope, headers, request_id) as context:
-            guard = _Guard(send, request_id, written, self._requests.response_header(context))
+            guard = ResponseGuard(send, request_id, written, self._requests.response_header(context))
             guard.body_send = plain_send  # of a stream, which is not compressed
             try:
                 guard.context = context
@@ -163,7 +163,7 @@ class RequestMiddleware:
         self,
         scope: Scope,
         receive: Receive,
-        guard: _Guard,
+        guard: ResponseGuard,
         headers: dict[bytes, bytes],
         target: Target,
         operators: bool,
@@ -468,7 +468,7 @@ class _Patient:
                 return
 
 
-class _Guard:
+class ResponseGuard:
     """Watches the start of one response: adds headers, notes the status, and takes internals out of a 500.
 
     vLLM answers 501 to a request for what the model can't do. That is the request's fault, not the server's, and V2

@@ -123,7 +123,8 @@ class Routes:
 
     async def list_models(self) -> Response:
         """Names of all models that the caller may use."""
-        return _json({"models": [model.name for model in self._engine.models() if may_see(self._engine, model.name)]})
+        models = self._engine.models
+        return _json({"models": [model.name for model in models.all() if may_see(models, model.name)]})
 
     async def model_metadata(self, model_name: str, model_version: str | None = None) -> Response:
         """Platform, versions, inputs and outputs of a model."""
@@ -143,7 +144,7 @@ class Routes:
         check_version(model_name, model_version)
         self._repository.check_known(model_name)
         metadata = await self._plane.model_metadata(model_name)
-        return _json(configuration(metadata, self._engine.generates))
+        return _json(configuration(metadata, self._engine.text.generates))
 
     async def model_statistics(self, model_name: str, model_version: str | None = None) -> Response:
         """What a model has answered since the start, as Triton counts it."""
@@ -153,7 +154,7 @@ class Routes:
 
     async def all_statistics(self) -> Response:
         """The same of all models that the caller may use."""
-        names = [model.name for model in self._engine.models() if may_see(self._engine, model.name)]
+        names = [model.name for model in self._engine.models.all() if may_see(self._engine.models, model.name)]
         return _json(self._statistics.of(names))
 
     async def infer(self, request: Request, model_name: str, model_version: str | None = None) -> Response:
@@ -191,7 +192,7 @@ class Routes:
     ) -> tuple[InferRequest, bool, dict[str, str]]:
         check_version(model, version)
         await self._require(model)
-        if not self._engine.generates:
+        if not self._engine.text.generates:
             raise InvalidRequest(f"model {model!r} does not generate text", field="model_name")
         tree = tensors.parse_json_object(await request.body())
         parsed, details = generate.to_request(tree, model, version, stream)
@@ -238,20 +239,20 @@ class Routes:
         """All models that the caller may use, for OpenAI's clients (`data`) and V1's (`models`) in one body; for
         Anthropic's, which tell themselves by a header, as theirs."""
         engine = self._engine
-        body = await engine.openai_models()
-        cards = [card for card in body["data"] if may_see(engine, card["id"])]
+        body = await engine.models.openai_list()
+        cards = [card for card in body["data"] if may_see(engine.models, card["id"])]
         if _ANTHROPIC in request.headers:
             shown = [_anthropic_card(card) for card in cards]
             ids = [card["id"] for card in shown] or [None]
             return _json({"data": shown, "has_more": False, "first_id": ids[0], "last_id": ids[-1]})
-        names = [model.name for model in engine.models() if model.loaded and may_see(engine, model.name)]
+        names = [model.name for model in engine.models.all() if model.loaded and may_see(engine.models, model.name)]
         return _json({**body, "data": cards, "models": names})
 
     async def v1_and_openai_model(self, request: Request, model_name: str) -> Response:
         """One model, for OpenAI's clients (`id`) and V1's (`name`, `ready`) in one body; for Anthropic's as theirs."""
         self._repository.check_known(model_name)
         await self._require(model_name)
-        cards = (await self._engine.openai_models())["data"]
+        cards = (await self._engine.models.openai_list())["data"]
         card: dict[str, object] = next((card for card in cards if card["id"] == model_name), {})
         if _ANTHROPIC in request.headers and card:
             return _json(_anthropic_card(card))
@@ -283,11 +284,11 @@ def build_app(routes: Routes, engine: VLLMEngine, version: str, batches: APIRout
     app = FastAPI(title="kserve-vllm", version=version, redoc_url=None, description=schemas.DESCRIPTION)
     app.include_router(_v2_router(routes))
     app.include_router(_v1_router(routes))
-    adapters = AdapterRoutes(engine.adapters, routes.operators_only, lambda name: may_see(engine, name))
+    adapters = AdapterRoutes(engine.adapters, routes.operators_only, lambda name: may_see(engine.models, name))
     app.include_router(adapters.router())
     if batches is not None:
         app.include_router(batches)
-    app.add_exception_handler(RequestError, _answer_error)
+    app.add_exception_handler(RequestError, answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     for each in (app, engine.app):
         each.add_exception_handler(HTTPException, _answer_http)
@@ -460,7 +461,8 @@ def _json(tree: object, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(tree), media_type="application/json", headers=dict(headers or {}))
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The answer to one of our errors, in the shape of the protocol that was asked."""
     assert isinstance(error, RequestError)
     context = current.get()
     if context is not None:  # for the accounting: a status alone does not say why
@@ -488,7 +490,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     else:
         answer = InvalidRequest(str(error.detail))
         answer.http_status = error.status_code
-    response = await _answer_error(request, answer)
+    response = await answer_error(request, answer)
     response.headers.update(error.headers or {})
     return response
 

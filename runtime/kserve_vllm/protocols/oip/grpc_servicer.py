@@ -41,7 +41,7 @@ SERVICE = "inference.GRPCInferenceService"
 # Characters of an error's sentence that fit into the trailers (8 KiB by default), percent-encoded.
 _MAX_DETAILS = 500
 # Requests of one stream that are answered at once, and messages that wait for its client; no more are read then.
-_MAX_OPEN, _MAX_WAITING = 1024, 1024
+MAX_OPEN, MAX_WAITING = 1024, 1024
 _KINDS = {"ModelInfer": Kind.WORK, "RepositoryModelLoad": Kind.CONTROL, "RepositoryModelUnload": Kind.CONTROL}
 _CONTROL = {"RepositoryModelLoad", "RepositoryModelUnload"}
 _WORK = {"ModelInfer", "ModelStreamInfer"}
@@ -227,7 +227,7 @@ class _Turns:
 
     async def begin(self) -> None:
         """Wait until one request more may be answered."""
-        while self._open >= _MAX_OPEN or self._waiting >= _MAX_WAITING:
+        while self._open >= MAX_OPEN or self._waiting >= MAX_WAITING:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
         self._open += 1
@@ -296,7 +296,7 @@ class Servicer:
         handlers = {}
         for name, method in self.messages.methods.items():
             options = {
-                "request_deserializer": _decoder(self.messages.of(method.input_type)),
+                "request_deserializer": decoder(self.messages.of(method.input_type)),
                 "response_serializer": _serialized,
             }
             if name == "ModelStreamInfer":
@@ -471,12 +471,13 @@ class Servicer:
                 count += 1
                 headers = {**metadata, "x-request-id": f"{request_id}-{count}"}
                 await turns.begin()
-                task = group.create_task(self._answer_one(request, turns.put, headers))
+                task = group.create_task(self.answer_one(request, turns.put, headers))
                 task.add_done_callback(turns.end)
 
-    async def _answer_one(
+    async def answer_one(
         self, request: pb2.ModelInferRequest, put: Callable[[_Item], None], metadata: dict[str, str]
     ) -> None:
+        """Answer one request of a `ModelStreamInfer` call, as a request of its own."""
         model = getattr(request, "model_name", None) or None
         with self._requests.open(
             "grpc", "ModelStreamInfer", metadata["x-request-id"], metadata, model
@@ -517,7 +518,7 @@ class Servicer:
             put(answer)
 
 
-def _decoder(message: type[Message]) -> Callable[[bytes], Message | DecodeError | InvalidRequest]:
+def decoder(message: type[Message]) -> Callable[[bytes], Message | DecodeError | InvalidRequest]:
     """Parses a message. What can't be parsed is handed on as the error, since grpc itself would answer INTERNAL."""
 
     def decode(data: bytes) -> Message | DecodeError | InvalidRequest:

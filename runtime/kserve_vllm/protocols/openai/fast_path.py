@@ -9,7 +9,6 @@ replayed, and so is a body that vLLM refuses. To a client the two are the same.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Generator
 from functools import partial
@@ -22,7 +21,6 @@ from kserve_vllm.engine.patches.openai_answer import AnswerHandler, Question
 from kserve_vllm.engine.patches.openai_stream import Kind, OpenAIStream, StreamHandler, headers
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.protocols import errors as wire
-from kserve_vllm.protocols.http.chunks import chunks_of, one_write
 from kserve_vllm.protocols.http.disconnect import resume, until_disconnect
 
 if TYPE_CHECKING:
@@ -63,7 +61,6 @@ class FastPath:
         mend: mends a parsed body for a path.
         stream_headers, answer_headers: at the head of every stream and of every whole answer.
         count: told for every request whether it was answered here (`fast`) or by vLLM (`vllm`).
-        chunks: whether chunks of streams, and heads with their bodies, may be written past uvicorn's `send`.
     """
 
     def __init__(
@@ -76,9 +73,7 @@ class FastPath:
         stream_headers: Headers,
         answer_headers: Headers,
         count: Callable[[str], None],
-        chunks: bool = True,
     ) -> None:
-        self._chunks = chunks
         self._kind = kind
         self._streams = streams
         self._answers = answers
@@ -118,24 +113,23 @@ class FastPath:
         elif tree is not None and not tree.get("stream") and self._answers is not None:
             question = self._answers.take(self._kind, tree, scope, streamable(self._kind, tree))
             if question is not None:
-                return await self._answer(question, receive, send, body_send)
+                return await self._answer(question, receive, send)
         self._count("vllm")
         return await self._vllm(scope, _replay(body, receive), send)
 
     async def _stream(self, stream: OpenAIStream, path: str, receive: Receive, send: Send, body_send: Send) -> None:
         self._count("fast")
         try:
-            await _Response(stream, path, self._stream_headers, send, body_send, self._chunks).run(receive)
+            await _Response(stream, path, self._stream_headers, send, body_send).run(receive)
         finally:
             await stream.close()
 
-    async def _answer(self, question: Question, receive: Receive, send: Send, body_send: Send) -> None:
+    async def _answer(self, question: Question, receive: Receive, send: Send) -> None:
         self._count("fast")
         answer = await until_disconnect(receive, question.answer())
         head = [(b"content-length", b"%d" % len(answer.body)), *self._answer_headers]
-        with one_write(body_send) if self._chunks else contextlib.nullcontext():
-            await send({"type": "http.response.start", "status": answer.status, "headers": head})
-            await send({"type": "http.response.body", "body": answer.body})
+        await send({"type": "http.response.start", "status": answer.status, "headers": head})
+        await send({"type": "http.response.body", "body": answer.body})
 
 
 async def fast_paths(
@@ -144,7 +138,6 @@ async def fast_paths(
     answers: AnswerHandler | None,
     vllm: ASGIApp,
     count: Callable[[str], None],
-    chunks: bool = True,
 ) -> dict[str, FastPath]:
     """The paths that are answered here, as far as this model and vLLM's flags allow it; None leaves a kind of answers
     to vLLM."""
@@ -160,7 +153,6 @@ async def fast_paths(
             stream_headers,
             answer_headers,
             count,
-            chunks,
         )
         for path, kind in PATHS.items()
         if any(each is not None and each.serves(kind) for each in (streams, answers))
@@ -239,7 +231,6 @@ class _Response:
 
     __slots__ = (
         "_blocked",
-        "_chunks",
         "_ended",
         "_frames",
         "_headers",
@@ -252,9 +243,7 @@ class _Response:
         "_tokens",
     )
 
-    def __init__(
-        self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send, chunks: bool
-    ) -> None:
+    def __init__(self, stream: OpenAIStream, path: str, headers: Headers, start: Send, send: Send) -> None:
         self._stream = stream
         self._frames = stream.frames
         self._path = path
@@ -263,7 +252,6 @@ class _Response:
         self._send = send
         self._tokens = 0
         self._opened = False
-        self._chunks = chunks_of(send) if chunks else None
         self._blocked = False
         self._ended = False
         self._rest: asyncio.Task[None] | None = None
@@ -316,8 +304,6 @@ class _Response:
         body = self._frame_of_text() or self._frames_so_far()
         if not body:
             return None
-        if self._opened and not self._ended and self._chunks is not None and self._chunks.open:
-            return self._chunks.made(body)
         return partial(self._write, body)
 
     def _write(self, body: bytes) -> None:
