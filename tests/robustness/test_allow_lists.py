@@ -108,7 +108,7 @@ def test_the_moderated_engine_has_what_is_moderated_and_nothing_else() -> None:
     )
     assert public <= set(dir(TextTasks))
     engine = SimpleNamespace(client="raw", app="raw", dream=lambda prompt: prompt)
-    for name in ("client", "app", "dream", "_prepare", "intake"):
+    for name in ("client", "app", "dream", "_prepare", "submission"):
         assert not hasattr(ModeratedEngine(engine, NOTHING), name)
 
 

@@ -331,8 +331,8 @@ class _Process:
         self._lifecycle.to(State.WARMING)
         policies = self._assembly.policies
         if self._assembly.decides:
-            assert engine.accounts is not None
-            cache = self._assembly.build_cache(engine.accounts.hand_over)
+            assert engine.accounting is not None
+            cache = self._assembly.build_cache(engine.accounting.hand_over)
             engine.stand_before(SequencePolicy(policies, engine.models), cache)
         server = self._settings.server
         shortcuts = self._shortcuts

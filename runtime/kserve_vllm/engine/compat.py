@@ -434,7 +434,7 @@ TABLE: tuple[Touchpoint, ...] = (
         f"{_OPENAI}.responses.serving",
         "OpenAIServingResponses._generate_with_builtin_tools",
     ),
-    # ---- accounts and policies
+    # ---- accounting and policies
     *_rows(
         "requests are booked where vLLM keeps their figures",
         "refuse",

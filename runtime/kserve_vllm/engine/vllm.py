@@ -111,11 +111,11 @@ class VLLMEngine:
         self._loras: LoRAs | None = None
         self._adapters: AdapterRegistry | None = None
         self._processes: list[psutil.Process] = []
-        self.accounts: TokenAccounting | None = None
+        self.accounting: TokenAccounting | None = None
         """The accounting of what the engine works on; only after `start`."""
         self.mender: Mender
         """Mends what clients send to vLLM's routes; only after `start`."""
-        self.intake: SubmissionHooks[Lookup] | None = None
+        self.submission: SubmissionHooks[Lookup] | None = None
         """Before the engine, where policies stand before it."""
         self.short_prompts: ShortPrompts | None = None
         """What short prompts are made with, where that is not vLLM's alone."""
@@ -137,7 +137,7 @@ class VLLMEngine:
         addresses = None if self._channel is None else await self._channel.addresses()
         self._client = client = await asyncio.to_thread(self._start_client, addresses)
         self._loras = loras = LoRAs(client, shared=self._channel is not None)
-        self.accounts = TokenAccounting(client.output_processor, lambda: self.models.names[0], loras)
+        self.accounting = TokenAccounting(client.output_processor, lambda: self.models.names[0], loras)
         guards.guard_engine(client, self._args.allow_transfer_params)
         from vllm.connections import global_http_connection
 
@@ -179,7 +179,7 @@ class VLLMEngine:
 
     def take_browser_rules(self) -> tuple[list[str], list[str], list[str], bool]:
         """Who may ask from pages of other origins: origins, methods, headers, and whether with credentials. vLLM's app
-        no longer looks at that: the edge does, for all routes."""
+        no longer looks at that: the middleware does, for all routes."""
         middleware = self.app.user_middleware
         middleware[:] = [each for each in middleware if not is_for_browsers(each)]
         self.app.middleware_stack = None
@@ -207,7 +207,7 @@ class VLLMEngine:
         model = f"{self._fingerprint()} {self.client.model_config.dtype}" if cache is not None else ""
         assert self._loras is not None
         guards.check_models(sequences, self._loras.plain, self.models.plain)
-        self.intake = SubmissionHooks(
+        self.submission = SubmissionHooks(
             self.client, sequences, prioritized, cache, model, lambda: self.models.names[0], self._loras.plain
         )
 

@@ -1,6 +1,6 @@
 """A Kubernetes cluster through the `kubernetes` client, as plain JSON.
 
-One door for every kind, custom or not: a path goes in, a dictionary comes out. What can't be read is an `ApiError`
+One way for every kind, custom or not: a path goes in, a dictionary comes out. What can't be read is an `ApiError`
 with the server's status, so that a caller can tell a missing right from a missing object.
 """
 

@@ -22,7 +22,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kserve_vllm.core.errors import InvalidRequest, RequestError
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What a client begins with that speaks HTTP/2 (RFC 9113, 3.4)."""
@@ -82,7 +82,7 @@ class RequestRefusal(Exception):
         error.http_status, error.close = self.status, True
         if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             error.openai_type = "ServiceUnavailableError"
-        body = wire.error_body(_path(target), error)
+        body = protocol_errors.error_body(_path(target), error)
         fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *self.fields]
         return fields, body
 

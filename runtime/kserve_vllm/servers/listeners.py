@@ -56,7 +56,7 @@ class HTTPServer:
     """Serves one ASGI app on one port.
 
     Args:
-        app: the edge.
+        app: what answers, with its middleware.
         settings: host and bounds.
         port: to listen on; 0 chooses a free one.
         flag: that sets the port, for the error's sentence.

@@ -310,7 +310,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
         if isinstance(error, EngineDeadError):
             return error
         if isinstance(error, RequestError) and error.http_status < HTTPStatus.INTERNAL_SERVER_ERROR:
-            # Refused at the engine; the edge answers with the error itself.
+            # Refused at the engine; the middleware answers with the error itself.
             return VLLMValidationError(error.message, parameter=error.field)
         context = current.get()
         if isinstance(error, GenerationError) and not isinstance(error, RetryableRequestError):

@@ -103,7 +103,7 @@ def _tenant() -> str:
 
 
 def _told(error: E) -> E:
-    """An error that the edge answers, whatever vLLM makes of it."""
+    """An error that the middleware answers, whatever vLLM makes of it."""
     if (context := current.get()) is not None:
         context.refusal = error
     return error

@@ -7,7 +7,7 @@ else the client can be called for stands in `ASKED` and `OPERATED`. A method tha
 is refused, since it may be a way to the engine past the policies.
 
 What is refused here is left on the request context: vLLM's handlers make an error of their own of every exception, and
-the edge answers the one on the request context instead.
+the middleware answers the one on the request context instead.
 """
 
 from __future__ import annotations

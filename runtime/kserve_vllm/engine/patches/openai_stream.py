@@ -123,11 +123,11 @@ class TextStream:
         "_call",
         "_client",
         "_hub",
-        "_intake",
         "_internal_id",
         "_pump",
         "_queued",
         "_state",
+        "_submission",
         "_take_text",
         "begun",
         "cached",
@@ -140,8 +140,10 @@ class TextStream:
         "text",
     )
 
-    def __init__(self, hub: Hub, client: AsyncLLM, call: Call, intake: SubmissionHooks[Lookup] | None = None) -> None:
-        self._intake = intake
+    def __init__(
+        self, hub: Hub, client: AsyncLLM, call: Call, submission: SubmissionHooks[Lookup] | None = None
+    ) -> None:
+        self._submission = submission
         self._hub = hub
         self._client = client
         self._call = call
@@ -247,11 +249,11 @@ class TextStream:
         client = self._client
         args, kwargs = self._call
         prompt, params, request_id = args
-        if self._intake is not None and self._intake.follows():
+        if self._submission is not None and self._submission.follows():
             self._pump = asyncio.create_task(self._run(client.generate(*args, **kwargs)))
             return
-        if self._intake is not None:
-            await self._intake.admit(prompt, params, kwargs)
+        if self._submission is not None:
+            await self._submission.admit(prompt, params, kwargs)
         try:
             queue = await client.add_request(request_id, prompt, params, **kwargs)
         except Exception as error:
@@ -300,9 +302,9 @@ class OpenAIStream(TextStream):
     __slots__ = ("_context", "_prepared", "frames", "include_usage", "skips_empty")
 
     def __init__(
-        self, hub: Hub, client: AsyncLLM, prepared: _Prepared, intake: SubmissionHooks[Lookup] | None = None
+        self, hub: Hub, client: AsyncLLM, prepared: _Prepared, submission: SubmissionHooks[Lookup] | None = None
     ) -> None:
-        super().__init__(hub, client, prepared.call, intake)
+        super().__init__(hub, client, prepared.call, submission)
         self._prepared = prepared
         self._context = current.get()
         self.frames, self.include_usage, self.skips_empty = prepared.shape
@@ -454,7 +456,7 @@ class StreamHandler:
             caught_calls.reset(token)
         if not isinstance(made, _Prepared):
             return None
-        stream = OpenAIStream(self.hub, self.client, made, self._engine.intake)
+        stream = OpenAIStream(self.hub, self.client, made, self._engine.submission)
         await stream.start()
         return stream
 
@@ -470,7 +472,7 @@ class StreamHandler:
             raise self.translate(error, job.request_id, started=False) from error
         options = {"lora_request": lora, "priority": priority, "trace_headers": job.trace_headers}
         stream = TextStream(
-            self.hub, self.client, ((engine_input, params, job.request_id), options), self._engine.intake
+            self.hub, self.client, ((engine_input, params, job.request_id), options), self._engine.submission
         )
         await stream.start()
         return stream

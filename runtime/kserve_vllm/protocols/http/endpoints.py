@@ -19,7 +19,7 @@ from starlette.routing import Match
 from kserve_vllm.core.errors import MethodNotAllowed, NotFound, RequestError
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.policy.enforcement import Kind
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 from kserve_vllm.telemetry.requests import RequestRecorder
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def normalize(scope: Scope) -> str:
     """
     path: str = scope["path"]
     raw: bytes = scope.get("raw_path") or b""
-    if path == wire.OPENAI_ALIAS + "/v1" or path.startswith(wire.OPENAI_ALIAS + "/v1/"):
-        path = path.removeprefix(wire.OPENAI_ALIAS)
+    if path == protocol_errors.OPENAI_ALIAS + "/v1" or path.startswith(protocol_errors.OPENAI_ALIAS + "/v1/"):
+        path = path.removeprefix(protocol_errors.OPENAI_ALIAS)
     if len(path) > 1 and path.endswith("/") and not path.endswith("//"):
         path = path[:-1]
     if _NOT_CANONICAL.search(path):
@@ -289,7 +289,7 @@ def templates(routes: Iterable[BaseRoute]) -> list[tuple[str, str]]:
 
 def protocol_of(path: str) -> str:
     """`generate`, `v2`, `v1` or `openai`."""
-    if not wire.is_kserve_path(path):
+    if not protocol_errors.is_kserve_path(path):
         return "openai"
     if not path.startswith("/v2"):
         return "v1"

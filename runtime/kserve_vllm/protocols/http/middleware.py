@@ -1,4 +1,4 @@
-"""The front door for HTTP: health, metrics and refusals at once, everything else through enforcement to an app.
+"""What every HTTP request passes: health, metrics and refusals at once, everything else through enforcement to an app.
 
 A plain ASGI callable that works from the first second, long before any app exists. Per request it makes a request id,
 checks the key and the body's size, and enters enforcement. `send` is wrapped once, by a plain function that only looks
@@ -31,7 +31,7 @@ from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.engine.items import check_items
 from kserve_vllm.policy.enforcement import Enforcement, Kind
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 from kserve_vllm.protocols import moderation as moderated
 from kserve_vllm.protocols.http import bounds, compression
 from kserve_vllm.protocols.http.body import BodyBudget, LoopShare, TimedBody
@@ -135,7 +135,7 @@ class RequestMiddleware:
             await self._http(scope, receive, send, True)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
-        scope[wire.WRITTEN_PATH] = written = scope["path"]
+        scope[protocol_errors.WRITTEN_PATH] = written = scope["path"]
         path: str | None
         try:
             path = normalize(scope)
@@ -175,7 +175,7 @@ class RequestMiddleware:
                 # Browsers ask without the key; vLLM's own answer (--allowed-origins) says what they may send.
                 await self._app_for(scope["path"])(scope, receive, guard.send)
                 return
-            wire.check_single(scope["headers"], headers)
+            protocol_errors.check_single(scope["headers"], headers)
             if _RANK in headers and not self._routers:
                 raise InvalidRequest(
                     "x-data-parallel-rank is taken from routers alone (--allow-transfer-params)",
@@ -251,7 +251,7 @@ class RequestMiddleware:
         target = Target() if path is None else self._endpoints.find("WEBSOCKET", path)
         try:
             with of_http(self._requests, target, scope, headers, request_id) as context:
-                wire.check_single(scope["headers"], headers)
+                protocol_errors.check_single(scope["headers"], headers)
                 async with self._enforcement.enforce(
                     context,
                     {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()},
@@ -317,7 +317,7 @@ class RequestMiddleware:
         if length is None and b"transfer-encoding" not in headers:
             return None
         too_large = BodyTooLarge(f"the body is larger than {self._max_body >> 20} MiB (--max-body-mib)", field="body")
-        if length is not None and wire.whole_number(length, self._max_body) is None:
+        if length is not None and protocol_errors.whole_number(length, self._max_body) is None:
             raise too_large
         if self._body_timeout_s:
             receive = TimedBody(receive, self._body_timeout_s, context)
@@ -370,15 +370,19 @@ class _Arrival:
         receive = compression.inflated(self._scope, self._receive)
         if receive is not self._receive:
             self._receive, self._headers = receive, dict(self._scope["headers"])
-        form = wire.is_form(self._headers.get(b"content-type", b""))
+        form = protocol_errors.is_form(self._headers.get(b"content-type", b""))
         if self._to_vllm and not form:
             # Before it is read, where its length is known.
-            self._middleware.check_json(wire.whole_number(self._headers.get(b"content-length", b""), sys.maxsize) or 0)
+            self._middleware.check_json(
+                protocol_errors.whole_number(self._headers.get(b"content-length", b""), sys.maxsize) or 0
+            )
         self._body = body = await self._middleware.read_body(self._headers, receive, self._context, self._hold)
         if body is None or form:
             return
         # Tensors may follow the JSON.
-        json_length = wire.whole_number(self._headers.get(b"inference-header-content-length", b""), len(body))
+        json_length = protocol_errors.whole_number(
+            self._headers.get(b"inference-header-content-length", b""), len(body)
+        )
         json_part = body if self._to_vllm or json_length is None else memoryview(body)[:json_length]
         self._middleware.check_json(len(json_part))
         bounds.check_tokenized(self._endpoint, body)
@@ -502,7 +506,7 @@ class ResponseGuard:
             if (
                 self.status == 501
                 or _is_stream(message)
-                or (self.status >= HTTPStatus.BAD_REQUEST and wire.is_anthropic_path(self._path))
+                or (self.status >= HTTPStatus.BAD_REQUEST and protocol_errors.is_anthropic_path(self._path))
             ):
                 self._held = message
                 return _nothing()
@@ -523,14 +527,14 @@ class ResponseGuard:
             await self._refuse(InvalidRequest(_openai_message(message.get("body", b""))))
         else:
             self.answered = True
-            if start["status"] >= HTTPStatus.BAD_REQUEST and wire.is_anthropic_path(self._path):
+            if start["status"] >= HTTPStatus.BAD_REQUEST and protocol_errors.is_anthropic_path(self._path):
                 start, message = self._as_anthropics(start, message)
             await self._send(self._dressed(start))
             await self._send(message)
 
     def _as_anthropics(self, start: Message, message: Message) -> tuple[Message, Message]:
         """An error in Anthropic's envelope, where it is one whole in OpenAI's."""
-        body = wire.in_anthropics_shape(start["status"], message.get("body", b""), self.request_id)
+        body = protocol_errors.in_anthropics_shape(start["status"], message.get("body", b""), self.request_id)
         if body is None or message.get("more_body"):
             return start, message
         kept = [(name, value) for name, value in start.get("headers", ()) if name != b"content-length"]
@@ -553,7 +557,7 @@ class ResponseGuard:
         extra = [(name.encode(), value.encode("latin-1")) for name, value in self.context.answer_headers]
         if self._trace is not None:
             extra.append((b"traceresponse", self._trace.encode()))
-        if wire.is_anthropic_path(self._path):
+        if protocol_errors.is_anthropic_path(self._path):
             extra.append((b"request-id", self.request_id.encode("latin-1")))
         return extra
 
@@ -562,8 +566,8 @@ class ResponseGuard:
         if self.answered:
             return
         self.answered, self.status = True, error.http_status
-        body = wire.error_body(self._path, error, self.request_id)
-        headers = [*wire.error_headers(error, self.request_id), (b"content-length", str(len(body)).encode())]
+        body = protocol_errors.error_body(self._path, error, self.request_id)
+        headers = [*protocol_errors.error_headers(error, self.request_id), (b"content-length", str(len(body)).encode())]
         headers += self._extra()
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
@@ -608,7 +612,7 @@ def _request_id(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
     headers = dict(scope["headers"])
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     once = len(headers) == len(scope["headers"]) or sum(name == b"x-request-id" for name, _ in scope["headers"]) == 1
-    if once and wire.REQUEST_ID.fullmatch(given):
+    if once and protocol_errors.REQUEST_ID.fullmatch(given):
         return given, headers
     request_id = uuid.uuid4().hex
     kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
@@ -625,8 +629,8 @@ async def _refuse_websocket(scope: Scope, send: Send, error: RequestError, reque
     if "websocket.http.response" not in (scope.get("extensions") or {}):
         await send({"type": "websocket.close", "code": 1013, "reason": error.message[:120]})
         return
-    body = wire.error_body(scope["path"], error)
-    headers = [*wire.error_headers(error, request_id), (b"content-length", str(len(body)).encode())]
+    body = protocol_errors.error_body(scope["path"], error)
+    headers = [*protocol_errors.error_headers(error, request_id), (b"content-length", str(len(body)).encode())]
     await send({"type": "websocket.http.response.start", "status": error.http_status, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})
 

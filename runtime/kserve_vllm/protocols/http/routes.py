@@ -20,7 +20,7 @@ from kserve_vllm.core.errors import InvalidRequest, MethodNotAllowed, NotFound, 
 from kserve_vllm.core.request_context import current
 from kserve_vllm.engine.vllm import VLLMEngine
 from kserve_vllm.policy.enforcement import Enforcement, may_see
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 from kserve_vllm.protocols.cloudevents import event_of
 from kserve_vllm.protocols.http import openapi as schemas
 from kserve_vllm.protocols.http.adapters import AdapterRoutes
@@ -467,15 +467,15 @@ async def answer_error(request: Request, error: Exception) -> Response:
     context = current.get()
     if context is not None:  # for the accounting: a status alone does not say why
         context.error = context.error or error
-    headers = wire.error_headers(error, request.headers.get("x-request-id", ""))
-    path = request.scope.get(wire.WRITTEN_PATH, request.url.path)
+    headers = protocol_errors.error_headers(error, request.headers.get("x-request-id", ""))
+    path = request.scope.get(protocol_errors.WRITTEN_PATH, request.url.path)
     if path.startswith("/v1/models") and request.method == "GET":
         # V1, OpenAI and Anthropic ask here for a model; the SDKs of the last two tell themselves by their headers.
         if _ANTHROPIC in request.headers:
             path = "/v1/messages"
         elif "x-stainless-lang" in request.headers:
-            path = wire.OPENAI_ALIAS + path
-    response = Response(wire.error_body(path, error), status_code=error.http_status)
+            path = protocol_errors.OPENAI_ALIAS + path
+    response = Response(protocol_errors.error_body(path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)
     return response
 

@@ -28,7 +28,7 @@ from kserve_vllm.core.errors import InternalError, InvalidRequest, NotFound, Req
 from kserve_vllm.core.lifecycle import Lifecycle
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.policy.enforcement import Enforcement, Kind, headers_of
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 from kserve_vllm.protocols.oip.grpc_enforcement import KEYLESS, Metadata, Screened
 from kserve_vllm.protocols.oip.grpc_stream import Pieces
 from kserve_vllm.protocols.oip.protobuf import check_size
@@ -549,7 +549,7 @@ def _readable(pairs: Metadata) -> tuple[str, dict[str, str]]:
     given = metadata.get("x-request-id", "")
     # Of two, neither is taken, as over HTTP.
     once = len(metadata) == len(pairs) or sum(key == "x-request-id" for key, _ in pairs) == 1
-    return given if once and wire.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
+    return given if once and protocol_errors.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, metadata
 
 
 def _check_single(pairs: Metadata, metadata: Mapping[str, str]) -> None:
@@ -560,7 +560,7 @@ def _check_single(pairs: Metadata, metadata: Mapping[str, str]) -> None:
     """
     if len(pairs) > len(metadata):
         fields = [(key.encode("latin-1"), b"") for key, _ in pairs]
-        wire.check_single(fields, dict(fields))
+        protocol_errors.check_single(fields, dict(fields))
 
 
 async def _send_metadata(context: _Context, request_context: RequestContext, traced: str | None) -> None:

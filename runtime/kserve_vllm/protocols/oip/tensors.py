@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol V2, from and to the wire.
+"""Tensors of the Open Inference Protocol V2, from and to the protocol_errors.
 
 Formats: the protocol's required API, and its binary tensor data extension (the JSON header's length in
 `Inference-Header-Content-Length`, raw tensors behind it, little-endian, BYTES elements each with a 4-byte length).
@@ -17,7 +17,7 @@ import orjson
 from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse, RequestedOutput
 
 from kserve_vllm.core.errors import BodyTooLarge, InvalidRequest
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -90,7 +90,7 @@ def parse_rest(body: bytes, header_length: str | None, model_name: str, model_ve
     """
     json_length = len(body)
     if header_length is not None:
-        length = wire.whole_number(header_length, len(body))
+        length = protocol_errors.whole_number(header_length, len(body))
         if length is None:
             raise InvalidRequest(
                 f"Inference-Header-Content-Length must be a number of bytes up to the body's {len(body)}",

@@ -20,7 +20,7 @@ from kserve_vllm.core.errors import RequestError
 from kserve_vllm.engine.patches.openai_answer import AnswerHandler, Question
 from kserve_vllm.engine.patches.openai_stream import Kind, OpenAIStream, StreamHandler, headers
 from kserve_vllm.engine.vllm import VLLMEngine
-from kserve_vllm.protocols import errors as wire
+from kserve_vllm.protocols import errors as protocol_errors
 from kserve_vllm.protocols.http.disconnect import resume, until_disconnect
 
 if TYPE_CHECKING:
@@ -373,5 +373,5 @@ class _Response:
 
     def _failure(self, error: Exception) -> bytes:
         if isinstance(error, RequestError):
-            return b"data: " + wire.error_body(self._path, error) + b"\n\n"
+            return b"data: " + protocol_errors.error_body(self._path, error) + b"\n\n"
         return self._stream.failure()
