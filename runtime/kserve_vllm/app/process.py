@@ -303,6 +303,7 @@ class _Process:
         if self._channel is not None or not fork_server.applies():
             self._shortcuts.does_not_apply("forked-start")
         if self._shortcuts.takes("forked-start"):
+            await asyncio.to_thread(fork_server.use_to_inspect_models)
             await asyncio.to_thread(fork_server.use_for_the_engine)
         self._engine = engine = VLLMEngine(args, self._channel)
         # kserve takes seconds to import; let that pass while the engine process starts.

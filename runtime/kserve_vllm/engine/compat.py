@@ -1085,6 +1085,22 @@ TABLE: tuple[Touchpoint, ...] = (
         "forked-start",
     ),
     *_rows(
+        "a model's class is looked at in a copy",
+        "fall back",
+        "source",
+        "vllm.model_executor.models.registry",
+        "_run_in_subprocess _run",
+        "forked-start",
+    ),
+    *_rows(
+        "a model's class is looked at in a copy",
+        "fall back",
+        "exists",
+        "vllm.plugins",
+        "load_general_plugins",
+        "forked-start",
+    ),
+    *_rows(
         "what OpenMP is told is told to a copy",
         "fall back",
         "source",

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,37 @@ def test_threads_with_a_processor_each_are_given_a_fresh_process(monkeypatch: py
     found = seen(monkeypatch, OMP_PLACES=places, OMP_PROC_BIND="true", OMP_NUM_THREADS="2")
     assert found["parent"] == os.getpid()
     assert found["environment"]["OMP_PLACES"] == places
+
+
+@pytest.mark.integration
+def test_a_function_is_run_in_a_copy() -> None:
+    assert os.getpid() != fork_server.in_a_copy(lambda: os.getpid()) > 0
+
+    def fails() -> None:
+        raise LookupError("no such model")
+
+    with pytest.raises(RuntimeError, match="LookupError: no such model"):
+        fork_server.in_a_copy(fails)
+    with pytest.raises(RuntimeError, match="without a word"):
+        fork_server.in_a_copy(lambda: os._exit(3))
+
+
+@pytest.mark.integration
+def test_a_models_class_is_looked_at_in_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As vLLM finds it in a fresh process, and without one."""
+    from vllm.model_executor.models import registry
+
+    model = registry.ModelRegistry.models["LlamaForCausalLM"]
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "theirs"))
+    theirs = model.inspect_model_cls()
+    monkeypatch.setattr(registry, "_run_in_subprocess", registry._run_in_subprocess)  # put back at the end
+    fork_server.use_to_inspect_models()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "ours"))
+    monkeypatch.setattr(registry.subprocess, "run", lambda *_, **__: pytest.fail("a fresh process"))
+    assert model.inspect_model_cls() == theirs
+    assert [path.read_text() for path in tmp_path.glob("ours/modelinfos/*")] == [
+        path.read_text() for path in tmp_path.glob("theirs/modelinfos/*")
+    ]
 
 
 def test_it_is_for_the_build_that_computes_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
