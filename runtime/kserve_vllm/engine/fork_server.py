@@ -92,7 +92,7 @@ def in_a_copy(function: Callable[[], T]) -> T:
     Raises:
         RuntimeError: it raised there, or that process died.
     """
-    import cloudpickle
+    import cloudpickle  # type: ignore[import-untyped]
 
     ours, theirs = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_answer, args=(cloudpickle.dumps(function), theirs))
@@ -112,7 +112,7 @@ def in_a_copy(function: Callable[[], T]) -> T:
 
 def _answer(function: bytes, caller: Connection) -> None:
     """Run a function that was pickled, and send what it returns, or what it raised."""
-    import cloudpickle
+    import cloudpickle  # type: ignore[import-untyped]
     from vllm.plugins import load_general_plugins
 
     answer: tuple[str | None, object]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -270,6 +271,9 @@ class VLLMEngine:
                 leave_processors_of(self._processes)
         # vLLM's engine does so too; its front end would read a variable of the environment for every token.
         envs.enable_envs_cache()
+        # What is here stays, and is not looked through any more, which vLLM's lifespan would do: it takes a second.
+        gc.freeze()
+        gc.enable()
         # vLLM's lifespan writes the statistics line and freezes the heap.
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
