@@ -503,9 +503,9 @@ def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch)
         return response(request.status)
 
     async def stream(request: Any) -> AsyncGenerator[Any, None]:
-        yield SimpleNamespace(type="response.created", response=response("in_progress"))
-        yield SimpleNamespace(type="response.content_part.done", part=part())
-        yield SimpleNamespace(type="response.completed", response=response("completed"))
+        yield SimpleNamespace(type="response.created", response=response("in_progress"), sequence_number=0)
+        yield SimpleNamespace(type="response.content_part.done", part=part(), sequence_number=1)
+        yield SimpleNamespace(type="response.completed", response=response("completed"), sequence_number=2)
 
     handler = SimpleNamespace(
         responses_full_generator=full,
@@ -529,3 +529,35 @@ def test_a_response_gets_what_is_required_of_it(monkeypatch: pytest.MonkeyPatch)
     assert created.response.completed_at is None
     assert whole.completed_at > 0
     assert part_done.part.logprobs == []
+
+
+def test_a_response_that_the_engine_refuses_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its beginning with one that has a status, later with an event; never with a connection that is cut."""
+    monkeypatch.setattr(responses_repair, "count_alike", lambda: None)
+    refusal = InvalidRequest("no such luck", field="top_logprobs")
+
+    async def stream(said: bool) -> AsyncGenerator[Any, None]:
+        response = SimpleNamespace(object="error")
+        for number, kind in enumerate(("response.created", "response.in_progress")):
+            yield SimpleNamespace(type=kind, response=response, sequence_number=number)
+        if said:
+            yield SimpleNamespace(type="response.output_text.delta", sequence_number=2)
+        raise refusal
+
+    handler = SimpleNamespace(
+        responses_full_generator=None,
+        responses_stream_generator=stream,
+        responses_background_stream_generator=None,
+        online_renderer=SimpleNamespace(render_responses=None),
+    )
+    responses_repair.mend_responses(SimpleNamespace(state=SimpleNamespace(openai_serving_responses=handler)))  # type: ignore[arg-type]
+
+    async def read(said: bool) -> list[Any]:
+        return [event async for event in handler.responses_stream_generator(said)]
+
+    *_, delta, last = asyncio.run(read(True))
+    assert delta.type == "response.output_text.delta"
+    assert (last.type, last.message, last.param) == ("error", "no such luck", "top_logprobs")
+    assert last.sequence_number == delta.sequence_number + 1
+    with pytest.raises(InvalidRequest):
+        asyncio.run(read(False))

@@ -77,8 +77,9 @@ async def filtered(
                     context.refusal = error
                     raise
                 context.cut_off = True
-                shown = passed.get(choice.index, "") + text if cumulative else text
-                yield _cut_off(output, choice, shown, set(filters) - ended)
+                choice.text = passed.get(choice.index, "") + text if cumulative else text
+                ended.discard(choice.index)
+                yield _cut_off(output, choice, set(filters), ended)
                 return
             passed[choice.index] = passed.get(choice.index, "") + text
             choice.text = passed[choice.index] if cumulative else text
@@ -87,15 +88,32 @@ async def filtered(
             yield output
 
 
-def _cut_off(output: RequestOutput, refused: CompletionOutput, text: str, open_answers: set[int]) -> RequestOutput:
-    """The last output: the refused answer's text, and the end of every answer that has not ended."""
+def _cut_off(output: RequestOutput, refused: CompletionOutput, begun: set[int], ended: set[int]) -> RequestOutput:
+    """The last output: what may be shown of the refused answer, and the end of every answer that has not ended.
+
+    Args:
+        output: with the refused answer; those in front of it were looked at, those behind it were not.
+        refused: of the answers; its text is what may be shown.
+        begun: indices of the answers that were looked at, now or before.
+        ended: of those, the ones that have come whole.
+    """
+    here = {choice.index: choice for choice in output.outputs}
+    looked_at = set()
+    for choice in output.outputs:
+        looked_at.add(choice.index)
+        if choice is refused:
+            break
     choices = []
-    for index in sorted(open_answers | {refused.index}):
-        choice = copy.copy(refused)
-        choice.index, choice.text = index, text if index == refused.index else ""
+    for index in sorted((begun - ended) | set(here)):
+        if index in ended:
+            # It came whole with this output.
+            choices.append(here[index])
+            continue
+        choice = copy.copy(here.get(index, refused))
+        choice.index = index
         choice.finish_reason, choice.stop_reason = _REFUSED, None
-        if index != refused.index:
-            choice.token_ids = []
+        if index not in looked_at:
+            choice.text, choice.token_ids = "", []
         choices.append(choice)
     last = copy.copy(output)
     last.outputs, last.finished = choices, True

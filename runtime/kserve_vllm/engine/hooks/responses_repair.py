@@ -4,7 +4,8 @@ An answer that was cut off is `incomplete` in its status, in its last item, and 
 vLLM says `completed`. A conversation has as many tokens as over the other routes: the chat template has written the
 special ones, and none is put before them. What follows a stored response (`previous_response_id`) sees the calls of
 tools in it, which vLLM leaves out, so that their results would answer nothing. Every answer has the fields that
-OpenAI's description and Open Responses' require of it, and null where they let it be null alone.
+OpenAI's description and Open Responses' require of it, and null where they let it be null alone. A stream that the
+engine refuses to go on with ends with an event for the error.
 
 Written against vLLM 0.32.
 """
@@ -16,9 +17,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from kserve_vllm.core.errors import RequestError
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from openai.types.responses import ResponseIncompleteEvent, ResponseOutputItem, ResponseTextConfig
+    from openai.types.responses import (
+        ResponseErrorEvent,
+        ResponseIncompleteEvent,
+        ResponseOutputItem,
+        ResponseTextConfig,
+    )
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 
 _INCOMPLETE = "incomplete"
@@ -26,6 +34,7 @@ _ECHOED = ("safety_identifier", "prompt_cache_key")
 """Fields of a request that its answer repeats, and that vLLM's does not have."""
 _WHOLE = frozenset({"response.created", "response.in_progress", "response.completed"})
 """Events that hold the answer."""
+_OPENING = frozenset({"response.created", "response.in_progress"})
 _OF_ITEMS = frozenset(f"response.{of}.{end}" for of in ("output_item", "content_part") for end in ("added", "done"))
 """Events that hold an item or a part of one."""
 
@@ -69,7 +78,7 @@ def mend_responses(app: FastAPI) -> None:
             _cut(response.output[-1])
         return response
 
-    async def streamed(
+    async def mended(
         request: ResponsesRequest, *args: object, **kwargs: object
     ) -> AsyncGenerator[_Event | ResponseIncompleteEvent, None]:
         # Whether the answer was cut off is known with the last event alone; the end of an item waits for the next one.
@@ -94,13 +103,18 @@ def mend_responses(app: FastAPI) -> None:
         if held is not None:
             yield held
 
+    def streamed(
+        request: ResponsesRequest, *args: object, **kwargs: object
+    ) -> AsyncGenerator[_Event | ResponseIncompleteEvent | ResponseErrorEvent, None]:
+        return _ended(mended(request, *args, **kwargs))
+
     replay = handler.responses_background_stream_generator
 
     async def replayed(*args: object, **kwargs: object) -> AsyncGenerator[_Event, None]:
         # vLLM's waits for `response.completed`, which does not come then.
         async for event in replay(*args, **kwargs):
             yield event
-            if event.type == "response.incomplete":
+            if event.type in ("response.incomplete", "error"):
                 return
 
     renderer = handler.online_renderer
@@ -129,6 +143,44 @@ def mend_responses(app: FastAPI) -> None:
     renderer.render_responses = rendered
     handler.responses_full_generator, handler.responses_stream_generator = whole, streamed
     handler.responses_background_stream_generator = replayed
+
+
+async def _ended(
+    events: AsyncGenerator[_Event | ResponseIncompleteEvent, None],
+) -> AsyncGenerator[_Event | ResponseIncompleteEvent | ResponseErrorEvent, None]:
+    """A stream that ends with an event for its error, where the engine refuses to go on; without, the connection would
+    be cut. vLLM announces an answer before it asks the engine: that waits, so that what is refused from its beginning
+    is answered with an error's status.
+
+    Raises:
+        RequestError: the engine refuses the request before its first token.
+    """
+    opening: list[_Event | ResponseIncompleteEvent] = []
+    number = 0
+    try:
+        async for event in events:
+            number = event.sequence_number + 1
+            if event.type in _OPENING:
+                opening.append(event)
+                continue
+            for each in opening:
+                yield each
+            opening.clear()
+            yield event
+    except RequestError as error:
+        if opening or not number:
+            raise
+        yield _failed(error, number)
+    for each in opening:
+        yield each
+
+
+def _failed(error: RequestError, number: int) -> ResponseErrorEvent:
+    """The last event of a stream that the engine ends."""
+    from openai.types.responses import ResponseErrorEvent
+
+    code = error.openai_code or error.reason or error.openai_type
+    return ResponseErrorEvent(type="error", code=code, message=error.message, param=error.field, sequence_number=number)
 
 
 def _complete(response: ResponsesResponse, request: ResponsesRequest) -> None:
