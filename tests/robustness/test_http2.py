@@ -503,13 +503,12 @@ def test_others_have_their_turn_while_a_flood_is_read(server: Running, monkeypat
         monkeypatch.setattr(connection, "read_frames", lambda data: (turns.append("read"), read(data))[1])
         server.loop.call_soon(turns.append, "other")
         connection.data_received(frame(PING, 0, 0, bytes(8)) * 4000)
-        for _ in range(10):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0.1)
         connection.connection_lost(None)
 
     server.do(flood())
     assert turns.count("read") >= 3
-    assert turns.index("other") == 1
+    assert turns.index("other") <= 1
 
 
 def test_many_connections_share_a_turn(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,7 +527,8 @@ def test_many_connections_share_a_turn(server: Running, monkeypatch: pytest.Monk
             )
         for connection in opened:
             connection.data_received(PREFACE + frame(SETTINGS, 0, 0) + frame(PING, 0, 0, bytes(8)) * 10)
-        for _ in range(60):
+        ends = server.loop.time() + 0.1
+        while server.loop.time() < ends:
             turns.append("other")
             await asyncio.sleep(0)
         for connection in opened:
@@ -583,6 +583,35 @@ def test_who_has_shown_no_key_gets_a_share_and_leaves_the_rest(
 
     stranger, _, passed_s = server.do(run())
     assert 3 <= stranger.read <= (0.1 + 0.5 * passed_s) / 0.004 + 2
+
+
+def test_what_is_read_without_end_leaves_half_of_the_loop(server: Running) -> None:
+    """Known or not: a token passes the loop several times on its way out, and would wait for a turn each time."""
+    connections = http2.Connections()
+    took: list[float] = []
+
+    class Reader:
+        """Reads for a millisecond whenever it may."""
+
+        def read_on(self) -> None:
+            began = time.perf_counter()
+            while time.perf_counter() < began + 0.001:
+                pass
+            took.append(time.perf_counter() - began)
+            connections.read_later(self)  # type: ignore[arg-type]
+
+    async def run() -> float:
+        reader = Reader()
+        connections.enter(reader)  # type: ignore[arg-type]
+        connections.know(reader)  # type: ignore[arg-type]
+        began = time.perf_counter()
+        reader.read_on()
+        await asyncio.sleep(0.3)
+        connections.exit(reader)  # type: ignore[arg-type]
+        return time.perf_counter() - began
+
+    passed_s = server.do(run())
+    assert 0.05 < sum(took) / passed_s < 0.65
 
 
 class _Nowhere:

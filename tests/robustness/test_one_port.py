@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import random
@@ -34,6 +35,7 @@ from h2.events import (
 
 from kserve_vllm.config.settings import ServerSettings
 from kserve_vllm.grpc_server import self_test
+from kserve_vllm.grpc_server.http2 import REFUSED_S, Connections
 from kserve_vllm.policy.quotas.counters import MemoryCounters
 from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.policy.tenants import Tenants
@@ -775,3 +777,33 @@ def test_with_tls_the_client_chooses_by_alpn(tmp_path: Path) -> None:
             _calls(channel)
     finally:
         running.end()
+
+
+def test_who_has_shown_no_key_is_a_stranger_until_it_does(tmp_path: Path) -> None:
+    """Its frames, and requests that are refused, get the share of the event loop that they get on gRPC's port."""
+    rows = [{"id": "a", "tenant": "a", "sha256": hashlib.sha256(KEYS["alpha"].encode()).hexdigest()}]
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": rows}))
+    with served(middleware(tenants=Tenants(str(tmp_path / "keys.json")))) as server:
+        strangers = inner(server).connections._strangers
+        client = Client(server.port)
+        assert client.ask("POST", CHAT, ("content-type", "application/json"), body=b"{}").status == 401
+        assert client.ask("GET", "/version").status == 200
+        assert len(strangers) == 1
+        answer = client.ask(
+            "POST", CHAT, ("content-type", "application/json"), ("authorization", f"Bearer {KEYS['alpha']}"), body=b"{}"
+        )
+        assert answer.status == 200
+        assert not strangers
+        client.sock.close()
+
+
+def test_a_refused_request_counts_for_what_it_costs_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its app runs when it has been read: a stranger's requests would else take the loop's time for nothing."""
+    counted: list[float] = []
+    monkeypatch.setattr(Connections, "count", lambda self, connection, read_s: counted.append(read_s))
+    with served() as server:
+        client = Client(server.port)
+        for _ in range(3):
+            assert client.ask("GET", "/a").status == 200
+        client.sock.close()
+    assert counted.count(REFUSED_S) == 3

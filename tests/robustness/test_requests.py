@@ -42,6 +42,8 @@ def message(path: str = CHAT, *fields: bytes, body: bytes | None = None, method:
     return b"\r\n".join(head) + b"\r\n\r\n" + body
 
 
+FORM = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n-zaza\r\n--b--\r\n'
+FORM_TYPE = b"Content-Type: multipart/form-data; boundary=b"
 HALF = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "\ud83d"}]}).encode()
 
 # Each row: the promise, the bytes, the status.
@@ -75,6 +77,9 @@ ROWS: list[tuple[str, bytes, int]] = [
     ("a name with an encoded slash", message("/v2/models/org%2Fdemo", method=b"GET", body=b""), 200),
     ("its probe", message("/v2/models/org%2Fdemo/ready", method=b"GET", body=b""), 200),
     ("which engine answers is not for clients to say", message(CHAT, b"X-Data-Parallel-Rank: 0"), 400),
+    ("7578, 5.1.2: a form names no codec", message("/v1/files", FORM_TYPE + b"; charset=punycode", body=FORM), 400),
+    ("however it is written", message("/v1/files", FORM_TYPE + b' ;CharSet = "idna"', body=FORM), 400),
+    ("but UTF-8, which it is", message("/v1/files", FORM_TYPE + b"; charset=UTF-8", body=FORM), 404),
     ("a closed route of vLLM", message("/metrics/x", method=b"GET", body=b""), 404),
 ]
 
@@ -310,6 +315,11 @@ def test_values_are_counted_where_they_are_values() -> None:
     assert found(b"[" + b"{}," * (bounds.MAX_CONTAINERS - 2) + b"{}]") == "taken"
     assert "values" in found(b"[1" + b",1" * (bounds.MAX_VALUES + 1) + b"]")
     assert found(b"[1" + b",1" * (bounds.MAX_VALUES - 1) + b"]") == "taken"
+    # Python reads a number in the square of its length.
+    numbers = b",".join([b"9" * 4_000] * 17)
+    assert "digits" in found(b"[" + numbers + b"]")
+    assert found(b'["' + numbers + b'"]') == "taken", "a text of digits is a text"
+    assert found(b"[" + b",".join([b"9" * 60] * 20_000) + b"]") == "taken"
     # Whatever stands in a text is one text.
     for part in (b",[{", rb"\"", rb"\\", b'\\",[', rb"\\\"{", b"\\\\" * 7 + b'\\"'):
         text = b'["' + part * (3_000_000 // len(part)) + b'"]'

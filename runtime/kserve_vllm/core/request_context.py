@@ -18,6 +18,9 @@ from kserve_vllm.core.errors import RequestError
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+IDENTIFIED = "kserve_vllm.identified"
+"""Key of an ASGI scope: to be called once the request has shown a key, or none is asked for."""
+
 
 class Rights(Protocol):
     """What the key file says of a caller."""

@@ -63,11 +63,13 @@ _WRITE_BUFFER = 256 << 10
 _MOST_HELD = 32 << 10
 # Read in one go: as few bytes as 7 new calls have, at up to a millisecond each, or the rest of one frame of data.
 _READ = 128
-# What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds.
-TURN_S = 0.003
+# What reading may keep the event loop for, on all connections together, until all else has its turn, in seconds. Where
+# more waits to be read, all else then has the loop for as long as the turn took with what it began.
+TURN_S = 0.001
 # What of the loop's time connections get together that have shown no key: so much at once, and this share after that.
-# A refused call costs half a millisecond, its log line included.
+# A refused call costs half a millisecond, its log line included; where that is spent later, it is counted when it came.
 STRANGERS_S, STRANGERS_SHARE = 0.05, 0.05
+REFUSED_S = 0.0005
 PREFACE_TIMEOUT_S = 20.0
 # What costs us more than the client: so many at once, and so many a second after that. Of settings, each one visits all
 # streams of the connection.
@@ -85,6 +87,7 @@ _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
 ABORT_S = 5.0
 _LOOK_EVERY_S = 0.05
+_MOST_REST_S = 0.05
 _DATA, _GOAWAY = b"\0", b"\7"
 _FRAME_HEADER = 9  # bytes (RFC 9113, 4.1)
 _WINDOW_UPDATE = b"\0\0\4\x08\0\0\0\0\0"
@@ -296,8 +299,9 @@ class Connections(set["Connection"]):
         self._complained_at = -_COMPLAIN_EVERY_S
         # That wait to be read on: those that have shown a key, and those that have not.
         self._unread: tuple[deque[Connection], deque[Connection]] = (deque(), deque())
+        # What ends the turn, or begins the next one.
         self._turn: asyncio.Handle | None = None
-        self._turn_ends = 0.0
+        self._turn_began = self._turn_ends = 0.0
         self._strangers_left_s, self._strangers_at = STRANGERS_S, 0.0
         self._refill: asyncio.TimerHandle | None = None
 
@@ -306,8 +310,8 @@ class Connections(set["Connection"]):
         if connection in self._strangers and not self._may_strangers(now):
             return False
         if self._turn is None:
-            self._turn_ends = now + TURN_S
-            self._turn = asyncio.get_running_loop().call_soon(self._take_turns)
+            self._turn_began, self._turn_ends = now, now + TURN_S
+            self._turn = asyncio.get_running_loop().call_soon(self._end_turn)
         return not self._unread[0] and now <= self._turn_ends
 
     def count(self, connection: Connection, read_s: float) -> None:
@@ -319,12 +323,23 @@ class Connections(set["Connection"]):
         """Let this one read on in a later pass, when those before it have."""
         self._unread[connection in self._strangers].append(connection)
         if self._turn is None:
-            self._turn = asyncio.get_running_loop().call_soon(self._take_turns)
+            loop = asyncio.get_running_loop()
+            self._turn_began = loop.time()
+            self._turn = loop.call_soon(self._end_turn)
 
     def _may_strangers(self, now: float) -> bool:
         grown = self._strangers_left_s + (now - self._strangers_at) * STRANGERS_SHARE
         self._strangers_left_s, self._strangers_at = min(STRANGERS_S, grown), now
         return self._strangers_left_s > 0
+
+    def _end_turn(self) -> None:
+        """One pass of the event loop has passed; where more waits, the next turn comes after a rest."""
+        self._turn = asyncio.get_running_loop().call_soon(self._rest) if any(self._unread) else None
+
+    def _rest(self) -> None:
+        """Leave the loop to all else for as long as the turn took, with the first steps of the requests in it."""
+        loop = asyncio.get_running_loop()
+        self._turn = loop.call_later(min(loop.time() - self._turn_began, _MOST_REST_S), self._take_turns)
 
     def _take_turns(self) -> None:
         self._turn = None
@@ -332,8 +347,8 @@ class Connections(set["Connection"]):
         if not (known or strangers):
             return
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        self._turn, self._turn_ends = loop.call_soon(self._take_turns), now + TURN_S
+        now = self._turn_began = loop.time()
+        self._turn, self._turn_ends = loop.call_soon(self._end_turn), now + TURN_S
         # One at the least, or nothing would ever be read.
         while now <= self._turn_ends and (known or (strangers and self._may_strangers(now))):
             (known or strangers).popleft().read_on()
@@ -352,10 +367,8 @@ class Connections(set["Connection"]):
     def enter(self, connection: Connection) -> None:
         """A client has connected. Over `MAX_CONNECTIONS` one has to go that has shown no key, the oldest first."""
         self.add(connection)
-        if not self._bounded:
-            return
         self._strangers[connection] = None
-        if len(self) > MAX_CONNECTIONS:
+        if self._bounded and len(self) > MAX_CONNECTIONS:
             next(iter(self._strangers)).calm("is one connection too many")
 
     def complains(self, now: float) -> bool:

@@ -33,19 +33,22 @@ which can compute any text; forms (transcriptions) and bodies that are not JSON.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from kserve_vllm.core.errors import InvalidRequest, Refused
 from kserve_vllm.core.request_context import current
 from kserve_vllm.core.types import ModelInfo, Piece, TextJob
+from kserve_vllm.protocols.http import bounds
 from kserve_vllm.protocols.text_engine import TextEngine
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Location = tuple[str | int, ...]
 """Keys and indices from the top of a body to a text. A field's own name is marked by a last element `key`."""
 
@@ -90,6 +93,7 @@ _EXEMPT = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_")
 _MEDIA_TYPE = re.compile(r"data:[a-z]+/[a-zA-Z0-9.+-]{1,64}(;codecs=[a-zA-Z0-9.]{1,16})?;base64")
 MAX_VALUES = 50_000
+_FEW_VALUES = 2_000
 _PART_TEXTS = ("text", "thinking", "refusal")
 
 
@@ -128,7 +132,7 @@ def texts_of(path: str, body: object, media: frozenset[str] = frozenset()) -> li
         found.append((location, text))
         return text
 
-    _check_size(body)
+    _count(body)
     try:
         check_readable(body)
         _rebuild(body, (), note, _media_in(body, media))
@@ -155,13 +159,22 @@ async def moderate_tree(path: str, body: T, moderation: Hooks, tenant: str) -> T
     """
     if not moderation.looks_at("prompt", tenant):
         return body
-    found = texts_of(path, body, moderation.media)
+    found = await _aside(body, texts_of, path, body, moderation.media)
     texts = [text for _, text in found]
     if not texts:
         return body
     passed = await moderation.prompt(texts, tenant)
     await _check_joined([location for location, _ in found], passed, moderation, tenant)
-    return body if passed is texts else replace_texts(path, body, passed, moderation.media)
+    if passed is texts:
+        return body
+    return await _aside(body, replace_texts, path, body, passed, moderation.media)
+
+
+async def _aside(body: object, look: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """Look at a small body here, and at one of many values in a thread, beside which the event loop goes on."""
+    if _count(body) <= _FEW_VALUES:
+        return look(*args, **named)
+    return await asyncio.to_thread(look, *args, **named)
 
 
 async def moderate_body(path: str, raw: bytes, moderation: Hooks, tenant: str) -> bytes:
@@ -175,6 +188,8 @@ async def moderate_body(path: str, raw: bytes, moderation: Hooks, tenant: str) -
     """
     if not moderation.looks_at("prompt", tenant) or path.rstrip("/") in _EXEMPT:
         return raw
+    if await bounds.has_more_values(raw, MAX_VALUES):
+        raise _too_many()
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
@@ -471,18 +486,25 @@ def _is_medium(text: str, medium: str, bare: bool) -> bool:
     return _BASE64.issuperset(text)
 
 
-def _check_size(body: object) -> None:
-    """Refuse a body of so many values that a walk over it would hold up all other requests."""
+def _count(body: object) -> int:
+    """The values of a body.
+
+    Raises:
+        InvalidRequest: there are so many that a walk over it would take too long.
+    """
     trees, count = [body], 0
     while trees:
         tree = trees.pop()
         if isinstance(tree, Mapping | list | tuple):
             count += len(tree)
             if count > MAX_VALUES:
-                raise InvalidRequest(
-                    f"prompts are moderated here, and the body has more than {MAX_VALUES} values", field="body"
-                )
+                raise _too_many()
             trees.extend(tree.values() if isinstance(tree, Mapping) else tree)
+    return count
+
+
+def _too_many() -> InvalidRequest:
+    return InvalidRequest(f"prompts are moderated here, and the body has more than {MAX_VALUES} values", field="body")
 
 
 def check_readable(body: object) -> None:

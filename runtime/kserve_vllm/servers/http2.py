@@ -22,7 +22,8 @@ import httptools
 from h2.errors import ErrorCodes
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
-from kserve_vllm.grpc_server.http2 import Connection, Connections, Exchange, Headers, Stream, poll
+from kserve_vllm.core.request_context import IDENTIFIED
+from kserve_vllm.grpc_server.http2 import REFUSED_S, Connection, Connections, Exchange, Headers, Stream, poll
 from kserve_vllm.servers import http1
 from kserve_vllm.servers.http1 import RequestRefusal
 
@@ -308,6 +309,7 @@ class HTTP2Request:
             if not stream.open:
                 self._over()
             return
+        port.connections.count(connection, REFUSED_S)
         task = connection.loop.create_task(self._run())
         port.tasks.add(task)
         task.add_done_callback(port.tasks.discard)
@@ -374,6 +376,7 @@ class HTTP2Request:
             "query_string": url.query or b"",
             "headers": fields,
             "state": first.app_state.copy(),
+            IDENTIFIED: self._connection.identified,
         }
 
     def _read_framing(self, fields: Headers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,35 @@ def test_a_rewritten_body_keeps_everything_else(redact: Moderation) -> None:
 def test_a_body_of_very_many_values_is_refused(redact: Moderation, body: Any) -> None:
     with pytest.raises(InvalidRequest, match="more than 50000 values"):
         passed(redact, body)
+
+
+def test_a_body_of_very_many_values_is_not_even_parsed(redact: Moderation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser would hold the event loop, and for a number that orjson does not take it is Python's."""
+    monkeypatch.setattr(moderated.json, "loads", lambda raw: pytest.fail("it was parsed"))
+    raw = b'{"x":NaN,"y":[1' + b",1" * moderated.MAX_VALUES + b"]}"
+    with pytest.raises(InvalidRequest, match="more than 50000 values"):
+        asyncio.run(moderated.moderate_body("/v1/completions", raw, redact, "t"))
+
+
+def test_a_text_full_of_commas_is_one_value(redact: Moderation) -> None:
+    body = {"prompt": "," * (2 * moderated.MAX_VALUES)}
+    assert passed(redact, body, "/v1/completions") == body
+
+
+def test_the_event_loop_goes_on_beside_the_look_at_a_large_body(
+    redact: Moderation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    look = moderated.texts_of
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return look(*args)
+
+    monkeypatch.setattr(moderated, "texts_of", noted)
+    for count in (10, 40_000):
+        passed(redact, {"metadata": {f"a{number}": BAD for number in range(count)}})
+    assert threads[0] == threading.main_thread().name != threads[1]
 
 
 def test_a_body_that_is_nested_deeply_is_refused(redact: Moderation) -> None:

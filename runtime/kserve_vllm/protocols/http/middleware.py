@@ -28,7 +28,7 @@ from kserve_vllm.core.errors import (
     RequestError,
 )
 from kserve_vllm.core.lifecycle import Lifecycle
-from kserve_vllm.core.request_context import RequestContext
+from kserve_vllm.core.request_context import IDENTIFIED, RequestContext
 from kserve_vllm.engine.items import check_items
 from kserve_vllm.policy.enforcement import Enforcement, Kind
 from kserve_vllm.protocols import errors as protocol_errors
@@ -340,7 +340,18 @@ class RequestMiddleware:
 class _Arrival:
     """One request on its way in: its body as it came, then as the model may see it."""
 
-    __slots__ = ("_body", "_context", "_endpoint", "_headers", "_held", "_middleware", "_receive", "_scope", "_to_vllm")
+    __slots__ = (
+        "_body",
+        "_context",
+        "_endpoint",
+        "_form",
+        "_headers",
+        "_held",
+        "_middleware",
+        "_receive",
+        "_scope",
+        "_to_vllm",
+    )
 
     def __init__(
         self,
@@ -360,6 +371,7 @@ class _Arrival:
         self._to_vllm = to_vllm
         self._held = 0
         self._body: bytes | None = None
+        self._form = False
 
     async def read(self) -> None:
         """Read the body, and refuse one that nobody behind could read.
@@ -367,10 +379,15 @@ class _Arrival:
         Raises:
             RequestError, ClientGone: as `RequestMiddleware.read_body`.
         """
+        if (identified := self._scope.get(IDENTIFIED)) is not None:
+            identified()
         receive = compression.inflated(self._scope, self._receive)
         if receive is not self._receive:
             self._receive, self._headers = receive, dict(self._scope["headers"])
-        form = protocol_errors.is_form(self._headers.get(b"content-type", b""))
+        content_type = self._headers.get(b"content-type", b"")
+        self._form = form = protocol_errors.is_form(content_type)
+        if form:
+            bounds.check_form(content_type)
         if self._to_vllm and not form:
             # Before it is read, where its length is known.
             self._middleware.check_json(
@@ -430,6 +447,8 @@ class _Arrival:
         scope = choose(self._scope, target)
         if self._body is None:
             return scope, self._receive
+        if self._form:
+            return scope, _replay_form(self._body, self._receive)
         return scope, _replay([{"type": "http.request", "body": self._body, "more_body": False}], self._receive)
 
 
@@ -579,6 +598,21 @@ def _replay(messages: list[Message], receive: Receive) -> Receive:
 
     async def replay() -> Message:
         return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _replay_form(body: bytes, receive: Receive) -> Receive:
+    """The same for a form, which is parsed as it comes: in pieces, between which all else has its turn."""
+    left = iter(range(0, len(body) or 1, bounds.PIECE))
+
+    async def replay() -> Message:
+        at = next(left, None)
+        if at is None:
+            return await receive()
+        await asyncio.sleep(0)
+        end = at + bounds.PIECE
+        return {"type": "http.request", "body": body[at:end], "more_body": end < len(body)}
 
     return replay
 
