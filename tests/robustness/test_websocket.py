@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from kserve_vllm.servers import websocket
 from kserve_vllm.servers.listeners import HTTPServer
 from kserve_vllm.servers.websocket import Turns, WebSocket
+from tests.robustness.test_places import middleware
 from tests.robustness.wire import read_all, served
 
 KEY = base64.b64encode(bytes(16))
@@ -48,6 +49,14 @@ def closed() -> Iterator[None]:
     yield
     while _open:
         _open.pop().close()
+
+
+def test_the_admin_port_refuses_a_handshake_and_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    with served(middleware().admin) as server:
+        refused = read_all(opened(server.port))
+    assert refused.startswith(b"HTTP/1.1 404 ")
+    assert b"no websockets" in refused
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 def opened(port: int, *fields: bytes) -> socket.socket:

@@ -1,12 +1,19 @@
-"""Lets a filter see every answer of the engine before a client does."""
+"""Lets a filter see every answer of the engine before a client does: as the model wrote it, and as it is read where it
+is JSON.
+
+vLLM's parsers of tool calls read the model's JSON and write it anew, and so do clients with what they are sent: of
+`\\u0070ear` they make what a filter of the text alone has not seen. So where an answer has an escape, what passes the
+filter is looked at once more with its escapes undone, and waits until that has passed, too.
+"""
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Protocol
 
-from kserve_vllm.core.errors import InvalidRequest, RequestError
+from kserve_vllm.core.errors import InvalidRequest, Refused, RequestError
 from kserve_vllm.core.request_context import RequestContext
 
 if TYPE_CHECKING:
@@ -14,6 +21,15 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 _REFUSED = "content_filter"
+_ESCAPE = re.compile(
+    r"\\(?:"
+    r"u(?P<high>[dD][89abAB][0-9a-fA-F]{2})\\u(?P<low>[dD][c-fC-F][0-9a-fA-F]{2})"
+    # What may go on in the next piece.
+    r"|(?P<open>(?:u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?|u[0-9a-fA-F]{0,3})?\Z)"
+    r"|u(?P<one>[0-9a-fA-F]{4})"
+    r"|(?P<sign>[\"\\/bfnrt]))"
+)
+_SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
 class Filter(Protocol):
@@ -26,6 +42,105 @@ class Filter(Protocol):
 
     async def finish(self) -> str:
         """What may be sent at the end."""
+
+
+class _AsRead:
+    """A filter of an answer, and of what a reader of JSON makes of it.
+
+    Args:
+        new_filter: makes the filter.
+    """
+
+    def __init__(self, new_filter: Callable[[], Filter]) -> None:
+        self._new_filter = new_filter
+        self._filter = new_filter()
+        self.rest = ""
+        """What may still be sent where `finish` raised."""
+        self._again: Filter | None = None
+        self._passed: list[str] = []
+        # Of what has passed the first filter: what is not sent yet, the begin of an escape at its end, and what the
+        # second filter has not let pass yet, with its escapes undone.
+        self._waiting = self._open = self._due = ""
+
+    async def feed(self, text: str) -> str:
+        """What may be sent now.
+
+        Raises:
+            RequestError: nothing more may be.
+        """
+        return await self._look(await self._filter.feed(text), False)
+
+    async def finish(self) -> str:
+        """What may be sent at the end.
+
+        Raises:
+            RequestError: what is in `rest`, and nothing more.
+        """
+        try:
+            text = await self._filter.finish()
+        except RequestError as error:
+            try:
+                self.rest = await self._look(self._filter.rest, True)
+            except RequestError:
+                self.rest = ""
+            raise error
+        return await self._look(text, True)
+
+    async def _look(self, text: str, last: bool) -> str:
+        if self._again is None:
+            if "\\" not in text:
+                self._passed.append(text)
+                return text
+            self._again = self._new_filter()
+            await self._read("".join(self._passed), False)
+            self._passed.clear()
+        self._waiting += text
+        await self._read(text, last)
+        if self._due or self._open:
+            return ""
+        text, self._waiting = self._waiting, ""
+        return text
+
+    async def _read(self, text: str, last: bool) -> None:
+        """Show the second filter what comes next.
+
+        Raises:
+            RequestError: it does not let it pass as it is. Where in the answer a replacement belongs can't be said.
+        """
+        assert self._again is not None
+        text, self._open = _unescaped(self._open + text, last)
+        self._due += text
+        passed = await self._again.feed(text) if text else ""
+        if last:
+            passed += await self._again.finish()
+        if not self._due.startswith(passed) or (last and len(passed) < len(self._due)):
+            raise Refused(
+                "the moderation does not let this answer pass: what it would take out is spelled with escapes",
+                reason="moderation",
+            )
+        self._due = self._due[len(passed) :]
+
+
+def _unescaped(text: str, last: bool) -> tuple[str, str]:
+    """A text with JSON's escapes undone, and the begin of one at its end, unless nothing follows."""
+    found: list[str] = []
+    at = 0
+    for escape in _ESCAPE.finditer(text):
+        if escape["open"] is not None:
+            if not last:
+                return "".join([*found, text[at : escape.start()]]), text[escape.start() :]
+            continue
+        found += [text[at : escape.start()], _meant(escape)]
+        at = escape.end()
+    return "".join([*found, text[at:]]), ""
+
+
+def _meant(escape: re.Match[str]) -> str:
+    if escape["high"] is not None:
+        return bytes.fromhex(escape["high"] + escape["low"]).decode("utf-16-be")
+    if escape["one"] is not None:
+        return bytes.fromhex(escape["one"]).decode("utf-16-be", "replace")
+    return _SIGNS.get(escape["sign"], escape["sign"])
 
 
 def check_parameters(params: SamplingParams) -> None:
@@ -62,7 +177,7 @@ async def filtered(
     begun = False
     async for output in stream:
         for choice in output.outputs:
-            each = filters.setdefault(choice.index, new_filter())
+            each = filters.get(choice.index) or filters.setdefault(choice.index, _AsRead(new_filter))
             new = choice.text[seen.get(choice.index, 0) :] if cumulative else choice.text
             seen[choice.index] = len(choice.text)
             text = ""

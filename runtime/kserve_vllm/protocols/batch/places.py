@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 from kserve_vllm.core.errors import ConfigError
 
@@ -38,11 +38,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A content that comes from elsewhere.
+    """A content, piece by piece.
 
     Attributes:
         size: bytes.
-        pieces: of it; the connection that they come over is closed at their end.
+        pieces: of it; the file or connection that they come from is closed at their end.
     """
 
     size: int
@@ -103,8 +103,8 @@ class Place(Protocol):
     def keep(self, key: str, content: IO[bytes]) -> None:
         """Keep what can be read from a file, which may be large."""
 
-    def content(self, key: str) -> Path | Streamed:
-        """A large thing, on the disk or from elsewhere.
+    def content(self, key: str) -> Streamed:
+        """A large thing. Once it is returned, it is there to its end, also where it is removed meanwhile.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -173,12 +173,10 @@ class Folder:
             kept.flush()
             os.fsync(kept.fileno())
 
-    def content(self, key: str) -> Path | Streamed:
+    def content(self, key: str) -> Streamed:
         """See `Place`."""
-        path = self.root / key
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        return path
+        file = (self.root / key).open("rb")
+        return Streamed(os.fstat(file.fileno()).st_size, _pieces(file))
 
     def copy(self, source: str, target: str) -> None:
         """See `Place`; a second link, where the file system has them."""
@@ -315,3 +313,9 @@ def _check_locks(root: Path) -> None:
         os.close(first)
         os.close(second)
         path.unlink(missing_ok=True)
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(1 << 20):
+            yield piece

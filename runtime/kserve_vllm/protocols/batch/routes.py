@@ -8,13 +8,12 @@ from collections.abc import Callable
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
 from kserve_vllm.core.errors import InvalidRequest, NotFound
 from kserve_vllm.core.request_context import current
 from kserve_vllm.policy.tenants import NO_TENANT
-from kserve_vllm.protocols.batch.places import Streamed
 from kserve_vllm.protocols.batch.runner import ENDPOINTS, Runner
 from kserve_vllm.protocols.batch.store import BatchStore, Owner
 from kserve_vllm.protocols.http import openapi as schemas
@@ -72,10 +71,8 @@ class BatchRoutes:
     async def content(self, file_id: str) -> Response:
         """A file's content."""
         found = await asyncio.to_thread(self._store.content, _owner().tenant, file_id)
-        kind = "application/octet-stream"
-        if isinstance(found, Streamed):
-            return StreamingResponse(found.pieces, headers={"content-length": str(found.size)}, media_type=kind)
-        return FileResponse(found, media_type=kind)
+        length = {"content-length": str(found.size)}
+        return StreamingResponse(found.pieces, headers=length, media_type="application/octet-stream")
 
     async def delete(self, file_id: str) -> Response:
         """Forget a file."""

@@ -190,7 +190,7 @@ class BatchStore:
             raise _no_file(file_id)
         return _shown(tree)
 
-    def content(self, tenant: str, file_id: str) -> Path | Streamed:
+    def content(self, tenant: str, file_id: str) -> Streamed:
         """A file's content.
 
         Raises:

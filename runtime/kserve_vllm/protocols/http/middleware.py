@@ -130,9 +130,13 @@ class RequestMiddleware:
             await self._websocket(scope, receive, send)
 
     async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI, of the admin port: everything but websockets."""
+        """ASGI, of the admin port: everything but websockets, of which there are none."""
         if scope["type"] == "http":
             await self._http(scope, receive, send, True)
+        elif scope["type"] == "websocket":
+            request_id, _ = _request_id(scope)
+            await receive()
+            await _refuse_websocket(scope, send, NotFound("the admin port has no websockets"), request_id)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
         scope[protocol_errors.WRITTEN_PATH] = written = scope["path"]
