@@ -18,7 +18,7 @@ suffixes, schemas and choices for structured output, arguments of chat templates
 
 Not looked at:
 - fields at the top that are known to reach no model (`model`, `user`, `stop`, `encoding_format` and so on: `LEFT_OUT`);
-- the protocols' own words as values (`user`, `text`, `function`: `PROTOCOL_WORDS`);
+- the protocols' own words (`user`, `text`, `function`: `PROTOCOL_WORDS`) as values of fields that hold no text;
 - images, audio and video that the model takes: the base64 of a part of a message whose type says so (`_PARTS`), and
   nothing else that looks like base64. A model that reads text in images can be shown text past a moderation. Where the
   model takes none, such parts are looked at as texts, and so are URLs;
@@ -66,7 +66,12 @@ PROTOCOL_WORDS = frozenset(
     reasoning image base64 url ephemeral object string number integer boolean array null auto none required json_object
     json_schema wav mp3 low high""".split()
 )
-"""Values that the protocols themselves use, and no text."""
+"""Values that the protocols themselves use, and no text where they do: not in the fields of `_SAID`."""
+_SAID = frozenset(
+    """content text thinking refusal reasoning reasoning_content input prompt suffix instructions instruction query
+    queries documents output arguments system text_1 text_2 data_1 data_2""".split()
+)
+"""Fields that hold what is said. A word in a part of a message may go on in the next part."""
 
 _NAMES = PROTOCOL_WORDS | frozenset(
     """messages content role type name id tool_calls tool_call_id tool_use_id arguments input prompt tools tool_choice
@@ -375,7 +380,7 @@ def _rebuild(
 ) -> object:
     """The tree with `visit` called on each text that is not `apart`; branches without a change are the same objects."""
     if isinstance(tree, str):
-        if not tree or tree in PROTOCOL_WORDS or at in apart:
+        if not tree or at in apart or (tree in PROTOCOL_WORDS and not _is_said(at)):
             return tree
         return visit(at, tree)
     if isinstance(tree, Mapping):
@@ -391,6 +396,11 @@ def _rebuild(
         new = visit(at, text)
         return tree if new == text else new
     return tree
+
+
+def _is_said(at: Location) -> bool:
+    """Whether a text stands where texts do, so that a word of the protocols is a word there, too."""
+    return next((part for part in reversed(at) if isinstance(part, str)), None) in _SAID
 
 
 def _rebuild_object(

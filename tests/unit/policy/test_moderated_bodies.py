@@ -193,6 +193,23 @@ def test_parts_are_joined_of_whatever_kind_they_are(redact: Moderation, content:
             passed(redact, body)
 
 
+@pytest.mark.parametrize("parts", [["tool", "box"], ["function", " keys"], ["a high", "", "user"]])
+def test_a_word_of_the_protocols_is_a_word_where_texts_stand(tmp_path: Path, parts: list[str]) -> None:
+    moderation = load(tmp_path, "refuse", {"literal": "toolbox"}, {"literal": "function keys"}, {"regex": r"high\s*user"})
+    for content in ([{"type": "text", "text": part} for part in parts], parts):
+        with pytest.raises(Refused):
+            passed(moderation, said(content))
+    for body in ({"prompt": "user"}, {"input": ["tool"]}, said("function"), said([{"type": "text", "text": "auto"}])):
+        with pytest.raises(Refused):
+            passed(load(tmp_path, "refuse", {"regex": "^(user|tool|function|auto)$"}), body)
+
+
+def test_a_word_of_the_protocols_is_left_where_they_use_it(tmp_path: Path) -> None:
+    moderation = load(tmp_path, "refuse", {"regex": "^(user|tool|function|auto|text|object)$"})
+    body = said([{"type": "text", "text": "hi"}], tool_choice="auto", text={"format": {"type": "text"}}, tools=[TOOL])
+    assert passed(moderation, body) == body
+
+
 def test_arguments_name_each_field_once(redact: Moderation) -> None:
     """Of two values one is looked at, and the text may be handed on as it is."""
     for hidden in ('{"q": "a falcon", "q": "x"}', '{"q": {"a": "a falcon", "a": 1}}', '[{"a": 1, "a": 2}]'):
