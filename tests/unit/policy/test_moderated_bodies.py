@@ -195,7 +195,9 @@ def test_parts_are_joined_of_whatever_kind_they_are(redact: Moderation, content:
 
 @pytest.mark.parametrize("parts", [["tool", "box"], ["function", " keys"], ["a high", "", "user"]])
 def test_a_word_of_the_protocols_is_a_word_where_texts_stand(tmp_path: Path, parts: list[str]) -> None:
-    moderation = load(tmp_path, "refuse", {"literal": "toolbox"}, {"literal": "function keys"}, {"regex": r"high\s*user"})
+    moderation = load(
+        tmp_path, "refuse", {"literal": "toolbox"}, {"literal": "function keys"}, {"regex": r"high\s*user"}
+    )
     for content in ([{"type": "text", "text": part} for part in parts], parts):
         with pytest.raises(Refused):
             passed(moderation, said(content))

@@ -38,6 +38,7 @@ from kserve_vllm.protocols.http.body import BodyBudget, LoopShare, TimedBody
 from kserve_vllm.protocols.http.disconnect import ClientGone
 from kserve_vllm.protocols.http.endpoints import Endpoints, Target, choose, normalize, of_http
 from kserve_vllm.protocols.http.page import Asset
+from kserve_vllm.protocols.http.scrapes import Scrapes
 from kserve_vllm.protocols.openai.fast_path import FastPath
 from kserve_vllm.telemetry.requests import RequestRecorder
 
@@ -101,7 +102,7 @@ class RequestMiddleware:
         self._max_json = max_body if max_json is None else min(max_json, max_body)
         self._body_timeout_s = body_timeout_s
         self._routers = routers
-        self._metrics = metrics
+        self._scrapes = Scrapes(metrics)
         self._version = version
         self._page = page or {}
         self._requests = requests
@@ -285,7 +286,7 @@ class RequestMiddleware:
             await _answer(send, 200 if life.probed() else 503, orjson.dumps(life.report()))
         elif operators and path in _METRICS:
             accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
-            body, content_type = self._metrics(accept.decode("latin-1"))
+            body, content_type = await self._scrapes.answer(accept.decode("latin-1"))
             await _answer(send, 200, body, content_type.encode())
         elif operators and (asset := self._page.get(path)) is not None:
             await _answer(send, 200, asset.body, headers=asset.headers)
