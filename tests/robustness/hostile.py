@@ -1,9 +1,10 @@
 """Eight hostile clients beside 32 honest streams: what the honest ones feel of it. Loopback only, bounded in time.
 
-    python -m tests.robustness.hostile [--seconds 20]
+    python -m tests.robustness.hostile [--seconds 20] [--http2]
 
 Starts the demo model with keys. 32 clients stream one answer after another, first alone, then beside eight clients
-each of which does one thing over and over, and then alone again. Printed: the 99th percentile of the time between two
+each of which does one thing over and over, and then alone again; with `--http2`, beside one for each flood of frames in
+`hostile_http2`, to both ports, with and without a key. Printed: the 99th percentile of the time between two
 tokens, the failures, and the server's memory, of each part; and what the hostile clients were answered. Ends with 1
 where an honest request failed, the percentile beside them is over twice that of alone, or memory has grown by more
 than a tenth.
@@ -34,6 +35,7 @@ import psutil
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 
+from tests.robustness.hostile_http2 import flood, floods
 from tests.robustness.test_requests import heavy
 from tests.support import DEMO, Server
 
@@ -213,21 +215,38 @@ ATTACKS: list[Callable[[Server], str]] = [
 ]
 
 
-def attack(server: Server, seconds: float) -> dict[str, Counter[str]]:
-    """Run the eight clients for so long; what each was answered."""
+def over_http2(server: Server) -> dict[str, Callable[[Server], str]]:
+    """The floods of HTTP/2, by name: to the HTTP port without a key and with one, then to gRPC's."""
+    found: dict[str, Callable[[Server], str]] = {}
+    for port, grpc in ((server.http_port, False), (server.grpc_port, True)):
+        for key in (None, HOSTILE):
+            for name in floods(key, grpc):
+
+                def send(
+                    _: Server, port: int = port, key: str | None = key, grpc: bool = grpc, name: str = name
+                ) -> str:
+                    return flood(port, floods(key, grpc)[name])
+
+                found[f"{name}{' over gRPC' if grpc else ''}{'' if key else ' without a key'}"] = send
+    return found
+
+
+def attack(server: Server, seconds: float, http2: bool) -> dict[str, Counter[str]]:
+    """Run the clients for so long; what each was answered."""
     os.nice(10)  # they are to cost the server its time, not the honest clients on this machine theirs
-    found: dict[str, Counter[str]] = {each.__name__: Counter() for each in ATTACKS}
+    attacks = over_http2(server) if http2 else {each.__name__: each for each in ATTACKS}
+    found: dict[str, Counter[str]] = {name: Counter() for name in attacks}
     end = time.monotonic() + seconds
 
-    def run(each: Callable[[Server], str]) -> None:
+    def run(name: str) -> None:
         while time.monotonic() < end:
             try:
-                found[each.__name__][each(server)] += 1
+                found[name][attacks[name](server)] += 1
             except (OSError, httpx.HTTPError) as error:
-                found[each.__name__][type(error).__name__] += 1
+                found[name][type(error).__name__] += 1
             time.sleep(PAUSE_S)
 
-    threads = [threading.Thread(target=run, args=(each,)) for each in ATTACKS]
+    threads = [threading.Thread(target=run, args=(name,)) for name in attacks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -256,13 +275,14 @@ def main() -> int:
     """Run the three parts, print what was seen, and say by the exit code whether it is as promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="of each part; 20 unless given")
+    parser.add_argument("--http2", action="store_true", help="the floods of HTTP/2 instead of the eight")
     parser.add_argument("--attack", nargs=2, type=int, metavar=("HTTP", "GRPC"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.attack:
         target = Server.__new__(Server)
         target.http_port, target.grpc_port = options.attack
         target.url = f"http://127.0.0.1:{target.http_port}"
-        print(json.dumps(attack(target, options.seconds)))
+        print(json.dumps(attack(target, options.seconds, options.http2)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         server = Server(
@@ -270,16 +290,16 @@ def main() -> int:
             fresh=True,
         ).wait_ready()
         try:
-            return compare(server, options.seconds)
+            return compare(server, options.seconds, options.http2)
         finally:
             server.stop()
 
 
-def compare(server: Server, seconds: float) -> int:
+def compare(server: Server, seconds: float, http2: bool) -> int:
     """The three parts; the exit code."""
     asyncio.run(Honest(server.url).run(5))  # buffers and caches as they are under load
     attack_once = [sys.executable, "-m", "tests.robustness.hostile", "--seconds"]
-    ports = ["--attack", str(server.http_port), str(server.grpc_port)]
+    ports = ["--attack", str(server.http_port), str(server.grpc_port), *(["--http2"] if http2 else [])]
     subprocess.run([*attack_once, "5", *ports], check=True, capture_output=True)
     time.sleep(2)
     parts: dict[str, tuple[Honest, float]] = {}
