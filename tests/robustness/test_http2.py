@@ -553,6 +553,8 @@ def test_who_has_shown_no_key_gets_a_share_and_leaves_the_rest(
     class Reader:
         """Reads for 4 ms whenever it may."""
 
+        address, has_left = "a", False
+
         def __init__(self) -> None:
             self.read = 0
 
@@ -593,6 +595,8 @@ def test_what_is_read_without_end_leaves_half_of_the_loop(server: Running) -> No
     class Reader:
         """Reads for a millisecond whenever it may."""
 
+        address = "a"
+
         def read_on(self) -> None:
             began = time.perf_counter()
             while time.perf_counter() < began + 0.001:
@@ -612,6 +616,43 @@ def test_what_is_read_without_end_leaves_half_of_the_loop(server: Running) -> No
 
     passed_s = server.do(run())
     assert 0.05 < sum(took) / passed_s < 0.65
+
+
+def test_a_newcomer_does_not_wait_behind_all_of_somebody_elses(server: Running) -> None:
+    """Nor does one that has left, and is not read, hold its place."""
+    connections = http2.Connections()
+    read: list[str] = []
+
+    class Reader:
+        """Reads whenever it may."""
+
+        def __init__(self, address: str, has_left: bool = False) -> None:
+            self.address, self.has_left = address, has_left
+
+        def read_on(self) -> None:
+            read.append(self.address)
+            connections.read_later(self)  # type: ignore[arg-type]
+
+        def abort(self) -> None:
+            read.append("left")
+            connections.exit(self)  # type: ignore[arg-type]
+
+    async def run() -> None:
+        readers = [*(Reader("a") for _ in range(50)), Reader("a", has_left=True), Reader("b")]
+        for each in readers:
+            connections.enter(each)  # type: ignore[arg-type]
+            connections.read_later(each)  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        for each in readers:
+            connections.exit(each)  # type: ignore[arg-type]
+        count = len(read)
+        await asyncio.sleep(0.05)
+        assert len(read) == count
+
+    server.do(run())
+    assert "b" in read[:2]
+    assert abs(read.count("a") - read.count("b")) <= 2
+    assert read.count("left") == 1
 
 
 class _Nowhere:

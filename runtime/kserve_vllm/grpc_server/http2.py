@@ -87,6 +87,7 @@ _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
 ABORT_S = 5.0
 _LOOK_EVERY_S = 0.05
+_CLOSED = (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT (Linux, net/tcp_states.h)
 _MOST_REST_S = 0.05
 _DATA, _GOAWAY = b"\0", b"\7"
 _FRAME_HEADER = 9  # bytes (RFC 9113, 4.1)
@@ -284,6 +285,37 @@ class _Allowance:
         return self._left >= 0
 
 
+class _Strangers:
+    """Connections that have shown no key and wait to be read on: those of one address in turn, and the addresses in
+    turn, so that a newcomer does not wait behind all of somebody else's."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, dict[Connection, None]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def append(self, connection: Connection) -> None:
+        """One more."""
+        self._waiting.setdefault(connection.address, {})[connection] = None
+
+    def popleft(self) -> Connection:
+        """The next one."""
+        address, waiting = next(iter(self._waiting.items()))
+        connection = next(iter(waiting))
+        self.discard(connection)
+        if waiting:
+            self._waiting[address] = self._waiting.pop(address)
+        return connection
+
+    def discard(self, connection: Connection) -> None:
+        """This one waits no longer, if it did."""
+        waiting = self._waiting.get(connection.address, {})
+        waiting.pop(connection, None)
+        if not waiting:
+            self._waiting.pop(connection.address, None)
+
+
 class Connections(set["Connection"]):
     """A server's open connections. What one pass of the event loop has for all of them is written in a row.
 
@@ -298,7 +330,7 @@ class Connections(set["Connection"]):
         self._strangers: dict[Connection, None] = {}
         self._complained_at = -_COMPLAIN_EVERY_S
         # That wait to be read on: those that have shown a key, and those that have not.
-        self._unread: tuple[deque[Connection], deque[Connection]] = (deque(), deque())
+        self._unread: tuple[deque[Connection], _Strangers] = (deque(), _Strangers())
         # What ends the turn, or begins the next one.
         self._turn: asyncio.Handle | None = None
         self._turn_began = self._turn_ends = 0.0
@@ -321,7 +353,8 @@ class Connections(set["Connection"]):
 
     def read_later(self, connection: Connection) -> None:
         """Let this one read on in a later pass, when those before it have."""
-        self._unread[connection in self._strangers].append(connection)
+        known, strangers = self._unread
+        (strangers if connection in self._strangers else known).append(connection)
         if self._turn is None:
             loop = asyncio.get_running_loop()
             self._turn_began = loop.time()
@@ -351,7 +384,13 @@ class Connections(set["Connection"]):
         self._turn, self._turn_ends = loop.call_soon(self._end_turn), now + TURN_S
         # One at the least, or nothing would ever be read.
         while now <= self._turn_ends and (known or (strangers and self._may_strangers(now))):
-            (known or strangers).popleft().read_on()
+            if known:
+                known.popleft().read_on()
+            elif (stranger := strangers.popleft()).has_left:
+                # While it is not read, nobody says so, and it would hold its place.
+                stranger.abort()
+            else:
+                stranger.read_on()
             now = loop.time()
         if not known and not self._may_strangers(now):
             self._turn.cancel()
@@ -386,9 +425,10 @@ class Connections(set["Connection"]):
         """A client is gone."""
         self.discard(connection)
         self._strangers.pop(connection, None)
-        for waiting in self._unread:
-            if connection in waiting:
-                waiting.remove(connection)
+        known, strangers = self._unread
+        strangers.discard(connection)
+        if connection in known:
+            known.remove(connection)
 
     def write_soon(self, connection: Connection) -> None:
         """Let this one write what it holds when the pass is over."""
@@ -463,6 +503,8 @@ class Connection(asyncio.Protocol):
         # After a client's farewell h2 reads nothing more, though its open streams go on (RFC 9113, 6.8).
         self.state._frame_dispatch_table[GoAwayFrame] = read_goaway
         self.transport: asyncio.Transport
+        self.address = ""
+        """Of the client."""
         self.writable = True
         """Whether the socket takes what is written."""
         self.broken = False
@@ -472,6 +514,7 @@ class Connection(asyncio.Protocol):
         """asyncio's: begin with our settings."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(_WRITE_BUFFER)
+        self.address = str((transport.get_extra_info("peername") or ("",))[0])
         sock = transport.get_extra_info("socket")
         if sock is not None:
             # A client that vanished without a word is noticed by the kernel.
@@ -645,6 +688,18 @@ class Connection(asyncio.Protocol):
             self._break()
             self._aborting = self.loop.call_later(ABORT_S, self.transport.abort)
             self.transport.close()
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has closed its side, where the kernel tells: of HTTP/2 nothing follows that."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sys.platform != "linux":
+            return False
+        try:
+            state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return False
+        return state in _CLOSED
 
     def abort(self) -> None:
         """End at once, whatever the client has not taken."""
