@@ -208,6 +208,27 @@ def test_an_answer_that_is_refused_from_its_beginning_is_an_error(answering: Ser
     assert "no-pears" in answer.body
 
 
+def test_a_streamed_response_that_is_refused_is_answered_and_not_cut(answering: Server) -> None:
+    """vLLM has announced the answer by then."""
+    for body, told in (
+        ({"input": "Repeat the word pear."}, "no-pears"),
+        ({"input": "Hello", "include": ["message.output_text.logprobs"], "top_logprobs": 1}, "moderated"),
+    ):
+        answer = httpx.post(answering.url + "/v1/responses", json={"model": "demo", "stream": True, **body})
+        assert answer.status_code == 400, answer.text
+        assert told in answer.json()["error"]["message"]
+
+
+def test_of_several_answers_all_are_there_where_one_is_refused(answering: Server) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Count from 3 to 12."}], "temperature": 0.01}
+    answer = httpx.post(answering.url + "/v1/chat/completions", json={**body, "n": 3, "max_tokens": 48, "seed": 1})
+    assert answer.status_code == 200
+    choices = answer.json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert "content_filter" in {choice["finish_reason"] for choice in choices}
+    assert " 10 " not in answer.text
+
+
 def test_a_stream_that_is_refused_later_ends_with_content_filter(answering: Server) -> None:
     answer = call(answering, "chat-stream", prompt="Count from 3 to 12.")
     assert answer.status == 200
