@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from kserve_vllm.ops.diagnose.facts import SERVING, dig
 from kserve_vllm.ops.exposition import fetch
 from kserve_vllm.ops.operations import add_cluster_arguments
 from kserve_vllm.ops.tables import bar, seconds, spark, table
+from kserve_vllm.ops.top.screen import Screen, is_live
 from kserve_vllm.ops.top.view import ServerReading, View, read, view
 
 _EPILOG = """
@@ -39,7 +39,6 @@ _SHORT = 24
 _HISTORY = 600
 _AT_ONCE = 16
 Get = Callable[[str], tuple[int, str]]
-_CLEAR, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -208,9 +207,8 @@ def _watch(source: _Source, args: argparse.Namespace) -> int:
     if not any(reading.health for reading in before.values()) and not isinstance(source, _Service):
         print(f"kserve-vllm: {source.name}: {next(iter(before.values())).error}", file=sys.stderr)
         return 3
-    live = sys.stdout.isatty() and not args.json
     try:
-        with _Screen(live) as screen:
+        with Screen(is_live() and not args.json) as screen:
             while not screen.pressed(args.interval):
                 try:
                     after = source.readings()
@@ -225,61 +223,6 @@ def _watch(source: _Source, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass
     return 0
-
-
-class _Screen:
-    """A terminal's second page, where `q` is heard; without a terminal, lines one after the other."""
-
-    def __init__(self, live: bool) -> None:
-        self._live = live
-        self._saved: Any = None
-
-    def __enter__(self) -> _Screen:
-        if self._live:
-            sys.stdout.write(_CLEAR)
-            if sys.stdin.isatty():
-                import termios
-                import tty
-
-                self._saved = termios.tcgetattr(sys.stdin)
-                tty.setcbreak(sys.stdin)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._saved is not None:
-            import termios
-
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved)
-        if self._live:
-            sys.stdout.write(_LEAVE)
-            sys.stdout.flush()
-
-    def pressed(self, interval_s: float) -> bool:
-        """Wait; whether `q` was pressed."""
-        if self._saved is None:
-            time.sleep(interval_s)
-            return False
-        import select
-
-        until = time.monotonic() + interval_s
-        while (left := until - time.monotonic()) > 0:
-            if select.select([sys.stdin], [], [], left)[0] and os.read(sys.stdin.fileno(), 64)[:1] in (
-                b"q",
-                b"Q",
-                b"\x1b",
-            ):
-                return True
-        return False
-
-    def show(self, page: str) -> None:
-        """Draw a page over the one before."""
-        if not self._live:
-            print(page + "\n", flush=True)
-            return
-        size = shutil.get_terminal_size((120, 40))
-        lines = [line[: size.columns] for line in page.splitlines()[: size.lines - 1]]
-        sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-        sys.stdout.flush()
 
 
 def figures(source: _Source, before: Mapping[str, ServerReading], after: Mapping[str, ServerReading]) -> dict[str, Any]:
