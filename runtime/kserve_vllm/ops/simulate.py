@@ -422,8 +422,8 @@ def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Arrival], floa
         duration = part.number("duration", max(requests[-1].at, 1.0), 1.0)
         if duration > _MAX_DURATION_S:
             raise ConfigError(
-                f"arrivals.trace: its requests lie {duration / 86400:,.0f} days apart, more than a year: is a time of it "
-                "wrong? arrivals.duration takes the first seconds of it"
+                f"arrivals.trace: its requests lie {duration / 86400:,.0f} days apart, more than a year: is a time of "
+                "it wrong? arrivals.duration takes the first seconds of it"
             )
         requests = [request for request in requests if request.at <= duration]
         part.done()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from kserve_vllm.ops.bench.command import read_key
 from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import SERVING, dig
 from kserve_vllm.ops.exposition import fetch
-from kserve_vllm.ops.operations import add_cluster_arguments
+from kserve_vllm.ops.operations import CommandFailed, add_cluster_arguments, split_url
 from kserve_vllm.ops.tables import bar, seconds, spark, table
 from kserve_vllm.ops.top.screen import Screen, is_live
 from kserve_vllm.ops.top.view import ServerReading, View, read, view
@@ -35,6 +34,7 @@ ends it.
 Exit codes: 0 it was read, 2 an argument can't be used, 3 nothing could be read; with --once also 1: something is not
 ready.
 """
+_NOT_READ = 3
 _SHORT = 24
 _HISTORY = 600
 _AT_ONCE = 16
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: an argument can't be used.
+        CommandFailed: nothing can be read.
     """
     parser = argparse.ArgumentParser(
         prog="kserve-vllm top",
@@ -71,8 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _once(source, args) if args.once else _watch(source, args)
     except ApiError as error:
-        print(f"kserve-vllm: {error}", file=sys.stderr)
-        return 3
+        raise CommandFailed(str(error), _NOT_READ) from None
 
 
 class _Source:
@@ -94,6 +94,8 @@ class _Server(_Source):
     def __init__(self, args: argparse.Namespace) -> None:
         self.name = args.target.rstrip("/").removesuffix("/v1")
         metrics = (args.metrics_url or self.name).rstrip("/")
+        for url in (self.name, metrics):
+            split_url(url)
         key = read_key(args.api_key_env, args.api_key_file)
 
         def get(path: str) -> tuple[int, str]:
@@ -197,7 +199,7 @@ def _once(source: _Source, args: argparse.Namespace) -> int:
     content = figures(source, before, after)
     print(json.dumps(machine(content), indent=1) if args.json else text(content, [], 200))
     if after and not any(reading.health for reading in after.values()):
-        return 3
+        return _NOT_READ
     return int(not after or content["total"].pods[0] != content["total"].pods[1])
 
 
@@ -205,8 +207,7 @@ def _watch(source: _Source, args: argparse.Namespace) -> int:
     """Until it is told to end."""
     before, history = source.readings(), list[View]()
     if not any(reading.health for reading in before.values()) and not isinstance(source, _Service):
-        print(f"kserve-vllm: {source.name}: {next(iter(before.values())).error}", file=sys.stderr)
-        return 3
+        raise CommandFailed(f"{source.name}: {next(iter(before.values())).error}", _NOT_READ)
     try:
         with Screen(is_live() and not args.json) as screen:
             while not screen.pressed(args.interval):

@@ -186,7 +186,8 @@ class Compressed:
 
     async def _finish(self) -> None:
         start, self._start = self._start, None
-        assert start is not None and self._coding is not None
+        assert start is not None
+        assert self._coding is not None
         body = b"".join(self._parts)
         headers = [*(header for header in start["headers"] if header[0] != b"content-length"), _VARY]
         if body:  # an app may leave it out for a HEAD, and nobody knows its length then
