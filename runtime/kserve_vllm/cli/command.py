@@ -84,9 +84,9 @@ def _dispatch(arguments: list[str]) -> int:
         "vLLM engine.",
         epilog="Start with `kserve-vllm serve --demo`; `kserve-vllm COMMAND --help` explains each command. Exit codes "
         "of all: 0 done (or yes), 1 not (of serve: the engine failed), 2 an argument or setting can't be used, 130 "
-        "after Ctrl-C, 141 where a pipe's reader has left; those of a command's own stand in its help. With --json an "
-        'operator\'s command prints one document, also where it fails: {"error": {"message", "exit_code"}}; progress and '
-        "the sentence for people go to standard error.",
+        "after Ctrl-C, 141 where a pipe's reader has left; those of a command's own stand in its help. With --json, "
+        "standard output has one document, also where a command fails: "
+        '{"error": {"message", "exit_code"}}; progress and sentences for people go to standard error.',
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"kserve-vllm {version('kserve-vllm')}")

@@ -328,7 +328,7 @@ def _is_tensor(entry: object) -> bool:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(each) is int for each in offsets):
         return False
-    return 0 <= offsets[0] <= offsets[1] < _MOST_BYTES
+    return bool(0 <= offsets[0] <= offsets[1] < _MOST_BYTES)
 
 
 def header(file: Path) -> dict[str, Any]:
