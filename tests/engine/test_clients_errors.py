@@ -114,10 +114,27 @@ def test_a_body_that_is_no_json_is_refused_in_the_same_envelope(server: Server, 
     answer = post(server, "/v1/messages", body, content_type=kind)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
-    plain = post(server, "/v1/chat/completions", body, content_type=kind)
-    assert plain.status_code == 400
-    assert plain.json()["error"]["code"] is None
-    assert not _PYTHON.search(plain.text)
+    for path in ("/v1/chat/completions", "/invocations"):
+        plain = post(server, path, body, content_type=kind)
+        assert plain.status_code == 400
+        assert (plain.json()["error"]["type"], plain.json()["error"]["code"]) == ("BadRequestError", None)
+        assert not _PYTHON.search(plain.text)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/openai/v1/audio/transcriptions", "/rerank"])
+def test_what_another_kind_of_model_does_is_not_found_with_a_reason(server: Server, path: str) -> None:
+    answer = post(server, path, {"model": "demo", "input": SUM})
+    assert answer.status_code == 404
+    assert "the model that is served does not do what" in answer.json()["error"]["message"]
+
+
+def test_a_response_that_is_not_stored_can_not_be_gone_on_from(server: Server) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        first = client.responses.create(model="demo", input=SUM, max_output_tokens=2)
+        assert (first.model_extra or {}).get("store", getattr(first, "store", None)) is False
+        with pytest.raises(openai.NotFoundError, match="responses are not stored here") as missing:
+            client.responses.create(model="demo", input=SUM, previous_response_id=first.id)
+        assert missing.value.param == "previous_response_id"
 
 
 def test_openais_sdk_reads_code_and_param(server: Server) -> None:

@@ -34,6 +34,7 @@ class Stub:
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.status, self.events = 200, list[bytes]()
+        self.cut = False
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,6 +60,7 @@ class Stub:
                 first = b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n'
                 piece = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
                 last = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n"
+                last = b"" if stub.cut else last
                 self._answer(200, first + (b"".join(stub.events) or piece * body["max_tokens"]) + last)
 
             def _answer(self, status: int, body: bytes) -> None:
@@ -132,12 +134,28 @@ def test_the_role_is_no_first_token_and_usage_counts(stub: Stub) -> None:
     assert (answer.error, len(answer.arrivals), answer.prompt, answer.output) == ("", 4, 11, 4)
 
 
+def test_a_stream_that_is_cut_is_a_failure(stub: Stub) -> None:
+    """A proxy may end a stream as if it were whole: neither usage nor [DONE] has come."""
+    stub.cut = True
+
+    async def ask() -> LoadAnswer:
+        client = clients.connect(LoadTarget(stub.url, "chat", "m"))
+        try:
+            return await client.send(LoadPrompt("a", 4))
+        finally:
+            await client.close()
+
+    assert "cut" in asyncio.run(ask()).error
+
+
 @pytest.mark.parametrize(
     ("events", "words"),
     [
         ([b'data: {"error": {"message": "the engine died"}}\n\n'], "the engine died"),
         ([b"data: {broken\n\n"], "JSON"),
         ([b": nothing\n\n"], "without a token"),
+        ([b'data: []\n\ndata: {"choices": 3}\n\n'], "none of the protocol chat"),
+        ([b"data: 3\n\n"], "none of the protocol chat"),
     ],
 )
 def test_a_stream_that_goes_wrong_is_a_failure(stub: Stub, events: list[bytes], words: str) -> None:

@@ -141,7 +141,7 @@ def test_no_kubeconfig_is_a_sentence(
     [
         (b"\xff\xfe\x00", "can't decode"),
         (b"[1,\n2", "expected ',' or ']'"),
-        (b"- a\n", "list"),
+        (b"- a\n", "is no kubeconfig"),
         (None, "Is a directory"),
         # A cloud's plug-in raises errors of its own.
         ({"name": "u", "user": {"auth-provider": {"name": "gcp", "config": {}}}}, "credentials"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import struct
 import subprocess
@@ -92,6 +93,7 @@ def test_without_the_shards_the_index_says_the_size(tmp_path: Path) -> None:
         {"quantization_config": 4},
         {"layer_types": 7},
         {"num_experts": [1]},
+        {"architectures": 7},
     ],
 )
 def test_a_config_that_makes_no_sense_is_named(change: dict[str, Any], tmp_path: Path) -> None:
@@ -103,6 +105,92 @@ def test_a_config_that_makes_no_sense_is_named(change: dict[str, Any], tmp_path:
     except ConfigError as error:
         message = str(error)
     assert str(tmp_path) in message
+
+
+_ODD: list[Any] = [0, -1, 1.5, 10**40, 1e308, float("nan"), float("inf"), "x", "", True, [], [1], ["x"], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("family", list(capacity.CONFIGS))
+def test_no_value_of_a_config_ends_in_a_traceback(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan, or one sentence that names the file and speaks no Python."""
+    config = capacity.CONFIGS[family]
+    arguments = ["plan", str(tmp_path), "--gpu", "H100", "--speed", "roofline", "--json"]
+    changes = [{name: value} for name in config for value in _ODD]
+    for tree in [*({**config, **change} for change in changes), *({**config, name: None} for name in config)]:
+        (tmp_path / "config.json").write_text(json.dumps(tree))
+        code = cli.main(arguments)
+        out, said = capsys.readouterr()
+        assert code in (0, 1, 2)
+        if code == 2:
+            assert re.fullmatch(r"kserve-vllm: [^\n]+\n", said), said
+            assert not re.search("object|operand|subscriptable|iterable|convert|NoneType|division", said), said
+        else:
+            json.loads(out, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}', "no table of tensors"),
+        ("model.safetensors", '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}', "no table of tensors"),
+        ("model.safetensors", '{"a": {"data_offsets": ["x", "y"]}}', "no table of tensors"),
+        ("model.safetensors", '{"a": 1}', "no table of tensors"),
+        ("model.safetensors", "{}", "hold no weights"),
+        ("model.safetensors.index.json", "[]", "no weight_map"),
+        ("model.safetensors.index.json", "{", "not JSON; download it again"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "names 3, which is no file"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../w"}}', "no file of its folder"),
+        ("model.safetensors.index.json", '{"metadata": 3, "weight_map": {"a": "w"}}', "no number of bytes"),
+        (
+            "model.safetensors.index.json",
+            '{"metadata": {"total_size": 1e400}, "weight_map": {"a": "w"}}',
+            "no number of bytes",
+        ),
+        (
+            "model.safetensors.index.json",
+            '{"metadata": {"total_size": -1}, "weight_map": {"a": "w"}}',
+            "no number of bytes",
+        ),
+    ],
+)
+def test_files_of_weights_that_are_none_are_named(file: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    head = struct.pack("<Q", len(content)) if file.endswith(".safetensors") else b""
+    (tmp_path / file).write_bytes(head + content.encode())
+    with pytest.raises(ConfigError, match=words):
+        weights.read_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_no_file_has_is_a_sentence(name: str) -> None:
+    with pytest.raises(ConfigError, match="no file has such a name"):
+        weights.read_model(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "not a table"),
+        ("3", "not a table"),
+        ("[1]", "not a table"),
+        ("{", "not YAML"),
+        ("prices: 3", "not a table"),
+        ("prices: {H100: x}", "the price of H100 is no number"),
+        ("date: 2026-01-31\nprices: {H100: .nan}", "not above 0"),
+        ("date: x\nprices: {H100: 1}", "it needs date"),
+    ],
+)
+def test_prices_that_can_not_be_used_are_a_sentence(
+    content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text(content)
+    assert cli.main(["plan", "--params", "8B", "--gpu", "H100", "--prices", str(tmp_path / "p.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
 
 
 def write_shard(path: Path, names: list[str]) -> None:

@@ -387,12 +387,14 @@ def test_two_files_are_compared_and_a_search_finds_the_cheapest(
         ({"price": "dear"}, "price: 'dear' is not a number"),
         ({"slo": {"share": 2}}, "slo.share: 2 is not a number of 0 to 1"),
         ({"arrivals": {"classes": {"gold": 1}}}, "add up to 1"),
-        ({"arrivals": {"rate": "1e7", "duration": "1e9"}}, "take a shorter duration"),
+        ({"arrivals": {"rate": "1e7", "duration": "1e7"}}, "take a shorter duration"),
         ({"model": {"params": "8B", "kv_cache_dtype": "fp6"}}, "none of auto, fp8"),
         ({"scaler": {"class": "rules", "max": 2.5}}, "not a whole number"),
         ({"replicas": {}}, "there is no such field"),
         ({"arrivals": {"rate": -1}}, "not a number of at least 0"),
         ({"arrivals": {"kind": "weekly"}}, "none of constant"),
+        ({"arrivals": {"rate": 0, "duration": 1e9}}, "arrivals.duration: 1000000000.0 is not a number of 1 to"),
+        ({"arrivals": {"trace": "nowhere.jsonl"}}, "arrivals.trace: "),
         ({"model": {"params": "70B", "gpu": "L4"}}, "kserve-vllm plan finds a size that fits"),
         ({"model": {}}, "give path or params"),
         ({"routing": "best"}, "none of random"),
@@ -406,6 +408,32 @@ def test_a_scenario_that_cannot_be_used_says_where(
     said = capsys.readouterr().err
     assert words in said
     assert path in said
+
+
+@pytest.mark.parametrize("content", ["{", "a: !!python/object:x y", "\0", "[", "- 1"])
+def test_a_file_that_is_no_scenario_is_one_sentence(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    assert cli.main(["simulate", str(tmp_path / "a.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_trace_whose_times_are_years_apart_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second of the fleet takes time, whether there are requests in it or not."""
+    lines = [{"time": at, "prompt_tokens": 10, "output_tokens": 1} for at in (0, 1, 1e12)]
+    (tmp_path / "usage.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cli.main(["simulate", write(tmp_path / "a.yaml", arrivals={"trace": "usage.jsonl"})]) == 2
+    assert "more than a year: is a time of it wrong?" in capsys.readouterr().err
+    of_it = {"trace": "usage.jsonl", "duration": 60}
+    assert cli.main(["simulate", write(tmp_path / "a.yaml", arrivals=of_it)]) == 0
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b").mkdir()
+    one, two = write(tmp_path / "a.yaml"), write(tmp_path / "b" / "a.yaml")
+    assert cli.main(["simulate", one, "--compare", two, "--compare", one, "--json"]) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == [one, two, f"{one} (3)"]
 
 
 def test_a_kept_slo_is_the_exit_code(tmp_path: Path) -> None:

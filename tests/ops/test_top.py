@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
 import pytest
 
 from kserve_vllm.cli import command as cli
 from kserve_vllm.ops.top import command as top
 from kserve_vllm.ops.top.view import ServerReading, read, view
 from tests.ops.fake_api import FakeApi
+from tests.support import wait_until
 
 HEALTH = json.dumps({"ready": True, "live": True, "state": "ready", "seconds": 12.0})
 
@@ -144,3 +159,167 @@ def test_exit_codes(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["top", "http://127.0.0.1:9", "--once", "--interval", "0.2"]) == 3
     assert cli.main(["top", "http://127.0.0.1:9", "--interval", "0"]) == 2
     assert cli.main(["top", "chat", "--metrics-url", "http://x"]) == 2
+
+
+class Pages(BaseHTTPRequestHandler):
+    """A server, as far as `top` asks it."""
+
+    def do_GET(self) -> None:
+        body = (HEALTH if self.path.startswith("/v2") else page(1, 10, (0, 0, 0))).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+_SHELL = """
+import os, signal, sys
+child = os.fork()
+if not child:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, "-m", "kserve_vllm", "top", *sys.argv[1:]])
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+sys.exit(code if code >= 0 else 128 - code)
+"""
+"""A job in the foreground of a session whose leader waits, without which ^Z stops nobody."""
+
+
+class OnATerminal:
+    """`kserve-vllm top` on a terminal of its own, as a shell starts it."""
+
+    def __init__(self, url: str, columns: int = 80, term: str = "xterm") -> None:
+        self.main, self.side = pty.openpty()
+        fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.before = termios.tcgetattr(self.side)
+        variables = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _SHELL, url, "--interval", "0.2"],
+            stdin=self.side,
+            stdout=self.side,
+            stderr=self.side,
+            env={**variables, "TERM": term},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        self.seen = b""
+
+    def until(self, sign: bytes, after: int = 0) -> None:
+        """Read until the terminal was sent this, after so much else."""
+        deadline = time.monotonic() + 30
+        while sign not in self.seen[after:]:
+            assert time.monotonic() < deadline, self.seen
+            if select.select([self.main], [], [], 0.2)[0]:
+                self.seen += os.read(self.main, 65536)
+
+    @property
+    def job(self) -> psutil.Process:
+        """The process of `top`."""
+        return psutil.Process(self.process.pid).children()[0]
+
+    def ended(self) -> int:
+        """Its exit code."""
+        deadline = time.monotonic() + 30
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline
+            if select.select([self.main], [], [], 0.05)[0]:
+                self.seen += os.read(self.main, 65536)
+        while select.select([self.main], [], [], 0.05)[0]:
+            self.seen += os.read(self.main, 65536)
+        return int(self.process.returncode)
+
+    def close(self) -> None:
+        """End it, and the terminal."""
+        if self.process.poll() is None:
+            for each in (*psutil.Process(self.process.pid).children(), self.process):
+                each.kill()
+            self.process.wait()
+        os.close(self.main)
+        os.close(self.side)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"
+CURSOR = b"\x1b[?25h"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGQUIT, 131),
+        (b"\x03", 0),
+        (b"q", 0),
+        (b"\x1b", 0),
+    ],
+)
+def test_the_terminal_is_left_as_it_was(url: str, how: signal.Signals | bytes, code: int) -> None:
+    found = OnATerminal(url, 20)
+    try:
+        found.until(b"tokens")
+        assert termios.tcgetattr(found.side) != found.before
+        os.write(found.main, b"\x1b[A")  # an arrow key ends nothing
+        found.until(b"tokens", len(found.seen))
+        fcntl.ioctl(found.side, termios.TIOCSWINSZ, struct.pack("HHHH", 2, 5, 0, 0))
+        found.job.send_signal(signal.SIGWINCH)
+        found.until(b"\x1b[J", len(found.seen))
+        if isinstance(how, bytes):
+            os.write(found.main, how)
+        else:
+            found.job.send_signal(how)
+        assert found.ended() == code
+        assert found.seen.count(ENTER) == found.seen.count(LEAVE) == 1
+        assert found.seen.rindex(LEAVE) > found.seen.rindex(CURSOR) > found.seen.rindex(b"\x1b[J")
+        assert termios.tcgetattr(found.side) == found.before
+    finally:
+        found.close()
+
+
+@pytest.mark.integration
+def test_it_is_stopped_and_goes_on(url: str) -> None:
+    found = OnATerminal(url)
+    try:
+        found.until(b"tokens")
+        os.write(found.main, b"\x1a")
+        found.until(LEAVE)
+        wait_until(lambda: found.job.status() == psutil.STATUS_STOPPED, 10, "it was not stopped")
+        assert termios.tcgetattr(found.side) == found.before
+        found.job.send_signal(signal.SIGCONT)
+        found.until(ENTER, found.seen.index(LEAVE))
+        found.until(b"tokens", len(found.seen))
+        os.write(found.main, b"q")
+        assert found.ended() == 0
+        assert found.seen.endswith(LEAVE)
+        assert termios.tcgetattr(found.side) == found.before
+    finally:
+        found.close()
+
+
+@pytest.mark.integration
+def test_a_terminal_that_can_not_be_drawn_on_gets_lines(url: str) -> None:
+    found = OnATerminal(url, term="dumb")
+    try:
+        found.until(b"tokens")
+        assert termios.tcgetattr(found.side) == found.before
+        found.job.terminate()
+        assert found.ended() == 143
+        assert b"\x1b" not in found.seen
+    finally:
+        found.close()

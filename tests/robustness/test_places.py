@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +19,7 @@ from kserve_vllm.policy.quotas.counters import MemoryCounters
 from kserve_vllm.policy.quotas.limiter import Quota, RateLimiter
 from kserve_vllm.protocols.http.body import BodyBudget
 from kserve_vllm.protocols.http.middleware import RequestMiddleware
+from kserve_vllm.protocols.http.page import Asset
 from kserve_vllm.telemetry.metrics import Metrics
 from kserve_vllm.telemetry.requests import RequestRecorder
 from kserve_vllm.telemetry.tracing import Tracing
@@ -42,15 +44,14 @@ def test_a_place_is_given_back_whatever_can_not_be_counted() -> None:
     assert [each.outcome for each in recorded] == ["ok"]
 
 
-def middleware(**policies: Any) -> RequestMiddleware:
+def middleware(page: Mapping[str, Asset] | None = None, **policies: Any) -> RequestMiddleware:
     """An edge before an app that answers at once."""
     lifecycle = Lifecycle()
     lifecycle.to(State.READY)
     enforcement = Enforcement(lifecycle, Policies(**policies))
     metrics = Metrics(lifecycle, lambda: 0, registry=CollectorRegistry())
-    found = RequestMiddleware(
-        lifecycle, enforcement, 1 << 20, metrics.render, dict, RequestRecorder(metrics, Tracing(), lifecycle)
-    )
+    recorder = RequestRecorder(metrics, Tracing(), lifecycle)
+    found = RequestMiddleware(lifecycle, enforcement, 1 << 20, metrics.render, dict, recorder, page=page)
     found.attach(Routed(echo), Routed(echo, CHAT))
     return found
 

@@ -51,6 +51,16 @@ Try it without a GPU:
 """
 
 
+_HEALTH_EPILOG = """
+Examples:
+  kserve-vllm health                       is it ready?
+  kserve-vllm health --live --http-port 8000
+  kserve-vllm health | jq -r .state        starting, loading, warming, ready, draining, stopped or failed
+
+Exit codes: 0 yes, 1 no, or nothing answers.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 the engine failed, 2 a setting can't be used."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -74,14 +84,22 @@ def _dispatch(arguments: list[str]) -> int:
         "vLLM engine.",
         epilog="Start with `kserve-vllm serve --demo`; `kserve-vllm COMMAND --help` explains each command. Exit codes "
         "of all: 0 done (or yes), 1 not (of serve: the engine failed), 2 an argument or setting can't be used, 130 "
-        "after Ctrl-C, 141 where a pipe's reader has left; those of a command's own stand in its help.",
+        "after Ctrl-C, 141 where a pipe's reader has left; those of a command's own stand in its help. With --json, "
+        "standard output has one document, also where a command fails: "
+        '{"error": {"message", "exit_code"}}; progress and sentences for people go to standard error.',
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"kserve-vllm {version('kserve-vllm')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("serve", help="load a model and serve it", add_help=False)
     commands.add_parser("config", help="print the effective settings and where each came from", add_help=False)
-    health = commands.add_parser("health", help="ask a server on this machine for its health, for exec probes")
+    health = commands.add_parser(
+        "health",
+        help="ask a server on this machine for its health, for exec probes",
+        description="Ask a server on this machine for its health, over TLS where it speaks that, and print its answer.",
+        epilog=_HEALTH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     health.add_argument("--live", action="store_true", help="ask whether it is live instead of ready")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready (the default)")
     health.add_argument(

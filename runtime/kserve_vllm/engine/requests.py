@@ -59,7 +59,6 @@ def translate(
         RetryableRequestError,
         VLLMClientError,
         VLLMNotFoundError,
-        VLLMValidationError,
     )
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -73,8 +72,8 @@ def translate(
         return EngineGone("The engine died; the request was not completed.", retry_after_s=5)
     if isinstance(error, VLLMNotFoundError):
         return NotFound(str(error), field="model")
-    if isinstance(error, VLLMValidationError):
-        return InvalidRequest(error.args[0], field=error.parameter)
+    if isinstance(error, VLLMClientError):  # its text would name the field and the value once more
+        return InvalidRequest(str(error.args[0] if error.args else error), field=getattr(error, "parameter", None))
     if isinstance(error, GracefulHTTPError):
         return QueueFull(str(error), retry_after_s=1)
     if isinstance(error, RetryableRequestError):
@@ -86,7 +85,7 @@ def translate(
         sentence, field = sentence_of_validation(error.errors(include_url=False), None)
         return InvalidRequest(sentence, field=field)
     # Before anything was generated, vLLM raises these for what is wrong with a request.
-    plain = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
+    plain = (ValueError, TypeError, OverflowError, NotImplementedError)
     if not started and (isinstance(error, plain) or is_template_error(error)):
         return InvalidRequest(str(error))
     # What trips over a value of another shape than it reads: a number where a table belongs.

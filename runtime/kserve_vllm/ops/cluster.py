@@ -255,7 +255,9 @@ class Cluster:
 
 
 def _one_line(error: Exception) -> str:
-    """An error in one line; of one without words, its kind."""
+    """An error in one line; of one without words, its kind. What Python says of a value that was read is no help."""
+    if isinstance(error, (TypeError, AttributeError, KeyError, IndexError)):
+        return "the file is no kubeconfig"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 

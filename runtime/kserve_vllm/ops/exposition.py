@@ -6,10 +6,10 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 METRICS_BYTES = 4 * 1024 * 1024
 """Most of a page that is read."""
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 Sample = tuple[str, dict[str, str], float]
@@ -37,11 +37,11 @@ def fetch(
         timeout_s: to wait.
         headers: further ones.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not _ADDRESS.match(url):
         return 0, f"{url} is no http:// or https:// address"
     own = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-    request = urllib.request.Request(url, headers=own)  # noqa: S310
     try:
+        request = urllib.request.Request(url, headers=own)  # noqa: S310
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
             return int(answer.status), answer.read(METRICS_BYTES).decode(errors="replace")
     except urllib.error.HTTPError as error:

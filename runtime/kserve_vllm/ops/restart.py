@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import MODES, condition, dig
-from kserve_vllm.ops.operations import add_cluster_arguments
+from kserve_vllm.ops.operations import CommandFailed, add_cluster_arguments
 
 # What `kubectl rollout restart` writes on a Deployment. On a Deployment of KServe's it is taken back at the next
 # reconcile, and the pods are replaced twice; on the predictor KServe passes it on, in both modes.
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: an argument can't be used, or there is no such service.
+        CommandFailed: the cluster refuses.
     """
     parser = argparse.ArgumentParser(
         prog="kserve-vllm restart",
@@ -80,7 +82,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="of the InferenceService")
     parser.add_argument("--method", choices=("auto", "rollout", "evict"), default="auto", help="default: auto")
     parser.add_argument(
-        "--timeout", type=float, default=3600.0, metavar="SECONDS", help="for all of it (default: %(default)g)"
+        "--timeout",
+        type=argument_types.positive,
+        default=3600.0,
+        metavar="SECONDS",
+        help="for all of it (default: %(default)g)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--json", action="store_true", help="print JSON at the end")
@@ -97,15 +103,12 @@ def main(arguments: Sequence[str]) -> int:
         method, why = restart.method(args.method)
         old = sorted(restart.pods())
         say(f"{args.name}: {len(old)} pods, by {method}{f' ({why})' if why else ''}: {', '.join(old) or 'none'}")
-        if args.dry_run:
-            return 0
-        report = restart.run(method)
+        report = RestartReport(method) if args.dry_run else restart.run(method)
     except ApiError as error:
-        print(f"kserve-vllm: the cluster refuses: {error}", file=sys.stderr)
-        return 3
+        raise CommandFailed(f"the cluster refuses: {error}", 3) from None
     if args.json:
         print(json.dumps(report.__dict__, indent=2))
-    return 0 if report.done else 1
+    return 0 if report.done or args.dry_run else 1
 
 
 class Restart:

@@ -180,9 +180,10 @@ def main(arguments: Sequence[str]) -> int:
     if args.search:
         reports = _search(args, base, changes, quiet)
     else:
+        paths = (args.scenario, *args.compare)
         reports = [
-            run(_scenario(path, _changed(_read(path), changes), path.stem), quiet)
-            for path in (args.scenario, *args.compare)
+            run(_scenario(path, _changed(_read(path), changes), name), quiet)
+            for path, name in zip(paths, _names(paths), strict=True)
         ]
     best = cheapest(reports)
     shown = sorted(reports, key=lambda r: (not r.kept, r.result.gpu_hours))[:10] if args.search else reports
@@ -202,6 +203,17 @@ def main(arguments: Sequence[str]) -> int:
         draw_runs(args.picture, shown[:4])
         print(f"drawn: {args.picture}", file=sys.stderr)
     return 0 if best else 1
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A name for each file, no two alike: without its folder where that tells them apart."""
+    stems = [path.stem for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    found: list[str] = []
+    for path in map(str, paths):
+        found.append(path if path not in found else f"{path} ({len(found) + 1})")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,8 +243,10 @@ def parser() -> argparse.ArgumentParser:
 def _read(path: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a scenario; kserve-vllm simulate --example prints one")
     return content
@@ -276,6 +290,8 @@ def _changed(tree: dict[str, object], changes: Sequence[tuple[Sequence[str], obj
 _MOST = 1e15  # of any number of a scenario
 # Requests of a scenario: each takes some 400 bytes while it is simulated.
 _MAX_REQUESTS = 10_000_000
+_MAX_DURATION_S = 366 * 86400.0
+"""A fleet is looked at each second of it: a year takes minutes."""
 
 
 class _Part:
@@ -399,8 +415,16 @@ def scenario_of(tree: Mapping[str, object], name: str, folder: Path = Path()) ->
 
 def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Arrival], float, traffic.Traffic]:
     if trace := part.text("trace"):
-        requests = traffic.read_trace(folder / trace)
+        try:
+            requests = traffic.read_trace(folder / trace)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--trace ", "arrivals.trace: ", 1)) from None
         duration = part.number("duration", max(requests[-1].at, 1.0), 1.0)
+        if duration > _MAX_DURATION_S:
+            raise ConfigError(
+                f"arrivals.trace: its requests lie {duration / 86400:,.0f} days apart, more than a year: is a time of "
+                "it wrong? arrivals.duration takes the first seconds of it"
+            )
         requests = [request for request in requests if request.at <= duration]
         part.done()
         return requests, duration, traffic.describe(requests, source=trace)
@@ -414,7 +438,7 @@ def _arrivals(part: _Part, folder: Path, seed: int) -> tuple[list[Arrival], floa
     shape = TrafficShape(
         kind=part.text("kind", "constant"),
         rate=part.number("rate", 1.0),
-        duration_s=part.number("duration", 3600, 1),
+        duration_s=part.number("duration", 3600, 1, _MAX_DURATION_S),
         prompt=part.whole("prompt", 1000, 1),
         output=part.whole("output", 200, 1),
         spread=part.number("spread", 0.0, 0.0, 5.0),

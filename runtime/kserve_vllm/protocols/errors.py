@@ -21,7 +21,7 @@ from kserve_vllm.core.errors import (
 __all__ = [
     "OPENAI_ALIAS",
     "REQUEST_ID",
-    "WRITTEN_PATH",
+    "SHAPE_PATH",
     "check_single",
     "error_body",
     "error_headers",
@@ -29,12 +29,13 @@ __all__ = [
     "is_anthropic_path",
     "is_form",
     "is_kserve_path",
+    "path_of_shape",
     "whole_number",
 ]
 
 KSERVE_PREFIXES = ("/v2", "/v1/models/")
-WRITTEN_PATH = "kserve_vllm.path"
-"""Key of an ASGI scope: the path as the client wrote it, where the scope's own has lost a prefix."""
+SHAPE_PATH = "kserve_vllm.shape"
+"""Key of an ASGI scope: the path by which errors get their shape, from `path_of_shape`."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a caller may name its request: that, and nothing beside it, can stand in a log and a header."""
 
@@ -95,6 +96,24 @@ def is_kserve_path(path: str) -> bool:
     if path.startswith("/v2"):
         return not path.startswith(("/v2/rerank", "/v2/embed", "/v2/chat"))
     return path.startswith("/v1/models")
+
+
+def path_of_shape(path: str, headers: Mapping[bytes, bytes]) -> str:
+    """A path of the protocol that a client speaks, for paths that several protocols have in common.
+
+    Anthropic's clients name the version of their API in every request; OpenAI's and Anthropic's SDKs name themselves.
+    Without either, a path belongs to who has had it first: V1's models to KServe, files and batches to OpenAI.
+
+    Args:
+        path: as the client wrote it.
+        headers: of the request, with lower-case names.
+    """
+    plain = path.removeprefix(OPENAI_ALIAS)
+    if path.startswith("/v2") or (plain.startswith("/v1/models/") and plain.endswith(":predict")):
+        return path
+    if b"anthropic-version" in headers:
+        return "/v1/messages"
+    return OPENAI_ALIAS + plain if plain.startswith("/v1/models") and b"x-stainless-lang" in headers else path
 
 
 def error_body(path: str, error: RequestError, request_id: str | None = None) -> bytes:

@@ -57,6 +57,8 @@ _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]{0,5})?")
+SERVER = b"*"
+"""The target of an OPTIONS that asks of the server as a whole (RFC 9110, 9.3.7)."""
 # RFC 9110, 4.2.1 and 4.2.4: an authority, and no user's name in it.
 _PATH_AND_QUERY = re.compile(rb"https?://[^/?#@]+(?=[/?#]|$)", re.IGNORECASE)
 
@@ -524,12 +526,13 @@ class HTTP1(HttpToolsProtocol):
             and self._should_upgrade()
         ):
             raise RequestRefusal(426, "the only version of websockets that is spoken is 13", _SPOKEN)
-        # RFC 9112, 3.2.2: an absolute target's path may be empty.
+        asks_server = self.parser.get_method() == b"OPTIONS"
+        # RFC 9112, 3.2.2: an absolute target's path may be empty, which of an OPTIONS means the server (3.2.4).
         if (origin := _PATH_AND_QUERY.match(self.url)) is not None:
-            self.url = self.url[origin.end() :]
-            if not self.url.startswith(b"/"):
+            self.url = self.url[origin.end() :] or (SERVER if asks_server else b"/")
+            if self.url.startswith((b"?", b"#")):
                 self.url = b"/" + self.url
-        if not self.url.startswith(b"/"):
+        if not self.url.startswith(b"/") and not (asks_server and self.url == SERVER):
             raise RequestRefusal(400, "the target of a request is a path")
 
     def _should_upgrade(self) -> bool:

@@ -353,7 +353,8 @@ class HTTP2Request:
         if not http1.HOST.fullmatch(host):
             raise RequestRefusal(400, "the Host field holds no host")
         # A tunnel has no path (RFC 9113, 8.5), and one for another protocol (RFC 8441) is not offered.
-        if method == b"CONNECT" or not _TARGET.fullmatch(target):
+        of_server = method == b"OPTIONS" and target == http1.SERVER
+        if method == b"CONNECT" or not (of_server or _TARGET.fullmatch(target)):
             raise RequestRefusal(400, "the target of a request is a path")
         self._read_framing(fields)
         try:

@@ -53,3 +53,25 @@ def test_frames_have_the_fields_of_vllm_0_33_where_its_models_have_them(
     assert b'"finish_reason":"stop"' in frame
     # An answer without a token: a chat's delta is empty, a completion's text too.
     assert (b'"delta":{}' if kind == "chat" else b'"text":""') in frame
+
+
+@pytest.mark.parametrize(("mistake", "level"), [(True, "INFO"), (False, "ERROR")])
+def test_a_clients_mistake_in_mid_stream_is_no_error_in_the_log(
+    mistake: bool, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.exceptions import VLLMUnprocessableEntityError
+
+    answered: list[Exception] = []
+
+    def create(error: Exception) -> str:
+        answered.append(error)
+        return "{}"
+
+    prepared: Any = SimpleNamespace(
+        kind="completion", request_id="r", handler=SimpleNamespace(create_streaming_error_response=create)
+    )
+    error = VLLMUnprocessableEntityError("the image is none") if mistake else RuntimeError("a fault")
+    with caplog.at_level("INFO"):
+        assert openai_stream._failure_frame(prepared, error) == b"data: {}\n\n"
+    assert answered == [error]
+    assert [(each.levelname, each.exc_info is None) for each in caplog.records] == [(level, mistake)]

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from kserve_vllm.core.errors import InvalidRequest
+from kserve_vllm.engine import requests
 from kserve_vllm.engine.faults import sentence_of_wrong_data
 from kserve_vllm.engine.hooks.validation_messages import plain_words, sentence_of_a_part, sentence_of_validation
 
@@ -168,3 +169,15 @@ def test_what_trips_a_check_is_named_by_the_fields_type(body: dict[str, Any], se
     with pytest.raises((TypeError, AttributeError)) as tripped:
         Checked.model_validate(body)
     assert sentence_of_wrong_data(tripped.value) == (sentence, field)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_vllms_refusals_of_a_request_are_the_clients_at_any_time(
+    started: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
+
+    for kind in (VLLMUnprocessableEntityError, VLLMValidationError):
+        told = requests.translate(kind("the image is none", parameter="url", value="x" * 99), "r", started, False, True)
+        assert (type(told), told.message, told.field) == (InvalidRequest, "the image is none", "url")
+    assert not caplog.records

@@ -6,12 +6,14 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from kserve_vllm.core.errors import Forbidden, NotFound
 from kserve_vllm.core.request_context import RequestContext
 from kserve_vllm.protocols import errors as wire
 from kserve_vllm.protocols.http.middleware import ResponseGuard
+from tests.robustness.test_places import middleware
 
 THEIRS = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}, "request_id": "r"}
 OPENAIS = {"error": {"message": "no", "type": "BadRequestError", "param": None, "code": None}}
@@ -84,3 +86,41 @@ def test_a_model_that_is_not_there_is_named_as_openais_field(field: str) -> None
     for path in ("/v1/chat/completions", "/openai/v1/models/nope"):
         error = json.loads(wire.error_body(path, NotFound("no such model", field=field)))["error"]
         assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "header", "shape"),
+    [
+        ("/v1/files", "", "OpenAI"),
+        ("/v1/files", "anthropic-version", "Anthropic"),
+        ("/openai/v1/files/x", "anthropic-version", "Anthropic"),
+        ("/v1/batches", "x-api-key", "OpenAI"),
+        ("/v1/models/x", "", "KServe"),
+        ("/v1/models/x", "x-stainless-lang", "OpenAI"),
+        ("/v1/models/x", "anthropic-version", "Anthropic"),
+        ("/v1/models/x:predict", "anthropic-version", "KServe"),
+        ("/v1/models/x:predict", "x-stainless-lang", "KServe"),
+        ("/openai/v1/models/x", "x-stainless-lang", "OpenAI"),
+        ("/v2/models/x", "anthropic-version", "KServe"),
+        ("/v1/messages/batches", "", "Anthropic"),
+        ("/nowhere", "anthropic-version", "Anthropic"),
+    ],
+)
+def test_who_asks_tells_the_shape_where_the_path_does_not(path: str, header: str, shape: str) -> None:
+    by = wire.path_of_shape(path, {header.encode(): b"1"} if header else {})
+    tree = json.loads(wire.error_body(by, NotFound("no")))
+    assert shape == ("Anthropic" if "type" in tree else "KServe" if tree == {"error": "no"} else "OpenAI")
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/nothing"])
+def test_the_edge_refuses_in_the_shape_of_who_asks(path: str) -> None:
+    async def ask(**headers: str) -> httpx.Response:
+        transport = httpx.ASGITransport(middleware())
+        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+            return await client.get(path, headers={**headers, "content-encoding": "br"})
+
+    openais, theirs = asyncio.run(ask()), asyncio.run(ask(**{"anthropic-version": "2023-06-01"}))
+    assert openais.status_code == theirs.status_code == 404
+    assert set(openais.json()["error"]) == {"message", "type", "param", "code"}
+    assert theirs.json()["error"]["type"] == "not_found_error"
+    assert theirs.headers["request-id"] == theirs.json()["request_id"]

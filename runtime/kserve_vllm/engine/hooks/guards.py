@@ -253,7 +253,7 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
     All of vLLM's ways to an error go through one function, whether an exception reaches its handlers or is caught by
     what serves a route. Its handler for a failed engine wants vLLM's own HTTP server, which is not there.
     """
-    from fastapi import Request, Response
+    from fastapi import HTTPException, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from pydantic import ValidationError
@@ -364,12 +364,19 @@ def answer_errors(app: FastAPI, client: AsyncLLM) -> None:
             return to_anthropic(reply)
         return JSONResponse(reply.model_dump(), status_code=reply.error.code)
 
+    async def answer_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        phrase = HTTPStatus(error.status_code).phrase.replace(" ", "").removesuffix("Error")
+        reply = shaped(str(error.detail), f"{phrase}Error", HTTPStatus(error.status_code))
+        return JSONResponse(reply.model_dump(), status_code=error.status_code, headers=error.headers)
+
     async def answer_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         sentence, field = sentence_of_validation(error.errors(), error.body)
         return await answer(request, VLLMValidationError(sentence, parameter=field))
 
     app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(HTTPException, answer_http)
     for kind in (VLLMError, ValueError, TypeError, OverflowError, NotImplementedError, Exception):
         app.add_exception_handler(kind, answer)
 

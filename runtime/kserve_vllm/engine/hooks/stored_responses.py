@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=RequestError)
 
+_NOT_KEPT = (
+    "previous_response_id: responses are not stored here; send what was said before as input "
+    "(who runs the server can set VLLM_ENABLE_RESPONSES_API_STORE=1)"
+)
 MOST = 1000
 """Responses that are kept for one tenant; the oldest goes first."""
 
@@ -28,7 +32,10 @@ MOST = 1000
 def keep_apart(app: FastAPI) -> None:
     """Keep the responses of tenants apart, where any are kept. Before the first request."""
     handler: OpenAIServingResponses | None = getattr(app.state, "openai_serving_responses", None)
-    if handler is None or not handler.enable_store:
+    if handler is None:
+        return
+    if not handler.enable_store:
+        _say_that_none_is_kept(handler)
         return
     kept = _Kept(handler)
     create, retrieve, cancel = handler.create_responses, handler.retrieve_responses, handler.cancel_responses
@@ -50,6 +57,18 @@ def keep_apart(app: FastAPI) -> None:
 
     handler.create_responses = created
     handler.retrieve_responses, handler.cancel_responses = retrieved, cancelled
+
+
+def _say_that_none_is_kept(handler: OpenAIServingResponses) -> None:
+    """Tell a client why there is no response to go on from, which vLLM does not."""
+    create = handler.create_responses
+
+    async def created(request: ResponsesRequest, *args: object, **kwargs: object) -> object:
+        if request.previous_response_id is not None:
+            raise _told(NotFound(_NOT_KEPT, field="previous_response_id"))
+        return await create(request, *args, **kwargs)
+
+    handler.create_responses = created
 
 
 class _Kept:

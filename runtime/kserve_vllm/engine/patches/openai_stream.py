@@ -25,6 +25,7 @@ import orjson
 from kserve_vllm.core.errors import RequestError
 from kserve_vllm.core.request_context import current
 from kserve_vllm.core.types import TextJob
+from kserve_vllm.engine.faults import is_client_fault
 from kserve_vllm.engine.hooks.request_repair import with_null_usage
 from kserve_vllm.engine.hooks.submission import ASKED, Lookup, SubmissionHooks
 from kserve_vllm.engine.patches.plain_chats import with_plain_chats
@@ -597,10 +598,19 @@ def _failure_frame(prepared: _Prepared, error: Exception | None) -> bytes:
             return _event(reply.model_dump_json())
         return _event(handler._convert_generation_error_to_streaming_response(raised))
     except Exception as raised:
-        log.exception("request %s failed in mid-stream", prepared.request_id)
+        _log_failure(prepared.request_id, raised)
         if as_models:
             return _event(handler.create_error_response(raised).model_dump_json())
         return _event(handler.create_streaming_error_response(raised))
+
+
+def _log_failure(request_id: str, error: Exception) -> None:
+    """Write what ended a stream to the log: as an error unless it is the client's, who is told of it."""
+    context = current.get()
+    if is_client_fault(error, taken_up=context is None or context.engine.sequences > 0):
+        log.info("request %s was refused in mid-stream (%s)", request_id, type(error).__name__)
+    else:
+        log.error("request %s failed in mid-stream", request_id, exc_info=error)
 
 
 def write_frames(kind: Kind, handler: Handler, include_usage: bool, continuous: bool) -> Frames:

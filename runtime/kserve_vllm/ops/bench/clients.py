@@ -117,6 +117,10 @@ class Unreachable(Exception):
     """The server can't be asked at all."""
 
 
+class _InStream(Exception):
+    """What a server says of an answer that it does not go on with."""
+
+
 def connect(target: LoadTarget) -> LoadClient:
     """A client for the target's protocol.
 
@@ -211,29 +215,43 @@ class OverHTTP:
                 if response.status_code != 200:
                     answer.error = _refusal(response.status_code, await response.aread())
                 elif self._streams:
-                    await self._read_stream(response.aiter_raw(), answer)
+                    ended = await self._read_stream(response.aiter_raw(), answer)
+                    if self._path.startswith("/v1/") and not (ended or answer.output):
+                        answer.error = "the stream was cut: it ended without [DONE]"
                 else:
                     self._count(orjson.loads(await response.aread()), answer)
         except TimeoutError:
             answer.error = f"no end within {self._target.timeout_s:g} s"
-        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except httpx.HTTPError as error:
             answer.error = _words(error)
+        except _InStream as error:
+            answer.error = str(error)
+        except orjson.JSONDecodeError:
+            answer.error = "the answer is no JSON"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            answer.error = f"the answer is none of the protocol {self._target.protocol}"
         answer.ended = time.perf_counter()
         return _checked(answer, prompt, self._streams)
 
-    async def _read_stream(self, chunks: AsyncIterator[bytes], answer: LoadAnswer) -> None:
-        rest = b""
+    async def _read_stream(self, chunks: AsyncIterator[bytes], answer: LoadAnswer) -> bool:
+        """Take the pieces of an answer; whether it said that it was at its end."""
+        rest, ended = b"", False
         async for chunk in chunks:
             now = time.perf_counter()
             *events, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
             for event in events:
                 for line in event.split(b"\n"):
-                    if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
-                        tree = orjson.loads(data)
-                        if "error" in tree:
-                            raise ValueError(f"in the stream: {_error_text(tree)}")
-                        if self._count(tree, answer):
-                            answer.arrivals.append(now)
+                    if not line.startswith(b"data:"):
+                        continue
+                    if (data := line[5:].strip()) == b"[DONE]":
+                        ended = True
+                        continue
+                    tree = orjson.loads(data)
+                    if "error" in tree:
+                        raise _InStream(f"in the stream: {_error_text(tree)}")
+                    if self._count(tree, answer):
+                        answer.arrivals.append(now)
+        return ended
 
     def _count(self, tree: Any, answer: LoadAnswer) -> bool:
         """Take the counts out of an answer or an event; whether it holds text."""
@@ -411,4 +429,9 @@ def _error_text(tree: object) -> str:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:_MOST_OF_AN_ERROR] if str(error) else type(error).__name__
+    words = f"{type(error).__name__}: {error}"[:_MOST_OF_AN_ERROR] if str(error) else type(error).__name__
+    if "CERTIFICATE_VERIFY_FAILED" in words:
+        return f"{words}; --ca PEM names the authority that has signed it"
+    if "WRONG_VERSION_NUMBER" in words:
+        return f"{words}; there is no TLS: write http://"
+    return words

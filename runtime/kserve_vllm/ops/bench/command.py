@@ -7,13 +7,13 @@ import asyncio
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from kserve_vllm.core.errors import ConfigError
 from kserve_vllm.ops import argument_types
@@ -21,6 +21,7 @@ from kserve_vllm.ops.bench import clients, compare, result
 from kserve_vllm.ops.bench.load import Played, Point, play
 from kserve_vllm.ops.bench.prompts import FromFile, LoadPrompt, Prompts, PromptShape, WordCount
 from kserve_vllm.ops.model.measured import read_benchmark
+from kserve_vllm.ops.operations import CommandFailed, split_url
 from kserve_vllm.ops.tables import bar, seconds, table
 
 _EPILOG = """
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: an argument or a file can't be used.
+        CommandFailed: nothing can be asked.
     """
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
@@ -84,12 +86,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         asyncio.run(_bench(args, target, points, slo, rows, content))
     except clients.Unreachable as error:
-        print(f"kserve-vllm: {error}", file=sys.stderr)
-        return 3
+        raise CommandFailed(str(error), 3) from None
     except KeyboardInterrupt:
-        if rows:
-            print(f"\nstopped; complete: {', '.join(map(result.load_name, rows))}", file=sys.stderr)
-            print(json.dumps(content, indent=1) if args.json else _human(content, slo))
+        if not rows:
+            raise
+        print(f"\nstopped; complete: {', '.join(map(result.load_name, rows))}", file=sys.stderr)
+        print(json.dumps(content, indent=1) if args.json else _human(content, slo))
         return 130
     print(json.dumps(content, indent=1) if args.json else _human(content, slo))
     if args.picture:
@@ -178,9 +180,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _target(args: argparse.Namespace) -> clients.LoadTarget:
     url = args.url if "://" in args.url else f"http://{args.url}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.hostname:
-        raise ConfigError(f"{args.url!r}: write http://HOST:PORT, or grpc://HOST:PORT")
+    parts = split_url(url, ("http", "https", "grpc", "grpcs"))
     if parts.username or parts.password:
         raise ConfigError("a key or password in the address ends in logs and process lists: take --api-key-env")
     over_grpc = parts.scheme.startswith("grpc")
@@ -192,7 +192,7 @@ def _target(args: argparse.Namespace) -> clients.LoadTarget:
     headers = {}
     for word in args.header:
         name, colon, value = word.partition(":")
-        if not colon or not name.strip():
+        if not colon or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name.strip(), re.ASCII) or not value.isprintable():
             raise ConfigError(f"--header {word!r}: write NAME:VALUE")
         if name.strip().lower() in ("authorization", "x-api-key", "api-key"):
             raise ConfigError(

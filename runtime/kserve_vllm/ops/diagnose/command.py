@@ -21,7 +21,7 @@ from kserve_vllm.ops.diagnose.causes.table import RISK
 from kserve_vllm.ops.diagnose.collect import collect, collect_url
 from kserve_vllm.ops.diagnose.facts import Facts
 from kserve_vllm.ops.diagnose.snapshot import Snapshot
-from kserve_vllm.ops.operations import add_cluster_arguments
+from kserve_vllm.ops.operations import add_cluster_arguments, split_url
 
 _EPILOG = """
 Examples:
@@ -101,6 +101,8 @@ def _take(args: argparse.Namespace) -> Snapshot:
     if args.source:
         return snapshots.read(args.source)
     if args.url:
+        if args.url.startswith(("http://", "https://")):  # of another one the findings speak
+            split_url(args.url)
         return collect_url(args.url, os.environ.get(args.api_key_env or "", ""))
     cluster = Cluster(args.context, args.kubeconfig)
     manifest = _manifest(args.file, args.name) if args.file else None

@@ -210,9 +210,9 @@ def parse(config: Config, name: str = "") -> Architecture:
     Raises:
         ConfigError: fields are missing that every language model has.
     """
-    outer = dict(config)
+    outer = _checked(config, name)
     inner = _language_part(outer)
-    inner = {**_defaults().get(str(inner.get("model_type")), {}), **inner}
+    inner = _checked({**_defaults().get(str(inner.get("model_type")), {}), **inner}, name)
     if _first(inner, "is_encoder_decoder", fallback=outer.get("is_encoder_decoder")) or "decoder_layers" in inner:
         raise ConfigError(
             f"{name or 'config.json'}: an encoder with a decoder ({inner.get('model_type')}), which this runtime does "
@@ -372,6 +372,67 @@ def _sizes(text: str) -> tuple[float, float, int]:
     if not 1e5 <= active <= total:
         raise ConfigError(f"--params {text!r}: a token passes {active:g} of {total:g} parameters; {how}")
     return total, active, experts
+
+
+_MOST_LAYERS = 10_000
+_MOST = 10**9
+"""Of any width, length or number of heads and experts: beyond it a file is broken, and products no longer fit."""
+_LAYERS = frozenset("num_hidden_layers n_layer num_layers n_layers".split())
+_LENGTHS = frozenset(
+    "max_position_embeddings n_positions max_sequence_length seq_length model_max_length sliding_window "
+    "attention_chunk_size".split()
+)
+_KV_HEADS = frozenset("num_key_value_heads n_kv_heads n_head_kv num_kv_heads".split())
+_BY_LAYER = _KV_HEADS | frozenset(
+    "intermediate_size ffn_hidden_size moe_intermediate_size moe_layer_freq moe_topk num_shared_expert".split()
+)
+"""Fields that some families give for each layer."""
+_WHOLE = (
+    _LAYERS
+    | _LENGTHS
+    | _BY_LAYER
+    | frozenset(
+        """hidden_size n_embd d_model dim vocab_size num_attention_heads n_head n_heads head_dim attention_head_dim
+        n_inner ffn_dim n_routed_experts num_local_experts num_experts moe_num_experts num_experts_per_tok
+        num_experts_per_token moe_top_k top_k_experts expert_ffn_hidden_size kv_lora_rank qk_rope_head_dim
+        qk_nope_head_dim v_head_dim q_lora_rank num_global_key_value_heads global_head_dim first_k_dense_replace
+        num_dense_layers decoder_sparse_step interleave_moe_layer_step expert_layer_period expert_layer_offset
+        moe_latent_size shared_expert_intermediate_size moe_shared_expert_intermediate_size n_shared_experts
+        num_shared_experts intermediate_size_mlp full_attention_interval attn_layer_period attn_layer_offset
+        max_window_layers num_kv_shared_layers linear_num_key_heads linear_num_value_heads linear_key_head_dim
+        linear_value_head_dim linear_conv_kernel_dim conv_L_cache mamba_d_conv conv_kernel d_conv mamba_d_state
+        ssm_state_size state_size d_state mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim mamba_n_groups
+        n_groups mamba_expand depth embed_dim width encoder_layers encoder_ffn_dim""".split()
+    )
+)
+
+
+def _checked(config: Config, name: str) -> dict[str, Any]:
+    """A config whose sizes are whole numbers.
+
+    Raises:
+        ConfigError: names the field that is none, or is one that no model has.
+    """
+    found = dict(config)
+    for key in _WHOLE & found.keys():
+        value = found[key]
+        if value is None or value is False:
+            continue
+        if isinstance(value, list) and key in _BY_LAYER and value:
+            found[key] = [_whole(key, each, name) for each in value]
+        else:
+            found[key] = _whole(key, value, name, int(key in _KV_HEADS))
+    return found
+
+
+def _whole(key: str, value: object, name: str, least: int = 0) -> int:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least:
+        if key in _LENGTHS:
+            return int(min(value, _MOST))
+        if value <= (_MOST_LAYERS if key in _LAYERS else _MOST) and value == int(value):
+            return int(value)
+    shown = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+    raise ConfigError(f"{name or 'config.json'}: config.json's {key} is {shown[:40]}, which no model has")
 
 
 def _first(config: Config, *names: str, fallback: Any = None) -> Any:
@@ -615,6 +676,7 @@ def _tower(outer: Config) -> int:
         part = outer.get(name)
         if not isinstance(part, Mapping):
             continue
+        part = _checked(part, name)
         depth = _first(part, "num_hidden_layers", "depth", "encoder_layers", fallback=0)
         width = _first(part, "embed_dim", "hidden_size", "width", "d_model", fallback=0)
         inner = _first(part, "intermediate_size", "encoder_ffn_dim", fallback=4 * width)

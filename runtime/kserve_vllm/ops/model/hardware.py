@@ -83,12 +83,17 @@ def prices(path: Path | None = None, overrides: Mapping[str, float] | None = Non
     try:
         content: Any = yaml.safe_load(where.read_text(encoding="utf-8"))
         found = {}
+        if not isinstance(content, dict) or not isinstance(content.get("prices", {}), dict):
+            raise ValueError("not a table with prices by GPU")
         for name, entry in content["prices"].items():
             try:
                 known = gpu(str(name))
             except ConfigError as error:
                 raise ConfigError(str(error).removeprefix("--gpu ")) from None
-            found[known.name] = float(entry["per_hour"] if isinstance(entry, Mapping) else entry)
+            per_hour = entry["per_hour"] if isinstance(entry, Mapping) else entry
+            if isinstance(per_hour, bool) or not isinstance(per_hour, (int, float)):
+                raise ValueError(f"the price of {known.name} is no number")
+            found[known.name] = float(per_hour)
         dated = content["date"]
         dated = dated if isinstance(dated, date) else date.fromisoformat(str(dated))
         currency = content.get("currency", "USD")
@@ -100,7 +105,9 @@ def prices(path: Path | None = None, overrides: Mapping[str, float] | None = Non
         raise ConfigError(
             f"--prices {where}: no {error.args[0]}; it needs date: 2026-01-31 and prices: {{H100: 2.5}}"
         ) from None
-    except (OSError, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--prices {where}: not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"--prices {where}: {error}; it needs date: 2026-01-31 and prices: {{H100: 2.5}}") from None
     if any(not 0 < value < 1e6 for value in found.values()):
         raise ConfigError(f"--prices {where}: a price is not above 0")

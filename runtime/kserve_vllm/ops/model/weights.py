@@ -64,6 +64,10 @@ class Model:
     formats: tuple[str, ...] = ()
 
 
+_MOST_PATH = 1024
+_MOST_BYTES = 1 << 60
+
+
 def read_model(source: str, quantization: str | None = None) -> Model:
     """Read a model from a folder, a GGUF file, or a hub id whose files are in the local Hugging Face cache.
 
@@ -74,6 +78,8 @@ def read_model(source: str, quantization: str | None = None) -> Model:
     Raises:
         ConfigError: nothing is found there, or a file can't be read. The message says what to do without a network.
     """
+    if "\0" in source or len(os.fsencode(source)) > _MOST_PATH:
+        raise ConfigError(f"{source[:40]!r}...: no file has such a name")
     path = Path(os.path.expanduser(source))
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -140,8 +146,11 @@ def _mistral(params: Config) -> Config:
 def _modelled(config: Config, config_path: Path, folder: Path, source: str, quantization: str | None) -> Model:
     try:
         architecture = parse(config, source.rstrip("/"))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, IndexError) as error:
-        raise ConfigError(f"{config_path}: a field has a value that no model has ({error})") from None
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, IndexError):
+        raise ConfigError(
+            f"{config_path}: a field is missing, or has a value that no model has; compare it with the file that the "
+            "model's makers publish"
+        ) from None
     tensors = list(safetensors_of(folder))
     if not tensors:
         estimate = architecture.with_quantization(quantization) if quantization else architecture
@@ -264,12 +273,10 @@ def safetensors_of(folder: Path) -> Iterator[tuple[str, int]]:
     named: set[str] = set()
     if index.exists():
         try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-            named = set(content["weight_map"])
-            names = sorted(set(content["weight_map"].values()))
-            size = int((content.get("metadata") or {}).get("total_size") or 0)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{index}: {error}") from None
+            named, names, size = _index(json.loads(index.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            what = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ConfigError(f"{index}: {what}; download it again") from None
         files = [folder / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing and len(missing) == len(files):
@@ -284,17 +291,44 @@ def safetensors_of(folder: Path) -> Iterator[tuple[str, int]]:
         files = [file for file in files if not file.name.startswith("adapter_")]
         if files:
             files = sorted({*files, *_parts(files[0])})
+    found = 0
     for file in files:
         for name, entry in header(file).items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
                 named.discard(name)
-                yield name, int(end) - int(start)
+                found += end - start
+                yield name, end - start
+    if files and not found:
+        raise ConfigError(f"{folder}: its files hold no weights; half a download?")
     if named:
         raise ConfigError(
             f"{index} speaks of {min(named)} and {len(named) - 1} more tensors that its files do not have: they belong "
             "to different versions, or a download is not complete"
         )
+
+
+def _index(content: object) -> tuple[set[str], list[str], int]:
+    """Tensors, files and bytes of an index. Raises ValueError where it is none."""
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(table, dict):
+        raise ValueError("it has no weight_map of tensors and their files")
+    for name in table.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"weight_map names {name!r}, which is no file of its folder")
+    metadata = content.get("metadata") or {}
+    size = metadata.get("total_size") or 0 if isinstance(metadata, dict) else None
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 <= size < _MOST_BYTES:
+        raise ValueError("its metadata has a total_size that is no number of bytes")
+    return set(table), sorted(set(table.values())), int(size)
+
+
+def _is_tensor(entry: object) -> bool:
+    """Whether an entry of a header says where a tensor begins and ends."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(each) is int for each in offsets):
+        return False
+    return bool(0 <= offsets[0] <= offsets[1] < _MOST_BYTES)
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -309,7 +343,7 @@ def header(file: Path) -> dict[str, Any]:
             if not 2 <= length <= _MAX_HEADER:
                 raise ValueError(f"a header of {length} bytes")
             found = json.loads(stream.read(length))
-        if not isinstance(found, dict) or not all("data_offsets" in v for k, v in found.items() if k != "__metadata__"):
+        if not isinstance(found, dict) or not all(_is_tensor(v) for k, v in found.items() if k != "__metadata__"):
             raise ValueError("the header is no table of tensors")
     except (OSError, ValueError, struct.error, TypeError) as error:
         raise ConfigError(

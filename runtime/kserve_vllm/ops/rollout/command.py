@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from kserve_vllm.core.errors import ConfigError
+from kserve_vllm.ops import argument_types
 from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import condition, dig
-from kserve_vllm.ops.operations import add_cluster_arguments
+from kserve_vllm.ops.operations import CommandFailed, add_cluster_arguments
 from kserve_vllm.ops.rollout.answers import REFUSAL, Allowed, VersionAnswer, ask_all, compare, read_prompts
 from kserve_vllm.ops.rollout.judge import Check, Thresholds
 from kserve_vllm.ops.rollout.modes import Driver, driver_of, inverse, merged
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: an argument can't be used.
+        CommandFailed: the cluster refuses, or another process has taken over.
     """
     args = rollout_parser().parse_args(list(arguments))
     if not args.status:  # a slip is named where there is no cluster, too
@@ -70,15 +72,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _main(args, cluster, namespace)
     except Superseded as error:
-        print(f"kserve-vllm: {error}; this one ends", file=sys.stderr)
-        return PAUSED
+        raise CommandFailed(f"{error}; this one ends", PAUSED) from None
     except ApiError as error:
-        print(
-            f"kserve-vllm: the cluster refuses: {error}. What was done is kept; run the same command again, or "
+        raise CommandFailed(
+            f"the cluster refuses: {error}. What was done is kept; run the same command again, or "
             f"kserve-vllm diagnose {args.name} -n {namespace}",
-            file=sys.stderr,
-        )
-        return STOPPED
+            STOPPED,
+        ) from None
 
 
 def rollout_parser() -> argparse.ArgumentParser:
@@ -175,27 +175,31 @@ def rollout_parser() -> argparse.ArgumentParser:
     judged.add_argument("--confidence", type=float, default=_T.confidence, help="of the whole (default: %(default)s)")
     judged.add_argument(
         "--max-error-rate",
-        type=float,
+        type=argument_types.number,
         default=_T.error_rate,
         metavar="SHARE",
         help="above stable's (default: %(default)s, a percentage point)",
     )
     judged.add_argument(
         "--max-refusal-rate",
-        type=float,
+        type=argument_types.number,
         default=_T.refusal_rate,
         metavar="SHARE",
         help="above stable's (default: %(default)s)",
     )
     judged.add_argument(
         "--max-first-token",
-        type=float,
+        type=argument_types.number,
         default=_T.first_token,
         metavar="TIMES",
         help="stable's quantile (default: %(default)s)",
     )
     judged.add_argument(
-        "--max-gap", type=float, default=_T.gap, metavar="TIMES", help="stable's quantile (default: %(default)s)"
+        "--max-gap",
+        type=argument_types.number,
+        default=_T.gap,
+        metavar="TIMES",
+        help="stable's quantile (default: %(default)s)",
     )
     judged.add_argument("--quantile", type=float, default=_T.quantile, help="default: %(default)s")
     answers = parser.add_argument_group("answers, compared before there is traffic")
@@ -209,20 +213,24 @@ def rollout_parser() -> argparse.ArgumentParser:
     answers.add_argument("--max-tokens", type=int, default=128, help="of an answer (default: %(default)s)")
     answers.add_argument(
         "--min-equal",
-        type=float,
+        type=argument_types.number,
         default=Allowed.min_equal,
         metavar="SHARE",
         help="of equal answers (default: %(default)g: a new model is meant to answer otherwise)",
     )
     answers.add_argument(
         "--max-length-drift",
-        type=float,
+        type=argument_types.number,
         default=Allowed.length_drift,
         metavar="SHARE",
         help="of the mean length (default: %(default)s)",
     )
     answers.add_argument(
-        "--max-refusal-drift", type=float, default=Allowed.refusal_drift, metavar="SHARE", help="default: %(default)s"
+        "--max-refusal-drift",
+        type=argument_types.number,
+        default=Allowed.refusal_drift,
+        metavar="SHARE",
+        help="default: %(default)s",
     )
     answers.add_argument("--refusal-pattern", default=REFUSAL, metavar="REGEX", help="how refusals begin")
     answers.add_argument("--answers-key-env", metavar="VARIABLE", help="variable with an API key for the prompts")
@@ -245,12 +253,13 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     if args.id and state is not None and (code := _seen(args, state, say)) is not None:
-        return code
+        return _told(args, state, code)
     driver = _driver(args, cluster, namespace, say)
     if args.abort:
         if state is None or state.phase not in OPEN:
             raise ConfigError(f"there is no rollout of {args.name} under way")
-        return Rollout(driver, store, prometheus, namespace, args.name, options, None, say).abort(state)
+        rollout = Rollout(driver, store, prometheus, namespace, args.name, options, None, say)
+        return _told(args, state, rollout.abort(state))
     if not args.prometheus:
         raise ConfigError("a rollout is judged by Prometheus: give --prometheus URL or KSERVE_VLLM_PROMETHEUS")
     if state is not None and state.phase in OPEN:
@@ -267,7 +276,7 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
     else:
         state = _begin(args, driver, steps, state.endings() if state else {})
         if args.dry_run:
-            return _dry_run(args, driver, state, prometheus, namespace, say)
+            return _told(args, state, _dry_run(args, driver, state, prometheus, namespace, say))
     compare_answers = _answers(args, cluster, namespace) if args.answers else None
     rollout = Rollout(driver, store, prometheus, namespace, args.name, options, compare_answers, say)
 
@@ -286,10 +295,15 @@ def _main(args: argparse.Namespace, cluster: Cluster, namespace: str) -> int:
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+    if not args.json:
+        _epilogue(state, args.name, namespace, say)
+    return _told(args, state, code)
+
+
+def _told(args: argparse.Namespace, state: RolloutState, code: int) -> int:
+    """The exit code, once a machine was told the state."""
     if args.json:
         print(json.dumps(asdict(state), indent=2))
-    else:
-        _epilogue(state, args.name, namespace, say)
     return code
 
 

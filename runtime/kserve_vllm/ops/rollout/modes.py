@@ -79,9 +79,9 @@ def driver_of(cluster: Cluster, namespace: str, name: str) -> Driver:
         "serving.kserve.io/deploymentMode", ""
     )
     mode = MODES.get(said, said)
-    if mode == "KnativeMode":
+    if mode == "Knative":
         return KnativeMode(cluster, namespace, name)
-    if mode == "StandardMode":
+    if mode == "Standard":
         return StandardMode(cluster, namespace, name)
     raise ConfigError(f"{namespace}/{name} has no deployment mode yet ({said or 'no status'}): wait until it is ready")
 
@@ -103,7 +103,7 @@ class _Base:
 class KnativeMode(_Base):
     """Revisions, and a percentage for the newest."""
 
-    mode = "KnativeMode"
+    mode = "Knative"
 
     def stable(self) -> str:
         status = self._status()
@@ -215,7 +215,7 @@ class KnativeMode(_Base):
 class StandardMode(_Base):
     """A second Deployment, and weights in the HTTPRoute."""
 
-    mode = "StandardMode"
+    mode = "Standard"
 
     def stable(self) -> str:
         own = dig(self.isvc(), "spec", "predictor", "name")

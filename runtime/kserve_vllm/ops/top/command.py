@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +16,9 @@ from kserve_vllm.ops.bench.command import read_key
 from kserve_vllm.ops.cluster import ApiError, Cluster, Json
 from kserve_vllm.ops.diagnose.facts import SERVING, dig
 from kserve_vllm.ops.exposition import fetch
-from kserve_vllm.ops.operations import add_cluster_arguments
+from kserve_vllm.ops.operations import CommandFailed, add_cluster_arguments, split_url
 from kserve_vllm.ops.tables import bar, seconds, spark, table
+from kserve_vllm.ops.top.screen import Screen, is_live
 from kserve_vllm.ops.top.view import ServerReading, View, read, view
 
 _EPILOG = """
@@ -35,11 +34,11 @@ ends it.
 Exit codes: 0 it was read, 2 an argument can't be used, 3 nothing could be read; with --once also 1: something is not
 ready.
 """
+_NOT_READ = 3
 _SHORT = 24
 _HISTORY = 600
 _AT_ONCE = 16
 Get = Callable[[str], tuple[int, str]]
-_CLEAR, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: an argument can't be used.
+        CommandFailed: nothing can be read.
     """
     parser = argparse.ArgumentParser(
         prog="kserve-vllm top",
@@ -72,8 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _once(source, args) if args.once else _watch(source, args)
     except ApiError as error:
-        print(f"kserve-vllm: {error}", file=sys.stderr)
-        return 3
+        raise CommandFailed(str(error), _NOT_READ) from None
 
 
 class _Source:
@@ -95,6 +94,8 @@ class _Server(_Source):
     def __init__(self, args: argparse.Namespace) -> None:
         self.name = args.target.rstrip("/").removesuffix("/v1")
         metrics = (args.metrics_url or self.name).rstrip("/")
+        for url in (self.name, metrics):
+            split_url(url)
         key = read_key(args.api_key_env, args.api_key_file)
 
         def get(path: str) -> tuple[int, str]:
@@ -198,7 +199,7 @@ def _once(source: _Source, args: argparse.Namespace) -> int:
     content = figures(source, before, after)
     print(json.dumps(machine(content), indent=1) if args.json else text(content, [], 200))
     if after and not any(reading.health for reading in after.values()):
-        return 3
+        return _NOT_READ
     return int(not after or content["total"].pods[0] != content["total"].pods[1])
 
 
@@ -206,11 +207,9 @@ def _watch(source: _Source, args: argparse.Namespace) -> int:
     """Until it is told to end."""
     before, history = source.readings(), list[View]()
     if not any(reading.health for reading in before.values()) and not isinstance(source, _Service):
-        print(f"kserve-vllm: {source.name}: {next(iter(before.values())).error}", file=sys.stderr)
-        return 3
-    live = sys.stdout.isatty() and not args.json
+        raise CommandFailed(f"{source.name}: {next(iter(before.values())).error}", _NOT_READ)
     try:
-        with _Screen(live) as screen:
+        with Screen(is_live() and not args.json) as screen:
             while not screen.pressed(args.interval):
                 try:
                     after = source.readings()
@@ -225,61 +224,6 @@ def _watch(source: _Source, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass
     return 0
-
-
-class _Screen:
-    """A terminal's second page, where `q` is heard; without a terminal, lines one after the other."""
-
-    def __init__(self, live: bool) -> None:
-        self._live = live
-        self._saved: Any = None
-
-    def __enter__(self) -> _Screen:
-        if self._live:
-            sys.stdout.write(_CLEAR)
-            if sys.stdin.isatty():
-                import termios
-                import tty
-
-                self._saved = termios.tcgetattr(sys.stdin)
-                tty.setcbreak(sys.stdin)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._saved is not None:
-            import termios
-
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved)
-        if self._live:
-            sys.stdout.write(_LEAVE)
-            sys.stdout.flush()
-
-    def pressed(self, interval_s: float) -> bool:
-        """Wait; whether `q` was pressed."""
-        if self._saved is None:
-            time.sleep(interval_s)
-            return False
-        import select
-
-        until = time.monotonic() + interval_s
-        while (left := until - time.monotonic()) > 0:
-            if select.select([sys.stdin], [], [], left)[0] and os.read(sys.stdin.fileno(), 64)[:1] in (
-                b"q",
-                b"Q",
-                b"\x1b",
-            ):
-                return True
-        return False
-
-    def show(self, page: str) -> None:
-        """Draw a page over the one before."""
-        if not self._live:
-            print(page + "\n", flush=True)
-            return
-        size = shutil.get_terminal_size((120, 40))
-        lines = [line[: size.columns] for line in page.splitlines()[: size.lines - 1]]
-        sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-        sys.stdout.flush()
 
 
 def figures(source: _Source, before: Mapping[str, ServerReading], after: Mapping[str, ServerReading]) -> dict[str, Any]:

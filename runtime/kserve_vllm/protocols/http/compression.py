@@ -28,6 +28,7 @@ MAX_MEMBERS = 1_024
 """Members of a body in gzip, which may all be empty: the rest of what has come is copied for each."""
 _LEAST = 1024
 """Answers below this many bytes fit into one packet as they are."""
+_VARY = (b"vary", b"accept-encoding")
 _IN_A_THREAD = 1 << 16
 _COMPRESSIBLE = (
     b"application/json",
@@ -156,12 +157,14 @@ def wanted(headers: Iterable[Header]) -> str | None:
 class Compressed:
     """ASGI's send for a client that takes compressed answers; streams and small answers go through as they are.
 
+    A HEAD has the fields of its GET (RFC 9110, 9.3.2): the body that an app makes for both is compressed for both.
+
     Args:
         send: ASGI's.
-        coding: `gzip` or `deflate`.
+        coding: `gzip` or `deflate`; None: caches are told that others get another answer (RFC 9110, 12.5.5).
     """
 
-    def __init__(self, send: Send, coding: str) -> None:
+    def __init__(self, send: Send, coding: str | None) -> None:
         self._send = send
         self._coding = coding
         self._start: Message | None = None
@@ -172,6 +175,8 @@ class Compressed:
         if message["type"] == "http.response.start":
             if not _compressible(message):
                 return self._send(message)
+            if self._coding is None:
+                return self._send({**message, "headers": [*message["headers"], _VARY]})
             self._start = message
             return _nothing()
         if self._start is None:
@@ -182,15 +187,16 @@ class Compressed:
     async def _finish(self) -> None:
         start, self._start = self._start, None
         assert start is not None
+        assert self._coding is not None
         body = b"".join(self._parts)
-        if len(body) > _IN_A_THREAD:
-            body = await asyncio.to_thread(_compress, body, self._coding)
-        else:
-            body = _compress(body, self._coding)
-        headers = [header for header in start["headers"] if header[0] != b"content-length"]
-        headers.append((b"content-encoding", self._coding.encode()))
-        headers.append((b"vary", b"accept-encoding"))
-        headers.append((b"content-length", b"%d" % len(body)))
+        headers = [*(header for header in start["headers"] if header[0] != b"content-length"), _VARY]
+        if body:  # an app may leave it out for a HEAD, and nobody knows its length then
+            if len(body) > _IN_A_THREAD:
+                body = await asyncio.to_thread(_compress, body, self._coding)
+            else:
+                body = _compress(body, self._coding)
+            headers.append((b"content-encoding", self._coding.encode()))
+            headers.append((b"content-length", b"%d" % len(body)))
         await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 

@@ -116,6 +116,7 @@ class Target:
         model: the name that stands in the path, or None.
         refusal: why it is not served, or None.
         allow: methods that the path is served for, where its method is none of them.
+        why: what a client is told of a path that no route takes.
     """
 
     endpoint: str = OTHER
@@ -126,6 +127,7 @@ class Target:
     model: str | None = None
     refusal: type[RequestError] | None = NotFound
     allow: tuple[str, ...] = ()
+    why: str = "no such path"
 
     def check(self) -> None:
         """Raise why the request is not served, if it is not.
@@ -139,7 +141,7 @@ class Target:
                 f"this path does not take {self.method}, but {', '.join(self.allow)}", allow=self.allow
             )
         if self.refusal is not None:
-            raise self.refusal("no such path")
+            raise self.refusal(self.why)
 
 
 def normalize(scope: Scope) -> str:
@@ -237,6 +239,8 @@ class Endpoints:
                 if served:
                     template = template or _template(route)
                     allow.update(served)
+        if template is None and method != "WEBSOCKET" and path in _WORK:
+            return Target(why=f"no such path here: the model that is served does not do what {path} is for")
         if template is None or method == "WEBSOCKET":
             return Target()
         if "GET" in allow:

@@ -52,6 +52,9 @@ T = TypeVar("T")
 _LIVE = {"/v2/health/live", "/"}
 _READY = {"/v2/health/ready", "/health", "/ping"}
 _METRICS = {"/metrics", "/metrics/"}
+_SERVER = "*"
+"""The target of an OPTIONS that asks of the server as a whole (RFC 9110, 9.3.7)."""
+_METHODS = b"DELETE, GET, HEAD, OPTIONS, POST"
 _READ_ONLY = Target(method="", refusal=MethodNotAllowed, allow=("GET", "HEAD"))
 """What is answered before any route is asked."""
 _DOCS = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
@@ -140,23 +143,29 @@ class RequestMiddleware:
             await _refuse_websocket(scope, send, NotFound("the admin port has no websockets"), request_id)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, operators: bool) -> None:
-        scope[protocol_errors.WRITTEN_PATH] = written = scope["path"]
+        written = scope["path"]
+        if written == _SERVER:
+            await _answer(send, 200, b"", headers=((b"allow", _METHODS),))
+            return
         path: str | None
         try:
             path = normalize(scope)
         except NotFound:
             path = None
         plain_send = send
-        if scope["method"] != "HEAD" and (coding := compression.wanted(scope["headers"])) is not None:
+        reads = scope["method"] in ("GET", "HEAD")
+        coding = compression.wanted(scope["headers"])
+        if coding is not None or reads:
             send = compression.Compressed(send, coding)
-        if path is not None and scope["method"] in ("GET", "HEAD") and await self._open_answer(scope, send, operators):
+        if path is not None and reads and await self._open_answer(scope, send, operators):
             return
         request_id, headers = _request_id(scope)
+        scope[protocol_errors.SHAPE_PATH] = shape = protocol_errors.path_of_shape(written, headers)
         target = Target() if path is None else self._endpoints.find(scope["method"], path)
-        if target.refusal is NotFound and (path in _LIVE or path == "/version" or (operators and path in _METRICS)):
+        if target.refusal is NotFound and self._is_open(path, operators):
             target = replace(_READ_ONLY, method=scope["method"])
         with of_http(self._requests, target, scope, headers, request_id) as context:
-            guard = ResponseGuard(send, request_id, written, self._requests.response_header(context))
+            guard = ResponseGuard(send, request_id, shape, self._requests.response_header(context))
             guard.body_send = plain_send  # of a stream, which is not compressed
             try:
                 guard.context = context
@@ -276,6 +285,12 @@ class RequestMiddleware:
         if self._ours is None or self._vllm is None:
             raise NotFound("no such path")
         return self._ours if path in _DOCS or _OURS.match(path) else self._vllm
+
+    def _is_open(self, path: str | None, operators: bool) -> bool:
+        """Whether `_open_answer` answers a GET of this path."""
+        if operators and (path in _METRICS or path in self._page):
+            return True
+        return path in _LIVE or path in _READY or path == "/version"
 
     async def _open_answer(self, scope: Scope, send: Send, operators: bool) -> bool:
         """Answer what is open to everyone at any time; False if the path is none of that."""

@@ -468,13 +468,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if context is not None:  # for the accounting: a status alone does not say why
         context.error = context.error or error
     headers = protocol_errors.error_headers(error, request.headers.get("x-request-id", ""))
-    path = request.scope.get(protocol_errors.WRITTEN_PATH, request.url.path)
-    if path.startswith("/v1/models") and request.method == "GET":
-        # V1, OpenAI and Anthropic ask here for a model; the SDKs of the last two tell themselves by their headers.
-        if _ANTHROPIC in request.headers:
-            path = "/v1/messages"
-        elif "x-stainless-lang" in request.headers:
-            path = protocol_errors.OPENAI_ALIAS + path
+    path = request.scope.get(protocol_errors.SHAPE_PATH, request.url.path)
     response = Response(protocol_errors.error_body(path, error), status_code=error.http_status)
     response.raw_headers.extend(headers)
     return response
