@@ -183,6 +183,7 @@ if not child:
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     os.tcsetpgrp(0, os.getpid())
     signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
     os.execv(sys.executable, [sys.executable, "-m", "kserve_vllm", "top", *sys.argv[1:]])
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 sys.exit(code if code >= 0 else 128 - code)

@@ -371,7 +371,7 @@ def test_a_crashed_replica_loses_its_places_and_a_long_request_keeps_its_own(red
                 "import asyncio, os, sys; sys.path.insert(0, 'runtime')\n"
                 "from tests.unit.policy.enter_many import *\n"
                 "async def main():\n"
-                f"    limits = Limits(RedisCounters(RedisConnection('{redis_server.url}'), lease_s=1.5))\n"
+                f"    limits = RateLimiter(RedisCounters(RedisConnection('{redis_server.url}'), lease_s=1.5))\n"
                 f"    await limits.enter([Quota({ACME!r}, concurrent=2)])\n"
                 "    os._exit(3)\n"
                 "asyncio.run(main())\n"
