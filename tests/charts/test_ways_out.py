@@ -583,8 +583,8 @@ def test_a_small_model_may_fail_fast() -> None:
     assert probe["periodSeconds"] * probe["failureThreshold"] == 120
     assert probe["httpGet"] == {"path": "/v2/health/ready", "port": 8080}
     assert merged["metadata"]["annotations"]["serving.knative.dev/progress-deadline"] == "150s"
-    short = predictor(service(startupSeconds=1))["model"]["startupProbe"]
-    assert short == {"periodSeconds": 1, "failureThreshold": 1}
+    short = predictor(service(startupSeconds=10))["model"]["startupProbe"]
+    assert short == {"periodSeconds": 2, "failureThreshold": 5}
 
 
 def alerts_of(**settings: Any) -> dict[str, Document]:
