@@ -40,6 +40,8 @@ from hpack import Encoder, HPACKError
 from hyperframe.exceptions import InvalidDataError
 from hyperframe.frame import Frame, GoAwayFrame
 
+from kserve_vllm.core import tcp
+
 log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
@@ -87,7 +89,6 @@ _FAREWELL_S = 1.0
 # For a client that does not take what was written before the end.
 ABORT_S = 5.0
 _LOOK_EVERY_S = 0.05
-_CLOSED = (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT (Linux, net/tcp_states.h)
 _MOST_REST_S = 0.05
 _DATA, _GOAWAY = b"\0", b"\7"
 _FRAME_HEADER = 9  # bytes (RFC 9113, 4.1)
@@ -692,14 +693,7 @@ class Connection(asyncio.Protocol):
     @property
     def has_left(self) -> bool:
         """Whether the client has closed its side, where the kernel tells: of HTTP/2 nothing follows that."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is None or sys.platform != "linux":
-            return False
-        try:
-            state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        except OSError:
-            return False
-        return state in _CLOSED
+        return tcp.state(self.transport) in (tcp.CLOSE, tcp.CLOSE_WAIT)
 
     def abort(self) -> None:
         """End at once, whatever the client has not taken."""

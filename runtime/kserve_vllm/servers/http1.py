@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from http import HTTPStatus
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from kserve_vllm.core import tcp
 from kserve_vllm.core.errors import InvalidRequest, RequestError
 from kserve_vllm.protocols import errors as protocol_errors
 
@@ -51,8 +51,6 @@ WEBSOCKET_VERSION = b"13"
 """Of the protocol of websockets: RFC 6455's."""
 _SPOKEN = ((b"sec-websocket-version", WEBSOCKET_VERSION), (b"upgrade", b"websocket"), (b"connection", b"upgrade"))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Of a connection that is reset, and of one whose client has ended its side: Linux' net/tcp_states.h.
-_TCP_CLOSE, _TCP_CLOSE_WAIT = 7, 8
 _LINES = 32  # what else a first line holds, and the empty line
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S")
 # RFC 3986, 3.2.2 and 3.2.3: a name or address, and a port.
@@ -292,11 +290,11 @@ class HTTP1(HttpToolsProtocol):
         self._watcher = None
         if self._asking is not None or not self._answers:
             return
-        state = self._state()
-        if state == _TCP_CLOSE:
+        state = tcp.state(self.transport)
+        if state == tcp.CLOSE:
             self.transport.abort()
             return
-        if state == _TCP_CLOSE_WAIT:
+        if state == tcp.CLOSE_WAIT:
             self._say_continue()
         self._watch()
 
@@ -315,18 +313,7 @@ class HTTP1(HttpToolsProtocol):
     def _turned_down(self) -> bool:
         """Whether the client's kernel has ended the connection, where this one tells; the event loop would find out
         with the next thing that it writes."""
-        return self._state() == _TCP_CLOSE
-
-    def _state(self) -> int | None:
-        """The kernel's state of the connection, where it tells."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is None or sys.platform != "linux":
-            return None
-        try:
-            state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        except OSError:
-            return None
-        return state
+        return tcp.state(self.transport) == tcp.CLOSE
 
     def _hand_on(self, data: bytes) -> None:
         """This is a connection of HTTP/2."""
