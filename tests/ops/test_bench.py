@@ -134,18 +134,19 @@ def test_the_role_is_no_first_token_and_usage_counts(stub: Stub) -> None:
     assert (answer.error, len(answer.arrivals), answer.prompt, answer.output) == ("", 4, 11, 4)
 
 
+async def ask_once(stub: Stub) -> LoadAnswer:
+    """One prompt in a chat."""
+    client = clients.connect(LoadTarget(stub.url, "chat", "m"))
+    try:
+        return await client.send(LoadPrompt("a", 4))
+    finally:
+        await client.close()
+
+
 def test_a_stream_that_is_cut_is_a_failure(stub: Stub) -> None:
     """A proxy may end a stream as if it were whole: neither usage nor [DONE] has come."""
     stub.cut = True
-
-    async def ask() -> LoadAnswer:
-        client = clients.connect(LoadTarget(stub.url, "chat", "m"))
-        try:
-            return await client.send(LoadPrompt("a", 4))
-        finally:
-            await client.close()
-
-    assert "cut" in asyncio.run(ask()).error
+    assert "cut" in asyncio.run(ask_once(stub)).error
 
 
 @pytest.mark.parametrize(
@@ -160,15 +161,7 @@ def test_a_stream_that_is_cut_is_a_failure(stub: Stub) -> None:
 )
 def test_a_stream_that_goes_wrong_is_a_failure(stub: Stub, events: list[bytes], words: str) -> None:
     stub.events = events
-
-    async def ask() -> LoadAnswer:
-        client = clients.connect(LoadTarget(stub.url, "chat", "m"))
-        try:
-            return await client.send(LoadPrompt("a", 4))
-        finally:
-            await client.close()
-
-    assert words in asyncio.run(ask()).error
+    assert words in asyncio.run(ask_once(stub)).error
 
 
 def test_a_closed_loop_keeps_so_many_in_flight_and_an_open_one_its_rate() -> None:
